@@ -1,0 +1,314 @@
+"""What the use cases need from the world, as Protocols. Adapters satisfy them structurally and do not import this file's
+classes to inherit from them.
+
+Every method is synchronous, may block, and may be called from any thread unless it says otherwise. Every store raises
+StoreUnavailable when the database cannot be reached, and DiskFull when the disk has no space left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from ferryman_service.domain.corpora import Corpus, CorpusHeader, SentencePair, Side, Split
+from ferryman_service.domain.models import Model, ModelLineage, ModelReference, ModelScores, ModelVersion
+from ferryman_service.domain.recipe import Recipe
+from ferryman_service.domain.records import EventLevel, Payload, Record, RunState, StepMetrics, ValidationMetrics
+from ferryman_service.domain.runs import ProcessIdentity, RunFailure, RunFilter, RunProgress, TrainingRun
+from ferryman_service.domain.translation import CancelToken, SearchOptions, Timings, Translation
+
+
+@dataclass(frozen=True, kw_only=True)
+class RequestKey:
+    """Makes a creation idempotent: the caller's id and a digest of the body."""
+
+    request_id: str
+    body_digest: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunHead:
+    """The moving part of a run: what a tail has to look at."""
+
+    state: RunState
+    last_sequence: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class AppendAck:
+    """The answer to an append."""
+
+    last_sequence: int
+    cancel_requested: bool
+
+
+class RunStore(Protocol):
+    """Runs and their records. Every state change is written together with its StateChange record, in one transaction."""
+
+    def create(self, run: TrainingRun, key: RequestKey | None, max_queued: int) -> TrainingRun:
+        """Store a QUEUED run and its first record. With a known key, return the run of that key in its present state.
+
+        Raises RequestIdReused (same id, other digest), TooManyRuns (max_queued runs are QUEUED).
+        """
+        ...
+
+    def get(self, run_id: str) -> TrainingRun:
+        """Return the run; raises RunNotFound."""
+        ...
+
+    def list_page(self, wanted: RunFilter, after: str | None, limit: int) -> Sequence[TrainingRun]:
+        """Return at most `limit` runs that follow the run with id `after` (None: from the start) in the filter's order."""
+        ...
+
+    def unfinished(self) -> Sequence[TrainingRun]:
+        """Return all runs that are not terminal, oldest first."""
+        ...
+
+    def begin_attempt(self, run_id: str, previous_attempt: int) -> TrainingRun | None:
+        """Make the run STARTING with attempt previous_attempt + 1, no worker yet.
+
+        None if the run is not QUEUED or STARTING, or its attempt is not `previous_attempt`, or its worker has claimed it.
+        """
+        ...
+
+    def claim_attempt(self, run_id: str, attempt: int, worker: ProcessIdentity) -> TrainingRun:
+        """Make the run RUNNING under this worker; raises AttemptFenced if it is not STARTING with this attempt and
+        unclaimed."""
+        ...
+
+    def append(self, run_id: str, attempt: int, payloads: Sequence[Payload], progress: RunProgress | None) -> AppendAck:
+        """Append records in order, durably, all or none; also store the progress if given. An empty sequence only asks for the ack.
+
+        Raises AttemptFenced if the run is terminal or has another attempt. StateChange payloads are not allowed here.
+        """
+        ...
+
+    def change_state(
+        self, run_id: str, attempt: int, state: RunState, message: str = "", failure: RunFailure | None = None
+    ) -> TrainingRun:
+        """Change the state; a terminal state sets the end time and clears cancel_requested.
+
+        Raises AttemptFenced (other attempt, or terminal already), IllegalTransition.
+        """
+        ...
+
+    def request_cancel(self, run_id: str) -> TrainingRun:
+        """Make a QUEUED run CANCELLED, set cancel_requested on an active one, leave a CANCELLED one alone.
+
+        Raises RunNotFound, IllegalTransition (SUCCEEDED or FAILED).
+        """
+        ...
+
+    def records_after(self, run_id: str, after_sequence: int, limit: int) -> Sequence[Record]:
+        """Return at most `limit` records with a larger sequence, in order, without gap."""
+        ...
+
+    def heads(self, run_ids: Iterable[str]) -> Mapping[str, RunHead]:
+        """Return the heads of the runs that exist. Cheap: called several times a second."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusFiles:
+    """The four files of a corpus: UTF-8, one sentence a line, "\\n" after every line, equal line counts per split."""
+
+    files: Mapping[tuple[Split, Side], Path]
+
+
+class CorpusUpload(Protocol):
+    """An upload in progress; used by one thread at a time, then either finished or aborted."""
+
+    def add_pairs(self, split: Split, pairs: Sequence[SentencePair]) -> None:
+        """Append pairs. Raises CorpusTooLarge, InvalidCorpus (a split given both as pairs and as files)."""
+        ...
+
+    def add_chunk(self, split: Split, side: Side, data: bytes) -> None:
+        """Append a piece of a file. Raises CorpusTooLarge, InvalidCorpus."""
+        ...
+
+    def finish(self) -> Corpus:
+        """Check and store the corpus, atomically. With a known key and the same content, return the stored corpus.
+
+        Raises InvalidCorpus with up to 20 violations; RequestIdReused. Either way the upload is over and leaves no files.
+        """
+        ...
+
+    def abort(self) -> None:
+        """Throw the upload away; harmless after finish."""
+        ...
+
+
+class CorpusStore(Protocol):
+    """Corpora."""
+
+    def begin_upload(self, header: CorpusHeader, request_id: str) -> CorpusUpload:
+        """Start an upload; an empty request_id is no key."""
+        ...
+
+    def get(self, corpus_id: str) -> Corpus:
+        """Return the corpus; raises CorpusNotFound."""
+        ...
+
+    def list_page(self, after: str | None, limit: int) -> Sequence[Corpus]:
+        """Return at most `limit` corpora that follow the one with id `after`, newest first."""
+        ...
+
+    def files(self, corpus_id: str) -> CorpusFiles:
+        """Return where the corpus lies; raises CorpusNotFound."""
+        ...
+
+
+class ModelStore(Protocol):
+    """Published models."""
+
+    def staging_dir(self, run_id: str) -> Path:
+        """Return an empty folder, on the file system of the published models, to write a run's bundle into."""
+        ...
+
+    def publish(self, run_id: str, attempt: int, staged: Path) -> ModelVersion:
+        """Publish the staged bundle as the next version of the run's model and make the run SUCCEEDED, together or not at all.
+
+        The run must be EXPORTING. Raises AttemptFenced.
+        """
+        ...
+
+    def import_bundle(self, bundle: Path, name: str) -> ModelVersion:
+        """Copy a bundle from elsewhere, check every digest, publish it as the next version of `name`.
+
+        Raises ModelDamaged, InvalidRequest (bad name).
+        """
+        ...
+
+    def resolve(self, reference: ModelReference) -> ModelVersion:
+        """Return the version that the reference names; raises ModelNotFound."""
+        ...
+
+    def get(self, name: str) -> Model:
+        """Return the model; raises ModelNotFound."""
+        ...
+
+    def list_page(self, after: str | None, limit: int) -> Sequence[Model]:
+        """Return at most `limit` models that follow the one named `after`, by name."""
+        ...
+
+    def bundle_dir(self, version: ModelVersion) -> Path:
+        """Return the folder of the published bundle."""
+        ...
+
+
+class Launcher(Protocol):
+    """Starts workers as programs of their own, which outlive this one."""
+
+    def start(self, run_id: str, attempt: int) -> None:
+        """Start a worker; raises OSError if the program cannot be started at all."""
+        ...
+
+    def is_running(self, run_id: str, attempt: int, worker: ProcessIdentity | None) -> bool:
+        """Tell whether the attempt's worker lives. `worker` is what it claimed with, if it has; a worker that this process
+        started is known without it."""
+        ...
+
+    def kill(self, run_id: str, attempt: int, worker: ProcessIdentity | None) -> None:
+        """End the attempt's processes at once."""
+        ...
+
+    def exit_description(self, run_id: str, attempt: int) -> str:
+        """Say how the attempt's worker ended, as far as it is known: "exit status 1", "killed by signal 9", or ""."""
+        ...
+
+    def log_tail(self, run_id: str, attempt: int) -> str:
+        """Return the last lines of the attempt's log, at most 8 KiB."""
+        ...
+
+
+class Reporter(Protocol):
+    """How a training engine speaks: every call returns at once, records become durable in order soon after."""
+
+    def step(self, metrics: StepMetrics) -> None:
+        """Report an update."""
+        ...
+
+    def validation(self, metrics: ValidationMetrics) -> None:
+        """Report a validation."""
+        ...
+
+    def event(self, level: EventLevel, code: str, message: str) -> None:
+        """Make a remark."""
+        ...
+
+    def check(self) -> None:
+        """Raise RunCancelled or AttemptFenced if the work is no longer wanted, TrainingFailed if reports cannot be stored.
+        Call it between steps and in every long loop."""
+        ...
+
+
+class RunCancelled(Exception):
+    """Raised by Reporter.check: somebody called CancelTraining."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingJob:
+    """What a training engine is given. `run_dir` is its own; it exists and may hold an earlier attempt's files."""
+
+    run_id: str
+    recipe: Recipe
+    corpus: CorpusFiles
+    run_dir: Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedModel:
+    """What a training engine leaves: final weights (safetensors), subword model, scores on the validation pairs, and
+    held-out source sentences (already normalised, at most 64) to check the export with."""
+
+    weights: Path
+    subwords: Path
+    recipe: Recipe
+    scores: ModelScores
+    parameters: int
+    check_sentences: Sequence[str]
+
+
+class TrainingEngine(Protocol):
+    """Trains."""
+
+    def train(self, job: TrainingJob, reporter: Reporter) -> TrainedModel:
+        """Train until the recipe's limit. Raises TrainingFailed, and what Reporter.check raises."""
+        ...
+
+
+class Translator(Protocol):
+    """A loaded model. Safe to call from several threads at once."""
+
+    def max_sentence_tokens(self) -> int:
+        """Return the longest source sentence, in subwords with the end symbol."""
+        ...
+
+    def translate(
+        self, sentences: Sequence[str], options: SearchOptions, token: CancelToken
+    ) -> tuple[Sequence[Translation], Timings]:
+        """Translate, in order. Options are checked already. Raises InvalidSentence with every violation (field
+        "sentences[i]"), Cancelled, DeadlineExceeded."""
+        ...
+
+
+class ModelExporter(Protocol):
+    """Turns trained weights into a bundle."""
+
+    def export(self, trained: TrainedModel, lineage: ModelLineage, bundle: Path) -> None:
+        """Write the bundle's files and manifest into the empty folder `bundle`, every file fsynced."""
+        ...
+
+    def reference(self, trained: TrainedModel) -> Translator:
+        """Return a translator that runs the trained weights directly, to check the bundle against."""
+        ...
+
+
+class BundleLoader(Protocol):
+    """Loads bundles for translating."""
+
+    def load(self, bundle: Path) -> Translator:
+        """Check every digest and load; raises ModelDamaged."""
+        ...

@@ -1,0 +1,66 @@
+"""Parallel corpora."""
+
+from __future__ import annotations
+
+import enum
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+LANGUAGE_TAG: Final = re.compile(r"[A-Za-z]{2,8}(-[A-Za-z0-9]{1,8})*")
+"""The form of a BCP 47 language tag."""
+
+
+class Split(enum.StrEnum):
+    """The use of a part of a corpus."""
+
+    TRAIN = "train"
+    VALIDATION = "validation"
+
+
+class Side(enum.StrEnum):
+    """A side of a corpus."""
+
+    SOURCE = "source"
+    TARGET = "target"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SentencePair:
+    """A sentence and its translation."""
+
+    source: str
+    target: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitStatistics:
+    """What a part of a corpus holds. Words are separated by white space; empty pairs have an empty side."""
+
+    pairs: int
+    source_words: int
+    target_words: int
+    empty_pairs: int
+    samples: Sequence[SentencePair]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusHeader:
+    """What the caller says about a corpus."""
+
+    display_name: str
+    source_language: str
+    target_language: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Corpus:
+    """A stored corpus; it never changes. `digest` is the SHA-256 of its content, hexadecimal."""
+
+    corpus_id: str
+    header: CorpusHeader
+    train: SplitStatistics
+    validation: SplitStatistics
+    digest: str
+    create_time_ns: int

@@ -1,0 +1,181 @@
+"""The one tree of errors that callers can see.
+
+    FerrymanError
+    ├── InvalidArgument          a caller's mistake in the request; holds every violation
+    │   ├── InvalidRequest
+    │   ├── InvalidRecipe
+    │   ├── InvalidCorpus
+    │   └── InvalidSentence
+    ├── NotFound
+    │   ├── CorpusNotFound
+    │   ├── RunNotFound
+    │   └── ModelNotFound
+    ├── AlreadyExists
+    │   └── RequestIdReused
+    ├── FailedPrecondition
+    │   ├── IllegalTransition
+    │   └── RoleNotServed
+    ├── OutOfRange
+    │   └── SequenceOutOfRange
+    ├── ResourceExhausted
+    │   ├── CorpusTooLarge
+    │   ├── DiskFull
+    │   └── TooManyRuns
+    ├── Unavailable
+    │   └── StoreUnavailable
+    ├── DeadlineExceeded
+    ├── Cancelled
+    ├── DataLoss
+    │   └── ModelDamaged
+    └── AttemptFenced            never leaves the worker: a newer attempt owns the run
+
+The middle classes carry the status, the leaves the reason: `reason` is the class name in UPPER_SNAKE_CASE.
+A message names the bad value, what is legal, and the cure.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Violation:
+    """One thing that is wrong with a request.
+
+    `field` is the path of the proto field ("recipe.model.heads", "sentences[3]"), `reason` a stable UPPER_SNAKE_CASE name.
+    """
+
+    field: str
+    description: str
+    reason: str = "INVALID_VALUE"
+
+
+class FerrymanError(Exception):
+    """The root. `metadata` holds the dynamic parts of the message."""
+
+    def __init__(self, message: str, **metadata: object) -> None:
+        super().__init__(message)
+        self.message = message
+        self.metadata: Mapping[str, str] = {key: str(value) for key, value in metadata.items()}
+
+    @property
+    def reason(self) -> str:
+        """The stable name that travels in google.rpc.ErrorInfo."""
+        return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", type(self).__name__).upper()
+
+
+class InvalidArgument(FerrymanError):
+    """The request is wrong, and will be however often it is sent."""
+
+    def __init__(self, violations: Sequence[Violation]) -> None:
+        assert violations, "an InvalidArgument names at least one violation"
+        first = violations[0]
+        more = f" (and {len(violations) - 1} more)" if len(violations) > 1 else ""
+        super().__init__(f"{first.field}: {first.description}{more}")
+        self.violations = tuple(violations)
+
+
+class InvalidRequest(InvalidArgument):
+    """A field of the request is missing, malformed or out of range."""
+
+
+class InvalidRecipe(InvalidArgument):
+    """A recipe has values out of range or in conflict."""
+
+
+class InvalidCorpus(InvalidArgument):
+    """The text of a corpus is empty, misaligned, not UTF-8 or has a line over the limit."""
+
+
+class InvalidSentence(InvalidArgument):
+    """A sentence to translate is too long or holds control characters."""
+
+
+class NotFound(FerrymanError):
+    """What the request names does not exist."""
+
+
+class CorpusNotFound(NotFound):
+    """No such corpus."""
+
+
+class RunNotFound(NotFound):
+    """No such training run."""
+
+
+class ModelNotFound(NotFound):
+    """No such model, or no such version of it."""
+
+
+class AlreadyExists(FerrymanError):
+    """What the request would create exists."""
+
+
+class RequestIdReused(AlreadyExists):
+    """The request_id came before, with another body."""
+
+
+class FailedPrecondition(FerrymanError):
+    """The state of the system does not allow it."""
+
+
+class IllegalTransition(FailedPrecondition):
+    """The run's state does not allow it."""
+
+
+class RoleNotServed(FailedPrecondition):
+    """This server was started without the role that the request needs."""
+
+
+class OutOfRange(FerrymanError):
+    """A position beyond the end."""
+
+
+class SequenceOutOfRange(OutOfRange):
+    """A sequence number that the run has not reached."""
+
+
+class ResourceExhausted(FerrymanError):
+    """A limit is reached."""
+
+
+class CorpusTooLarge(ResourceExhausted):
+    """A corpus is over the operator's limit."""
+
+
+class DiskFull(ResourceExhausted):
+    """The disk has no space left."""
+
+
+class TooManyRuns(ResourceExhausted):
+    """As many runs are waiting as the operator allows."""
+
+
+class Unavailable(FerrymanError):
+    """Try again later."""
+
+
+class StoreUnavailable(Unavailable):
+    """The database cannot be reached or is locked."""
+
+
+class DeadlineExceeded(FerrymanError):
+    """The caller's deadline has passed."""
+
+
+class Cancelled(FerrymanError):
+    """The caller gave up."""
+
+
+class DataLoss(FerrymanError):
+    """Stored data is damaged."""
+
+
+class ModelDamaged(DataLoss):
+    """A file of a published model is missing or is not what was published."""
+
+
+class AttemptFenced(FerrymanError):
+    """A newer attempt, or nobody, owns the run: this worker must stop and write nothing."""

@@ -1,0 +1,400 @@
+"""Recipes: what is trained and how. Presets, overrides, and every rule a recipe must keep."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from ferryman_service.domain.errors import InvalidRecipe, Violation
+from ferryman_service.domain.schedule import LearningRateSchedule, ScheduleKind
+
+
+class Preset(enum.StrEnum):
+    """Named starting points."""
+
+    TINY = "tiny"
+    BASE = "base"
+    BIG = "big"
+
+
+class NormPlacement(enum.StrEnum):
+    """POST: LayerNorm(x + Sublayer(x)), the paper's form. PRE: x + Sublayer(LayerNorm(x))."""
+
+    POST = "post"
+    PRE = "pre"
+
+
+class SubwordAlgorithm(enum.StrEnum):
+    """How SentencePiece learns subwords."""
+
+    UNIGRAM = "unigram"
+    BPE = "bpe"
+
+
+class SelectionMetric(enum.StrEnum):
+    """The validation score that decides which weights are the best."""
+
+    LOSS = "loss"
+    BLEU = "bleu"
+    CHRF = "chrf"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelRecipe:
+    """The network. The vocabulary size is in DataRecipe."""
+
+    d_model: int
+    encoder_layers: int
+    decoder_layers: int
+    heads: int
+    ffn_dim: int
+    dropout: float
+    attention_dropout: float
+    activation_dropout: float
+    norm: NormPlacement
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataRecipe:
+    """Subwords, and which training pairs are used."""
+
+    vocabulary_size: int
+    subword_algorithm: SubwordAlgorithm
+    character_coverage: float
+    max_sentence_tokens: int
+    max_length_ratio: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizationRecipe:
+    """Adam, clipping (0: off), label smoothing (epsilon / K over all K subwords), target tokens per update."""
+
+    adam_beta1: float
+    adam_beta2: float
+    adam_epsilon: float
+    clip_norm: float
+    label_smoothing: float
+    batch_target_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class StopRecipe:
+    """When training ends; 0 is no limit."""
+
+    max_steps: int
+    max_epochs: int
+    max_time_seconds: float
+    patience: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationRecipe:
+    """Validation, checkpoints and the choice of the published weights."""
+
+    interval_steps: int
+    max_translated_pairs: int
+    metric: SelectionMetric
+    keep_last: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A resolved recipe: every value is set and every rule kept."""
+
+    preset: Preset
+    model: ModelRecipe
+    data: DataRecipe
+    schedule: LearningRateSchedule
+    optimization: OptimizationRecipe
+    stop: StopRecipe
+    validation: ValidationRecipe
+    seed: int
+
+
+Overrides = Mapping[str, Any]
+"""Set fields of a recipe, nested as in the proto: {"preset": Preset.TINY, "model": {"d_model": 64}, "seed": 7}."""
+
+_TINY: Final[dict[str, Any]] = {
+    "model": {
+        "d_model": 128,
+        "encoder_layers": 4,
+        "decoder_layers": 4,
+        "heads": 4,
+        "ffn_dim": 256,
+        "dropout": 0.1,
+        "attention_dropout": 0.0,
+        "activation_dropout": 0.0,
+        "norm": NormPlacement.POST,
+    },
+    "data": {
+        "vocabulary_size": 8000,
+        "subword_algorithm": SubwordAlgorithm.UNIGRAM,
+        "character_coverage": 1.0,
+        "max_sentence_tokens": 256,
+        "max_length_ratio": 9.0,
+    },
+    "schedule": {"kind": ScheduleKind.NOAM, "warmup_steps": 800},
+    "optimization": {
+        "adam_beta1": 0.9,
+        "adam_beta2": 0.98,
+        "adam_epsilon": 1e-9,
+        "clip_norm": 1.0,
+        "label_smoothing": 0.1,
+        "batch_target_tokens": 2048,
+    },
+    "stop": {"max_steps": 10_000, "max_epochs": 0, "max_time_seconds": 0.0, "patience": 0},
+    "validation": {
+        "interval_steps": 500,
+        "max_translated_pairs": 500,
+        "metric": SelectionMetric.BLEU,
+        "keep_last": 5,
+    },
+    "seed": 1,
+}
+_BASE_CHANGES: Final[dict[str, Any]] = {
+    "model": {"d_model": 512, "encoder_layers": 6, "decoder_layers": 6, "heads": 8, "ffn_dim": 2048},
+    "data": {"vocabulary_size": 32_000},
+    "schedule": {"warmup_steps": 4000},
+    "optimization": {"clip_norm": 0.0, "batch_target_tokens": 25_000},
+    "stop": {"max_steps": 100_000},
+    "validation": {"interval_steps": 2000, "max_translated_pairs": 3000},
+}
+_BIG_CHANGES: Final[dict[str, Any]] = {
+    "model": {"d_model": 1024, "ffn_dim": 4096, "heads": 16, "dropout": 0.3},
+    "stop": {"max_steps": 300_000},
+}
+
+
+def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        merged[key] = _merge(merged.get(key) or {}, value) if isinstance(value, Mapping) else value
+    return merged
+
+
+PRESETS: Final[Mapping[Preset, Mapping[str, Any]]] = {
+    Preset.TINY: _TINY,
+    Preset.BASE: _merge(_TINY, _BASE_CHANGES),
+    Preset.BIG: _merge(_merge(_TINY, _BASE_CHANGES), _BIG_CHANGES),
+}
+
+
+@dataclass(frozen=True)
+class _Range:
+    """A legal range; an open bound is excluded."""
+
+    low: float
+    high: float
+    open_low: bool = False
+    open_high: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        above = value > self.low if self.open_low else value >= self.low
+        below = value < self.high if self.open_high else value <= self.high
+        return above and below  # False for NaN
+
+    def __str__(self) -> str:
+        return f"{'above' if self.open_low else 'from'} {self.low:g} {'to below' if self.open_high else 'to'} {self.high:g}"
+
+
+_DROPOUT: Final = _Range(0, 1, open_high=True)
+_STEPS: Final = _Range(1, 1e9)
+_RANGES: Final[Mapping[str, _Range]] = {
+    "model.d_model": _Range(8, 8192),
+    "model.encoder_layers": _Range(1, 64),
+    "model.decoder_layers": _Range(1, 64),
+    "model.heads": _Range(1, 128),
+    "model.ffn_dim": _Range(8, 65_536),
+    "model.dropout": _DROPOUT,
+    "model.attention_dropout": _DROPOUT,
+    "model.activation_dropout": _DROPOUT,
+    "data.vocabulary_size": _Range(32, 256_000),
+    "data.character_coverage": _Range(0.9, 1),
+    "data.max_sentence_tokens": _Range(4, 4096),
+    "data.max_length_ratio": _Range(1, 1000),
+    "optimization.adam_beta1": _Range(0, 1, open_high=True),
+    "optimization.adam_beta2": _Range(0, 1, open_high=True),
+    "optimization.adam_epsilon": _Range(0, 1, open_low=True),
+    "optimization.clip_norm": _Range(0, 1e9),
+    "optimization.label_smoothing": _Range(0, 1, open_high=True),
+    "optimization.batch_target_tokens": _Range(64, 1e7),
+    "stop.max_steps": _Range(0, 1e9),
+    "stop.max_epochs": _Range(0, 1e6),
+    "stop.max_time_seconds": _Range(0, 1e9),
+    "stop.patience": _Range(0, 1e6),
+    "validation.interval_steps": _STEPS,
+    "validation.max_translated_pairs": _Range(1, 1e6),
+    "validation.keep_last": _Range(1, 100),
+    "seed": _Range(0, 2**63 - 1),
+}
+_SCHEDULE_RANGES: Final[Mapping[str, _Range]] = {
+    "warmup_steps": _STEPS,
+    "factor": _Range(0, 1000, open_low=True),
+    "d_model": _Range(1, 65_536),
+    "peak_learning_rate": _Range(0, 10, open_low=True),
+    "minimum_learning_rate": _Range(0, 10),
+    "total_steps": _STEPS,
+}
+_SCHEDULE_FIELDS: Final[Mapping[ScheduleKind, tuple[str, ...]]] = {
+    ScheduleKind.NOAM: ("factor", "d_model"),
+    ScheduleKind.INVERSE_SQRT: ("peak_learning_rate",),
+    ScheduleKind.COSINE: ("peak_learning_rate", "minimum_learning_rate", "total_steps"),
+    ScheduleKind.LINEAR: ("peak_learning_rate", "minimum_learning_rate", "total_steps"),
+    ScheduleKind.CONSTANT: ("peak_learning_rate",),
+}
+
+
+def resolve_recipe(overrides: Overrides, path: str = "recipe") -> Recipe:
+    """Return the preset with the overrides applied.
+
+    Raises InvalidRecipe with every violation; `path` is the prefix of their field names.
+    """
+    preset = overrides.get("preset", Preset.TINY)
+    values = _merge(PRESETS[preset], overrides)
+    if "max_steps" not in overrides.get("stop", {}) and _has_other_limit(overrides.get("stop", {})):
+        values["stop"]["max_steps"] = 0
+    violations = [*_out_of_range(values, path), *_conflicts(values, path)]
+    schedule, schedule_violations = _resolve_schedule(
+        values["schedule"],
+        f"{path}.schedule",
+        default_d_model=values["model"]["d_model"],
+        default_total_steps=values["stop"]["max_steps"],
+        default_warmup_steps=800,
+    )
+    violations += schedule_violations
+    if (wanted := values["schedule"].get("d_model")) is not None and wanted != values["model"]["d_model"]:
+        text = f"is {wanted}, but model.d_model is {values['model']['d_model']}: leave it out, or make them equal"
+        violations.append(Violation(field=f"{path}.schedule.d_model", description=text, reason="CONFLICT"))
+    if violations:
+        raise InvalidRecipe(violations)
+    assert schedule is not None
+    return Recipe(
+        preset=preset,
+        model=ModelRecipe(**values["model"]),
+        data=DataRecipe(**values["data"]),
+        schedule=schedule,
+        optimization=OptimizationRecipe(**values["optimization"]),
+        stop=StopRecipe(**values["stop"]),
+        validation=ValidationRecipe(**values["validation"]),
+        seed=values["seed"],
+    )
+
+
+def resolve_schedule(overrides: Overrides, path: str = "schedule") -> LearningRateSchedule:
+    """Return a schedule that stands by itself (GetLRSchedule); raises InvalidRecipe with every violation."""
+    schedule, violations = _resolve_schedule(
+        overrides, path, default_d_model=512, default_total_steps=0, default_warmup_steps=4000
+    )
+    if violations:
+        raise InvalidRecipe(violations)
+    assert schedule is not None
+    return schedule
+
+
+def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
+    """Return the recipe as JSON types."""
+    return dataclasses.asdict(recipe)
+
+
+def recipe_from_dict(values: Mapping[str, Any]) -> Recipe:
+    """Return the recipe that `recipe_to_dict` wrote; its rules are not checked again."""
+    schedule = values["schedule"] | {"kind": ScheduleKind(values["schedule"]["kind"])}
+    data = values["data"] | {"subword_algorithm": SubwordAlgorithm(values["data"]["subword_algorithm"])}
+    return Recipe(
+        preset=Preset(values["preset"]),
+        model=ModelRecipe(**values["model"] | {"norm": NormPlacement(values["model"]["norm"])}),
+        data=DataRecipe(**data),
+        schedule=LearningRateSchedule(**schedule),
+        optimization=OptimizationRecipe(**values["optimization"]),
+        stop=StopRecipe(**values["stop"]),
+        validation=ValidationRecipe(
+            **values["validation"] | {"metric": SelectionMetric(values["validation"]["metric"])}
+        ),
+        seed=values["seed"],
+    )
+
+
+def _has_other_limit(stop: Mapping[str, Any]) -> bool:
+    return bool(stop.get("max_epochs") or stop.get("max_time_seconds"))
+
+
+def _out_of_range(values: Mapping[str, Any], path: str) -> Iterator[Violation]:
+    for name, legal in _RANGES.items():
+        value: Any = values
+        for part in name.split("."):
+            value = value[part]
+        if value not in legal:
+            yield Violation(field=f"{path}.{name}", description=f"is {value:g}, must be {legal}", reason="OUT_OF_RANGE")
+
+
+def _conflicts(values: Mapping[str, Any], path: str) -> Iterator[Violation]:
+    model, data, optimization, stop = (values[part] for part in ("model", "data", "optimization", "stop"))
+
+    def conflict(field: str, description: str) -> Violation:
+        return Violation(field=f"{path}.{field}", description=description, reason="CONFLICT")
+
+    if model["heads"] > 0 and model["d_model"] % model["heads"]:
+        yield conflict("model.heads", f"{model['heads']} does not divide model.d_model, which is {model['d_model']}")
+    if model["d_model"] % 2:
+        yield conflict("model.d_model", f"is {model['d_model']}, must be even (sines and cosines come in pairs)")
+    if optimization["batch_target_tokens"] < data["max_sentence_tokens"]:
+        yield conflict(
+            "optimization.batch_target_tokens",
+            f"is {optimization['batch_target_tokens']}, must be at least data.max_sentence_tokens, "
+            f"which is {data['max_sentence_tokens']}, so that every sentence fits a batch",
+        )
+    if not (stop["max_steps"] or _has_other_limit(stop)):
+        yield conflict("stop", "must set max_steps, max_epochs or max_time_seconds, else training never ends")
+
+
+def _resolve_schedule(
+    overrides: Overrides, path: str, *, default_d_model: int, default_total_steps: int, default_warmup_steps: int
+) -> tuple[LearningRateSchedule | None, list[Violation]]:
+    kind = overrides.get("kind", ScheduleKind.NOAM)
+    defaults = {
+        "factor": 1.0,
+        "d_model": default_d_model,
+        "peak_learning_rate": 1e-3,
+        "minimum_learning_rate": 0.0,
+        "total_steps": default_total_steps,
+    }
+    known = _SCHEDULE_FIELDS[kind]
+    values = {name: overrides.get(name, defaults[name]) for name in known}
+    values["warmup_steps"] = overrides.get("warmup_steps", default_warmup_steps)
+    violations = [
+        Violation(
+            field=f"{path}.{name}",
+            description=f"does not belong to {kind.name}, which knows {', '.join(('warmup_steps', *known))}",
+            reason="CONFLICT",
+        )
+        for name in overrides
+        if name not in ("kind", "warmup_steps", *known)
+    ]
+    if "total_steps" in values and values["total_steps"] == 0:
+        values.pop("total_steps")
+        text = f"is needed by {kind.name}: set it, or stop.max_steps"
+        violations.append(Violation(field=f"{path}.total_steps", description=text, reason="REQUIRED"))
+    violations += [
+        Violation(
+            field=f"{path}.{name}", description=f"is {value:g}, must be {_SCHEDULE_RANGES[name]}", reason="OUT_OF_RANGE"
+        )
+        for name, value in values.items()
+        if value not in _SCHEDULE_RANGES[name]
+    ]
+    violations += _schedule_conflicts(values, path)
+    return (None, violations) if violations else (LearningRateSchedule(kind=kind, **values), [])
+
+
+def _schedule_conflicts(values: Mapping[str, Any], path: str) -> Iterator[Violation]:
+    warmup, total = values["warmup_steps"], values.get("total_steps", math.inf)
+    if total <= warmup:
+        text = f"is {total}, must be above warmup_steps, which is {warmup}"
+        yield Violation(field=f"{path}.total_steps", description=text, reason="CONFLICT")
+    peak, minimum = values.get("peak_learning_rate", math.inf), values.get("minimum_learning_rate", 0.0)
+    if minimum > peak:
+        text = f"is {minimum:g}, must not be above peak_learning_rate, which is {peak:g}"
+        yield Violation(field=f"{path}.minimum_learning_rate", description=text, reason="CONFLICT")

@@ -1,0 +1,142 @@
+"""The durable, numbered records of a run, and the places where its state may go."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+
+class RunState(enum.StrEnum):
+    """Where a run stands."""
+
+    QUEUED = "queued"
+    STARTING = "starting"
+    RUNNING = "running"
+    EXPORTING = "exporting"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def is_terminal(self) -> bool:
+        """Whether the run can change no more."""
+        return self in _TERMINAL
+
+    def may_become(self, state: RunState) -> bool:
+        """Whether the transition is legal."""
+        return state in _TRANSITIONS[self]
+
+
+_TERMINAL: Final = frozenset({RunState.SUCCEEDED, RunState.FAILED, RunState.CANCELLED})
+_ENDS: Final = frozenset({RunState.FAILED, RunState.CANCELLED})
+_TRANSITIONS: Final[Mapping[RunState, frozenset[RunState]]] = {
+    RunState.QUEUED: _ENDS | {RunState.STARTING},
+    # STARTING -> STARTING: the service died between recording the attempt and starting its worker, and tries again.
+    RunState.STARTING: _ENDS | {RunState.STARTING, RunState.RUNNING},
+    RunState.RUNNING: _ENDS | {RunState.EXPORTING},
+    RunState.EXPORTING: _ENDS | {RunState.SUCCEEDED},
+    RunState.SUCCEEDED: frozenset(),
+    RunState.FAILED: frozenset(),
+    RunState.CANCELLED: frozenset(),
+}
+ACTIVE_STATES: Final = (RunState.STARTING, RunState.RUNNING, RunState.EXPORTING)
+
+
+class EventLevel(enum.StrEnum):
+    """How serious an event is."""
+
+    INFO = "info"
+    WARNING = "warning"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepMetrics:
+    """One update of the weights. Losses in nats per target token; padding is never counted as a token."""
+
+    step: int
+    epoch: int
+    loss: float
+    nll_per_token: float
+    perplexity: float
+    learning_rate: float
+    gradient_norm: float
+    target_tokens: int
+    target_tokens_per_second: float
+    step_seconds: float
+    padding_share: float
+    memory_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationMetrics:
+    """One validation: losses over all validation pairs, BLEU and chrF (0 to 100) of greedy translations of the first ones."""
+
+    step: int
+    epoch: int
+    loss: float
+    nll_per_token: float
+    perplexity: float
+    bleu: float
+    chrf: float
+    translated_pairs: int
+    seconds: float
+    best: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class StateChange:
+    """The run changed state."""
+
+    state: RunState
+    attempt: int
+    message: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunEvent:
+    """A remark for a person; `code` is a stable UPPER_SNAKE_CASE name."""
+
+    level: EventLevel
+    code: str
+    message: str
+
+
+Payload = StepMetrics | ValidationMetrics | StateChange | RunEvent
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """A numbered record: sequences rise by exactly one from 1; `time_ns` is UTC since 1970."""
+
+    sequence: int
+    time_ns: int
+    payload: Payload
+
+
+_KINDS: Final[Mapping[str, type[Payload]]] = {
+    "step": StepMetrics,
+    "validation": ValidationMetrics,
+    "state_change": StateChange,
+    "event": RunEvent,
+}
+
+
+def payload_to_dict(payload: Payload) -> tuple[str, dict[str, Any]]:
+    """Return (kind, JSON types). Floats survive a JSON round trip to the last bit; NaN and infinities need json's default."""
+    kind = next(name for name, cls in _KINDS.items() if type(payload) is cls)
+    return kind, dataclasses.asdict(payload)
+
+
+def payload_from_dict(kind: str, values: Mapping[str, Any]) -> Payload:
+    """Return the payload that `payload_to_dict` wrote."""
+    match kind:
+        case "state_change":
+            return StateChange(**{**values, "state": RunState(values["state"])})
+        case "event":
+            return RunEvent(**{**values, "level": EventLevel(values["level"])})
+        case _:
+            return _KINDS[kind](**values)

@@ -1,0 +1,95 @@
+"""Training runs."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from ferryman_service.domain.recipe import Recipe
+from ferryman_service.domain.records import RunState, StepMetrics, ValidationMetrics
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProcessIdentity:
+    """A process that cannot be mistaken for another: the pid, and when the kernel started it (clock ticks since boot,
+    with the boot's id, since pids and ticks begin anew at each boot)."""
+
+    pid: int
+    start_ticks: int
+    boot_id: str
+
+
+class FailureReason(enum.StrEnum):
+    """Why a run failed."""
+
+    WORKER_DIED = "WORKER_DIED"
+    DISK_FULL = "DISK_FULL"
+    VOCABULARY_TOO_LARGE = "VOCABULARY_TOO_LARGE"
+    NO_TRAINING_PAIRS = "NO_TRAINING_PAIRS"
+    EXPORT_MISMATCH = "EXPORT_MISMATCH"
+    NON_FINITE_LOSS = "NON_FINITE_LOSS"
+    CORPUS_DAMAGED = "CORPUS_DAMAGED"
+    INTERNAL = "INTERNAL"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFailure:
+    """Why a run failed, and the last lines of its worker's log."""
+
+    reason: FailureReason
+    message: str
+    log_tail: str = ""
+
+
+class TrainingFailed(Exception):
+    """Raised inside a worker for a reason that is not a bug: the run becomes FAILED with this reason and message."""
+
+    def __init__(self, reason: FailureReason, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.message = message
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunProgress:
+    """How far a run is: a summary of its records, kept beside them."""
+
+    step: int = 0
+    epoch: int = 0
+    target_tokens: int = 0
+    target_tokens_per_second: float = 0.0
+    fraction: float = 0.0
+    remaining_seconds: float | None = None
+    last_step: StepMetrics | None = None
+    best_validation: ValidationMetrics | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingRun:
+    """A training run as the store holds it. Times are nanoseconds since 1970, UTC."""
+
+    run_id: str
+    state: RunState
+    corpus_id: str
+    model_name: str
+    recipe: Recipe
+    create_time_ns: int
+    attempt: int = 0
+    last_sequence: int = 0
+    cancel_requested: bool = False
+    model_version: int | None = None
+    progress: RunProgress = field(default_factory=RunProgress)
+    failure: RunFailure | None = None
+    worker: ProcessIdentity | None = None
+    start_time_ns: int | None = None
+    end_time_ns: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFilter:
+    """Which runs to list, and in which order."""
+
+    states: Sequence[RunState] = ()
+    model_name: str = ""
+    oldest_first: bool = False
