@@ -1,0 +1,1 @@
+"""From text to subwords and back: what training and serving must do alike. No torch here."""

@@ -1,0 +1,121 @@
+"""Subwords: SentencePiece models over both sides of a corpus (Kudo and Richardson 2018)."""
+
+from __future__ import annotations
+
+import io
+import random
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Final
+
+import sentencepiece
+
+from ferryman_service.domain.recipe import SubwordAlgorithm
+from ferryman_service.domain.runs import FailureReason, TrainingFailed
+from ferryman_service.domain.tokens import BOS, EOS, PAD, UNK
+
+MAX_TRAINING_LINES: Final = 2_000_000
+"""Frequent subwords are frequent in a sample too, and the trainer holds every line in memory."""
+
+# SentencePiece splits its sums by thread and so rounds them differently for another number of threads: a fixed number
+# keeps the model a function of the corpus alone, on any machine.
+_TRAINER_THREADS: Final = 16
+_MAX_LINE_BYTES: Final = 65_536
+_SILENT: Final = 2  # log errors only
+_TOO_LARGE = re.compile(r"Please set it to a value <= (\d+)")
+_TOO_SMALL = re.compile(r"smaller than required_chars\. \d+ vs (\d+)")
+
+
+class Subwords:
+    """A trained subword model. Safe to use from several threads at once."""
+
+    def __init__(self, processor: sentencepiece.SentencePieceProcessor) -> None:
+        self._processor = processor
+
+    @classmethod
+    def load(cls, model_path: Path) -> Subwords:
+        """Read a model; raises OSError if there is none, RuntimeError if the file is not a model."""
+        processor = sentencepiece.SentencePieceProcessor()
+        processor.LoadFromSerializedProto(model_path.read_bytes())
+        return cls(processor)
+
+    @property
+    def size(self) -> int:
+        """The number of subwords, special symbols included."""
+        return int(self._processor.GetPieceSize())
+
+    def encode(self, sentences: Sequence[str], threads: int = 1) -> list[list[int]]:
+        """Return the subword ids of normalised sentences, without start and end symbols."""
+        pieces: list[list[int]] = self._processor.Encode(list(sentences), out_type=int, num_threads=threads)
+        return pieces
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Return the text of subword ids; special symbols leave no trace, except that UNK shows as U+2047."""
+        text: str = self._processor.Decode([int(token) for token in tokens])
+        return text
+
+
+def train_subwords(
+    lines: Iterable[str],
+    model_path: Path,
+    *,
+    vocabulary_size: int,
+    algorithm: SubwordAlgorithm,
+    character_coverage: float,
+    seed: int,
+    max_lines: int = MAX_TRAINING_LINES,
+) -> Subwords:
+    """Learn subwords from normalised lines (both sides of the corpus), write the model file, and return the model.
+
+    Of more than `max_lines` lines a random sample is used. The model file is a function of the lines and the other
+    arguments. Raises TrainingFailed: VOCABULARY_TOO_LARGE or VOCABULARY_TOO_SMALL, naming a size that works.
+    """
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.Train(
+            sentence_iterator=iter(_sample(lines, max_lines, seed)),
+            model_writer=model,
+            vocab_size=vocabulary_size,
+            model_type=algorithm.value,
+            character_coverage=character_coverage,
+            normalization_rule_name="identity",
+            pad_id=PAD,
+            unk_id=UNK,
+            bos_id=BOS,
+            eos_id=EOS,
+            num_threads=_TRAINER_THREADS,
+            max_sentence_length=_MAX_LINE_BYTES,
+            minloglevel=_SILENT,
+        )
+    except RuntimeError as error:
+        raise _training_failed(str(error), vocabulary_size) from error
+    model_path.write_bytes(model.getvalue())
+    return Subwords.load(model_path)
+
+
+def _sample(lines: Iterable[str], max_lines: int, seed: int) -> list[str]:
+    """Reservoir sampling (Vitter 1985, algorithm R): each line is kept with equal probability."""
+    generator = random.Random(seed)  # noqa: S311
+    kept: list[str] = []
+    for index, line in enumerate(lines):
+        if index < max_lines:
+            kept.append(line)
+        elif (slot := generator.randrange(index + 1)) < max_lines:
+            kept[slot] = line
+    return kept
+
+
+def _training_failed(message: str, vocabulary_size: int) -> TrainingFailed:
+    asked = f"recipe.data.vocabulary_size is {vocabulary_size}, but"
+    if match := _TOO_LARGE.search(message):
+        text = f"{asked} the corpus yields only {match[1]} subwords: ask for at most {match[1]}, or give more text"
+        return TrainingFailed(FailureReason.VOCABULARY_TOO_LARGE, text)
+    if match := _TOO_SMALL.search(message):
+        text = f"{asked} the corpus's characters alone need {match[1]}: ask for more, or lower data.character_coverage"
+        return TrainingFailed(FailureReason.VOCABULARY_TOO_SMALL, text)
+    if "!sentences_.empty()" in message:
+        return TrainingFailed(
+            FailureReason.NO_TRAINING_PAIRS, "the training corpus holds no text to learn subwords from"
+        )
+    return TrainingFailed(FailureReason.INTERNAL, f"learning subwords failed: {message}")
