@@ -388,7 +388,7 @@ class LearningRateSchedule(_message.Message):
     warmup_steps: _builtins.int
     """Optional. Steps of linear warmup, 1 to 10^9. Default: 800 (tiny), 4000 (base, big, and without a preset)."""
     factor: _builtins.float
-    """Optional. NOAM only: the factor, above 0 to 1000. Default: 1 (base, big, and without a preset), 1.5 (tiny)."""
+    """Optional. NOAM only: the factor, above 0 to 1000. Default: 1."""
     d_model: _builtins.int
     """Optional. NOAM only: the width, 1 to 65536. In a recipe it may be left out and must otherwise equal
     `model.d_model`. Default without a recipe: 512.

@@ -1,5 +1,5 @@
-"""What the use cases need from the world, as Protocols. Adapters satisfy them structurally and do not import this file's
-classes to inherit from them.
+"""What the use cases need from the world, as Protocols. Adapters satisfy them structurally and do not import this
+file's classes to inherit from them.
 
 Every method is synchronous, may block, and may be called from any thread unless it says otherwise. Every store raises
 StoreUnavailable when the database cannot be reached, and DiskFull when the disk has no space left.
@@ -45,7 +45,8 @@ class AppendAck:
 
 
 class RunStore(Protocol):
-    """Runs and their records. Every state change is written together with its StateChange record, in one transaction."""
+    """Runs and their records. Every state change is written together with its StateChange record, in one
+    transaction."""
 
     def create(self, run: TrainingRun, key: RequestKey | None, max_queued: int) -> TrainingRun:
         """Store a QUEUED run and its first record. With a known key, return the run of that key in its present state.
@@ -59,7 +60,8 @@ class RunStore(Protocol):
         ...
 
     def list_page(self, wanted: RunFilter, after: str | None, limit: int) -> Sequence[TrainingRun]:
-        """Return at most `limit` runs that follow the run with id `after` (None: from the start) in the filter's order."""
+        """Return at most `limit` runs that follow the run with id `after` (None: from the start) in the filter's
+        order."""
         ...
 
     def unfinished(self) -> Sequence[TrainingRun]:
@@ -69,7 +71,8 @@ class RunStore(Protocol):
     def begin_attempt(self, run_id: str, previous_attempt: int) -> TrainingRun | None:
         """Make the run STARTING with attempt previous_attempt + 1, no worker yet.
 
-        None if the run is not QUEUED or STARTING, or its attempt is not `previous_attempt`, or its worker has claimed it.
+        None if the run is not QUEUED or STARTING, or its attempt is not `previous_attempt`, or its worker has claimed
+        it.
         """
         ...
 
@@ -79,7 +82,8 @@ class RunStore(Protocol):
         ...
 
     def append(self, run_id: str, attempt: int, payloads: Sequence[Payload], progress: RunProgress | None) -> AppendAck:
-        """Append records in order, durably, all or none; also store the progress if given. An empty sequence only asks for the ack.
+        """Append records in order, durably, all or none; also store the progress if given. An empty sequence only
+        asks for the ack.
 
         Raises AttemptFenced if the run is terminal or has another attempt. StateChange payloads are not allowed here.
         """
@@ -131,7 +135,8 @@ class CorpusUpload(Protocol):
     def finish(self) -> Corpus:
         """Check and store the corpus, atomically. With a known key and the same content, return the stored corpus.
 
-        Raises InvalidCorpus with up to 20 violations; RequestIdReused. Either way the upload is over and leaves no files.
+        Raises InvalidCorpus with up to 20 violations; RequestIdReused. Either way the upload is over and leaves no
+        files.
         """
         ...
 
@@ -168,7 +173,8 @@ class ModelStore(Protocol):
         ...
 
     def publish(self, run_id: str, attempt: int, staged: Path) -> ModelVersion:
-        """Publish the staged bundle as the next version of the run's model and make the run SUCCEEDED, together or not at all.
+        """Publish the staged bundle as the next version of the run's model and make the run SUCCEEDED, together or
+        not at all.
 
         The run must be EXPORTING. Raises AttemptFenced.
         """
@@ -206,8 +212,8 @@ class Launcher(Protocol):
         ...
 
     def is_running(self, run_id: str, attempt: int, worker: ProcessIdentity | None) -> bool:
-        """Tell whether the attempt's worker lives. `worker` is what it claimed with, if it has; a worker that this process
-        started is known without it."""
+        """Tell whether the attempt's worker lives. `worker` is what it claimed with, if it has; a worker that this
+        process started is known without it."""
         ...
 
     def kill(self, run_id: str, attempt: int, worker: ProcessIdentity | None) -> None:
@@ -239,8 +245,8 @@ class Reporter(Protocol):
         ...
 
     def check(self) -> None:
-        """Raise RunCancelled or AttemptFenced if the work is no longer wanted, TrainingFailed if reports cannot be stored.
-        Call it between steps and in every long loop."""
+        """Raise RunCancelled or AttemptFenced if the work is no longer wanted, TrainingFailed if reports cannot be
+        stored. Call it between steps and in every long loop."""
         ...
 
 

@@ -44,7 +44,8 @@ from dataclasses import dataclass
 class Violation:
     """One thing that is wrong with a request.
 
-    `field` is the path of the proto field ("recipe.model.heads", "sentences[3]"), `reason` a stable UPPER_SNAKE_CASE name.
+    `field` is the path of the proto field ("recipe.model.heads", "sentences[3]"), `reason` a stable UPPER_SNAKE_CASE
+    name.
     """
 
     field: str

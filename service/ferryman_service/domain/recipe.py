@@ -198,7 +198,8 @@ class _Range:
         return above and below  # False for NaN
 
     def __str__(self) -> str:
-        return f"{'above' if self.open_low else 'from'} {self.low:g} {'to below' if self.open_high else 'to'} {self.high:g}"
+        low, high = ("above" if self.open_low else "from"), ("to below" if self.open_high else "to")
+        return f"{low} {self.low:g} {high} {self.high:g}"
 
 
 _DROPOUT: Final = _Range(0, 1, open_high=True)

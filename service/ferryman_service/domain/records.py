@@ -73,7 +73,8 @@ class StepMetrics:
 
 @dataclass(frozen=True, kw_only=True)
 class ValidationMetrics:
-    """One validation: losses over all validation pairs, BLEU and chrF (0 to 100) of greedy translations of the first ones."""
+    """One validation: losses over all validation pairs, BLEU and chrF (0 to 100) of greedy translations of the first
+    ones."""
 
     step: int
     epoch: int
@@ -126,7 +127,8 @@ _KINDS: Final[Mapping[str, type[Payload]]] = {
 
 
 def payload_to_dict(payload: Payload) -> tuple[str, dict[str, Any]]:
-    """Return (kind, JSON types). Floats survive a JSON round trip to the last bit; NaN and infinities need json's default."""
+    """Return (kind, JSON types). Floats survive a JSON round trip to the last bit; NaN and infinities need json's
+    default."""
     kind = next(name for name, cls in _KINDS.items() if type(payload) is cls)
     return kind, dataclasses.asdict(payload)
 

@@ -25,8 +25,8 @@ class ScheduleKind(enum.StrEnum):
 class LearningRateSchedule:
     """A resolved schedule. Fields that its kind does not know are None.
 
-    NOAM knows `factor` and `d_model`; the others `peak_learning_rate`; COSINE and LINEAR also `minimum_learning_rate` and
-    `total_steps`.
+    NOAM knows `factor` and `d_model`; the others `peak_learning_rate`; COSINE and LINEAR also `minimum_learning_rate`
+    and `total_steps`.
     """
 
     kind: ScheduleKind
@@ -84,7 +84,8 @@ def sample_steps(schedule: LearningRateSchedule, first_step: int, last_step: int
 def _noam(schedule: LearningRateSchedule, step: int) -> float:
     assert schedule.factor is not None and schedule.d_model is not None
     # min() of the paper's two branches equals the left one up to and including step == warmup_steps.
-    return schedule.factor * schedule.d_model**-0.5 * min(step**-0.5, step * schedule.warmup_steps**-1.5)
+    width = float(schedule.d_model) ** -0.5
+    return schedule.factor * width * min(float(step) ** -0.5, step * float(schedule.warmup_steps) ** -1.5)
 
 
 def _peak(schedule: LearningRateSchedule) -> float:

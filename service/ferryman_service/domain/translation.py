@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from ferryman_service.domain.errors import Cancelled, DeadlineExceeded
+from ferryman_service.domain.errors import Cancelled, DeadlineExceeded, Violation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +19,24 @@ class SearchOptions:
     n_best: int = 1
     length_penalty: float = 1.0
     max_length: int | None = None
+
+
+def option_violations(options: SearchOptions, path: str = "options") -> Iterator[Violation]:
+    """Yield what is wrong with the options."""
+    legal: Mapping[str, tuple[float, float]] = {
+        "beam_size": (1, 32),
+        "n_best": (1, 32),
+        "length_penalty": (-5, 5),
+        "max_length": (1, 4096),
+    }
+    for name, (low, high) in legal.items():
+        value: Any = getattr(options, name)
+        if value is not None and not low <= value <= high:
+            text = f"is {value:g}, must be from {low:g} to {high:g}"
+            yield Violation(field=f"{path}.{name}", description=text, reason="OUT_OF_RANGE")
+    if 1 <= options.beam_size < options.n_best:
+        text = f"is {options.n_best}, must not be above beam_size, which is {options.beam_size}"
+        yield Violation(field=f"{path}.n_best", description=text, reason="CONFLICT")
 
 
 @dataclass(frozen=True, kw_only=True)

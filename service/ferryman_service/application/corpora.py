@@ -1,0 +1,50 @@
+"""The use cases of corpora."""
+
+from __future__ import annotations
+
+from ferryman_service.application.paging import Page, Pager
+from ferryman_service.application.ports import CorpusStore, CorpusUpload
+from ferryman_service.application.requests import request_id_violations, required
+from ferryman_service.domain.corpora import LANGUAGE_TAG, Corpus, CorpusHeader
+from ferryman_service.domain.errors import InvalidRequest, Violation
+
+_MAX_DISPLAY_NAME = 200
+
+
+class CorpusUseCases:
+    """What CorpusService does."""
+
+    def __init__(self, *, corpora: CorpusStore, pager: Pager) -> None:
+        """Store the ports."""
+        self._corpora = corpora
+        self._pager = pager
+
+    def begin_upload(self, header: CorpusHeader, request_id: str) -> CorpusUpload:
+        """Start an upload; raises InvalidRequest with every violation of the header."""
+        violations = list(request_id_violations(request_id, "header.request_id"))
+        if len(header.display_name) > _MAX_DISPLAY_NAME:
+            text = f"has {len(header.display_name)} characters, at most {_MAX_DISPLAY_NAME} are allowed"
+            violations.append(Violation(field="header.display_name", description=text, reason="TOO_LONG"))
+        for field, tag in (("source_language", header.source_language), ("target_language", header.target_language)):
+            if not LANGUAGE_TAG.fullmatch(tag):
+                text = f'is {tag[:40]!r}, must be a BCP 47 language tag such as "en" or "pt-BR"'
+                violations.append(Violation(field=f"header.{field}", description=text, reason="INVALID_LANGUAGE"))
+        if violations:
+            raise InvalidRequest(violations)
+        return self._corpora.begin_upload(header, request_id.lower())
+
+    def get(self, corpus_id: str) -> Corpus:
+        """Return a corpus; raises InvalidRequest (empty id), CorpusNotFound."""
+        if violations := list(required(corpus_id, "corpus_id")):
+            raise InvalidRequest(violations)
+        return self._corpora.get(corpus_id)
+
+    def list_page(self, page_size: int, page_token: str) -> Page[Corpus]:
+        """Return a page of corpora, newest first."""
+        return self._pager.page(
+            listing="corpora",
+            page_size=page_size,
+            page_token=page_token,
+            fetch=self._corpora.list_page,
+            key_of=lambda corpus: corpus.corpus_id,
+        )
