@@ -14,7 +14,7 @@ from ferryman_service.domain.recipe import NormPlacement, Recipe
 class TransformerConfig:
     """The network with its real vocabulary size, which may be smaller than the recipe asked for.
 
-    `dropout` follows embeddings and sublayers, `attention_dropout` the attention weights, `activation_dropout` the ReLU.
+    `dropout` follows embeddings and sublayers, `attention_dropout` attention weights, `activation_dropout` the ReLU.
     """
 
     d_model: int

@@ -1,7 +1,7 @@
 """The layers of encoder and decoder (Vaswani et al., 2017, section 3.1; pre-norm: Xiong et al., 2020).
 
-Shape suffixes: B sentences, T target positions, S source positions, R rows (hypotheses being extended), D model width. Masks
-are True where a position may be attended to.
+Shape suffixes: B sentences, T target positions, S source positions, R rows (hypotheses being extended), D model width.
+Masks are True where a position may be attended to.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class DecoderLayer(nn.Module):
     def forward_step(
         self, x_RD: Tensor, past: KeysValues, source: KeysValues, mask_B11S: Tensor | None
     ) -> tuple[Tensor, KeysValues]:
-        """Return x_RD of one new position a row, and the self-attention's keys and values with that position appended.
+        """Return x_RD of one new position a row, and the self-attention's keys and values with it appended.
 
         The R rows hold equally many rows of each of the B sentences, a sentence's rows together. In the attention to the
         source they stand where positions stand, so that a sentence's keys and values serve all its rows uncopied.

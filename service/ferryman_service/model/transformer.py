@@ -1,7 +1,7 @@
 """The encoder-decoder Transformer.
 
-Shape suffixes: B sentences, S source positions, T target positions, R rows (hypotheses being extended), N any positions,
-D model width, V vocabulary. Masks are True where a position may be attended to.
+Shape suffixes: B sentences, S source positions, T target positions, R rows (hypotheses being extended), N any
+positions, D model width, V vocabulary. Masks are True where a position may be attended to.
 """
 
 from __future__ import annotations
