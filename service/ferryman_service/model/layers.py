@@ -91,9 +91,9 @@ class DecoderLayer(nn.Module):
     def forward_step(
         self, x_RD: Tensor, past: KeysValues, source: KeysValues, mask_B11S: Tensor | None
     ) -> tuple[Tensor, KeysValues]:
-        """Return x_RD of one new position a row, and the self-attention's keys and values with it appended.
+        """Return x_RD of one new position a row, and the self-attention cache with that position appended.
 
-        The R rows hold equally many rows of each of the B sentences, a sentence's rows together. In the attention to the
+        The R rows hold equally many rows of each of the B sentences, a sentence's rows together. In attention to the
         source they stand where positions stand, so that a sentence's keys and values serve all its rows uncopied.
         """
         residual = self.self_attention_residual

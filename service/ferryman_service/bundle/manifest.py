@@ -1,0 +1,181 @@
+"""The manifest of a model bundle: what the bundle is, and the digest of every file in it.
+
+A bundle is a folder that holds exactly the files named here, with fixed names: no name in a manifest becomes a path.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from ferryman_service.domain.errors import ModelDamaged
+from ferryman_service.domain.models import ModelLineage, ModelScores
+from ferryman_service.domain.recipe import recipe_from_dict, recipe_to_dict
+
+FORMAT_VERSION: Final = 1
+"""Rises when a reader of the version before could not use the bundle."""
+
+ENCODER_FILE: Final = "encoder.onnx"
+DECODER_FILE: Final = "decoder.onnx"
+SUBWORDS_FILE: Final = "subwords.model"
+MANIFEST_FILE: Final = "manifest.json"
+CONTENT_FILES: Final = (ENCODER_FILE, DECODER_FILE, SUBWORDS_FILE)
+"""What a bundle holds beside its manifest."""
+
+_MAX_MANIFEST_BYTES: Final = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """The numbers without which the graphs cannot be run."""
+
+    d_model: int
+    decoder_layers: int
+    heads: int
+    vocabulary_size: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileDigest:
+    """The SHA-256 of a file, hexadecimal, and its size."""
+
+    sha256: str
+    size_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ManifestHeader:
+    """What a bundle says about its model. `max_sentence_tokens` counts the end symbol."""
+
+    lineage: ModelLineage
+    scores: ModelScores
+    parameters: int
+    max_sentence_tokens: int
+    architecture: Architecture
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """A bundle's description and the digests of its files, by name."""
+
+    format_version: int
+    header: ManifestHeader
+    files: Mapping[str, FileDigest]
+
+
+def seal(bundle: Path, header: ManifestHeader) -> Manifest:
+    """Write the manifest of the content files that lie in `bundle`; every file and the folder are fsynced.
+
+    Raises OSError if a file is missing or the disk fails.
+    """
+    files = {}
+    for name in CONTENT_FILES:
+        _fsync(bundle / name)
+        files[name] = _digest(bundle / name)
+    manifest = Manifest(format_version=FORMAT_VERSION, header=header, files=files)
+    with (bundle / MANIFEST_FILE).open("w", encoding="utf-8") as file:
+        json.dump(_to_dict(manifest), file, indent=1, sort_keys=True)
+        file.write("\n")
+    _fsync(bundle / MANIFEST_FILE)
+    _fsync(bundle)
+    return manifest
+
+
+def read_manifest(bundle: Path) -> Manifest:
+    """Return the manifest; raises ModelDamaged if there is none that this version can read. Digests are not checked."""
+    try:
+        values = json.loads(_read_manifest_bytes(bundle))
+        if values["format_version"] != FORMAT_VERSION:
+            raise ModelDamaged(
+                f"{MANIFEST_FILE} has format version {values['format_version']!r}, this server reads {FORMAT_VERSION}: "
+                "use a server of the version that wrote it, or export the model again",
+                file=MANIFEST_FILE,
+            )
+        manifest = _from_dict(values)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelDamaged(f"{MANIFEST_FILE} is not a manifest: {error!r}", file=MANIFEST_FILE) from error
+    if set(manifest.files) != set(CONTENT_FILES):
+        found = ", ".join(sorted(manifest.files))
+        raise ModelDamaged(f"{MANIFEST_FILE} names {found}, not {', '.join(CONTENT_FILES)}", file=MANIFEST_FILE)
+    return manifest
+
+
+def verify(bundle: Path) -> Manifest:
+    """Check size and digest of every file and return the manifest; raises ModelDamaged naming the first bad file."""
+    manifest = read_manifest(bundle)
+    for name, published in manifest.files.items():
+        try:
+            found = _digest(bundle / name)
+        except OSError as error:
+            raise ModelDamaged(f"{name} cannot be read: {error.strerror}", file=name) from error
+        if found != published:
+            raise ModelDamaged(
+                f"{name} has {found.size_bytes} bytes with SHA-256 {found.sha256}, published were "
+                f"{published.size_bytes} bytes with SHA-256 {published.sha256}: restore the file, or train again",
+                file=name,
+            )
+    return manifest
+
+
+def manifest_digest(bundle: Path) -> str:
+    """Return the SHA-256 of the manifest, hexadecimal: it fixes every file of the bundle. Raises ModelDamaged."""
+    return hashlib.sha256(_read_manifest_bytes(bundle)).hexdigest()
+
+
+def bundle_size_bytes(bundle: Path) -> int:
+    """Return the size of the bundle's files, manifest included, as published; raises ModelDamaged."""
+    manifest_bytes = len(_read_manifest_bytes(bundle))
+    return manifest_bytes + sum(file.size_bytes for file in read_manifest(bundle).files.values())
+
+
+def _read_manifest_bytes(bundle: Path) -> bytes:
+    try:
+        with (bundle / MANIFEST_FILE).open("rb") as file:
+            content = file.read(_MAX_MANIFEST_BYTES + 1)
+    except OSError as error:
+        raise ModelDamaged(f"{MANIFEST_FILE} cannot be read: {error.strerror}", file=MANIFEST_FILE) from error
+    if len(content) > _MAX_MANIFEST_BYTES:
+        raise ModelDamaged(f"{MANIFEST_FILE} is over {_MAX_MANIFEST_BYTES} bytes", file=MANIFEST_FILE)
+    return content
+
+
+def _digest(path: Path) -> FileDigest:
+    with path.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        return FileDigest(sha256=sha256, size_bytes=file.tell())
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _to_dict(manifest: Manifest) -> dict[str, Any]:
+    values = dataclasses.asdict(manifest)
+    values["header"]["lineage"]["recipe"] = recipe_to_dict(manifest.header.lineage.recipe)
+    return values
+
+
+def _from_dict(values: Mapping[str, Any]) -> Manifest:
+    header = values["header"]
+    lineage = ModelLineage(**{**header["lineage"], "recipe": recipe_from_dict(header["lineage"]["recipe"])})
+    return Manifest(
+        format_version=values["format_version"],
+        header=ManifestHeader(
+            lineage=lineage,
+            scores=ModelScores(**header["scores"]),
+            parameters=header["parameters"],
+            max_sentence_tokens=header["max_sentence_tokens"],
+            architecture=Architecture(**header["architecture"]),
+        ),
+        files={name: FileDigest(**digest) for name, digest in values["files"].items()},
+    )
