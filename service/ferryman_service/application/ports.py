@@ -1,5 +1,5 @@
 """What the use cases need from the world, as Protocols. Adapters satisfy them structurally and do not import this
-file's classes to inherit from them.
+file's classes to inherit from them; the values that cross the ports are defined in domain and named here again.
 
 Every method is synchronous, may block, and may be called from any thread unless it says otherwise. Every store raises
 StoreUnavailable when the database cannot be reached, and DiskFull when the disk has no space left.
@@ -8,40 +8,21 @@ StoreUnavailable when the database cannot be reached, and DiskFull when the disk
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from ferryman_service.domain.corpora import Corpus, CorpusHeader, SentencePair, Side, Split
-from ferryman_service.domain.models import Model, ModelLineage, ModelReference, ModelScores, ModelVersion
-from ferryman_service.domain.recipe import Recipe
+from ferryman_service.domain.corpora import CorpusFiles as CorpusFiles
+from ferryman_service.domain.models import Model, ModelLineage, ModelReference, ModelVersion
 from ferryman_service.domain.records import EventLevel, Payload, Record, RunState, StepMetrics, ValidationMetrics
+from ferryman_service.domain.runs import AppendAck as AppendAck
 from ferryman_service.domain.runs import ProcessIdentity, RunFailure, RunFilter, RunProgress, TrainingRun
+from ferryman_service.domain.runs import RequestKey as RequestKey
+from ferryman_service.domain.runs import RunHead as RunHead
+from ferryman_service.domain.training import RunCancelled as RunCancelled
+from ferryman_service.domain.training import TrainedModel as TrainedModel
+from ferryman_service.domain.training import TrainingJob as TrainingJob
 from ferryman_service.domain.translation import CancelToken, SearchOptions, Timings, Translation
-
-
-@dataclass(frozen=True, kw_only=True)
-class RequestKey:
-    """Makes a creation idempotent: the caller's id and a digest of the body."""
-
-    request_id: str
-    body_digest: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunHead:
-    """The moving part of a run: what a tail has to look at."""
-
-    state: RunState
-    last_sequence: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class AppendAck:
-    """The answer to an append."""
-
-    last_sequence: int
-    cancel_requested: bool
 
 
 class RunStore(Protocol):
@@ -112,13 +93,6 @@ class RunStore(Protocol):
     def heads(self, run_ids: Iterable[str]) -> Mapping[str, RunHead]:
         """Return the heads of the runs that exist. Cheap: called several times a second."""
         ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class CorpusFiles:
-    """The four files of a corpus: UTF-8, one sentence a line, "\\n" after every line, equal line counts per split."""
-
-    files: Mapping[tuple[Split, Side], Path]
 
 
 class CorpusUpload(Protocol):
@@ -248,33 +222,6 @@ class Reporter(Protocol):
         """Raise RunCancelled or AttemptFenced if the work is no longer wanted, TrainingFailed if reports cannot be
         stored. Call it between steps and in every long loop."""
         ...
-
-
-class RunCancelled(Exception):
-    """Raised by Reporter.check: somebody called CancelTraining."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingJob:
-    """What a training engine is given. `run_dir` is its own; it exists and may hold an earlier attempt's files."""
-
-    run_id: str
-    recipe: Recipe
-    corpus: CorpusFiles
-    run_dir: Path
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainedModel:
-    """What a training engine leaves: final weights (safetensors), subword model, scores on the validation pairs, and
-    held-out source sentences (already normalised, at most 64) to check the export with."""
-
-    weights: Path
-    subwords: Path
-    recipe: Recipe
-    scores: ModelScores
-    parameters: int
-    check_sentences: Sequence[str]
 
 
 class TrainingEngine(Protocol):

@@ -31,7 +31,8 @@ def check_export(*, reference: Translator, exported: Translator, sentences: Sequ
                 raise TrainingFailed(
                     FailureReason.EXPORT_MISMATCH,
                     f"the exported model translates {sentence!r} (beam {options.beam_size}) as "
-                    f"{mine.hypotheses[0].text!r}, the trained one as {wanted.hypotheses[0].text!r}; nothing was published",
+                    f"{mine.hypotheses[0].text!r}, the trained one as {wanted.hypotheses[0].text!r}; "
+                    "nothing was published",
                 )
     return f"the exported model gave the same tokens as the trained one in {same} of {total} translations"
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import enum
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 LANGUAGE_TAG: Final = re.compile(r"[A-Za-z]{2,8}(-[A-Za-z0-9]{1,8})*")
@@ -64,3 +65,10 @@ class Corpus:
     validation: SplitStatistics
     digest: str
     create_time_ns: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusFiles:
+    """The four files of a corpus: UTF-8, one sentence a line, "\\n" after every line, equal line counts per split."""
+
+    files: Mapping[tuple[Split, Side], Path]

@@ -93,3 +93,27 @@ class RunFilter:
     states: Sequence[RunState] = ()
     model_name: str = ""
     oldest_first: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class RequestKey:
+    """Makes a creation idempotent: the caller's id and a digest of the body."""
+
+    request_id: str
+    body_digest: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunHead:
+    """The moving part of a run: what a tail has to look at."""
+
+    state: RunState
+    last_sequence: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class AppendAck:
+    """The answer to an append."""
+
+    last_sequence: int
+    cancel_requested: bool

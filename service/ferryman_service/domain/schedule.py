@@ -84,8 +84,8 @@ def sample_steps(schedule: LearningRateSchedule, first_step: int, last_step: int
 def _noam(schedule: LearningRateSchedule, step: int) -> float:
     assert schedule.factor is not None and schedule.d_model is not None
     # min() of the paper's two branches equals the left one up to and including step == warmup_steps.
-    width = float(schedule.d_model) ** -0.5
-    return schedule.factor * width * min(float(step) ** -0.5, step * float(schedule.warmup_steps) ** -1.5)
+    rate: float = schedule.factor * schedule.d_model**-0.5 * min(step**-0.5, step * schedule.warmup_steps**-1.5)
+    return rate
 
 
 def _peak(schedule: LearningRateSchedule) -> float:

@@ -1,0 +1,78 @@
+"""The training worker: a torch.distributed program of its own, started by torchrun, one process per device.
+
+    torchrun --standalone --nproc-per-node=1 -m ferryman_service.worker --data-dir D --run-id R --attempt N
+
+It takes its task from the data folder's database and writes its records, checkpoints and model there; it needs no
+service to be alive.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+from ferryman_service.application.execution import WorkerPorts, execute_attempt
+from ferryman_service.application.reporting import ReporterConfig
+from ferryman_service.config.service_config import Device
+from ferryman_service.domain.ids import RUN_PREFIX, is_id
+from ferryman_service.launch.process import current_process_identity, die_with_parent
+from ferryman_service.launch.torchrun import read_log_tail
+from ferryman_service.stores.corpora import CorpusLimits, FileCorpusStore
+from ferryman_service.stores.database import open_database
+from ferryman_service.stores.layout import DataFolder
+from ferryman_service.stores.models import FileModelStore
+from ferryman_service.stores.runs import SqlRunStore
+from ferryman_service.training.engine import EngineConfig, TorchTrainingEngine
+from ferryman_service.training.export import OnnxExporter
+from ferryman_service.translation.loader import LoaderConfig, OnnxBundleLoader
+
+_log = logging.getLogger(__name__)
+
+
+def main() -> int:
+    """Do one attempt of one run; the exit status is 0 if the run ended as it should, however that was."""
+    arguments = _parse(sys.argv[1:])
+    die_with_parent()
+    logging.basicConfig(level=arguments.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    folder = DataFolder(arguments.data_dir)
+    ports = _build(folder, arguments.device)
+    run_dir = folder.run_dir(arguments.run_id)
+    _log.info("attempt %d of %s", arguments.attempt, arguments.run_id)
+    succeeded = execute_attempt(ports, arguments.run_id, arguments.attempt, current_process_identity(), run_dir)
+    _log.info("the model is published" if succeeded else "nothing was published")
+    return 0
+
+
+def _build(folder: DataFolder, device: Device) -> WorkerPorts:
+    """The composition root of the worker."""
+    database = open_database(folder.database)
+    runs = SqlRunStore(database)
+    return WorkerPorts(
+        runs=runs,
+        corpora=FileCorpusStore(database, folder, CorpusLimits()),
+        models=FileModelStore(database, folder),
+        engine=TorchTrainingEngine(EngineConfig(device=device.value)),
+        exporter=OnnxExporter(),
+        loader=OnnxBundleLoader(LoaderConfig()),
+        log_tail=lambda run_id, attempt: read_log_tail(folder.worker_log(run_id, attempt)),
+        reporter=ReporterConfig(),
+    )
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="ferryman-worker", description=__doc__)
+    parser.add_argument("--data-dir", type=Path, required=True)
+    parser.add_argument("--run-id", required=True)
+    parser.add_argument("--attempt", type=int, required=True)
+    parser.add_argument("--device", type=Device, default=Device.AUTO)
+    parser.add_argument("--log-level", default="INFO")
+    arguments = parser.parse_args(argv)
+    if not is_id(arguments.run_id, RUN_PREFIX):
+        parser.error(f"--run-id {arguments.run_id!r} is not the id of a run")
+    return arguments
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,138 @@
+"""Recipes: presets, overrides, and a named violation for every broken rule."""
+
+import dataclasses
+import json
+
+import pytest
+from ferryman_service.domain.errors import InvalidRecipe
+from ferryman_service.domain.recipe import (
+    NormPlacement,
+    Preset,
+    SelectionMetric,
+    recipe_from_dict,
+    recipe_to_dict,
+    resolve_recipe,
+    resolve_schedule,
+)
+from ferryman_service.domain.schedule import ScheduleKind
+
+
+def violations_of(overrides):
+    with pytest.raises(InvalidRecipe) as caught:
+        resolve_recipe(overrides)
+    assert caught.value.reason == "INVALID_RECIPE"
+    return {violation.field: violation.reason for violation in caught.value.violations}
+
+
+@pytest.mark.parametrize(
+    ("preset", "shape"),
+    [
+        (Preset.TINY, (4, 4, 128, 256, 4)),
+        (Preset.BASE, (6, 6, 512, 2048, 8)),
+        (Preset.BIG, (6, 6, 1024, 4096, 16)),
+    ],
+)
+def test_presets_have_their_published_shapes(preset, shape):
+    model = resolve_recipe({"preset": preset}).model
+    assert (model.encoder_layers, model.decoder_layers, model.d_model, model.ffn_dim, model.heads) == shape
+    assert model.norm is NormPlacement.POST
+
+
+def test_the_defaults_are_the_papers_recipe():
+    recipe = resolve_recipe({"preset": Preset.BASE})
+    optimization = recipe.optimization
+    assert (optimization.adam_beta1, optimization.adam_beta2, optimization.adam_epsilon) == (0.9, 0.98, 1e-9)
+    assert optimization.label_smoothing == 0.1
+    assert (recipe.schedule.kind, recipe.schedule.factor, recipe.schedule.d_model) == (ScheduleKind.NOAM, 1.0, 512)
+    assert recipe.schedule.warmup_steps == 4000
+
+
+def test_any_field_overrides_the_preset():
+    recipe = resolve_recipe(
+        {"model": {"d_model": 64, "norm": NormPlacement.PRE}, "validation": {"metric": SelectionMetric.LOSS}, "seed": 9}
+    )
+    assert (recipe.model.d_model, recipe.model.norm, recipe.model.heads) == (64, NormPlacement.PRE, 4)
+    assert recipe.schedule.d_model == 64
+    assert (recipe.validation.metric, recipe.seed) == (SelectionMetric.LOSS, 9)
+
+
+def test_another_limit_lifts_the_presets_step_limit():
+    assert resolve_recipe({"stop": {"max_time_seconds": 60}}).stop.max_steps == 0
+    assert resolve_recipe({"stop": {"max_time_seconds": 60, "max_steps": 5}}).stop.max_steps == 5
+    assert resolve_recipe({"stop": {"patience": 3}}).stop.max_steps > 0
+
+
+OUT_OF_RANGE = [
+    ("model", "d_model", 4),
+    ("model", "encoder_layers", 0),
+    ("model", "dropout", -0.1),
+    ("model", "dropout", 1.0),
+    ("model", "attention_dropout", float("nan")),
+    ("data", "vocabulary_size", 31),
+    ("data", "character_coverage", 1.01),
+    ("schedule", "warmup_steps", 0),
+    ("schedule", "factor", 0.0),
+    ("optimization", "label_smoothing", 1.0),
+    ("optimization", "clip_norm", -1.0),
+    ("optimization", "adam_epsilon", 0.0),
+    ("stop", "max_steps", -1),
+    ("validation", "interval_steps", 0),
+    ("validation", "keep_last", 0),
+]
+
+
+@pytest.mark.parametrize(("part", "name", "value"), OUT_OF_RANGE)
+def test_values_out_of_range_are_named(part, name, value):
+    assert violations_of({part: {name: value}})[f"recipe.{part}.{name}"] == "OUT_OF_RANGE"
+
+
+CONFLICTS = [
+    ({"model": {"heads": 3}}, "recipe.model.heads"),
+    ({"model": {"d_model": 129, "heads": 3}}, "recipe.model.d_model"),
+    ({"optimization": {"batch_target_tokens": 100}}, "recipe.optimization.batch_target_tokens"),
+    ({"stop": {"max_steps": 0}}, "recipe.stop"),
+    ({"schedule": {"d_model": 64}}, "recipe.schedule.d_model"),
+    ({"schedule": {"peak_learning_rate": 0.1}}, "recipe.schedule.peak_learning_rate"),
+    ({"schedule": {"kind": ScheduleKind.CONSTANT, "factor": 2.0}}, "recipe.schedule.factor"),
+    ({"schedule": {"kind": ScheduleKind.COSINE, "total_steps": 800}}, "recipe.schedule.total_steps"),
+    (
+        {"schedule": {"kind": ScheduleKind.LINEAR, "minimum_learning_rate": 0.1}},
+        "recipe.schedule.minimum_learning_rate",
+    ),
+]
+
+
+@pytest.mark.parametrize(("overrides", "field"), CONFLICTS)
+def test_conflicts_are_named(overrides, field):
+    assert violations_of(overrides)[field] == "CONFLICT"
+
+
+def test_all_violations_come_at_once():
+    found = violations_of({"model": {"heads": 3, "dropout": -1}, "schedule": {"warmup_steps": 0}, "seed": -1})
+    assert set(found) == {"recipe.model.heads", "recipe.model.dropout", "recipe.schedule.warmup_steps", "recipe.seed"}
+
+
+def test_annealing_without_an_end_is_refused():
+    overrides = {"schedule": {"kind": ScheduleKind.COSINE}, "stop": {"max_time_seconds": 60}}
+    assert violations_of(overrides) == {"recipe.schedule.total_steps": "REQUIRED"}
+    with pytest.raises(InvalidRecipe):
+        resolve_schedule({"kind": ScheduleKind.COSINE})
+
+
+def test_annealing_ends_at_the_step_limit():
+    recipe = resolve_recipe({"schedule": {"kind": ScheduleKind.COSINE}, "stop": {"max_steps": 5000}})
+    assert recipe.schedule.total_steps == 5000
+
+
+@pytest.mark.parametrize("preset", Preset)
+def test_a_recipe_survives_json(preset):
+    recipe = resolve_recipe({"preset": preset, "schedule": {"kind": ScheduleKind.COSINE}})
+    again = recipe_from_dict(json.loads(json.dumps(recipe_to_dict(recipe))))
+    assert again == recipe
+    assert all(type(a) is type(b) for a, b in zip(_leaves(again), _leaves(recipe), strict=True))
+
+
+def _leaves(value):
+    if dataclasses.is_dataclass(value):
+        return [leaf for field in dataclasses.fields(value) for leaf in _leaves(getattr(value, field.name))]
+    return [value]
