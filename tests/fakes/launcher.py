@@ -1,0 +1,33 @@
+"""A launcher that starts nothing: tests say which workers live and how they ended."""
+
+from __future__ import annotations
+
+
+class FakeLauncher:
+    """Implements ports.Launcher. `alive` holds (run_id, attempt); `fail_with` is raised by the next start."""
+
+    def __init__(self):
+        self.started = []
+        self.killed = []
+        self.alive = set()
+        self.how = "exit status 1"
+        self.fail_with = None
+
+    def start(self, run_id, attempt):
+        if self.fail_with is not None:
+            raise self.fail_with
+        self.started.append((run_id, attempt))
+        self.alive.add((run_id, attempt))
+
+    def is_running(self, run_id, attempt, worker):
+        return (run_id, attempt) in self.alive
+
+    def kill(self, run_id, attempt, worker):
+        self.killed.append((run_id, attempt))
+        self.alive.discard((run_id, attempt))
+
+    def exit_description(self, run_id, attempt):
+        return self.how
+
+    def log_tail(self, run_id, attempt):
+        return f"last words of attempt {attempt}"

@@ -1,0 +1,52 @@
+"""The use cases run on the real store."""
+
+import time
+
+import pytest
+from ferryman_service.domain.ids import RUN_PREFIX, new_id
+from ferryman_service.domain.recipe import resolve_recipe
+from ferryman_service.domain.records import RunState
+from ferryman_service.domain.runs import ProcessIdentity, TrainingRun
+from ferryman_service.stores.database import open_database, upgrade
+from ferryman_service.stores.runs import SqlRunStore
+
+
+@pytest.fixture
+def runs(tmp_path):
+    database = open_database(tmp_path / "ferryman.db")
+    upgrade(database)
+    yield SqlRunStore(database)
+    database.dispose()
+
+
+@pytest.fixture
+def worker():
+    return ProcessIdentity(pid=4242, start_ticks=1, boot_id="boot")
+
+
+@pytest.fixture
+def queue_run(runs):
+    def queue(**recipe):
+        run = TrainingRun(
+            run_id=new_id(RUN_PREFIX),
+            state=RunState.QUEUED,
+            corpus_id="cor_x",
+            model_name="en-de",
+            recipe=resolve_recipe(recipe),
+            create_time_ns=time.time_ns(),
+        )
+        return runs.create(run, None, 100)
+
+    return queue
+
+
+@pytest.fixture
+def running_run(runs, queue_run, worker):
+    """A run whose worker has claimed attempt 1."""
+
+    def start(**recipe):
+        run = queue_run(**recipe)
+        runs.begin_attempt(run.run_id, 0)
+        return runs.claim_attempt(run.run_id, 1, worker)
+
+    return start
