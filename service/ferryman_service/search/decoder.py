@@ -28,10 +28,13 @@ class DecodingSession(Protocol):
     """Encoded sentences and the caches of the rows that translate them. Used by one thread."""
 
     def step(self, tokens_R: NDArray[np.int64], parents_R: NDArray[np.int64], k: int) -> Candidates:
-        """Feed one token to each row and return its `k` best continuations.
+        """Feed one token to each row and return its `k` best continuations, or all of a smaller vocabulary.
 
-        `parents_R[i]` is the row of the previous step whose prefix row i continues (its cache and its sentence); in the first
-        step row s is sentence s. Rows that nobody names as parent are dropped; a parent may be named several times.
+        `parents_R[i]` is the row of the previous step whose prefix row i continues (its cache and its sentence); in the
+        first step row s is sentence s. Rows that nobody names as parent are dropped; a parent may be named more often.
+
+        A sentence's rows stand together, the sentences keep their order, and in every step each sentence that is still
+        there has equally many rows: so a sentence's encoded source serves all its rows without a copy.
         """
         ...
 
