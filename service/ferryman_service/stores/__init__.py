@@ -1,0 +1,1 @@
+"""Where everything durable lives: runs and their records, corpora, published models."""

@@ -1,0 +1,84 @@
+"""Folders that appear whole, or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+class HeldFolder:
+    """A new folder with a random name that belongs to this process as long as it lives or until `release`.
+
+    A lock on the folder tells others (`remove_abandoned`) that it is in use; the kernel drops it when the process dies.
+    """
+
+    def __init__(self, parent: Path) -> None:
+        """Create the folder below `parent` and lock it."""
+        self.path = parent / secrets.token_hex(16)
+        with _locked(parent):  # nobody takes the folder for abandoned before it is locked
+            self.path.mkdir()
+            self._descriptor = _open_folder(self.path)
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX)
+
+    def release(self) -> None:
+        """Remove the folder, unless it was renamed, and let go of it. Harmless when repeated."""
+        if self._descriptor >= 0:
+            # Whatever cannot be removed now is removed at the next start.
+            shutil.rmtree(self.path, ignore_errors=True)
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
+def remove_abandoned(parent: Path) -> None:
+    """Remove the folders below `parent` that no living process holds."""
+    with _locked(parent):
+        for path in parent.iterdir():
+            descriptor = _open_folder(path)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(path)
+            except BlockingIOError:
+                continue
+            finally:
+                os.close(descriptor)
+
+
+def move_folder(source: Path, target: Path) -> None:
+    """Rename a folder whose content is durable, durably."""
+    os.rename(source, target)
+    sync_folder(target.parent)
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder with everything in it; harmless if there is none."""
+    with contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(path)
+
+
+def sync_folder(path: Path) -> None:
+    """Make the names inside a folder durable."""
+    descriptor = _open_folder(path)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _open_folder(path: Path) -> int:
+    return os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    descriptor = _open_folder(folder)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,107 @@
+"""The data folder: which path holds what.
+
+ferryman.db                   runs, records, and the rows of corpora and models
+page-token.key                secret, signs page tokens
+corpora/<corpus_id>/          the four files of a corpus
+corpora/.incoming/            uploads in progress
+runs/<run_id>/                a run's checkpoints and logs
+models/<name>/<version>/      published bundles
+models/.staging/              bundles in the making
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from ferryman_service.domain.ids import CORPUS_PREFIX, RUN_PREFIX, is_id, is_model_name
+
+_KEY_BYTES: Final = 32
+
+
+@dataclass(frozen=True)
+class DataFolder:
+    """Paths below `root`. Only ids made by the server and valid model names become part of one."""
+
+    root: Path
+
+    def create(self) -> None:
+        """Create the folders that are missing."""
+        for folder in (self.incoming, self.runs, self.staging):
+            folder.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def database(self) -> Path:
+        """The database file."""
+        return self.root / "ferryman.db"
+
+    @property
+    def corpora(self) -> Path:
+        """The parent of all corpora."""
+        return self.root / "corpora"
+
+    @property
+    def incoming(self) -> Path:
+        """The parent of all uploads in progress."""
+        return self.corpora / ".incoming"
+
+    @property
+    def runs(self) -> Path:
+        """The parent of all run folders."""
+        return self.root / "runs"
+
+    @property
+    def models(self) -> Path:
+        """The parent of all models."""
+        return self.root / "models"
+
+    @property
+    def staging(self) -> Path:
+        """The parent of all bundles in the making; no model name starts with a dot."""
+        return self.models / ".staging"
+
+    def corpus_dir(self, corpus_id: str) -> Path:
+        """Return the folder of a corpus."""
+        assert is_id(corpus_id, CORPUS_PREFIX), f"not a corpus id: {corpus_id!r}"
+        return self.corpora / corpus_id
+
+    def run_dir(self, run_id: str) -> Path:
+        """Return the folder of a run, for its checkpoints and logs."""
+        assert is_id(run_id, RUN_PREFIX), f"not a run id: {run_id!r}"
+        return self.runs / run_id
+
+    def staging_dir(self, run_id: str) -> Path:
+        """Return the folder where a run's bundle is made."""
+        assert is_id(run_id, RUN_PREFIX), f"not a run id: {run_id!r}"
+        return self.staging / run_id
+
+    def bundle_dir(self, name: str, version: int) -> Path:
+        """Return the folder of a published version."""
+        assert is_model_name(name), f"not a model name: {name!r}"
+        assert version >= 1, "versions count from 1"
+        return self.models / name / str(version)
+
+    def page_token_key(self) -> bytes:
+        """Return the secret that signs page tokens; the first call on a folder makes it, with mode 0600."""
+        path = self.root / "page-token.key"
+        if not path.exists():
+            self._make_key(path)
+        return path.read_bytes()
+
+    def _make_key(self, path: Path) -> None:
+        aside = path.with_name(f"{path.name}.{secrets.token_hex(8)}")
+        descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        try:
+            with open(descriptor, "wb") as file:
+                file.write(secrets.token_bytes(_KEY_BYTES))
+                file.flush()
+                os.fsync(file.fileno())
+            try:
+                os.link(aside, path)  # unlike a rename, a link never replaces a key that another process made meanwhile
+            except FileExistsError:
+                return
+        finally:
+            aside.unlink()

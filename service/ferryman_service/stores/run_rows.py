@@ -1,0 +1,164 @@
+"""Rows of runs and records <-> domain, and the one way in which a run changes state."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from sqlalchemy import Connection, Row, insert, select, update
+
+from ferryman_service.domain.errors import AttemptFenced, RunNotFound
+from ferryman_service.domain.recipe import recipe_from_dict, recipe_to_dict
+from ferryman_service.domain.records import (
+    Payload,
+    Record,
+    RunState,
+    StateChange,
+    StepMetrics,
+    ValidationMetrics,
+    payload_from_dict,
+    payload_to_dict,
+)
+from ferryman_service.domain.runs import FailureReason, ProcessIdentity, RunFailure, RunProgress, TrainingRun
+from ferryman_service.stores import tables
+
+_HEAD: Final = [
+    tables.runs.c[name]
+    for name in ("run_id", "state", "attempt", "last_sequence", "cancel_requested", "model_name", "worker_pid")
+]
+
+
+def run_to_values(run: TrainingRun) -> dict[str, Any]:
+    """Return the row of a run, without its request id."""
+    values = {field.name: getattr(run, field.name) for field in dataclasses.fields(run)}
+    worker = values.pop("worker")
+    return (
+        values
+        | worker_to_values(worker)
+        | {
+            "state": run.state.value,
+            "recipe": recipe_to_dict(run.recipe),
+            "progress": dataclasses.asdict(run.progress),
+            "failure": failure_to_value(run.failure),
+        }
+    )
+
+
+def worker_to_values(worker: ProcessIdentity | None) -> dict[str, Any]:
+    """Return the columns of a worker."""
+    if worker is None:
+        return {"worker_pid": None, "worker_start_ticks": None, "worker_boot_id": None}
+    return {
+        "worker_pid": worker.pid,
+        "worker_start_ticks": worker.start_ticks,
+        "worker_boot_id": worker.boot_id,
+    }
+
+
+def failure_to_value(failure: RunFailure | None) -> dict[str, Any] | None:
+    """Return the JSON of a failure."""
+    return None if failure is None else dataclasses.asdict(failure)
+
+
+def run_from_row(row: Row[Any]) -> TrainingRun:
+    """Return the run of a whole row."""
+    worker = None
+    if row.worker_pid is not None:
+        worker = ProcessIdentity(pid=row.worker_pid, start_ticks=row.worker_start_ticks, boot_id=row.worker_boot_id)
+    return TrainingRun(
+        run_id=row.run_id,
+        state=RunState(row.state),
+        corpus_id=row.corpus_id,
+        model_name=row.model_name,
+        recipe=recipe_from_dict(row.recipe),
+        create_time_ns=row.create_time_ns,
+        attempt=row.attempt,
+        last_sequence=row.last_sequence,
+        cancel_requested=row.cancel_requested,
+        model_version=row.model_version,
+        progress=_progress_from_value(row.progress),
+        failure=_failure_from_value(row.failure),
+        worker=worker,
+        start_time_ns=row.start_time_ns,
+        end_time_ns=row.end_time_ns,
+    )
+
+
+def record_from_row(row: Row[Any]) -> Record:
+    """Return the record of a row."""
+    return Record(sequence=row.sequence, time_ns=row.time_ns, payload=payload_from_dict(row.kind, row.payload))
+
+
+def read_run(connection: Connection, run_id: str) -> TrainingRun:
+    """Return the run; raises RunNotFound."""
+    row = connection.execute(select(tables.runs).where(tables.runs.c.run_id == run_id)).one_or_none()
+    if row is None:
+        raise run_not_found(run_id)
+    return run_from_row(row)
+
+
+def lock_head(connection: Connection, run_id: str) -> Row[Any]:
+    """Return the moving part of a run's row, locked until the transaction ends; raises RunNotFound."""
+    query = select(*_HEAD).where(tables.runs.c.run_id == run_id).with_for_update()
+    head = connection.execute(query).one_or_none()
+    if head is None:
+        raise run_not_found(run_id)
+    return head
+
+
+def check_attempt(head: Row[Any], attempt: int) -> None:
+    """Raise AttemptFenced unless the run is unfinished and this is its newest attempt."""
+    if RunState(head.state).is_terminal or head.attempt != attempt:
+        raise AttemptFenced(
+            f"attempt {attempt} of run {head.run_id} may write no more: "
+            f"the run is {head.state}, its attempt {head.attempt}",
+            run_id=head.run_id,
+            attempt=attempt,
+        )
+
+
+def add_records(connection: Connection, run_id: str, last_sequence: int, payloads: Sequence[Payload]) -> int:
+    """Insert the payloads with the numbers that follow `last_sequence`; return the last one. The caller stores it."""
+    time_ns = time.time_ns()
+    rows = []
+    for sequence, payload in enumerate(payloads, last_sequence + 1):
+        kind, values = payload_to_dict(payload)
+        rows.append({"run_id": run_id, "sequence": sequence, "time_ns": time_ns, "kind": kind, "payload": values})
+    connection.execute(insert(tables.records), rows)
+    return last_sequence + len(rows)
+
+
+def enter_state(
+    connection: Connection, head: Row[Any], state: RunState, message: str = "", changes: Mapping[str, Any] | None = None
+) -> None:
+    """Write the state, the other changed columns and the StateChange record. The caller has checked the transition."""
+    values: dict[str, Any] = {"attempt": head.attempt, **(changes or {})}
+    if state.is_terminal:
+        values |= {"end_time_ns": time.time_ns(), "cancel_requested": False}
+    change = StateChange(state=state, attempt=values["attempt"], message=message)
+    last_sequence = add_records(connection, head.run_id, head.last_sequence, [change])
+    values |= {"state": state.value, "last_sequence": last_sequence}
+    connection.execute(update(tables.runs).where(tables.runs.c.run_id == head.run_id).values(values))
+
+
+def run_not_found(run_id: str) -> RunNotFound:
+    """Return the error for a run that does not exist."""
+    shown = run_id[:80]
+    return RunNotFound(f"there is no training run {shown!r}: ListTrainingRuns names those there are", run_id=shown)
+
+
+def _progress_from_value(value: dict[str, Any]) -> RunProgress:
+    step, validation = value["last_step"], value["best_validation"]
+    return RunProgress(
+        **value
+        | {
+            "last_step": step and StepMetrics(**step),
+            "best_validation": validation and ValidationMetrics(**validation),
+        }
+    )
+
+
+def _failure_from_value(value: dict[str, Any] | None) -> RunFailure | None:
+    return None if value is None else RunFailure(**value | {"reason": FailureReason(value["reason"])})

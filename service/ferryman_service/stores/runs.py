@@ -1,0 +1,217 @@
+"""Runs and their records in SQL."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Final
+
+from sqlalchemy import Connection, Engine, Row, func, insert, select, tuple_, update
+
+from ferryman_service.domain.errors import AttemptFenced, IllegalTransition, RequestIdReused, TooManyRuns
+from ferryman_service.domain.records import Payload, Record, RunState, StateChange
+from ferryman_service.domain.runs import (
+    AppendAck,
+    ProcessIdentity,
+    RequestKey,
+    RunFailure,
+    RunFilter,
+    RunHead,
+    RunProgress,
+    TrainingRun,
+)
+from ferryman_service.stores import tables
+from ferryman_service.stores.database import reading, writing
+from ferryman_service.stores.run_rows import (
+    add_records,
+    check_attempt,
+    enter_state,
+    failure_to_value,
+    lock_head,
+    read_run,
+    record_from_row,
+    run_from_row,
+    run_to_values,
+    worker_to_values,
+)
+
+_RUNS: Final = tables.runs
+_RECORDS: Final = tables.records
+_UNFINISHED: Final = [state.value for state in RunState if not state.is_terminal]
+
+
+class SqlRunStore:
+    """The RunStore. Records get their numbers in the transaction that stores them, so a number is never seen before its
+    record is durable, and never twice."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def create(self, run: TrainingRun, key: RequestKey | None, max_queued: int) -> TrainingRun:
+        """Store a QUEUED run and its first record, or return the run of a known key."""
+        assert run.state is RunState.QUEUED, "a run begins QUEUED"
+        with writing(self._engine) as connection:
+            if key is not None and (known := _run_of_key(connection, key)) is not None:
+                return known
+            self._check_queue(connection, max_queued)
+            values = run_to_values(dataclasses.replace(run, last_sequence=1))
+            values |= {"request_id": key and key.request_id, "body_digest": key and key.body_digest}
+            connection.execute(insert(_RUNS).values(values))
+            add_records(connection, run.run_id, 0, [StateChange(state=run.state, attempt=run.attempt)])
+            return read_run(connection, run.run_id)
+
+    def get(self, run_id: str) -> TrainingRun:
+        """Return the run; raises RunNotFound."""
+        with reading(self._engine) as connection:
+            return read_run(connection, run_id)
+
+    def list_page(self, wanted: RunFilter, after: str | None, limit: int) -> Sequence[TrainingRun]:
+        """Return the runs that follow `after` in the filter's order, at most `limit`."""
+        place = (_RUNS.c.create_time_ns, _RUNS.c.run_id)
+        query = select(_RUNS)
+        if wanted.states:
+            query = query.where(_RUNS.c.state.in_([state.value for state in wanted.states]))
+        if wanted.model_name:
+            query = query.where(_RUNS.c.model_name == wanted.model_name)
+        if after is not None:
+            last = select(*place).where(_RUNS.c.run_id == after).scalar_subquery()
+            query = query.where(tuple_(*place) > last if wanted.oldest_first else tuple_(*place) < last)
+        order = [column.asc() if wanted.oldest_first else column.desc() for column in place]
+        with reading(self._engine) as connection:
+            return [run_from_row(row) for row in connection.execute(query.order_by(*order).limit(limit))]
+
+    def unfinished(self) -> Sequence[TrainingRun]:
+        """Return all runs that are not terminal, oldest first."""
+        query = select(_RUNS).where(_RUNS.c.state.in_(_UNFINISHED)).order_by(_RUNS.c.create_time_ns, _RUNS.c.run_id)
+        with reading(self._engine) as connection:
+            return [run_from_row(row) for row in connection.execute(query)]
+
+    def begin_attempt(self, run_id: str, previous_attempt: int) -> TrainingRun | None:
+        """Make the run STARTING with the next attempt; None if somebody else was faster. Raises RunNotFound."""
+        with writing(self._engine) as connection:
+            head = lock_head(connection, run_id)
+            waiting = RunState(head.state) in (RunState.QUEUED, RunState.STARTING)
+            if not waiting or head.attempt != previous_attempt or head.worker_pid is not None:
+                return None
+            enter_state(connection, head, RunState.STARTING, changes={"attempt": previous_attempt + 1})
+            return read_run(connection, run_id)
+
+    def claim_attempt(self, run_id: str, attempt: int, worker: ProcessIdentity) -> TrainingRun:
+        """Make the run RUNNING under this worker; raises AttemptFenced."""
+        with writing(self._engine) as connection:
+            head = lock_head(connection, run_id)
+            check_attempt(head, attempt)
+            if RunState(head.state) is not RunState.STARTING or head.worker_pid is not None:
+                raise AttemptFenced(
+                    f"attempt {attempt} of run {run_id} is claimed already: the run is {head.state}",
+                    run_id=run_id,
+                    attempt=attempt,
+                )
+            changes = worker_to_values(worker) | {"start_time_ns": time.time_ns()}
+            enter_state(connection, head, RunState.RUNNING, changes=changes)
+            return read_run(connection, run_id)
+
+    def append(self, run_id: str, attempt: int, payloads: Sequence[Payload], progress: RunProgress | None) -> AppendAck:
+        """Append records in order, durably, all or none; also store the progress. Raises AttemptFenced."""
+        assert not any(isinstance(payload, StateChange) for payload in payloads), "change_state writes those"
+        if not payloads and progress is None:
+            return self._acknowledge(run_id, attempt)
+        with writing(self._engine) as connection:
+            head = lock_head(connection, run_id)
+            check_attempt(head, attempt)
+            values: dict[str, Any] = {}
+            if payloads:
+                values["last_sequence"] = add_records(connection, run_id, head.last_sequence, payloads)
+            if progress is not None:
+                values["progress"] = dataclasses.asdict(progress)
+            connection.execute(update(_RUNS).where(_RUNS.c.run_id == run_id).values(values))
+        last_sequence = values.get("last_sequence", head.last_sequence)
+        return AppendAck(last_sequence=last_sequence, cancel_requested=head.cancel_requested)
+
+    def change_state(
+        self, run_id: str, attempt: int, state: RunState, message: str = "", failure: RunFailure | None = None
+    ) -> TrainingRun:
+        """Change the state. Raises AttemptFenced, IllegalTransition."""
+        with writing(self._engine) as connection:
+            head = lock_head(connection, run_id)
+            check_attempt(head, attempt)
+            if not RunState(head.state).may_become(state):
+                raise _illegal(head, state)
+            changes = {"failure": failure_to_value(failure)} if failure is not None else {}
+            enter_state(connection, head, state, message, changes)
+            return read_run(connection, run_id)
+
+    def request_cancel(self, run_id: str) -> TrainingRun:
+        """Cancel a QUEUED run, ask an active one to stop. Raises RunNotFound, IllegalTransition."""
+        with writing(self._engine) as connection:
+            head = lock_head(connection, run_id)
+            match RunState(head.state):
+                case RunState.QUEUED:
+                    enter_state(connection, head, RunState.CANCELLED, "cancelled before it started")
+                case RunState.CANCELLED:
+                    pass
+                case RunState.SUCCEEDED | RunState.FAILED:
+                    raise _illegal(head, RunState.CANCELLED)
+                case _:
+                    asked = update(_RUNS).where(_RUNS.c.run_id == run_id).values(cancel_requested=True)
+                    connection.execute(asked)
+            return read_run(connection, run_id)
+
+    def records_after(self, run_id: str, after_sequence: int, limit: int) -> Sequence[Record]:
+        """Return the records that follow, in order, at most `limit`."""
+        query = (
+            select(_RECORDS)
+            .where(_RECORDS.c.run_id == run_id, _RECORDS.c.sequence > after_sequence)
+            .order_by(_RECORDS.c.sequence)
+            .limit(limit)
+        )
+        with reading(self._engine) as connection:
+            return [record_from_row(row) for row in connection.execute(query)]
+
+    def heads(self, run_ids: Iterable[str]) -> Mapping[str, RunHead]:
+        """Return the heads of the runs that exist."""
+        query = select(_RUNS.c.run_id, _RUNS.c.state, _RUNS.c.last_sequence).where(_RUNS.c.run_id.in_(list(run_ids)))
+        with reading(self._engine) as connection:
+            return {
+                row.run_id: RunHead(state=RunState(row.state), last_sequence=row.last_sequence)
+                for row in connection.execute(query)
+            }
+
+    def _acknowledge(self, run_id: str, attempt: int) -> AppendAck:
+        with reading(self._engine) as connection:
+            head = lock_head(connection, run_id)
+        check_attempt(head, attempt)
+        return AppendAck(last_sequence=head.last_sequence, cancel_requested=head.cancel_requested)
+
+    @staticmethod
+    def _check_queue(connection: Connection, max_queued: int) -> None:
+        query = select(func.count()).select_from(_RUNS).where(_RUNS.c.state == RunState.QUEUED.value)
+        queued = connection.execute(query).scalar_one()
+        if queued >= max_queued:
+            raise TooManyRuns(
+                f"{queued} runs are waiting, the limit is {max_queued}: try again when one has started, or cancel one",
+                queued=queued,
+                limit=max_queued,
+            )
+
+
+def _run_of_key(connection: Connection, key: RequestKey) -> TrainingRun | None:
+    row = connection.execute(select(_RUNS).where(_RUNS.c.request_id == key.request_id)).one_or_none()
+    if row is None:
+        return None
+    if row.body_digest != key.body_digest:
+        raise RequestIdReused(
+            f"request_id {key.request_id} came before with another body, for run {row.run_id}: use a new request_id",
+            request_id=key.request_id,
+        )
+    return run_from_row(row)
+
+
+def _illegal(head: Row[Any], state: RunState) -> IllegalTransition:
+    return IllegalTransition(
+        f"run {head.run_id} is {head.state} and cannot become {state.value}",
+        run_id=head.run_id,
+        state=head.state,
+        wanted=state.value,
+    )

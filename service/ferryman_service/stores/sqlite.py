@@ -1,0 +1,78 @@
+"""Everything that is particular to SQLite: how it is opened, how its transactions begin, what its errors mean."""
+
+from __future__ import annotations
+
+import sqlite3
+import time
+from pathlib import Path
+from typing import Any, Final
+
+from sqlalchemy import URL, Connection, Engine, create_engine, event
+
+from ferryman_service.domain.errors import DiskFull, FerrymanError, StoreUnavailable
+
+WRITES_OPTION: Final = "ferryman_writes"
+"""Execution option of a connection whose next transaction will write."""
+
+_RETRY_S: Final = 0.02
+_WORLD_CODES: Final = frozenset(
+    {
+        sqlite3.SQLITE_BUSY,
+        sqlite3.SQLITE_LOCKED,
+        sqlite3.SQLITE_IOERR,
+        sqlite3.SQLITE_CANTOPEN,
+        sqlite3.SQLITE_READONLY,
+        sqlite3.SQLITE_PERM,
+        sqlite3.SQLITE_PROTOCOL,
+    }
+)
+
+
+def create_sqlite_engine(path: Path, busy_timeout_s: float) -> Engine:
+    """Return an engine for the file, which is created at the first connection.
+
+    A writing transaction begins with BEGIN IMMEDIATE: it waits for the one writer's place before it reads, so two
+    processes can neither deadlock nor base a write on what has changed since
+    (https://www.sqlite.org/lang_transaction.html).
+    """
+    engine = create_engine(URL.create("sqlite", database=str(path)), connect_args={"timeout": busy_timeout_s})
+
+    def configure(dbapi_connection: sqlite3.Connection, _record: object) -> None:
+        dbapi_connection.isolation_level = None  # the driver begins no transaction of its own
+        _enter_wal_mode(dbapi_connection, busy_timeout_s)
+        # FULL: in WAL mode a commit is on the disk when it returns, also after a loss of power.
+        dbapi_connection.execute("PRAGMA synchronous = FULL")
+        dbapi_connection.execute("PRAGMA foreign_keys = ON")
+
+    event.listen(engine, "connect", configure)
+    event.listen(engine, "begin", _begin)
+    return engine
+
+
+def translate_sqlite_error(error: sqlite3.Error) -> FerrymanError | None:
+    """Return the domain error for what the world did to the database; None for a mistake of ours."""
+    primary_code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
+    if primary_code == sqlite3.SQLITE_FULL:
+        return DiskFull("the disk that holds the database has no space left: free some and try again")
+    if primary_code in _WORLD_CODES:
+        return StoreUnavailable(f"the database cannot be used now ({error}): try again")
+    return None
+
+
+def _begin(connection: Connection) -> None:
+    options: dict[str, Any] = dict(connection.get_execution_options())
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if options.get(WRITES_OPTION) else "BEGIN")
+
+
+def _enter_wal_mode(connection: sqlite3.Connection, timeout_s: float) -> None:
+    # The mode stays with the file, so only the very first opening changes it, and that change does not wait for other
+    # connections by itself: SQLite answers SQLITE_BUSY at once where waiting could deadlock.
+    deadline_s = time.monotonic() + timeout_s
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() >= deadline_s:
+                raise
+            time.sleep(_RETRY_S)

@@ -1,0 +1,112 @@
+"""The tables. Times are nanoseconds since 1970, UTC.
+
+A change here needs a script in migrations/versions; a test compares the two.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Final
+
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    Column,
+    Dialect,
+    ForeignKey,
+    Index,
+    Integer,
+    MetaData,
+    Table,
+    Text,
+    TypeDecorator,
+)
+
+
+class JsonText(TypeDecorator[Any]):
+    """JSON kept as text, in Python's form: NaN and the infinities survive, which no database's own type allows."""
+
+    impl = Text
+    cache_ok = True
+
+    def process_bind_param(self, value: Any, dialect: Dialect) -> str | None:  # noqa: ANN401
+        """Return the text to store."""
+        return None if value is None else json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+    def process_result_value(self, value: str | None, dialect: Dialect) -> Any:  # noqa: ANN401
+        """Return what was stored."""
+        return None if value is None else json.loads(value)
+
+
+metadata: Final = MetaData(
+    naming_convention={
+        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+        "fk": "fk_%(table_name)s_%(column_0_N_name)s",
+        "pk": "pk_%(table_name)s",
+    }
+)
+
+runs: Final = Table(
+    "runs",
+    metadata,
+    Column("run_id", Text, primary_key=True),
+    Column("state", Text, nullable=False),
+    Column("corpus_id", Text, nullable=False),
+    Column("model_name", Text, nullable=False),
+    Column("recipe", JsonText, nullable=False),
+    Column("create_time_ns", BigInteger, nullable=False),
+    Column("attempt", Integer, nullable=False),
+    Column("last_sequence", BigInteger, nullable=False),
+    Column("cancel_requested", Boolean, nullable=False),
+    Column("model_version", BigInteger),
+    Column("progress", JsonText, nullable=False),
+    Column("failure", JsonText),
+    Column("worker_pid", Integer),
+    Column("worker_start_ticks", BigInteger),
+    Column("worker_boot_id", Text),
+    Column("start_time_ns", BigInteger),
+    Column("end_time_ns", BigInteger),
+    Column("request_id", Text, unique=True),
+    Column("body_digest", Text),
+    Index(None, "create_time_ns", "run_id"),
+    Index(None, "state"),
+)
+
+records: Final = Table(
+    "records",
+    metadata,
+    Column("run_id", Text, ForeignKey("runs.run_id"), primary_key=True),
+    Column("sequence", BigInteger, primary_key=True, autoincrement=False),
+    Column("time_ns", BigInteger, nullable=False),
+    Column("kind", Text, nullable=False),
+    Column("payload", JsonText, nullable=False),
+)
+
+corpora: Final = Table(
+    "corpora",
+    metadata,
+    Column("corpus_id", Text, primary_key=True),
+    Column("display_name", Text, nullable=False),
+    Column("source_language", Text, nullable=False),
+    Column("target_language", Text, nullable=False),
+    Column("train", JsonText, nullable=False),
+    Column("validation", JsonText, nullable=False),
+    Column("digest", Text, nullable=False),
+    Column("create_time_ns", BigInteger, nullable=False),
+    Column("request_id", Text, unique=True),
+    Index(None, "create_time_ns", "corpus_id"),
+)
+
+model_versions: Final = Table(
+    "model_versions",
+    metadata,
+    Column("name", Text, primary_key=True),
+    Column("version", BigInteger, primary_key=True, autoincrement=False),
+    Column("lineage", JsonText, nullable=False),
+    Column("scores", JsonText, nullable=False),
+    Column("parameters", BigInteger, nullable=False),
+    Column("size_bytes", BigInteger, nullable=False),
+    Column("digest", Text, nullable=False),
+    Column("create_time_ns", BigInteger, nullable=False),
+)
