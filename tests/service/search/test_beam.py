@@ -204,3 +204,14 @@ def test_no_sentences_need_no_step():
     session = FakeDecoder(random_model(1, 8)).encode([])
     assert search(session, options, np.array([], dtype=np.int64), lambda: None) == []
     assert session.row_counts == []
+
+
+def test_with_a_negative_penalty_a_short_good_row_is_not_given_up():
+    def next_log_probs(source, prefix):
+        probabilities = np.full(6, 0.002)
+        probabilities[[4, EOS]] = (0.01, 0.98) if len(prefix) == 3 else (0.9, 0.08)
+        return np.log(probabilities).astype(np.float32)
+
+    options = BeamOptions(beam_size=2, n_best=1, length_penalty=-1.0)
+    [[found]] = run(next_log_probs, [(EOS,)], options, [50])
+    assert found.tokens == (4, 4)
