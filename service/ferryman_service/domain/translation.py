@@ -41,13 +41,17 @@ def option_violations(options: SearchOptions, path: str = "options") -> Iterator
 
 @dataclass(frozen=True, kw_only=True)
 class Hypothesis:
-    """One translation of a sentence. `score` is log_probability / target_tokens ** length_penalty."""
+    """One translation of a sentence. `score` is log_probability / target_tokens ** length_penalty.
+
+    `tokens` are its subword ids, without start and end symbols.
+    """
 
     text: str
     score: float
     log_probability: float
     target_tokens: int
     finished: bool
+    tokens: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
