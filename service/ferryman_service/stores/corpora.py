@@ -21,7 +21,7 @@ from ferryman_service.domain.corpora import (
 from ferryman_service.domain.errors import CorpusNotFound, RequestIdReused
 from ferryman_service.domain.ids import CORPUS_PREFIX, is_id
 from ferryman_service.stores import tables
-from ferryman_service.stores.corpus_text import CorpusLimits
+from ferryman_service.stores.corpus_text import CorpusLimits as CorpusLimits
 from ferryman_service.stores.corpus_upload import FileCorpusUpload
 from ferryman_service.stores.database import disk_errors, reading, writing
 from ferryman_service.stores.folders import HeldFolder, move_folder, remove_abandoned, remove_folder

@@ -30,7 +30,7 @@ class DataFolder:
 
     def create(self) -> None:
         """Create the folders that are missing."""
-        for folder in (self.incoming, self.runs, self.staging):
+        for folder in (self.incoming, self.runs, self.staging, self.imports):
             folder.mkdir(parents=True, exist_ok=True)
 
     @property
@@ -60,8 +60,13 @@ class DataFolder:
 
     @property
     def staging(self) -> Path:
-        """The parent of all bundles in the making; no model name starts with a dot."""
+        """The parent of all bundles that runs are making; no model name starts with a dot."""
         return self.models / ".staging"
+
+    @property
+    def imports(self) -> Path:
+        """The parent of all bundles that are being copied from elsewhere."""
+        return self.models / ".imports"
 
     def corpus_dir(self, corpus_id: str) -> Path:
         """Return the folder of a corpus."""
@@ -72,6 +77,11 @@ class DataFolder:
         """Return the folder of a run, for its checkpoints and logs."""
         assert is_id(run_id, RUN_PREFIX), f"not a run id: {run_id!r}"
         return self.runs / run_id
+
+    def worker_log(self, run_id: str, attempt: int) -> Path:
+        """Return the file that takes the output of an attempt's worker."""
+        assert attempt >= 1, "attempts count from 1"
+        return self.run_dir(run_id) / f"worker-{attempt}.log"
 
     def staging_dir(self, run_id: str) -> Path:
         """Return the folder where a run's bundle is made."""

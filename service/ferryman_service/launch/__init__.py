@@ -1,0 +1,1 @@
+"""Starting workers as programs of their own, and telling whether they live."""

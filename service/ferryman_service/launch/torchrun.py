@@ -1,0 +1,133 @@
+"""Workers started by torchrun on this machine.
+
+A worker is a program of its own, in a session of its own, that writes to a file: it outlives the service, and a
+terminal's Ctrl-C does not reach it. torchrun's agent is our child; the worker, which claims the run, is the agent's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from ferryman_service.domain.runs import ProcessIdentity
+from ferryman_service.launch.process import is_alive, kill_process
+
+_LOG_TAIL_BYTES: Final = 8192
+
+
+def torchrun_command(processes_per_node: int = 1) -> tuple[str, ...]:
+    """Return the command line of a worker program under torchrun, on this machine alone; no restart, since the service
+    decides about attempts."""
+    agent = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nnodes=1")
+    return (*agent, f"--nproc-per-node={processes_per_node}", "--max-restarts=0", "-m", "ferryman_service.worker")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchConfig:
+    """How a worker is started.
+
+    `worker_command` gets "--data-dir D --run-id R --attempt N" appended. `environment` is added to this process's own.
+    `threads_per_worker` None: OMP_NUM_THREADS if it is set, else every core that this process may use.
+    """
+
+    data_dir: Path
+    worker_command: Sequence[str] = field(default_factory=torchrun_command)
+    environment: Mapping[str, str] = field(default_factory=dict)
+    threads_per_worker: int | None = None
+
+
+class TorchrunLauncher:
+    """The Launcher. It starts no thread and imports no torch; `start` execs, it does not fork Python."""
+
+    def __init__(self, config: LaunchConfig, log_path: Callable[[str, int], Path]) -> None:
+        """Store the parts; `log_path` tells where the output of a run's attempt goes."""
+        self._config = config
+        self._log_path = log_path
+        self._agents: dict[tuple[str, int], subprocess.Popen[bytes]] = {}
+        self._lock = threading.Lock()
+
+    def start(self, run_id: str, attempt: int) -> None:
+        """Start a worker; raises OSError if the program cannot be started at all."""
+        data_dir = self._config.data_dir.resolve()
+        task = ("--data-dir", str(data_dir), "--run-id", run_id, "--attempt", str(attempt))
+        log_path = self._log_path(run_id, attempt)
+        log_path.parent.mkdir(parents=True, exist_ok=True)
+        with log_path.open("ab") as log:
+            agent = subprocess.Popen(  # noqa: S603
+                [*self._config.worker_command, *task],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=self._environment(),
+                close_fds=True,
+                start_new_session=True,
+            )
+        with self._lock:
+            self._agents[run_id, attempt] = agent
+            for other in self._agents.values():
+                other.poll()  # lets the kernel forget those that ended
+
+    def is_running(self, run_id: str, attempt: int, worker: ProcessIdentity | None) -> bool:
+        """Tell whether the attempt's agent, if it is our child, or its worker lives."""
+        with self._lock:
+            agent = self._agents.get((run_id, attempt))
+            agent_lives = agent is not None and agent.poll() is None
+        return agent_lives or (worker is not None and is_alive(worker))
+
+    def kill(self, run_id: str, attempt: int, worker: ProcessIdentity | None) -> None:
+        """End the attempt's processes at once. Without its worker an agent that is not our child ends by itself."""
+        with self._lock:
+            agent = self._agents.get((run_id, attempt))
+            # As long as nobody has waited for the agent, its pid and its group's id cannot belong to others.
+            if agent is not None and agent.poll() is None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(agent.pid, signal.SIGKILL)
+        if worker is not None:
+            kill_process(worker)
+
+    def exit_description(self, run_id: str, attempt: int) -> str:
+        """Say how the attempt's agent ended, if it was our child."""
+        with self._lock:
+            agent = self._agents.get((run_id, attempt))
+            status = None if agent is None else agent.poll()
+        if status is None:
+            return ""
+        return f"exit status {status}" if status >= 0 else f"killed by signal {-status}"
+
+    def log_tail(self, run_id: str, attempt: int) -> str:
+        """Return the last lines of the attempt's log, at most 8 KiB."""
+        return read_log_tail(self._log_path(run_id, attempt))
+
+    def _environment(self) -> dict[str, str]:
+        environment = {**os.environ, **self._config.environment, "PYTHONUNBUFFERED": "1"}
+        if self._config.threads_per_worker is not None:
+            environment["OMP_NUM_THREADS"] = str(self._config.threads_per_worker)
+        # torchrun would choose one thread for several workers.
+        environment.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
+        return environment
+
+
+def read_log_tail(path: Path) -> str:
+    """Return the last whole lines of a text file, at most 8 KiB of UTF-8; "" if there is no file."""
+    try:
+        with path.open("rb") as file:
+            size_bytes = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size_bytes - _LOG_TAIL_BYTES))
+            content = file.read(_LOG_TAIL_BYTES)
+    except FileNotFoundError:
+        return ""
+    # A bad byte becomes three, so the limit is applied once more.
+    text = content.decode(errors="replace").encode()
+    tail = text[-_LOG_TAIL_BYTES:]
+    if max(size_bytes, len(text)) > _LOG_TAIL_BYTES:
+        _, newline, rest = tail.partition(b"\n")
+        tail = rest if newline else tail
+    return tail.decode(errors="ignore")
