@@ -1,0 +1,320 @@
+"""The synchronous client."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from types import TracebackType
+from typing import Any, Literal, Self, TypeVar, overload
+
+import grpc
+from google.protobuf.message import Message
+
+from ferryman import _convert, types
+from ferryman._channel import ChannelOptions, channel_options
+from ferryman._convert import Call, Pages, SearchOptions, encode
+from ferryman._rpc_errors import error_from_rpc
+from ferryman._tail import MetricsTail
+from ferryman._upload import CorpusText, read_pieces
+from ferryman.errors import Unavailable
+
+T = TypeVar("T")
+
+
+class Client:
+    """A connection to a Ferryman service. Safe to share between threads; close it, or use it in a `with` block.
+
+    Every method raises errors of `ferryman.errors`. Calls that are safe to repeat are repeated, up to four times within
+    about a second, while the server is unavailable.
+    """
+
+    def __init__(
+        self,
+        target: str = "localhost:50051",
+        *,
+        credentials: grpc.ChannelCredentials | None = None,
+        timeout_s: float = 30.0,
+        options: ChannelOptions = (),
+    ) -> None:
+        """Connect, lazily, to `target` ("host:port" or any gRPC name); without `credentials` in plain text.
+
+        `timeout_s` is the deadline of every call but uploads and streams; `options` are gRPC channel options.
+        """
+        all_options = channel_options(options)
+        self._channel = (
+            grpc.insecure_channel(target, all_options)
+            if credentials is None
+            else grpc.secure_channel(target, credentials, all_options)
+        )
+        self._timeout_s = timeout_s
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection; calls in flight end with Cancelled."""
+        self._channel.close()
+
+    # --- Training -----------------------------------------------------------------------------------------------------
+
+    def start_training(
+        self,
+        corpus_id: str,
+        model_name: str,
+        recipe: types.Recipe | None = None,
+        *,
+        request_id: str | None = None,
+        validate_only: bool = False,
+    ) -> types.TrainingRun:
+        """Start a run that publishes the next version of `model_name`; returns at once.
+
+        `request_id` is a UUID: the same one with the same arguments returns the same run, for ever. By default a new
+        one is made. `validate_only` checks everything and starts nothing.
+        Raises CorpusNotFound, InvalidRecipe, InvalidRequest, RequestIdReused, TooManyRuns, RoleNotServed.
+        """
+        return self._call(_convert.start_training(corpus_id, model_name, recipe, request_id, validate_only))
+
+    def get_training_run(self, run_id: str) -> types.TrainingRun:
+        """Return the run. Raises RunNotFound."""
+        return self._call(_convert.get_training_run(run_id))
+
+    def list_training_runs(
+        self,
+        *,
+        states: Iterable[types.RunState | str] = (),
+        model_name: str = "",
+        order: types.RunOrder | str = types.RunOrder.NEWEST_FIRST,
+    ) -> Iterator[types.TrainingRun]:
+        """Yield the runs in one of `states` (none: in any) and for `model_name` (empty: for any)."""
+        return self._all(_convert.list_training_runs(states, model_name, order))
+
+    def cancel_training(self, run_id: str) -> types.TrainingRun:
+        """Ask the run to stop; it is CANCELLED, or `cancel_requested` is set. Raises RunNotFound, IllegalTransition."""
+        return self._call(_convert.cancel_training(run_id))
+
+    @overload
+    def stream_metrics(
+        self,
+        run_id: str,
+        after_sequence: int = 0,
+        *,
+        follow: bool = True,
+        heartbeats: Literal[False] = False,
+        reconnect_timeout_s: float = 60.0,
+    ) -> Generator[types.MetricRecord]: ...
+
+    @overload
+    def stream_metrics(
+        self,
+        run_id: str,
+        after_sequence: int = 0,
+        *,
+        follow: bool = True,
+        heartbeats: Literal[True],
+        reconnect_timeout_s: float = 60.0,
+    ) -> Generator[types.MetricRecord | types.Heartbeat]: ...
+
+    def stream_metrics(
+        self,
+        run_id: str,
+        after_sequence: int = 0,
+        *,
+        follow: bool = True,
+        heartbeats: bool = False,
+        reconnect_timeout_s: float = 60.0,
+    ) -> Generator[Any]:
+        """Yield the run's records after `after_sequence`, then live, until its terminal state.
+
+        With `follow` False it ends after the history. A broken connection or a restarted server does not end it: it
+        goes on after the last record, without gap or duplicate. `heartbeats` also yields the server's signs of life.
+        Raises RunNotFound, SequenceOutOfRange, and Unavailable once no attempt reached the server for
+        `reconnect_timeout_s`.
+        """
+        tail = MetricsTail(run_id, after_sequence, follow=follow, reconnect_timeout_s=reconnect_timeout_s)
+        while True:
+            try:
+                with contextlib.closing(self._stream(tail.call())) as stream:
+                    for item in stream:
+                        if tail.accept(item) and (heartbeats or isinstance(item, types.MetricRecord)):
+                            yield item
+            except Unavailable as error:
+                pause_s = tail.pause_s(error)
+            else:
+                return
+            time.sleep(pause_s)
+
+    def wait(
+        self,
+        run_id: str,
+        on_record: Callable[[types.MetricRecord], object] | None = None,
+        *,
+        reconnect_timeout_s: float = 60.0,
+    ) -> types.TrainingRun:
+        """Return the run once it is terminal, SUCCEEDED or not; `on_record` sees every record on the way."""
+        with contextlib.closing(self.stream_metrics(run_id, reconnect_timeout_s=reconnect_timeout_s)) as records:
+            for record in records:
+                if on_record is not None:
+                    on_record(record)
+        return self.get_training_run(run_id)
+
+    def get_lr_schedule(
+        self,
+        *,
+        schedule: types.LearningRateSchedule | None = None,
+        recipe: types.Recipe | None = None,
+        run_id: str | None = None,
+        first_step: int | None = None,
+        last_step: int | None = None,
+        max_points: int | None = None,
+    ) -> types.LearningRateCurve:
+        """Return the learning-rate curve of exactly one of `schedule`, `recipe` and `run_id`.
+
+        The numbers are those that training uses. Defaults: from step 1 to the schedule's end (else 50,000), 1,000
+        points. Raises InvalidRecipe, InvalidRequest, RunNotFound.
+        """
+        return self._call(_convert.get_lr_schedule(schedule, recipe, run_id, (first_step, last_step), max_points))
+
+    # --- Corpora ------------------------------------------------------------------------------------------------------
+
+    def upload_corpus(
+        self,
+        display_name: str,
+        source_language: str,
+        target_language: str,
+        *,
+        train: CorpusText,
+        validation: CorpusText,
+        request_id: str | None = None,
+    ) -> types.Corpus:
+        """Upload a parallel corpus; it is stored whole or not at all.
+
+        `train` and `validation` are each a tuple (source file, target file), plain or .gz, UTF-8, one sentence a line;
+        or an iterable of (source, target) sentence pairs. Either is streamed, never held in memory. With your own
+        `request_id` (a UUID) the call may be repeated. No deadline.
+        Raises InvalidCorpus, InvalidRequest, CorpusTooLarge, DiskFull, RequestIdReused; OSError for an unreadable file.
+        """
+        call = _convert.upload_corpus(display_name, source_language, target_language, request_id)
+        return self._upload(call, _convert.upload_requests(call, read_pieces(train, validation)))
+
+    def get_corpus(self, corpus_id: str) -> types.Corpus:
+        """Return the corpus. Raises CorpusNotFound."""
+        return self._call(_convert.get_corpus(corpus_id))
+
+    def list_corpora(self) -> Iterator[types.Corpus]:
+        """Yield all corpora, newest first."""
+        return self._all(_convert.list_corpora)
+
+    # --- Models and translation ---------------------------------------------------------------------------------------
+
+    def list_models(self) -> Iterator[types.Model]:
+        """Yield all models, by name."""
+        return self._all(_convert.list_models)
+
+    def get_model(self, model: str) -> types.ModelDetails:
+        """Return the model and its latest version ("name") or a certain one ("name/version"). Raises ModelNotFound."""
+        return self._call(_convert.get_model(model))
+
+    def translate(
+        self,
+        model: str,
+        sentences: str | Sequence[str],
+        *,
+        beam_size: int | None = None,
+        n_best: int | None = None,
+        length_penalty: float | None = None,
+        max_length: int | None = None,
+        timeout_s: float | None = None,
+    ) -> types.TranslationResult:
+        """Translate one sentence or several with "name" (latest version) or "name/version".
+
+        What is None takes the service's default: beam 5, the best hypothesis only, length penalty 1, a maximum length
+        of two times the source plus 10 subwords. Raises ModelNotFound, InvalidSentence, InvalidRequest,
+        DeadlineExceeded, ModelDamaged, RoleNotServed.
+        """
+        options = SearchOptions(
+            beam_size=beam_size, n_best=n_best, length_penalty=length_penalty, max_length=max_length
+        )
+        return self._call(_convert.translate(model, sentences, options), timeout_s)
+
+    # --- How calls are made -------------------------------------------------------------------------------------------
+
+    def _call(self, call: Call[T], timeout_s: float | None = None) -> T:
+        method = self._channel.unary_unary(call.path, encode, call.response_type.FromString)
+        try:
+            response = method(call.request, timeout=self._timeout_s if timeout_s is None else timeout_s)
+        except grpc.RpcError as error:
+            raise error_from_rpc(error) from error
+        return call.read(response)
+
+    def _all(self, pages: Pages[T]) -> Iterator[T]:
+        token = ""
+        while True:
+            page = self._call(pages(token))
+            yield from page.items
+            token = page.next_page_token
+            if not token:
+                return
+
+    def _stream(self, call: Call[T]) -> Generator[T]:
+        method = self._channel.unary_stream(call.path, encode, call.response_type.FromString)
+        responses = method(call.request)
+        try:
+            for response in responses:
+                yield call.read(response)
+        except grpc.RpcError as error:
+            raise error_from_rpc(error) from error
+        finally:
+            responses.cancel()
+
+    def _upload(self, call: Call[T], requests: Iterator[Message]) -> T:
+        method = self._channel.stream_unary(call.path, encode, call.response_type.FromString)
+        source = _RequestSource(requests)
+        future = method.future(source)
+        source.attach(future)
+        try:
+            response = future.result()
+        except (grpc.RpcError, grpc.FutureCancelledError) as error:
+            if source.error is not None:
+                raise source.error from None
+            raise error_from_rpc(future) from error
+        finally:
+            future.cancel()
+        return call.read(response)
+
+
+class _RequestSource:
+    """The requests of an upload, read by gRPC's thread. If reading fails, the call is cancelled and the error kept.
+
+    gRPC would log the error and hide it; and merely ending here would complete the upload, cut short.
+    """
+
+    def __init__(self, requests: Iterator[Message]) -> None:
+        self.error: Exception | None = None
+        self._requests = requests
+        self._attached = threading.Event()
+        self._call: Any = None
+
+    def attach(self, call: Any) -> None:  # noqa: ANN401 (grpc's call-and-future has no public type)
+        self._call = call
+        self._attached.set()
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Message:
+        try:
+            return next(self._requests)
+        except StopIteration:
+            raise
+        except Exception as error:  # noqa: BLE001 (whatever the caller's iterable raises is handed to the caller)
+            self.error = error
+            self._attached.wait()
+            self._call.cancel()
+            raise StopIteration from None

@@ -1,0 +1,327 @@
+"""Where the wire begins: requests from arguments, dataclasses from responses. Written once for both clients.
+
+A `Call` says which RPC to make, with what, and how to read the answer; how it is made is the client's business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC
+from enum import StrEnum
+from typing import Any, Final, Generic, TypeVar
+from uuid import uuid4
+
+from google.protobuf.descriptor import EnumDescriptor
+from google.protobuf.message import Message
+
+from ferryman import types
+from ferryman._mapping import enum_number, fill_message, from_message
+from ferryman._upload import Piece
+from ferryman.errors import InvalidArgument, InvalidRecipe, InvalidRequest, Violation
+from ferryman.v1 import corpus_pb2, metrics_pb2, model_pb2, training_pb2, translation_pb2
+
+T = TypeVar("T")
+
+TRAINING: Final = "/ferryman.v1.TrainingService/"
+CORPUS: Final = "/ferryman.v1.CorpusService/"
+MODEL: Final = "/ferryman.v1.ModelService/"
+TRANSLATION: Final = "/ferryman.v1.TranslationService/"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call(Generic[T]):
+    """One RPC: its (first) request, and how to read its response, or each of its responses."""
+
+    path: str
+    request: Message
+    response_type: type[Message]
+    read: Callable[[Any], T]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Page(Generic[T]):
+    """One page of a list; `next_page_token` is empty on the last."""
+
+    items: Sequence[T]
+    next_page_token: str
+
+
+Pages = Callable[[str], Call[Page[T]]]
+"""A list: from a page token to the call that fetches the page."""
+
+
+def encode(message: Message) -> bytes:
+    """Return the bytes of a request."""
+    return message.SerializeToString()
+
+
+# --- Training ---------------------------------------------------------------------------------------------------------
+
+
+def start_training(
+    corpus_id: str, model_name: str, recipe: types.Recipe | None, request_id: str | None, validate_only: bool
+) -> Call[types.TrainingRun]:
+    """StartTraining. Without a request_id one is made, so that the channel may retry. Raises InvalidRecipe."""
+    request = training_pb2.StartTrainingRequest(
+        request_id=request_id or str(uuid4()),
+        corpus_id=corpus_id,
+        model_name=model_name,
+        validate_only=validate_only,
+    )
+    if recipe is not None:
+        request.recipe.SetInParent()
+        _fill(recipe, request.recipe, "recipe", InvalidRecipe)
+    return Call(
+        path=TRAINING + "StartTraining", request=request, response_type=training_pb2.StartTrainingResponse, read=_run
+    )
+
+
+def get_training_run(run_id: str) -> Call[types.TrainingRun]:
+    """GetTrainingRun."""
+    request = training_pb2.GetTrainingRunRequest(run_id=run_id)
+    return Call(
+        path=TRAINING + "GetTrainingRun", request=request, response_type=training_pb2.GetTrainingRunResponse, read=_run
+    )
+
+
+def cancel_training(run_id: str) -> Call[types.TrainingRun]:
+    """CancelTraining."""
+    request = training_pb2.CancelTrainingRequest(run_id=run_id)
+    return Call(
+        path=TRAINING + "CancelTraining", request=request, response_type=training_pb2.CancelTrainingResponse, read=_run
+    )
+
+
+def list_training_runs(
+    states: Iterable[types.RunState | str], model_name: str, order: types.RunOrder | str
+) -> Pages[types.TrainingRun]:
+    """ListTrainingRuns. Raises InvalidRequest for a word that is no state or order."""
+    state_numbers = [_number(metrics_pb2.RunState.DESCRIPTOR, types.RunState, state, "states") for state in states]
+    order_number = _number(training_pb2.RunOrder.DESCRIPTOR, types.RunOrder, order, "order")
+
+    def page(token: str) -> Call[Page[types.TrainingRun]]:
+        return Call(
+            path=TRAINING + "ListTrainingRuns",
+            request=training_pb2.ListTrainingRunsRequest(
+                states=state_numbers, model_name=model_name, order=order_number, page_token=token
+            ),
+            response_type=training_pb2.ListTrainingRunsResponse,
+            read=lambda response: _page(types.TrainingRun, response.runs, response),
+        )
+
+    return page
+
+
+def get_lr_schedule(
+    schedule: types.LearningRateSchedule | None,
+    recipe: types.Recipe | None,
+    run_id: str | None,
+    steps: tuple[int | None, int | None],
+    max_points: int | None,
+) -> Call[types.LearningRateCurve]:
+    """GetLRSchedule of the subject that is not None. Raises InvalidRecipe."""
+    if [schedule, recipe, run_id].count(None) != 2:
+        description = "exactly one of schedule, recipe and run_id must be given"
+        violation = Violation(field="subject", description=description, reason="REQUIRED")
+        raise InvalidRequest(f"subject: {description}", violations=[violation])
+    # Zero is the wire's "default".
+    first_step, last_step = (step or 0 for step in steps)
+    request = training_pb2.GetLRScheduleRequest(first_step=first_step, last_step=last_step, max_points=max_points or 0)
+    if schedule is not None:
+        request.schedule.SetInParent()
+        _fill(schedule, request.schedule, "schedule", InvalidRecipe)
+    if recipe is not None:
+        request.recipe.SetInParent()
+        _fill(recipe, request.recipe, "recipe", InvalidRecipe)
+    if run_id is not None:
+        request.run_id = run_id
+    return Call(
+        path=TRAINING + "GetLRSchedule",
+        request=request,
+        response_type=training_pb2.GetLRScheduleResponse,
+        read=lambda response: from_message(types.LearningRateCurve, response),
+    )
+
+
+def stream_metrics(run_id: str, after_sequence: int, history_only: bool) -> Call[types.MetricRecord | types.Heartbeat]:
+    """StreamMetrics; each response is a record or a heartbeat."""
+    return Call(
+        path=TRAINING + "StreamMetrics",
+        request=training_pb2.StreamMetricsRequest(
+            run_id=run_id, after_sequence=after_sequence, history_only=history_only
+        ),
+        response_type=training_pb2.StreamMetricsResponse,
+        read=_stream_item,
+    )
+
+
+# --- Corpora ----------------------------------------------------------------------------------------------------------
+
+
+def upload_corpus(
+    display_name: str, source_language: str, target_language: str, request_id: str | None
+) -> Call[types.Corpus]:
+    """UploadCorpus; the call's request is the header."""
+    header = corpus_pb2.UploadHeader(
+        request_id=request_id or str(uuid4()),
+        display_name=display_name,
+        source_language=source_language,
+        target_language=target_language,
+    )
+    return Call(
+        path=CORPUS + "UploadCorpus",
+        request=corpus_pb2.UploadCorpusRequest(header=header),
+        response_type=corpus_pb2.UploadCorpusResponse,
+        read=_corpus,
+    )
+
+
+def upload_requests(call: Call[types.Corpus], pieces: Iterable[Piece]) -> Iterator[Message]:
+    """Yield all requests of an upload: the header, then the text, piece by piece."""
+    yield call.request
+    for piece in pieces:
+        split = corpus_pb2.SPLIT_TRAIN if piece.split == "train" else corpus_pb2.SPLIT_VALIDATION
+        if piece.side is None:
+            pairs = [corpus_pb2.SentencePair(source=source, target=target) for source, target in piece.pairs]
+            yield corpus_pb2.UploadCorpusRequest(pairs=corpus_pb2.PairBatch(split=split, pairs=pairs))
+        else:
+            side = corpus_pb2.SIDE_SOURCE if piece.side == "source" else corpus_pb2.SIDE_TARGET
+            yield corpus_pb2.UploadCorpusRequest(chunk=corpus_pb2.FileChunk(split=split, side=side, data=piece.data))
+
+
+def get_corpus(corpus_id: str) -> Call[types.Corpus]:
+    """GetCorpus."""
+    request = corpus_pb2.GetCorpusRequest(corpus_id=corpus_id)
+    return Call(path=CORPUS + "GetCorpus", request=request, response_type=corpus_pb2.GetCorpusResponse, read=_corpus)
+
+
+def list_corpora(token: str) -> Call[Page[types.Corpus]]:
+    """ListCorpora, the page of the token."""
+    return Call(
+        path=CORPUS + "ListCorpora",
+        request=corpus_pb2.ListCorporaRequest(page_token=token),
+        response_type=corpus_pb2.ListCorporaResponse,
+        read=lambda response: _page(types.Corpus, response.corpora, response),
+    )
+
+
+# --- Models -----------------------------------------------------------------------------------------------------------
+
+
+def list_models(token: str) -> Call[Page[types.Model]]:
+    """ListModels, the page of the token."""
+    return Call(
+        path=MODEL + "ListModels",
+        request=model_pb2.ListModelsRequest(page_token=token),
+        response_type=model_pb2.ListModelsResponse,
+        read=lambda response: _page(types.Model, response.models, response),
+    )
+
+
+def get_model(model: str) -> Call[types.ModelDetails]:
+    """GetModel."""
+    return Call(
+        path=MODEL + "GetModel",
+        request=model_pb2.GetModelRequest(model=model),
+        response_type=model_pb2.GetModelResponse,
+        read=lambda response: from_message(types.ModelDetails, response),
+    )
+
+
+# --- Translation ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchOptions:
+    """The options of a translation; the names are those of TranslateOptions."""
+
+    beam_size: int | None
+    n_best: int | None
+    length_penalty: float | None
+    max_length: int | None
+
+
+def translate(model: str, sentences: str | Sequence[str], options: SearchOptions) -> Call[types.TranslationResult]:
+    """Translate; a single string is one sentence. Raises InvalidRequest."""
+    request = translation_pb2.TranslateRequest(
+        model=model, sentences=[sentences] if isinstance(sentences, str) else sentences
+    )
+    _fill(options, request.options, "options", InvalidRequest)
+    return Call(
+        path=TRANSLATION + "Translate",
+        request=request,
+        response_type=translation_pb2.TranslateResponse,
+        read=lambda response: from_message(types.TranslationResult, response),
+    )
+
+
+# --- Reading and writing ----------------------------------------------------------------------------------------------
+
+
+def record_from_message(message: metrics_pb2.MetricRecord) -> types.MetricRecord:
+    """Return the record. A payload that is news to this client becomes an event that says so."""
+    kind = message.WhichOneof("payload")
+    payload: types.MetricPayload = (
+        from_message(_PAYLOADS[kind], getattr(message, kind))
+        if kind is not None
+        else types.RunEvent(
+            level=types.EventLevel.INFO, code="UNKNOWN_RECORD", message="a newer client can read this record"
+        )
+    )
+    time = message.time.ToDatetime(tzinfo=UTC)
+    return types.MetricRecord(sequence=message.sequence, time=time, payload=payload)
+
+
+def record_to_message(record: types.MetricRecord) -> metrics_pb2.MetricRecord:
+    """Return the message that `record_from_message` reads."""
+    message = metrics_pb2.MetricRecord(sequence=record.sequence)
+    message.time.FromDatetime(record.time)
+    kind = next(name for name, cls in _PAYLOADS.items() if isinstance(record.payload, cls))
+    part = getattr(message, kind)
+    part.SetInParent()
+    violations = fill_message(record.payload, part)
+    assert not violations, violations
+    return message
+
+
+_PAYLOADS: Final[dict[str, type[types.MetricPayload]]] = {
+    "step": types.StepMetrics,
+    "validation": types.ValidationMetrics,
+    "state_change": types.StateChange,
+    "event": types.RunEvent,
+}
+
+
+def _fill(value: object, message: Message, path: str, error: type[InvalidArgument]) -> None:
+    if violations := fill_message(value, message, path):
+        raise error(f"{violations[0].field}: {violations[0].description}", violations=violations)
+
+
+def _number(descriptor: EnumDescriptor, cls: type[StrEnum], word: str, field: str) -> Any:  # noqa: ANN401 (any enum)
+    number = enum_number(descriptor, word)
+    if number is None:
+        legal = ", ".join(member for member in cls if member != "unknown")
+        violation = Violation(
+            field=field, description=f"is {str(word)!r}, must be one of {legal}", reason="OUT_OF_RANGE"
+        )
+        raise InvalidRequest(f"{field}: {violation.description}", violations=[violation])
+    return number
+
+
+def _run(response: Any) -> types.TrainingRun:  # noqa: ANN401 (three responses hold a run)
+    return from_message(types.TrainingRun, response.run)
+
+
+def _corpus(response: Any) -> types.Corpus:  # noqa: ANN401 (two responses hold a corpus)
+    return from_message(types.Corpus, response.corpus)
+
+
+def _page(cls: type[T], messages: Iterable[Message], response: Any) -> Page[T]:  # noqa: ANN401
+    return Page(items=[from_message(cls, message) for message in messages], next_page_token=response.next_page_token)
+
+
+def _stream_item(response: training_pb2.StreamMetricsResponse) -> types.MetricRecord | types.Heartbeat:
+    if response.HasField("heartbeat"):
+        return from_message(types.Heartbeat, response.heartbeat)
+    return record_from_message(response.record)

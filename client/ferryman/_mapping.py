@@ -1,0 +1,183 @@
+"""Dataclasses to protobuf messages and back, by name.
+
+A dataclass and its message have the same field names, except that a google.protobuf.Duration `x` is a float `x_s` here.
+What each field needs is told by the dataclass's annotation: another dataclass, a StrEnum, a tuple, a datetime, or a
+plain value. None stands for a field that is not set; where the message cannot tell (a plain proto3 scalar), None
+stands for zero.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import functools
+import re
+import types
+import typing
+from collections.abc import Callable, Hashable, Mapping
+from datetime import UTC, datetime
+from typing import Any, TypeVar
+
+from google.protobuf.descriptor import FieldDescriptor
+from google.protobuf.message import Message
+
+from ferryman.errors import Violation
+
+# Protobuf's descriptors and well-known types come from C and have no common static type: they are Any here.
+
+T = TypeVar("T")
+E = TypeVar("E", bound=enum.StrEnum)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Field:
+    """One field of a dataclass: its name, its name on the wire, and what its annotation asks for."""
+
+    name: str
+    wire_name: str
+    kind: Any
+    optional: bool
+    repeated: bool
+
+
+def from_message(cls: type[T], message: Message) -> T:
+    """Return the dataclass that the message stands for."""
+    kind: Any = cls
+    return cls(**{field.name: _read(field, message) for field in _fields(kind)})
+
+
+def fill_message(value: object, message: Message, path: str = "") -> list[Violation]:
+    """Set the fields of the message that are not None in the dataclass.
+
+    Returns what does not fit the wire at all (a word that is no member of an enumeration, a number of the wrong type or
+    size), each named by its path below `path`; such a field is left unset.
+    """
+    kind: Any = type(value)
+    violations: list[Violation] = []
+    for field in _fields(kind):
+        item = getattr(value, field.name)
+        if item is None:
+            continue
+        field_path = f"{path}.{field.wire_name}" if path else field.wire_name
+        if field.repeated:
+            violations += _fill_repeated(field, item, message, field_path)
+        elif dataclasses.is_dataclass(field.kind):
+            child = getattr(message, field.wire_name)
+            child.SetInParent()
+            violations += fill_message(item, child, field_path)
+        else:
+            violations += _fill_value(field, item, message, field_path)
+    return violations
+
+
+def enum_number(descriptor: Any, word: str) -> int | None:  # noqa: ANN401
+    """Return the number of the member that `word` names ("tiny": PRESET_TINY); None if there is no such member."""
+    member = descriptor.values_by_name.get(f"{_prefix(descriptor)}{word.upper()}")
+    return member.number if member is not None and member.number else None
+
+
+def enum_member(cls: type[E], descriptor: Any, number: int) -> E | None:  # noqa: ANN401
+    """Return the member for the number; for 0 and for a number that is news to this client, UNKNOWN or else None."""
+    member = descriptor.values_by_number.get(number)
+    word = member.name.removeprefix(_prefix(descriptor)).lower() if member is not None and number else "unknown"
+    return next((candidate for candidate in cls if candidate.value == word), None)
+
+
+def _prefix(descriptor: Any) -> str:  # noqa: ANN401
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", descriptor.name).upper() + "_"
+
+
+@functools.cache
+def _fields(cls: Hashable) -> tuple[_Field, ...]:
+    assert isinstance(cls, type) and dataclasses.is_dataclass(cls), f"{cls} is no dataclass"
+    hints = typing.get_type_hints(cls)
+    return tuple(_field(field.name, hints[field.name]) for field in dataclasses.fields(cls))
+
+
+def _field(name: str, hint: Any) -> _Field:  # noqa: ANN401 (an annotation has no common type)
+    choices = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    optional = type(None) in choices
+    kinds = [choice for choice in choices if choice is not type(None)]
+    repeated = typing.get_origin(kinds[0]) is tuple
+    # "Preset | str": the enumeration says more.
+    kind = typing.get_args(kinds[0])[0] if repeated else kinds[0]
+    return _Field(name, name.removesuffix("_s"), kind, optional, repeated)
+
+
+def _read(field: _Field, message: Message) -> object:
+    descriptor: Any = message.DESCRIPTOR.fields_by_name[field.wire_name]
+    value = getattr(message, field.wire_name)
+    if field.repeated:
+        return tuple(from_message(field.kind, item) if isinstance(item, Message) else item for item in value)
+    if descriptor.has_presence and not message.HasField(field.wire_name) and field.optional:
+        return None
+    if isinstance(value, Message):
+        reader = _READERS.get(descriptor.message_type.full_name)
+        return from_message(field.kind, value) if reader is None else reader(value)
+    if descriptor.enum_type is not None:
+        return enum_member(field.kind, descriptor.enum_type, value)
+    return None if field.optional and not descriptor.has_presence and not value else value
+
+
+def _fill_repeated(field: _Field, items: Any, message: Message, path: str) -> list[Violation]:  # noqa: ANN401
+    container = getattr(message, field.wire_name)
+    if not dataclasses.is_dataclass(field.kind):
+        container.extend(items)
+        return []
+    return [v for i, item in enumerate(items) for v in fill_message(item, container.add(), f"{path}[{i}]")]
+
+
+def _fill_value(field: _Field, item: Any, message: Message, path: str) -> list[Violation]:  # noqa: ANN401
+    descriptor: Any = message.DESCRIPTOR.fields_by_name[field.wire_name]
+    if descriptor.message_type is not None:
+        _WRITERS[descriptor.message_type.full_name](getattr(message, field.wire_name), item)
+        return []
+    if descriptor.enum_type is not None:
+        number = enum_number(descriptor.enum_type, str(item))
+        if number is None:
+            legal = ", ".join(member.value for member in field.kind)
+            description = f"is {str(item)!r}, must be one of {legal}"
+            return [Violation(field=path, description=description, reason="OUT_OF_RANGE")]
+        item = number
+    try:
+        setattr(message, field.wire_name, item)
+    except (TypeError, ValueError):
+        return [
+            Violation(field=path, description=f"is {item!r}, must be {_wanted(descriptor)}", reason="INVALID_VALUE")
+        ]
+    return []
+
+
+def _wanted(descriptor: Any) -> str:  # noqa: ANN401
+    return {
+        FieldDescriptor.CPPTYPE_INT32: "a whole number of at most 32 bits",
+        FieldDescriptor.CPPTYPE_INT64: "a whole number of at most 64 bits",
+        FieldDescriptor.CPPTYPE_DOUBLE: "a number",
+        FieldDescriptor.CPPTYPE_BOOL: "true or false",
+    }.get(descriptor.cpp_type, "UTF-8 text")
+
+
+def _read_time(message: Any) -> datetime:  # noqa: ANN401
+    return typing.cast("datetime", message.ToDatetime(tzinfo=UTC))
+
+
+def _read_seconds(message: Any) -> float:  # noqa: ANN401
+    return float(message.seconds + message.nanos / 1e9)
+
+
+def _write_time(message: Any, value: datetime) -> None:  # noqa: ANN401
+    message.FromDatetime(value)
+
+
+def _write_seconds(message: Any, value: float) -> None:  # noqa: ANN401
+    message.FromNanoseconds(round(value * 1e9))
+
+
+_READERS: Mapping[str, Callable[[Any], object]] = {
+    "google.protobuf.Timestamp": _read_time,
+    "google.protobuf.Duration": _read_seconds,
+}
+_WRITERS: Mapping[str, Callable[[Any, Any], None]] = {
+    "google.protobuf.Timestamp": _write_time,
+    "google.protobuf.Duration": _write_seconds,
+}

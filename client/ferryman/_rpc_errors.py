@@ -1,0 +1,68 @@
+"""gRPC errors to the SDK's tree, and back (for the fake server of `ferryman.testing`)."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import grpc
+from google.protobuf.any_pb2 import Any as AnyMessage
+from google.protobuf.message import DecodeError
+from google.rpc.error_details_pb2 import BadRequest, ErrorInfo
+from google.rpc.status_pb2 import Status
+
+from ferryman.errors import FerrymanError, Violation, error_class
+
+ERROR_DOMAIN: Final = "ferryman.v1"
+_DETAILS_KEY: Final = "grpc-status-details-bin"
+
+
+def error_from_rpc(error: Any) -> FerrymanError:  # noqa: ANN401 (grpc.RpcError is a Call only by convention)
+    """Return the error that a failed call stands for; `error` is a grpc.Call or a grpc.aio.AioRpcError."""
+    code: grpc.StatusCode = error.code()
+    message = error.details() or code.name
+    info, violations = ErrorInfo(), []
+    for detail in _details(error):
+        if detail.Is(ErrorInfo.DESCRIPTOR):
+            detail.Unpack(info)
+        elif detail.Is(BadRequest.DESCRIPTOR):
+            bad_request = BadRequest()
+            detail.Unpack(bad_request)
+            violations = [_violation(item) for item in bad_request.field_violations]
+    # Another domain's reason says nothing here: a proxy may have answered.
+    reason = info.reason if info.domain == ERROR_DOMAIN else ""
+    return error_class(reason, code)(
+        message, reason=reason or None, metadata=dict(info.metadata), violations=violations, code=code
+    )
+
+
+def status_from_error(error: FerrymanError) -> Status:
+    """Return the status that `error_from_rpc` reads."""
+    status = Status(code=error.code.value[0], message=error.message)
+    _add(status, ErrorInfo(reason=error.reason, domain=ERROR_DOMAIN, metadata=error.metadata))
+    if error.violations:
+        violations = [
+            BadRequest.FieldViolation(field=item.field, description=item.description, reason=item.reason)
+            for item in error.violations
+        ]
+        _add(status, BadRequest(field_violations=violations))
+    return status
+
+
+def _details(error: Any) -> list[AnyMessage]:  # noqa: ANN401
+    for key, value in error.trailing_metadata() or ():
+        if key == _DETAILS_KEY:
+            try:
+                return list(Status.FromString(value).details)
+            except DecodeError:
+                return []  # the code and the message are still worth having
+    return []
+
+
+def _violation(item: BadRequest.FieldViolation) -> Violation:
+    return Violation(field=item.field, description=item.description, reason=item.reason or "INVALID_VALUE")
+
+
+def _add(status: Status, detail: ErrorInfo | BadRequest) -> None:
+    packed = AnyMessage()
+    packed.Pack(detail)
+    status.details.append(packed)

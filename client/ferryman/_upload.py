@@ -1,0 +1,78 @@
+"""The text of an upload, piece by piece: no more than one piece is ever in memory."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Final, Literal, TypeAlias, cast
+
+CHUNK_BYTES: Final = 512 * 1024
+"""The size of a piece: of a file exactly (but the last), of pairs about."""
+
+_PAIR_OVERHEAD_BYTES: Final = 12
+"""What the wire adds to a pair, at most, while sentences are short: even empty pairs fill a piece some day."""
+
+SplitName: TypeAlias = Literal["train", "validation"]
+SideName: TypeAlias = Literal["source", "target"]
+FilePair: TypeAlias = tuple[str | os.PathLike[str], str | os.PathLike[str]]
+CorpusText: TypeAlias = FilePair | Iterable[tuple[str, str]]
+"""(source file, target file), each plain or .gz, one sentence a line; or (source, target) sentence pairs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """A chunk of a file (`side` is set), or some pairs (`side` is None)."""
+
+    split: SplitName
+    side: SideName | None = None
+    data: bytes = b""
+    pairs: tuple[tuple[str, str], ...] = ()
+
+
+def read_pieces(train: CorpusText, validation: CorpusText) -> Iterator[Piece]:
+    """Yield the pieces of both splits. Raises OSError for a file that is unreadable, or ends in .gz and is not gzip."""
+    yield from _split_pieces("train", train)
+    yield from _split_pieces("validation", validation)
+
+
+def _split_pieces(split: SplitName, text: CorpusText) -> Iterator[Piece]:
+    if not _are_files(text):
+        yield from _pair_pieces(split, cast("Iterable[tuple[str, str]]", text))
+        return
+    sides: tuple[SideName, SideName] = ("source", "target")
+    for side, path in zip(sides, cast("FilePair", text), strict=True):
+        for data in _chunks(path):
+            yield Piece(split=split, side=side, data=data)
+
+
+def _are_files(text: CorpusText) -> bool:
+    """Whether the text is given as two file names; a tuple of two pairs holds tuples instead."""
+    return isinstance(text, tuple) and len(text) == 2 and all(isinstance(part, str | os.PathLike) for part in text)
+
+
+def _chunks(path: str | os.PathLike[str]) -> Iterator[bytes]:
+    if not os.fspath(path).endswith(".gz"):
+        with open(path, "rb") as file:
+            yield from iter(lambda: file.read(CHUNK_BYTES), b"")
+        return
+    try:
+        with gzip.open(path, "rb") as unpacked:
+            yield from iter(lambda: unpacked.read(CHUNK_BYTES), b"")
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise gzip.BadGzipFile(f"{os.fspath(path)}: cut short, damaged or not gzip ({error})") from error
+
+
+def _pair_pieces(split: SplitName, pairs: Iterable[tuple[str, str]]) -> Iterator[Piece]:
+    batch: list[tuple[str, str]] = []
+    batch_bytes = 0
+    for source, target in pairs:
+        batch.append((source, target))
+        batch_bytes += len(source.encode()) + len(target.encode()) + _PAIR_OVERHEAD_BYTES
+        if batch_bytes >= CHUNK_BYTES:
+            yield Piece(split=split, pairs=tuple(batch))
+            batch, batch_bytes = [], 0
+    if batch:
+        yield Piece(split=split, pairs=tuple(batch))

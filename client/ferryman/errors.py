@@ -1,0 +1,229 @@
+"""The one tree of errors that the SDK raises for a call; a bare gRPC error never reaches you.
+
+    FerrymanError
+    ├── InvalidArgument          your mistake in the request; `violations` holds every one
+    │   ├── InvalidRequest
+    │   ├── InvalidRecipe
+    │   ├── InvalidCorpus
+    │   └── InvalidSentence
+    ├── NotFound
+    │   ├── CorpusNotFound
+    │   ├── RunNotFound
+    │   └── ModelNotFound
+    ├── AlreadyExists
+    │   └── RequestIdReused
+    ├── FailedPrecondition
+    │   ├── IllegalTransition
+    │   └── RoleNotServed
+    ├── OutOfRange
+    │   └── SequenceOutOfRange
+    ├── ResourceExhausted
+    │   ├── CorpusTooLarge
+    │   ├── DiskFull
+    │   └── TooManyRuns
+    ├── Unavailable              also: the server cannot be reached
+    │   └── StoreUnavailable
+    ├── DeadlineExceeded
+    ├── Cancelled
+    └── DataLoss
+        └── ModelDamaged
+
+The classes below the root stand for a status code, the leaves for a reason. A reason that this client does not know yet
+becomes the class of its status code; a code that has no class becomes FerrymanError itself.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Final
+
+import grpc
+
+
+@dataclass(frozen=True, kw_only=True)
+class Violation:
+    """One thing that is wrong with a request: `field` is a path such as "recipe.model.heads" or "sentences[3]"."""
+
+    field: str
+    description: str
+    reason: str = "INVALID_VALUE"
+
+
+class FerrymanError(Exception):
+    """The root.
+
+    `message` is for people; `reason` is the stable UPPER_SNAKE_CASE name to tell cases apart, by default the class's
+    own; `metadata` holds the dynamic parts of the message; `violations` is empty but for InvalidArgument; `code` is the
+    status.
+    """
+
+    default_code: ClassVar[grpc.StatusCode] = grpc.StatusCode.UNKNOWN
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        reason: str | None = None,
+        metadata: Mapping[str, str] | None = None,
+        violations: Sequence[Violation] = (),
+        code: grpc.StatusCode | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.reason = reason or reason_of(type(self))
+        self.metadata = dict(metadata or {})
+        self.violations = tuple(violations)
+        self.code = code or self.default_code
+
+
+class InvalidArgument(FerrymanError):
+    """The request is wrong, and will be however often it is sent. Printing it prints every violation."""
+
+    default_code = grpc.StatusCode.INVALID_ARGUMENT
+
+    def __str__(self) -> str:
+        lines = [f"{violation.field}: {violation.description}" for violation in self.violations]
+        if len(lines) < 2:
+            return lines[0] if lines else self.message
+        return "\n  ".join([f"{len(lines)} violations:", *lines])
+
+
+class InvalidRequest(InvalidArgument):
+    """A field of the request is missing, malformed or out of range."""
+
+
+class InvalidRecipe(InvalidArgument):
+    """A recipe has values out of range or in conflict."""
+
+
+class InvalidCorpus(InvalidArgument):
+    """The text of a corpus is empty, misaligned, not UTF-8 or has a line over the limit."""
+
+
+class InvalidSentence(InvalidArgument):
+    """A sentence to translate is too long or holds control characters."""
+
+
+class NotFound(FerrymanError):
+    """What the request names does not exist."""
+
+    default_code = grpc.StatusCode.NOT_FOUND
+
+
+class CorpusNotFound(NotFound):
+    """No such corpus."""
+
+
+class RunNotFound(NotFound):
+    """No such training run."""
+
+
+class ModelNotFound(NotFound):
+    """No such model, or no such version of it."""
+
+
+class AlreadyExists(FerrymanError):
+    """What the request would create exists."""
+
+    default_code = grpc.StatusCode.ALREADY_EXISTS
+
+
+class RequestIdReused(AlreadyExists):
+    """The request_id came before, with another body."""
+
+
+class FailedPrecondition(FerrymanError):
+    """The state of the system does not allow it."""
+
+    default_code = grpc.StatusCode.FAILED_PRECONDITION
+
+
+class IllegalTransition(FailedPrecondition):
+    """The run's state does not allow it."""
+
+
+class RoleNotServed(FailedPrecondition):
+    """The server was started without the role that the request needs."""
+
+
+class OutOfRange(FerrymanError):
+    """A position beyond the end."""
+
+    default_code = grpc.StatusCode.OUT_OF_RANGE
+
+
+class SequenceOutOfRange(OutOfRange):
+    """A sequence number that the run has not reached."""
+
+
+class ResourceExhausted(FerrymanError):
+    """A limit is reached."""
+
+    default_code = grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+class CorpusTooLarge(ResourceExhausted):
+    """A corpus is over the operator's limit."""
+
+
+class DiskFull(ResourceExhausted):
+    """The server's disk has no space left."""
+
+
+class TooManyRuns(ResourceExhausted):
+    """As many runs are waiting as the operator allows."""
+
+
+class Unavailable(FerrymanError):
+    """Try again later."""
+
+    default_code = grpc.StatusCode.UNAVAILABLE
+
+
+class StoreUnavailable(Unavailable):
+    """The server's database cannot be reached or is locked."""
+
+
+class DeadlineExceeded(FerrymanError):
+    """The call's deadline has passed."""
+
+    default_code = grpc.StatusCode.DEADLINE_EXCEEDED
+
+
+class Cancelled(FerrymanError):
+    """The call was cancelled."""
+
+    default_code = grpc.StatusCode.CANCELLED
+
+
+class DataLoss(FerrymanError):
+    """Stored data is damaged."""
+
+    default_code = grpc.StatusCode.DATA_LOSS
+
+
+class ModelDamaged(DataLoss):
+    """A file of a published model is missing or is not what was published."""
+
+
+def reason_of(error: type[FerrymanError]) -> str:
+    """Return the reason that stands for the class: its name in UPPER_SNAKE_CASE."""
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", error.__name__).upper()
+
+
+def error_class(reason: str, code: grpc.StatusCode) -> type[FerrymanError]:
+    """Return the class of the reason; if there is none, the class of the status code; else FerrymanError."""
+    return _BY_REASON.get(reason) or _BY_CODE.get(code, FerrymanError)
+
+
+def _descendants(root: type[FerrymanError]) -> Iterator[type[FerrymanError]]:
+    for child in root.__subclasses__():
+        yield child
+        yield from _descendants(child)
+
+
+# Made once, at import: a class that a user derives later never answers for a reason.
+_BY_REASON: Final = {reason_of(error): error for error in _descendants(FerrymanError)}
+_BY_CODE: Final = {error.default_code: error for error in FerrymanError.__subclasses__()}

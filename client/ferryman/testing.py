@@ -1,0 +1,610 @@
+"""A fake Ferryman for your own tests: a real gRPC server on a loopback port, with nothing behind it.
+
+    from ferryman import Client
+    from ferryman.testing import FakeFerryman
+
+    with FakeFerryman(translate=str.upper) as fake, Client(fake.target) as client:
+        fake.add_model("en-de")
+        assert client.translate("en-de", "hallo").translations[0].text == "HALLO"
+
+Corpora are kept in memory; a run "trains" at once, along a script of records; a run that succeeds publishes a model;
+every model translates with your function. It checks no more of a request than it needs, resolves no recipe, and answers
+GetLRSchedule with one and the same function of the step whatever the schedule.
+"""
+
+# ruff: noqa: N802  (gRPC names the methods of a servicer)
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import itertools
+import threading
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from types import TracebackType
+from typing import Any, Final, NoReturn, Self, TypeVar
+
+import grpc
+from google.protobuf.message import Message
+from grpc_status import rpc_status
+
+from ferryman import errors, types
+from ferryman._convert import record_to_message
+from ferryman._mapping import fill_message, from_message
+from ferryman._rpc_errors import status_from_error
+from ferryman.types import RunState
+from ferryman.v1 import (
+    corpus_pb2,
+    corpus_pb2_grpc,
+    model_pb2,
+    model_pb2_grpc,
+    training_pb2,
+    training_pb2_grpc,
+    translation_pb2,
+    translation_pb2_grpc,
+)
+
+T = TypeVar("T")
+M = TypeVar("M", bound=Message)
+Pair = tuple[str, str]
+
+_PAGE_SIZE: Final = 50
+_LAST_STEP: Final = 50_000
+_HEARTBEAT_INTERVAL_S: Final = 0.1
+
+
+def noam_learning_rate(step: int) -> float:
+    """Return the learning rate of "Attention Is All You Need", section 5.3, for d_model 512 and 4,000 warmup steps."""
+    return float(512**-0.5 * min(step**-0.5, step * 4000**-1.5))
+
+
+def training_script(
+    steps: int = 4, learning_rate: Callable[[int], float] = noam_learning_rate
+) -> list[types.MetricPayload]:
+    """Return the records of a run that does `steps` updates, validates once and succeeds."""
+    loss = [8.0 / (1 + step) for step in range(steps + 1)]
+    updates = [
+        types.StepMetrics(
+            step=step,
+            epoch=1,
+            loss=loss[step],
+            nll_per_token=loss[step] / 2,
+            perplexity=2.0 ** loss[step],
+            learning_rate=learning_rate(step),
+            gradient_norm=1.0,
+            target_tokens=1000,
+            target_tokens_per_second=20_000.0,
+            step_seconds=0.05,
+            padding_share=0.02,
+            memory_bytes=10**8,
+        )
+        for step in range(1, steps + 1)
+    ]
+    validation = types.ValidationMetrics(
+        step=steps,
+        epoch=1,
+        loss=loss[steps],
+        nll_per_token=loss[steps] / 2,
+        perplexity=2.0 ** loss[steps],
+        bleu=31.5,
+        chrf=55.0,
+        translated_pairs=2,
+        seconds=0.5,
+        best=True,
+    )
+    return [
+        types.StateChange(state=RunState.QUEUED),
+        types.StateChange(state=RunState.STARTING, attempt=1),
+        types.StateChange(state=RunState.RUNNING, attempt=1),
+        *updates,
+        validation,
+        types.StateChange(state=RunState.EXPORTING, attempt=1),
+        types.StateChange(state=RunState.SUCCEEDED, attempt=1),
+    ]
+
+
+class FakeFerryman:
+    """The fake service. What it holds outlives `stop`: a stopped fake that is started again is a restarted server."""
+
+    def __init__(
+        self,
+        *,
+        translate: Callable[[str], str] = str.upper,
+        script: Sequence[types.MetricPayload] | None = None,
+        hold_after: int | None = None,
+        learning_rate: Callable[[int], float] = noam_learning_rate,
+    ) -> None:
+        """Store; `start` or a `with` block serves.
+
+        `translate` translates a sentence. `script` is what every run records, by default `training_script()`.
+        `hold_after`: runs stand still after so many records, until `release` or CancelTraining. `learning_rate` is the
+        curve that GetLRSchedule answers with.
+        """
+        self.translate = translate
+        self.script = list(script) if script is not None else training_script(learning_rate=learning_rate)
+        self.hold_after = hold_after
+        self.learning_rate = learning_rate
+        self.calls: list[str] = []
+        """The names of the RPCs that arrived, failed ones too, in order."""
+        self.pairs: dict[str, dict[str, list[Pair]]] = {}
+        """The sentence pairs of each corpus: by corpus id, then by split ("train", "validation")."""
+        self.backend = _Backend(self)
+        self._failures: defaultdict[str, deque[errors.FerrymanError]] = defaultdict(deque)
+        self._server: grpc.Server | None = None
+        self._port = 0
+
+    @property
+    def target(self) -> str:
+        """The address to give to a client; the same after a restart."""
+        return f"127.0.0.1:{self._port}"
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Serve on a free loopback port; after `stop`, on the port of before."""
+        server = grpc.server(ThreadPoolExecutor(max_workers=16))
+        training_pb2_grpc.add_TrainingServiceServicer_to_server(_Training(self), server)
+        corpus_pb2_grpc.add_CorpusServiceServicer_to_server(_Corpora(self), server)
+        model_pb2_grpc.add_ModelServiceServicer_to_server(_Models(self), server)
+        translation_pb2_grpc.add_TranslationServiceServicer_to_server(_Translations(self), server)
+        self._port = server.add_insecure_port(f"127.0.0.1:{self._port}")
+        server.start()
+        self._server = server
+
+    def stop(self) -> None:
+        """Break off every call and close the port. Harmless if it is not serving."""
+        if self._server is not None:
+            self._server.stop(None).wait()
+            self._server = None
+
+    def release(self, run_id: str) -> None:
+        """Let a held run go on to the end of its script."""
+        self.backend.release(run_id)
+
+    def add_model(self, name: str) -> types.ModelVersion:
+        """Publish the next version of a model without any training."""
+        return self.backend.publish(name, run_id="", corpus_id="", recipe=types.Recipe())
+
+    def fail_next(self, rpc: str, error: errors.FerrymanError, times: int = 1) -> None:
+        """Answer the next `times` calls of `rpc` (such as "Translate") with the error."""
+        self._failures[rpc].extend([error] * times)
+
+    def arrive(self, rpc: str) -> None:
+        """Note a call; raise the error that `fail_next` holds for it."""
+        self.calls.append(rpc)
+        if self._failures[rpc]:
+            raise self._failures[rpc].popleft()
+
+
+@dataclass
+class _FakeRun:
+    """A run: what is still to be recorded, and what is."""
+
+    run: types.TrainingRun
+    pending: deque[types.MetricPayload]
+    records: list[types.MetricRecord] = field(default_factory=list)
+
+    def advance(self) -> None:
+        """Record the next payload and change the run by it."""
+        payload, now = self.pending.popleft(), datetime.now(UTC)
+        record = types.MetricRecord(sequence=len(self.records) + 1, time=now, payload=payload)
+        self.records.append(record)
+        self.run = dataclasses.replace(self.run, last_sequence=record.sequence)
+        match payload:
+            case types.StateChange():
+                self._change_state(payload, now)
+            case types.StepMetrics():
+                progress = dataclasses.replace(
+                    self.run.progress,
+                    step=payload.step,
+                    epoch=payload.epoch,
+                    target_tokens=self.run.progress.target_tokens + payload.target_tokens,
+                    target_tokens_per_second=payload.target_tokens_per_second,
+                )
+                self.run = dataclasses.replace(self.run, progress=progress)
+            case types.ValidationMetrics(best=True):
+                progress = dataclasses.replace(self.run.progress, best_validation=payload)
+                self.run = dataclasses.replace(self.run, progress=progress)
+
+    def _change_state(self, change: types.StateChange, now: datetime) -> None:
+        state = change.state
+        failed = types.RunError(reason="WORKER_DIED", message=change.message) if state is RunState.FAILED else None
+        self.run = dataclasses.replace(
+            self.run,
+            state=state,
+            attempt=change.attempt,
+            error=failed,
+            start_time=now if state is RunState.RUNNING else self.run.start_time,
+            end_time=now if state.is_terminal else None,
+        )
+
+
+class _Backend:
+    """What the fake holds in memory. `changed` guards it and tells streams of news."""
+
+    def __init__(self, fake: FakeFerryman) -> None:
+        self.changed = threading.Condition(threading.RLock())
+        self.corpora: dict[str, types.Corpus] = {}
+        self.models: dict[str, list[types.ModelVersion]] = {}
+        self.runs: dict[str, _FakeRun] = {}
+        self.requests: dict[str, tuple[bytes, str]] = {}
+        self._fake = fake
+        self._numbers = itertools.count(1)
+
+    def once(self, request_id: str, body: bytes, create: Callable[[], str]) -> str:
+        """Return the id that `create` made for this request_id, now or earlier; raises RequestIdReused."""
+        with self.changed:
+            if request_id in self.requests:
+                known_body, known_id = self.requests[request_id]
+                if known_body != body:
+                    raise errors.RequestIdReused(f"request_id {request_id} came before, with another body")
+                return known_id
+            made = create()
+            if request_id:
+                self.requests[request_id] = (body, made)
+            return made
+
+    def add_corpus(self, header: corpus_pb2.UploadHeader, pairs: dict[str, list[Pair]]) -> str:
+        corpus_id = f"cor_{next(self._numbers):022}"
+        self._fake.pairs[corpus_id] = pairs
+        self.corpora[corpus_id] = types.Corpus(
+            corpus_id=corpus_id,
+            display_name=header.display_name,
+            source_language=header.source_language,
+            target_language=header.target_language,
+            train=_statistics(pairs["train"]),
+            validation=_statistics(pairs["validation"]),
+            digest=hashlib.sha256(repr(pairs).encode()).hexdigest(),
+            create_time=datetime.now(UTC),
+        )
+        return corpus_id
+
+    def new_run(self, request: training_pb2.StartTrainingRequest) -> _FakeRun:
+        run = types.TrainingRun(
+            run_id="" if request.validate_only else f"run_{next(self._numbers):022}",
+            state=RunState.QUEUED,
+            corpus_id=request.corpus_id,
+            model_name=request.model_name,
+            recipe=from_message(types.Recipe, request.recipe),
+            create_time=datetime.now(UTC),
+        )
+        return _FakeRun(run, deque(self._fake.script))
+
+    def add_run(self, request: training_pb2.StartTrainingRequest) -> str:
+        run = self.new_run(request)
+        self.runs[run.run.run_id] = run
+        held = self._fake.hold_after
+        self._advance(run, len(run.pending) if held is None else held)
+        return run.run.run_id
+
+    def release(self, run_id: str) -> None:
+        with self.changed:
+            run = self.run(run_id)
+            self._advance(run, len(run.pending))
+
+    def cancel(self, run_id: str) -> types.TrainingRun:
+        with self.changed:
+            run = self.run(run_id)
+            if run.run.state is not RunState.CANCELLED:
+                if run.run.state.is_terminal:
+                    raise errors.IllegalTransition(f"run {run_id} is {run.run.state}: it cannot be cancelled")
+                run.pending = deque([types.StateChange(state=RunState.CANCELLED, attempt=run.run.attempt)])
+                self._advance(run, 1)
+            return run.run
+
+    def run(self, run_id: str) -> _FakeRun:
+        return _found(self.runs, run_id, errors.RunNotFound, "training run")
+
+    def publish(self, name: str, *, run_id: str, corpus_id: str, recipe: types.Recipe) -> types.ModelVersion:
+        with self.changed:
+            corpus = self.corpora.get(corpus_id)
+            versions = self.models.setdefault(name, [])
+            version = types.ModelVersion(
+                name=name,
+                version=len(versions) + 1,
+                source_language=corpus.source_language if corpus else "en",
+                target_language=corpus.target_language if corpus else "de",
+                run_id=run_id,
+                corpus_id=corpus_id,
+                recipe=recipe,
+                scores=types.ModelScores(bleu=31.5, chrf=55.0, nll_per_token=1.5, weights="best", step=4),
+                parameters=1_000_000,
+                size_bytes=4_000_000,
+                digest=hashlib.sha256(f"{name}/{len(versions)}".encode()).hexdigest(),
+                create_time=datetime.now(UTC),
+            )
+            versions.append(version)
+            return version
+
+    def model(self, name: str) -> types.Model:
+        versions = _found(self.models, name, errors.ModelNotFound, "model")
+        return types.Model(name=name, latest_version=versions[-1], versions=tuple(v.version for v in versions))
+
+    def version(self, reference: str) -> types.ModelVersion:
+        name, _, number = reference.partition("/")
+        for version in _found(self.models, name, errors.ModelNotFound, "model")[::-1]:
+            if number in ("", str(version.version)):
+                return version
+        raise errors.ModelNotFound(f"no version {number} of model {name}")
+
+    def _advance(self, run: _FakeRun, count: int) -> None:
+        for _ in range(min(count, len(run.pending))):
+            run.advance()
+            state = run.run.state
+            if state is RunState.SUCCEEDED:
+                made = self.publish(
+                    run.run.model_name, run_id=run.run.run_id, corpus_id=run.run.corpus_id, recipe=run.run.recipe
+                )
+                run.run = dataclasses.replace(run.run, model_version=made.version)
+            if state.is_terminal:
+                run.pending.clear()
+                break
+        self.changed.notify_all()
+
+
+def _rpc(method: Callable[[Any, Any, grpc.ServicerContext], M]) -> Callable[[Any, Any, grpc.ServicerContext], M]:
+    """Wrap a method with one response: note the call, turn the SDK's errors into statuses."""
+
+    @functools.wraps(method)
+    def answer(self: _Servicer, request: Any, context: grpc.ServicerContext) -> M:  # noqa: ANN401
+        try:
+            self.fake.arrive(method.__name__)
+            return method(self, request, context)
+        except errors.FerrymanError as error:
+            _abort(context, error)
+
+    return answer
+
+
+class _Servicer:
+    def __init__(self, fake: FakeFerryman) -> None:
+        self.fake = fake
+        self.backend = fake.backend
+
+
+class _Training(_Servicer, training_pb2_grpc.TrainingServiceServicer):
+    @_rpc
+    def StartTraining(
+        self, request: training_pb2.StartTrainingRequest, context: grpc.ServicerContext
+    ) -> training_pb2.StartTrainingResponse:
+        _found(self.backend.corpora, request.corpus_id, errors.CorpusNotFound, "corpus")
+        if request.validate_only:
+            run = self.backend.new_run(request).run
+        else:
+            body = training_pb2.StartTrainingRequest()
+            body.CopyFrom(request)
+            body.ClearField("request_id")
+            content = body.SerializeToString(deterministic=True)
+            run_id = self.backend.once(request.request_id, content, lambda: self.backend.add_run(request))
+            run = self.backend.run(run_id).run
+        return _filled(training_pb2.StartTrainingResponse(), "run", run)
+
+    def StreamMetrics(
+        self, request: training_pb2.StreamMetricsRequest, context: grpc.ServicerContext
+    ) -> Iterator[training_pb2.StreamMetricsResponse]:
+        try:
+            self.fake.arrive("StreamMetrics")
+            yield from self._stream(request, context)
+        except errors.FerrymanError as error:
+            _abort(context, error)
+
+    def _stream(
+        self, request: training_pb2.StreamMetricsRequest, context: grpc.ServicerContext
+    ) -> Iterator[training_pb2.StreamMetricsResponse]:
+        run, sent = self.backend.run(request.run_id), request.after_sequence
+        if sent > len(run.records):
+            raise errors.SequenceOutOfRange(f"the run has {len(run.records)} records, after_sequence is {sent}")
+        while context.is_active():
+            with self.backend.changed:
+                news, ended = run.records[sent:], run.run.state.is_terminal
+                if not (news or ended or request.history_only):
+                    self.backend.changed.wait(_HEARTBEAT_INTERVAL_S)
+            for record in news:
+                yield training_pb2.StreamMetricsResponse(record=record_to_message(record))
+            sent += len(news)
+            if ended or request.history_only:
+                return
+            if not news:
+                heartbeat = types.Heartbeat(last_sequence=sent, state=run.run.state, interval_s=_HEARTBEAT_INTERVAL_S)
+                yield _filled(training_pb2.StreamMetricsResponse(), "heartbeat", heartbeat)
+
+    @_rpc
+    def GetLRSchedule(
+        self, request: training_pb2.GetLRScheduleRequest, context: grpc.ServicerContext
+    ) -> training_pb2.GetLRScheduleResponse:
+        if request.HasField("run_id"):
+            self.backend.run(request.run_id)
+        first, last = request.first_step or 1, request.last_step or _LAST_STEP
+        count = min(request.max_points or 1000, last - first + 1)
+        steps = [first + (last - first) * i // max(1, count - 1) for i in range(count)]
+        points = [types.LearningRatePoint(step=step, learning_rate=self.fake.learning_rate(step)) for step in steps]
+        curve = types.LearningRateCurve(
+            points=tuple(points),
+            schedule=from_message(types.LearningRateSchedule, request.schedule),
+            peak=max(points, key=lambda point: point.learning_rate),
+        )
+        response = training_pb2.GetLRScheduleResponse()
+        _checked(fill_message(curve, response))
+        return response
+
+    @_rpc
+    def GetTrainingRun(
+        self, request: training_pb2.GetTrainingRunRequest, context: grpc.ServicerContext
+    ) -> training_pb2.GetTrainingRunResponse:
+        return _filled(training_pb2.GetTrainingRunResponse(), "run", self.backend.run(request.run_id).run)
+
+    @_rpc
+    def ListTrainingRuns(
+        self, request: training_pb2.ListTrainingRunsRequest, context: grpc.ServicerContext
+    ) -> training_pb2.ListTrainingRunsResponse:
+        messages = [
+            _filled(training_pb2.GetTrainingRunResponse(), "run", item.run).run for item in self.backend.runs.values()
+        ]
+        wanted = [
+            message
+            for message in messages
+            if (not request.states or message.state in request.states)
+            and request.model_name in ("", message.model_name)
+        ]
+        if request.order != training_pb2.RUN_ORDER_OLDEST_FIRST:
+            wanted.reverse()
+        page, token = _page(wanted, request)
+        return training_pb2.ListTrainingRunsResponse(runs=page, next_page_token=token)
+
+    @_rpc
+    def CancelTraining(
+        self, request: training_pb2.CancelTrainingRequest, context: grpc.ServicerContext
+    ) -> training_pb2.CancelTrainingResponse:
+        return _filled(training_pb2.CancelTrainingResponse(), "run", self.backend.cancel(request.run_id))
+
+
+class _Corpora(_Servicer, corpus_pb2_grpc.CorpusServiceServicer):
+    @_rpc
+    def UploadCorpus(
+        self, request_iterator: Iterator[corpus_pb2.UploadCorpusRequest], context: grpc.ServicerContext
+    ) -> corpus_pb2.UploadCorpusResponse:
+        header = next(request_iterator).header
+        pairs = _read_upload(request_iterator)
+        # grpc ends the iterator early when the caller gives up: an upload that was cut short is no corpus.
+        if not context.is_active():
+            raise errors.Cancelled("the caller gave up")
+        body = repr((header.display_name, header.source_language, header.target_language, pairs)).encode()
+        corpus_id = self.backend.once(header.request_id, body, lambda: self.backend.add_corpus(header, pairs))
+        return _filled(corpus_pb2.UploadCorpusResponse(), "corpus", self.backend.corpora[corpus_id])
+
+    @_rpc
+    def GetCorpus(
+        self, request: corpus_pb2.GetCorpusRequest, context: grpc.ServicerContext
+    ) -> corpus_pb2.GetCorpusResponse:
+        corpus = _found(self.backend.corpora, request.corpus_id, errors.CorpusNotFound, "corpus")
+        return _filled(corpus_pb2.GetCorpusResponse(), "corpus", corpus)
+
+    @_rpc
+    def ListCorpora(
+        self, request: corpus_pb2.ListCorporaRequest, context: grpc.ServicerContext
+    ) -> corpus_pb2.ListCorporaResponse:
+        page, token = _page(list(self.backend.corpora.values())[::-1], request)
+        corpora = [_filled(corpus_pb2.GetCorpusResponse(), "corpus", corpus).corpus for corpus in page]
+        return corpus_pb2.ListCorporaResponse(corpora=corpora, next_page_token=token)
+
+
+class _Models(_Servicer, model_pb2_grpc.ModelServiceServicer):
+    @_rpc
+    def ListModels(
+        self, request: model_pb2.ListModelsRequest, context: grpc.ServicerContext
+    ) -> model_pb2.ListModelsResponse:
+        page, token = _page(sorted(self.backend.models), request)
+        models = [_filled(model_pb2.GetModelResponse(), "model", self.backend.model(name)).model for name in page]
+        return model_pb2.ListModelsResponse(models=models, next_page_token=token)
+
+    @_rpc
+    def GetModel(self, request: model_pb2.GetModelRequest, context: grpc.ServicerContext) -> model_pb2.GetModelResponse:
+        version = self.backend.version(request.model)
+        response = _filled(model_pb2.GetModelResponse(), "model", self.backend.model(version.name))
+        return _filled(response, "version", version)
+
+
+class _Translations(_Servicer, translation_pb2_grpc.TranslationServiceServicer):
+    @_rpc
+    def Translate(
+        self, request: translation_pb2.TranslateRequest, context: grpc.ServicerContext
+    ) -> translation_pb2.TranslateResponse:
+        version = self.backend.version(request.model)
+        n_best = request.options.n_best or 1
+        result = types.TranslationResult(
+            model=version.reference,
+            translations=tuple(self._translation(sentence, n_best) for sentence in request.sentences),
+            timings=types.TranslateTimings(queue_s=0.0, text_s=0.001, encode_s=0.002, decode_s=0.004, total_s=0.007),
+        )
+        response = translation_pb2.TranslateResponse()
+        _checked(fill_message(result, response))
+        return response
+
+    def _translation(self, sentence: str, n_best: int) -> types.Translation:
+        """Return `n_best` hypotheses, all the same but for their scores; one, empty, for an empty sentence."""
+        text = self.fake.translate(sentence) if sentence else ""
+        hypotheses = [
+            types.Hypothesis(
+                text=text,
+                score=-0.1 * rank,
+                log_probability=-0.1 * rank * (len(text.split()) + 1),
+                target_tokens=len(text.split()) + 1,
+                finished=True,
+            )
+            for rank in range(1, (n_best if sentence else 1) + 1)
+        ]
+        return types.Translation(hypotheses=tuple(hypotheses), source_tokens=len(sentence.split()) + bool(sentence))
+
+
+def _read_upload(requests: Iterable[corpus_pb2.UploadCorpusRequest]) -> dict[str, list[Pair]]:
+    """Return the pairs of both splits; raises InvalidCorpus if the files of a split have different line counts."""
+    names = {corpus_pb2.SPLIT_TRAIN: "train", corpus_pb2.SPLIT_VALIDATION: "validation"}
+    pairs: dict[str, list[Pair]] = {name: [] for name in names.values()}
+    files: defaultdict[tuple[str, int], bytearray] = defaultdict(bytearray)
+    for request in requests:
+        if request.HasField("pairs"):
+            pairs[names[request.pairs.split]] += [(pair.source, pair.target) for pair in request.pairs.pairs]
+        else:
+            files[names[request.chunk.split], request.chunk.side] += request.chunk.data
+    for name in pairs:
+        source, target = (
+            files[name, side].decode().removesuffix("\n").split("\n") if (name, side) in files else []
+            for side in (corpus_pb2.SIDE_SOURCE, corpus_pb2.SIDE_TARGET)
+        )
+        if len(source) != len(target):
+            description = f"has {len(source)} source lines and {len(target)} target lines"
+            raise errors.InvalidCorpus(
+                f"{name}: {description}", violations=[errors.Violation(field=name, description=description)]
+            )
+        pairs[name] += zip(source, target, strict=True)
+    return pairs
+
+
+def _statistics(pairs: Sequence[Pair]) -> types.SplitStatistics:
+    return types.SplitStatistics(
+        pairs=len(pairs),
+        source_words=sum(len(source.split()) for source, _ in pairs),
+        target_words=sum(len(target.split()) for _, target in pairs),
+        empty_pairs=sum(not (source.strip() and target.strip()) for source, target in pairs),
+        samples=tuple(types.SentencePair(source=source, target=target) for source, target in pairs[:3]),
+    )
+
+
+def _found(table: dict[str, T], key: str, error: type[errors.NotFound], what: str) -> T:
+    if key not in table:
+        raise error(f"no {what} {key!r}", metadata={"id": key})
+    return table[key]
+
+
+def _page(items: Sequence[T], request: Any) -> tuple[Sequence[T], str]:  # noqa: ANN401 (three kinds of requests)
+    start = int(request.page_token or 0)
+    end = start + (request.page_size or _PAGE_SIZE)
+    return items[start:end], str(end) if end < len(items) else ""
+
+
+def _filled(response: M, name: str, value: object) -> M:
+    part = getattr(response, name)
+    part.SetInParent()
+    _checked(fill_message(value, part))
+    return response
+
+
+def _checked(violations: Sequence[errors.Violation]) -> None:
+    assert not violations, violations
+
+
+def _abort(context: grpc.ServicerContext, error: errors.FerrymanError) -> NoReturn:
+    context.abort_with_status(rpc_status.to_status(status_from_error(error)))
+    raise AssertionError("abort_with_status raises")

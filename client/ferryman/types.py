@@ -1,0 +1,458 @@
+"""What the SDK speaks in: frozen dataclasses, the fields of the contract under the same names.
+
+Durations are seconds and end in `_s`; times are aware datetimes in UTC. A field that the service did not set is None.
+Enumerations are strings: wherever one is taken, its plain value is as good (`Recipe(preset="tiny")`).
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+from datetime import datetime
+
+# --- Recipes ----------------------------------------------------------------------------------------------------------
+
+
+class Preset(enum.StrEnum):
+    """Named starting points of a recipe."""
+
+    TINY = "tiny"
+    BASE = "base"
+    BIG = "big"
+
+
+class NormPlacement(enum.StrEnum):
+    """POST: LayerNorm(x + Sublayer(x)), the paper's form. PRE: x + Sublayer(LayerNorm(x))."""
+
+    POST = "post"
+    PRE = "pre"
+
+
+class SubwordAlgorithm(enum.StrEnum):
+    """How SentencePiece learns subwords."""
+
+    UNIGRAM = "unigram"
+    BPE = "bpe"
+
+
+class ScheduleKind(enum.StrEnum):
+    """The shape of a learning-rate schedule after its linear warmup."""
+
+    NOAM = "noam"
+    INVERSE_SQRT = "inverse_sqrt"
+    COSINE = "cosine"
+    LINEAR = "linear"
+    CONSTANT = "constant"
+
+
+class SelectionMetric(enum.StrEnum):
+    """The validation score that decides which weights are the best."""
+
+    LOSS = "loss"
+    BLEU = "bleu"
+    CHRF = "chrf"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelRecipe:
+    """The network. Ranges and defaults: protos/ferryman/v1/recipe.proto, as for every part of a recipe."""
+
+    d_model: int | None = None
+    encoder_layers: int | None = None
+    decoder_layers: int | None = None
+    heads: int | None = None
+    ffn_dim: int | None = None
+    dropout: float | None = None
+    attention_dropout: float | None = None
+    activation_dropout: float | None = None
+    norm: NormPlacement | str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataRecipe:
+    """Subwords, and which training pairs are used."""
+
+    vocabulary_size: int | None = None
+    subword_algorithm: SubwordAlgorithm | str | None = None
+    character_coverage: float | None = None
+    max_sentence_tokens: int | None = None
+    max_length_ratio: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearningRateSchedule:
+    """A learning-rate schedule, a function of the step (from 1).
+
+    NOAM knows `factor` and `d_model`; the others `peak_learning_rate`; COSINE and LINEAR also `minimum_learning_rate`
+    and `total_steps`. All know `warmup_steps`.
+    """
+
+    kind: ScheduleKind | str | None = None
+    warmup_steps: int | None = None
+    factor: float | None = None
+    d_model: int | None = None
+    peak_learning_rate: float | None = None
+    minimum_learning_rate: float | None = None
+    total_steps: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizationRecipe:
+    """Adam, clipping by global norm (0: off), label smoothing, target tokens per update."""
+
+    adam_beta1: float | None = None
+    adam_beta2: float | None = None
+    adam_epsilon: float | None = None
+    clip_norm: float | None = None
+    label_smoothing: float | None = None
+    batch_target_tokens: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class StopRecipe:
+    """When training ends: at the first limit reached; 0 is no limit."""
+
+    max_steps: int | None = None
+    max_epochs: int | None = None
+    max_time_seconds: float | None = None
+    patience: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationRecipe:
+    """Validation, checkpoints, and the choice of the weights that are published."""
+
+    interval_steps: int | None = None
+    max_translated_pairs: int | None = None
+    metric: SelectionMetric | str | None = None
+    keep_last: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What is trained and how. None takes the preset's value; in a recipe that the service returns nothing is None."""
+
+    preset: Preset | str | None = None
+    model: ModelRecipe | None = None
+    data: DataRecipe | None = None
+    schedule: LearningRateSchedule | None = None
+    optimization: OptimizationRecipe | None = None
+    stop: StopRecipe | None = None
+    validation: ValidationRecipe | None = None
+    seed: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearningRatePoint:
+    """One point of a curve."""
+
+    step: int
+    learning_rate: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearningRateCurve:
+    """A learning-rate curve by rising step, its resolved schedule, and the peak of the whole schedule."""
+
+    points: tuple[LearningRatePoint, ...]
+    schedule: LearningRateSchedule
+    peak: LearningRatePoint
+
+
+# --- Corpora ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class SentencePair:
+    """A sentence and its translation."""
+
+    source: str
+    target: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitStatistics:
+    """What a part of a corpus holds. Words are separated by white space; empty pairs have an empty side."""
+
+    pairs: int
+    source_words: int
+    target_words: int
+    empty_pairs: int
+    samples: tuple[SentencePair, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Corpus:
+    """A stored corpus; it never changes. `digest` is the SHA-256 of its content, hexadecimal."""
+
+    corpus_id: str
+    display_name: str
+    source_language: str
+    target_language: str
+    train: SplitStatistics
+    validation: SplitStatistics
+    digest: str
+    create_time: datetime
+
+
+# --- Metrics ----------------------------------------------------------------------------------------------------------
+
+
+class RunState(enum.StrEnum):
+    """Where a run stands. SUCCEEDED, FAILED and CANCELLED are terminal; UNKNOWN is a state newer than this client."""
+
+    UNKNOWN = "unknown"
+    QUEUED = "queued"
+    STARTING = "starting"
+    RUNNING = "running"
+    EXPORTING = "exporting"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def is_terminal(self) -> bool:
+        """Whether the run can change no more."""
+        return self in (RunState.SUCCEEDED, RunState.FAILED, RunState.CANCELLED)
+
+
+class EventLevel(enum.StrEnum):
+    """How serious an event is; UNKNOWN is a level newer than this client."""
+
+    UNKNOWN = "unknown"
+    INFO = "info"
+    WARNING = "warning"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepMetrics:
+    """One update of the weights. Losses in nats per target token; padding is never counted as a token.
+
+    `padding_share` is 0 to 1; `gradient_norm` is the global L2 norm before clipping.
+    """
+
+    step: int
+    epoch: int
+    loss: float
+    nll_per_token: float
+    perplexity: float
+    learning_rate: float
+    gradient_norm: float
+    target_tokens: int
+    target_tokens_per_second: float
+    step_seconds: float
+    padding_share: float
+    memory_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationMetrics:
+    """One validation: losses over all validation pairs, BLEU and chrF (0 to 100) of greedy translations."""
+
+    step: int
+    epoch: int
+    loss: float
+    nll_per_token: float
+    perplexity: float
+    bleu: float
+    chrf: float
+    translated_pairs: int
+    seconds: float
+    best: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class StateChange:
+    """The run changed state; `attempt` counts its workers from 1, `message` may be empty."""
+
+    state: RunState
+    attempt: int = 0
+    message: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunEvent:
+    """A remark for a person; `code` is a stable UPPER_SNAKE_CASE name."""
+
+    level: EventLevel
+    code: str
+    message: str
+
+
+MetricPayload = StepMetrics | ValidationMetrics | StateChange | RunEvent
+"""What a record can hold."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetricRecord:
+    """One durable record of a run; sequences rise by exactly one from 1."""
+
+    sequence: int
+    time: datetime
+    payload: MetricPayload
+
+
+@dataclass(frozen=True, kw_only=True)
+class Heartbeat:
+    """Nothing new: every record up to `last_sequence` was sent. The next sign of life comes within `interval_s`."""
+
+    last_sequence: int
+    state: RunState
+    interval_s: float
+
+
+# --- Training runs ----------------------------------------------------------------------------------------------------
+
+
+class RunOrder(enum.StrEnum):
+    """The order of a list of runs, by the time they were accepted."""
+
+    NEWEST_FIRST = "newest_first"
+    OLDEST_FIRST = "oldest_first"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunProgress:
+    """How far a run is. `fraction` (0 to 1) and `remaining_s` are those of the nearest limit of the recipe."""
+
+    step: int = 0
+    epoch: int = 0
+    target_tokens: int = 0
+    target_tokens_per_second: float = 0.0
+    fraction: float = 0.0
+    remaining_s: float | None = None
+    best_validation: ValidationMetrics | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunError:
+    """Why a run failed: a stable UPPER_SNAKE_CASE reason, what to do about it, the last lines of the worker's log."""
+
+    reason: str
+    message: str
+    log_tail: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingRun:
+    """A training run. Of a run that was only validated `run_id` is empty and `create_time` None."""
+
+    run_id: str
+    state: RunState
+    corpus_id: str
+    model_name: str
+    recipe: Recipe
+    model_version: int | None = None
+    progress: RunProgress = field(default_factory=RunProgress)
+    error: RunError | None = None
+    cancel_requested: bool = False
+    attempt: int = 0
+    last_sequence: int = 0
+    create_time: datetime | None = None
+    start_time: datetime | None = None
+    end_time: datetime | None = None
+
+
+# --- Models -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelScores:
+    """Scores on the validation pairs (greedy); `weights` is "best" or "average"."""
+
+    bleu: float
+    chrf: float
+    nll_per_token: float
+    weights: str
+    step: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelVersion:
+    """A published version; it never changes. `parameters` counts trained weights."""
+
+    name: str
+    version: int
+    source_language: str
+    target_language: str
+    run_id: str
+    corpus_id: str
+    recipe: Recipe
+    scores: ModelScores
+    parameters: int
+    size_bytes: int
+    digest: str
+    create_time: datetime
+
+    @property
+    def reference(self) -> str:
+        """The exact reference for `translate` and `get_model`: "name/version"."""
+        return f"{self.name}/{self.version}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """A name with its newest version and the numbers of all, rising."""
+
+    name: str
+    latest_version: ModelVersion
+    versions: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelDetails:
+    """A model, and the version of it that was asked for."""
+
+    model: Model
+    version: ModelVersion
+
+
+# --- Translation ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hypothesis:
+    """One translation of a sentence. `score` is log_probability / target_tokens ** length_penalty (natural logarithm).
+
+    `finished` is False if the hypothesis was cut at the length limit.
+    """
+
+    text: str
+    score: float
+    log_probability: float
+    target_tokens: int
+    finished: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Translation:
+    """The hypotheses for one sentence, best first."""
+
+    hypotheses: tuple[Hypothesis, ...]
+    source_tokens: int
+
+    @property
+    def text(self) -> str:
+        """The text of the best hypothesis."""
+        return self.hypotheses[0].text
+
+
+@dataclass(frozen=True, kw_only=True)
+class TranslateTimings:
+    """Where the time of a request went on the server, seconds."""
+
+    queue_s: float
+    text_s: float
+    encode_s: float
+    decode_s: float
+    total_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class TranslationResult:
+    """One translation per sentence, in their order, and the model that made them, "name/version"."""
+
+    model: str
+    translations: tuple[Translation, ...]
+    timings: TranslateTimings
