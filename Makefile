@@ -1,27 +1,107 @@
-# Every command a user or CI needs. `make help` lists them.
+# Every command that a user or CI needs; `make help` lists them.
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-TORCH ?= torch==2.13.0
 READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+STUBS ?= client
+
+# torch is installed first and by itself, at the version that constraints.txt pins. Where pip finds only the default
+# build, that one brings gigabytes of CUDA libraries along; to get the small CPU build, let PIP_EXTRA_INDEX_URL or
+# PIP_FIND_LINKS point to PyTorch's CPU wheels: pip then prefers 2.13.0+cpu, and what follows is content with it.
+TORCH ?= torch==2.13.0
+
+# The user's own text for `make demo`: file prefixes and languages.
+TRAIN ?=
+VALID ?=
+TEST ?=
+SOURCE ?=
+TARGET ?=
+MINUTES ?=
+# The benchmarks: DATA is a folder with train, val and test files, PRESET a recipe, QUICK=1 the short form.
+DATA ?=
+PRESET ?=
+QUICK ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check protos protos-drift lint types layers dockerfile quick system wheel-smoke bench-quality bench-export clean
+.NOTPARALLEL:
+.PHONY: help setup demo test check quick system protos protos-drift buf-lint lint types layers dockerfile wheel-smoke \
+  bench-quality bench-export clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
 $(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "$(PYTHON) is missing or older than 3.11: install Python 3.11 or newer, or say make PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null \
+	  || { echo "Python's venv module is missing. On Debian: apt-get install python3-venv" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install -q "pip>=25"
 	$(PIP) install -q -c constraints.txt "$(TORCH)"
 	$(PIP) install -q -c constraints.txt -e '.[dev]'
 	@touch $@
 
-setup: $(READY) ## virtual environment with everything, once
+setup: $(READY) ## make .venv with everything in it, once
+
+demo: $(READY) ## train a model and translate with it, < 5 min; own text: TRAIN= VALID= TEST= SOURCE= TARGET= [MINUTES=]
+	@$(BIN)/python -m examples.demo $(if $(TRAIN),--train "$(TRAIN)") $(if $(VALID),--valid "$(VALID)") \
+	  $(if $(TEST),--test "$(TEST)") $(if $(SOURCE),--source "$(SOURCE)") $(if $(TARGET),--target "$(TARGET)") \
+	  $(if $(MINUTES),--minutes "$(MINUTES)")
+
+test: $(READY) ## all tests: quick and system
+	$(BIN)/python -m pytest
+
+quick: $(READY) ## the quick tests
+	$(BIN)/python -m pytest -m "not system"
+
+system: $(READY) ## the tests that start the real service
+	$(BIN)/python -m pytest -m system
+
+check: protos-drift buf-lint lint types layers dockerfile test wheel-smoke ## everything that CI runs, in its order
 
 protos: $(READY) ## generate the stubs from protos/
-	$(BIN)/python -m grpc_tools.protoc -I protos --plugin=protoc-gen-mypy=$(BIN)/protoc-gen-mypy --plugin=protoc-gen-mypy_grpc=$(BIN)/protoc-gen-mypy_grpc \
-	  --python_out=client --mypy_out=quiet:client --grpc_python_out=client --mypy_grpc_out=quiet:client protos/ferryman/v1/*.proto
+	$(BIN)/python -m grpc_tools.protoc -I protos \
+	  --plugin=protoc-gen-mypy=$(BIN)/protoc-gen-mypy --plugin=protoc-gen-mypy_grpc=$(BIN)/protoc-gen-mypy_grpc \
+	  --python_out=$(STUBS) --mypy_out=quiet:$(STUBS) --grpc_python_out=$(STUBS) --mypy_grpc_out=quiet:$(STUBS) \
+	  protos/ferryman/v1/*.proto
+
+protos-drift: $(READY) ## check that the committed stubs are what protos/ generates
+	@fresh=$$(mktemp -d) && trap 'rm -rf "$$fresh"' EXIT \
+	  && $(MAKE) --no-print-directory -s protos STUBS="$$fresh" \
+	  && { diff -r -x __init__.py -x __pycache__ "$$fresh/ferryman/v1" client/ferryman/v1 \
+	    || { echo "the committed stubs differ from what protos/ generates: run 'make protos' and commit" >&2; exit 1; }; }
+
+buf-lint: $(READY) ## lint the contract
+	$(BIN)/buf lint
+
+lint: $(READY) ## ruff: rules and format
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+types: $(READY) ## mypy --strict
+	$(BIN)/mypy
+	$(BIN)/mypy examples bench
+
+layers: $(READY) ## the layers of the architecture
+	$(BIN)/lint-imports
+
+dockerfile: $(READY) ## hadolint
+	$(BIN)/hadolint Dockerfile
+
+wheel-smoke: $(READY) ## install the wheel in a clean environment and use it
+	PYTHON=$(BIN)/python tests/wheel_smoke.sh
+
+bench-quality: $(READY) ## BLEU after a fixed time of training: [DATA= SOURCE= TARGET= MINUTES= PRESET= QUICK=1]
+	@$(BIN)/python -m bench.quality $(if $(DATA),--data "$(DATA)") $(if $(SOURCE),--source "$(SOURCE)") \
+	  $(if $(TARGET),--target "$(TARGET)") $(if $(MINUTES),--minutes "$(MINUTES)") \
+	  $(if $(PRESET),--preset "$(PRESET)") $(if $(QUICK),--quick)
+
+bench-export: $(READY) ## does the exported model translate as the PyTorch model does, after bench-quality: [DATA= QUICK=1]
+	@$(BIN)/python -m bench.export $(if $(DATA),--data "$(DATA)") $(if $(SOURCE),--source "$(SOURCE)") \
+	  $(if $(QUICK),--quick)
+
+clean: ## remove caches, builds, and what demo and benchmarks left; the virtual environment stays
+	rm -rf build dist demo-output bench-output .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find client service tests examples bench -name __pycache__ -type d -prune -exec rm -rf {} +

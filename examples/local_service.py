@@ -1,0 +1,92 @@
+"""A Ferryman service of one's own for the length of a `with` block, as a program on this machine."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Final
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+START_TIMEOUT_S: Final = 60.0
+STOP_TIMEOUT_S: Final = 30.0
+_POLL_S: Final = 0.1
+_LOG_TAIL_LINES: Final = 20
+_SERVING = re.compile(r"^serving on (\S+)$", re.MULTILINE)
+
+
+class ServiceFailed(Exception):
+    """The service did not start, or did not end with exit status 0. The message holds the end of its log."""
+
+
+@contextlib.contextmanager
+def local_service(data_dir: Path, log_path: Path, arguments: Sequence[str] = ()) -> Iterator[str]:
+    """Run `ferryman-service serve` on a free loopback port; yield its address once it is SERVING, stop it at the end.
+
+    `data_dir` is made if it is missing, `log_path` overwritten. Raises ServiceFailed.
+    """
+    log_path.parent.mkdir(parents=True, exist_ok=True)
+    process = _start(data_dir, log_path, arguments)
+    try:
+        address = _wait_for_address(process, log_path)
+        _wait_until_serving(address)
+        yield address
+    except BaseException:
+        _stop(process)
+        raise
+    if status := _stop(process):
+        raise ServiceFailed(f"the service ended with exit status {status}{_log_tail(log_path)}")
+
+
+def _start(data_dir: Path, log_path: Path, arguments: Sequence[str]) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "ferryman_service", "serve", "--host", "127.0.0.1", "--port", "0"]
+    command += ["--metrics-port", "0", "--data-dir", str(data_dir), *arguments]
+    with log_path.open("wb") as log:
+        # In a session of its own, so that Ctrl-C reaches only the caller, who then stops the service in order.
+        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+
+
+def _wait_for_address(process: subprocess.Popen[bytes], log_path: Path) -> str:
+    deadline_s = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < deadline_s:
+        if match := _SERVING.search(log_path.read_text(errors="replace")):
+            return match[1]
+        if process.poll() is not None:
+            raise ServiceFailed(f"the service ended at once, exit status {process.returncode}{_log_tail(log_path)}")
+        time.sleep(_POLL_S)
+    raise ServiceFailed(f"the service did not start within {START_TIMEOUT_S:g} s{_log_tail(log_path)}")
+
+
+def _wait_until_serving(address: str) -> None:
+    """Ask grpc.health.v1 until it says SERVING."""
+    deadline_s = time.monotonic() + START_TIMEOUT_S
+    with grpc.insecure_channel(address) as channel:
+        check = health_pb2_grpc.HealthStub(channel).Check
+        while time.monotonic() < deadline_s:
+            response = check(health_pb2.HealthCheckRequest(), timeout=START_TIMEOUT_S, wait_for_ready=True)
+            if response.status == health_pb2.HealthCheckResponse.SERVING:
+                return
+            time.sleep(_POLL_S)
+    raise ServiceFailed(f"the service at {address} is not SERVING after {START_TIMEOUT_S:g} s")
+
+
+def _stop(process: subprocess.Popen[bytes]) -> int:
+    """Send SIGTERM and return the exit status; a service that does not end in time is killed."""
+    process.send_signal(signal.SIGTERM)
+    try:
+        return process.wait(STOP_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return process.wait()
+
+
+def _log_tail(log_path: Path) -> str:
+    lines = log_path.read_text(errors="replace").splitlines()[-_LOG_TAIL_LINES:]
+    return "".join(f"\n  | {line}" for line in lines)

@@ -1,0 +1,62 @@
+"""Parallel text in files: `prefix.en` and `prefix.de`, or the same with .gz, UTF-8, one sentence a line."""
+
+from __future__ import annotations
+
+import gzip
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+
+class TextMissing(Exception):
+    """A file is not there, or the two sides do not match."""
+
+
+@dataclass(frozen=True)
+class ParallelFiles:
+    """The two files of a split."""
+
+    source: Path
+    target: Path
+
+
+@dataclass(frozen=True)
+class ParallelLines:
+    """The sentences of a split, as many on each side."""
+
+    source: Sequence[str]
+    target: Sequence[str]
+
+
+def find_files(prefix: str, source_language: str, target_language: str) -> ParallelFiles:
+    """Return the files of a prefix; raises TextMissing, naming what was looked for."""
+    return ParallelFiles(source=_find(prefix, source_language), target=_find(prefix, target_language))
+
+
+def read_lines(files: ParallelFiles) -> ParallelLines:
+    """Read both files; raises TextMissing for different line counts and for text that is not UTF-8."""
+    source, target = _read(files.source), _read(files.target)
+    if len(source) != len(target):
+        raise TextMissing(f"{files.source} has {len(source)} lines, but {files.target} has {len(target)}")
+    return ParallelLines(source=source, target=target)
+
+
+def _find(prefix: str, language: str) -> Path:
+    plain = Path(f"{prefix}.{language}")
+    packed = Path(f"{prefix}.{language}.gz")
+    for path in (plain, packed):
+        if path.is_file():
+            return path
+    raise TextMissing(f"neither {plain} nor {packed} is a file")
+
+
+def _read(path: Path) -> Sequence[str]:
+    data = path.read_bytes()
+    try:
+        # str.splitlines would also split at characters that are no line breaks here, such as U+2028.
+        lines = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise TextMissing(f"{path} is not UTF-8: {error}") from error
+    if lines[-1] == "":
+        lines.pop()
+    return [line.removesuffix("\r") for line in lines]
