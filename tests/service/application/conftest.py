@@ -25,17 +25,26 @@ def worker():
 
 
 @pytest.fixture
-def queue_run(runs):
-    def queue(**recipe):
-        run = TrainingRun(
+def new_run():
+    """A maker of runs that nobody has stored yet."""
+
+    def make(corpus_id="cor_x", **recipe):
+        return TrainingRun(
             run_id=new_id(RUN_PREFIX),
             state=RunState.QUEUED,
-            corpus_id="cor_x",
+            corpus_id=corpus_id,
             model_name="en-de",
             recipe=resolve_recipe(recipe),
             create_time_ns=time.time_ns(),
         )
-        return runs.create(run, None, 100)
+
+    return make
+
+
+@pytest.fixture
+def queue_run(runs, new_run):
+    def queue(**recipe):
+        return runs.create(new_run(**recipe), None, 100)
 
     return queue
 

@@ -1,0 +1,181 @@
+"""The whole road through the real service: corpus → training → metrics → ONNX → translation."""
+
+import math
+import urllib.request
+
+import grpc
+import pytest
+from ferryman.v1 import metrics_pb2, model_pb2, training_pb2, translation_pb2
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+from tests.system.conftest import Stubs, reversal_corpus, small_recipe
+
+pytestmark = pytest.mark.system
+
+STATES = ["QUEUED", "STARTING", "RUNNING", "EXPORTING", "SUCCEEDED"]
+
+
+def test_the_records_are_numbered_without_gap_and_tell_the_whole_story(road):
+    _, stubs, run, records = road
+    assert [record.sequence for record in records] == list(range(1, run.last_sequence + 1))
+    states = [record.state_change.state for record in records if record.HasField("state_change")]
+    assert [metrics_pb2.RunState.Name(state).removeprefix("RUN_STATE_") for state in states] == STATES
+    steps = [record.step.step for record in records if record.HasField("step")]
+    assert steps == list(range(1, 301))
+    assert list(stubs.stream(run.run_id)) == records
+
+
+def test_each_step_says_what_the_contract_promises(road):
+    _, _, run, records = road
+    for step in (record.step for record in records if record.HasField("step")):
+        assert step.epoch >= 1
+        assert 0 < step.nll_per_token < 20
+        assert step.perplexity == pytest.approx(math.exp(step.nll_per_token))
+        assert step.gradient_norm > 0
+        assert 0 < step.target_tokens <= run.recipe.optimization.batch_target_tokens
+        assert step.target_tokens_per_second == pytest.approx(step.target_tokens / step.step_seconds)
+        assert 0 <= step.padding_share < 1
+        assert step.memory_bytes > 10_000_000
+
+
+def test_training_learns_and_validation_says_so(road):
+    _, _, run, records = road
+    losses = [record.step.nll_per_token for record in records if record.HasField("step")]
+    assert losses[-1] < losses[0] / 2
+    validations = [record.validation for record in records if record.HasField("validation")]
+    assert len(validations) >= 10
+    best = max((v for v in validations if v.best), key=lambda v: v.step)
+    assert run.progress.best_validation == best
+    assert run.progress.step == 300
+    assert run.progress.fraction == 1
+
+
+def test_the_learning_rate_of_every_step_is_the_schedules_to_the_last_bit(road):
+    _, stubs, run, records = road
+    curve = stubs.training.GetLRSchedule(
+        training_pb2.GetLRScheduleRequest(run_id=run.run_id, last_step=300, max_points=300)
+    )
+    reported = [(record.step.step, record.step.learning_rate) for record in records if record.HasField("step")]
+    assert [(point.step, point.learning_rate) for point in curve.points] == reported
+    assert curve.peak.step == run.recipe.schedule.warmup_steps == 20
+    assert curve.peak.learning_rate == max(rate for _, rate in reported)
+    formula = [32**-0.5 * min(step**-0.5, step * 20**-1.5) for step, _ in reported]
+    assert [rate for _, rate in reported] == formula
+
+
+def test_the_model_is_published_with_its_lineage(road):
+    _, stubs, run, _ = road
+    answer = stubs.models.GetModel(model_pb2.GetModelRequest(model="reversal/1"))
+    assert (answer.version.run_id, answer.version.corpus_id) == (run.run_id, run.corpus_id)
+    assert answer.version.recipe == run.recipe
+    assert (answer.version.source_language, answer.version.target_language) == ("xx", "yy")
+    assert answer.version.parameters > 10_000
+    assert answer.model.latest_version.version == run.model_version == 1
+    listed = stubs.models.ListModels(model_pb2.ListModelsRequest()).models
+    assert [model.name for model in listed] == ["reversal"]
+
+
+def translate(stubs, sentences, **options):
+    request = translation_pb2.TranslateRequest(model="reversal", sentences=sentences)
+    for name, value in options.items():
+        setattr(request.options, name, value)
+    return stubs.translation.Translate(request)
+
+
+def test_the_model_translates_what_it_never_saw(road):
+    _, stubs, _, _ = road
+    pairs = reversal_corpus(50, seed=3)
+    answer = translate(stubs, [source for source, _ in pairs])
+    assert answer.model == "reversal/1"
+    texts = [translation.hypotheses[0].text for translation in answer.translations]
+    words = [set(text.split()) & set(target.split()) for text, (_, target) in zip(texts, pairs, strict=True)]
+    assert sum(map(bool, words)) > 40, list(zip(texts, pairs, strict=True))[:5]
+    assert answer.timings.total.ToNanoseconds() >= answer.timings.decode.ToNanoseconds() > 0
+
+
+def test_search_options_do_what_they_say(road):
+    _, stubs, _, _ = road
+    sentence = "ba ce di fo gu"
+    best = translate(stubs, [sentence], beam_size=4, n_best=4).translations[0].hypotheses
+    assert len({hypothesis.text for hypothesis in best}) == len(best) == 4
+    assert [h.score for h in best] == sorted((h.score for h in best), reverse=True)
+    for hypothesis in best:
+        assert hypothesis.score == pytest.approx(hypothesis.log_probability / hypothesis.target_tokens, abs=1e-5)
+    cut = translate(stubs, [sentence], beam_size=1, max_length=2).translations[0].hypotheses[0]
+    assert (cut.target_tokens, cut.finished) == (2, False)
+    empty = translate(stubs, ["", " \n "]).translations
+    assert [(t.hypotheses[0].text, t.source_tokens) for t in empty] == [("", 0), ("", 0)]
+
+
+def test_a_translation_does_not_depend_on_its_neighbours(road):
+    _, stubs, _, _ = road
+    sentences = [source for source, _ in reversal_corpus(40, seed=4)]
+    together = [t.hypotheses[0].text for t in translate(stubs, sentences).translations]
+    alone = [translate(stubs, [sentence]).translations[0].hypotheses[0].text for sentence in sentences]
+    assert together == alone
+
+
+def test_validate_only_starts_nothing(road):
+    _, stubs, run, _ = road
+    draft = stubs.start(run.corpus_id, small_recipe(), validate_only=True)
+    assert draft.run_id == ""
+    assert draft.recipe.optimization.adam_beta2 == 0.98
+    listed = stubs.training.ListTrainingRuns(training_pb2.ListTrainingRunsRequest()).runs
+    assert [listed_run.run_id for listed_run in listed] == [run.run_id]
+
+
+def test_health_has_a_status_per_service(road):
+    service, _, _, _ = road
+    with grpc.insecure_channel(service.address) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        for name in ("", *(f"ferryman.v1.{n}Service" for n in ("Training", "Corpus", "Model", "Translation"))):
+            status = stub.Check(health_pb2.HealthCheckRequest(service=name)).status
+            assert status == health_pb2.HealthCheckResponse.SERVING
+
+
+def test_a_client_that_knows_only_reflection_can_translate(road):
+    """Everything about the contract comes over the wire; no generated module of ours is used."""
+    service, _, _, _ = road
+    with grpc.insecure_channel(service.address) as channel:
+        pool = _pool_from_reflection(channel, "ferryman.v1.TranslationService")
+        method = pool.FindServiceByName("ferryman.v1.TranslationService").FindMethodByName("Translate")
+        request_class = message_factory.GetMessageClass(method.input_type)
+        response_class = message_factory.GetMessageClass(method.output_type)
+        call = channel.unary_unary(
+            "/ferryman.v1.TranslationService/Translate",
+            request_serializer=request_class.SerializeToString,
+            response_deserializer=response_class.FromString,
+        )
+        answer = call(request_class(model="reversal", sentences=["ba ce di"]))
+        assert answer.translations[0].hypotheses[0].text
+
+
+def _pool_from_reflection(channel, symbol):
+    stub = reflection_pb2_grpc.ServerReflectionStub(channel)
+    pool, seen = descriptor_pool.DescriptorPool(), set()
+
+    def ask(**field):
+        answer = next(iter(stub.ServerReflectionInfo(iter([reflection_pb2.ServerReflectionRequest(**field)]))))
+        for raw in answer.file_descriptor_response.file_descriptor_proto:
+            file = descriptor_pb2.FileDescriptorProto.FromString(raw)
+            if file.name not in seen:
+                seen.add(file.name)
+                for dependency in file.dependency:
+                    ask(file_by_filename=dependency)
+                pool.Add(file)
+
+    ask(file_containing_symbol=symbol)
+    return pool
+
+
+def test_prometheus_can_scrape(start_service):
+    service = start_service("--metrics-port", "0", "--metrics-port", "29464")
+    stubs = Stubs(service.address)
+    stubs.training.ListTrainingRuns(training_pb2.ListTrainingRunsRequest())
+    with urllib.request.urlopen(service.metrics_url()) as answer:
+        text = answer.read().decode()
+    assert 'grpc_server_handled_total{grpc_code="OK"' in text
+    assert "ferryman_training_steps_total" in text
+    assert "ferryman_translate_sentences_total" in text
