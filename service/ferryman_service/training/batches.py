@@ -1,0 +1,154 @@
+"""Which pairs form which batch: by target tokens, of similar lengths, in an order that seed and epoch decide.
+
+Shape suffixes: P pairs, B pairs of a batch, S source positions, T target positions, N target tokens without padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ferryman_service.domain.tokens import BOS, PAD
+from ferryman_service.training.pairs import TokenPairs
+
+_POOL_PAIRS: Final = 131_072
+_MAX_SOURCE_SLACK: Final = 1.5
+
+Index = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Pairs that are computed together.
+
+    `decoder_input_BT` is the target shifted right, <s> y1 .. yn; `labels_N` holds y1 .. yn </s>, one after the
+    other. Label i belongs to position `label_positions_N[i]` of the flattened decoder input; padding has no label.
+    """
+
+    source_BS: Tensor
+    decoder_input_BT: Tensor
+    label_positions_N: Tensor
+    labels_N: Tensor
+    source_tokens: int
+
+    @property
+    def target_tokens(self) -> int:
+        """Target tokens, end symbols included, padding not."""
+        return self.labels_N.numel()
+
+    @property
+    def positions(self) -> int:
+        """Source and target positions, padding included."""
+        return self.source_BS.numel() + self.decoder_input_BT.numel()
+
+    @property
+    def padding_share(self) -> float:
+        """The share of padding among the positions."""
+        return 1.0 - (self.source_tokens + self.target_tokens) / self.positions
+
+    def to(self, device: torch.device) -> Batch:
+        """Return the batch on that device."""
+        return Batch(
+            source_BS=self.source_BS.to(device),
+            decoder_input_BT=self.decoder_input_BT.to(device),
+            label_positions_N=self.label_positions_N.to(device),
+            labels_N=self.labels_N.to(device),
+            source_tokens=self.source_tokens,
+        )
+
+
+def make_batch(pairs: TokenPairs, index_B: Index) -> Batch:
+    """Return the batch of these pairs."""
+    labels_BT = pairs.target.padded(index_B)
+    label_positions_N = np.flatnonzero(labels_BT != PAD)
+    return Batch(
+        source_BS=torch.from_numpy(pairs.source.padded(index_B)),
+        decoder_input_BT=torch.from_numpy(_shift_right(labels_BT)),
+        label_positions_N=torch.from_numpy(label_positions_N),
+        labels_N=torch.from_numpy(labels_BT.ravel()[label_positions_N]),
+        source_tokens=int(pairs.source.lengths_P[index_B].sum()),
+    )
+
+
+def plan_epoch(
+    source_lengths_P: Index, target_lengths_P: Index, *, batch_target_tokens: int, seed: int, epoch: int, ranks: int = 1
+) -> list[list[Index]]:
+    """Return the updates of an epoch, each with at most one batch for each rank: a pure function of the arguments.
+
+    Every pair is in exactly one batch. The batches of an update have together at most `batch_target_tokens` target
+    tokens (unless a single sentence has more than a rank's share); each rank's source positions, padding included, are
+    bounded too. Batches are cut from pools of shuffled pairs that are sorted by length, then shuffled.
+    """
+    generator = np.random.Generator(np.random.PCG64([seed, epoch]))
+    shuffled_P = generator.permutation(len(target_lengths_P))
+    ratio = source_lengths_P.sum() / target_lengths_P.sum()
+    limit = max(1, batch_target_tokens // ranks)
+    limits = (limit, _MAX_SOURCE_SLACK * ratio * limit)
+    updates: list[list[Index]] = []
+    for start in range(0, len(shuffled_P), _POOL_PAIRS):
+        pool = shuffled_P[start : start + _POOL_PAIRS]
+        batches = cut_batches(
+            sort_by_length(pool, source_lengths_P, target_lengths_P), source_lengths_P, target_lengths_P, limits
+        )
+        updates += [batches[i : i + ranks] for i in range(0, len(batches), ranks)]
+    return [updates[i] for i in generator.permutation(len(updates))]
+
+
+def cut_batches(
+    sorted_P: Index, source_lengths_P: Index, target_lengths_P: Index, limits: tuple[float, float]
+) -> list[Index]:
+    """Cut a sorted order into batches.
+
+    The limits are (target tokens, source positions with padding); a pair above them stands alone.
+    """
+    max_target_tokens, max_source_positions = limits
+    sources, targets = source_lengths_P[sorted_P].tolist(), target_lengths_P[sorted_P].tolist()
+    cuts = [0]
+    target_tokens = longest_source = 0
+    for position, (source, target) in enumerate(zip(sources, targets, strict=True)):
+        target_tokens += target
+        longest_source = max(longest_source, source)
+        size = position - cuts[-1] + 1
+        if size > 1 and (target_tokens > max_target_tokens or size * longest_source > max_source_positions):
+            cuts.append(position)
+            target_tokens, longest_source = target, source
+    return np.split(sorted_P, _share_the_rest(cuts, sources, targets, limits)[1:])
+
+
+def _share_the_rest(
+    cuts: list[int], sources: Sequence[int], targets: Sequence[int], limits: tuple[float, float]
+) -> list[int]:
+    """Return the cuts with the last moved to the middle of the last two batches, where the limits allow it.
+
+    The last batch would else be small at random, and its few sentences make a noisy update.
+    """
+    if len(cuts) < 2:
+        return cuts
+    first, end = cuts[-2], len(targets)
+    middle = first + (end - first + 1) // 2
+    halves = [slice(first, middle), slice(middle, end)]
+    fits = all(
+        sum(targets[half]) <= limits[0] and (half.stop - half.start) * max(sources[half], default=0) <= limits[1]
+        for half in halves
+    )
+    return [*cuts[:-1], middle] if fits and middle < cuts[-1] else cuts
+
+
+def sort_by_length(pool: Index, source_lengths_P: Index, target_lengths_P: Index) -> Index:
+    """Sort by target length, then by source length, up and down by turns, so that neighbours are alike."""
+    source, target = source_lengths_P[pool], target_lengths_P[pool]
+    return pool[np.lexsort((np.where(target % 2 == 0, source, -source), target))]
+
+
+def _shift_right(labels_BT: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return <s> y1 .. yn where the labels are y1 .. yn </s>; where the label is padding, the input is too."""
+    shifted_BT = np.roll(labels_BT, 1, axis=1)
+    shifted_BT[:, 0] = BOS
+    shifted_BT[labels_BT == PAD] = PAD
+    return shifted_BT

@@ -1,0 +1,37 @@
+"""What a validation finds."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from ferryman_service.domain.recipe import SelectionMetric
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationScores:
+    """Losses per target token in nats over all validation pairs; BLEU and chrF of the first ones."""
+
+    loss: float
+    nll_per_token: float
+    bleu: float
+    chrf: float
+    translated_pairs: int
+
+    def rank(self, metric: SelectionMetric) -> tuple[float, ...]:
+        """Return what scores are compared by: higher is better, equal BLEU or chrF is decided by the likelihood."""
+        match metric:
+            case SelectionMetric.LOSS:
+                return (-self.nll_per_token,)
+            case SelectionMetric.BLEU:
+                return (self.bleu, -self.nll_per_token)
+            case SelectionMetric.CHRF:
+                return (self.chrf, -self.nll_per_token)
+
+
+def perplexity(nll_per_token: float) -> float:
+    """Return exp(nll_per_token), infinite where a float cannot hold it."""
+    try:
+        return math.exp(nll_per_token)
+    except OverflowError:
+        return math.inf
