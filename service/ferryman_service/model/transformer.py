@@ -54,7 +54,10 @@ class Transformer(nn.Module):
 
     def encode(self, source_BS: Tensor) -> Tensor:
         """Return memory_BSD; its padded positions hold nothing of use."""
-        mask_B11S = source_mask(source_BS)
+        return self.encode_masked(source_BS, source_mask(source_BS))
+
+    def encode_masked(self, source_BS: Tensor, mask_B11S: Tensor | None) -> Tensor:
+        """Return memory_BSD; the mask is False at padding, None if nothing is padded."""
         x_BSD = self.embed(source_BS)
         for layer in self.encoder_layers:
             x_BSD = layer(x_BSD, mask_B11S)

@@ -1,0 +1,1 @@
+"""Serving published models with ONNX Runtime. No torch here."""
