@@ -1,0 +1,88 @@
+"""Telling processes apart."""
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+from ferryman_service.launch.process import current_process_identity, is_alive, kill_process, process_identity
+
+PARENT = """
+import subprocess, sys
+child = subprocess.Popen([sys.executable, "-c", sys.argv[1]], stdout=sys.stdout)
+sys.stdin.readline()
+"""
+CHILD = """
+import os, signal
+from ferryman_service.launch.process import die_with_parent
+die_with_parent()
+print(os.getpid(), flush=True)
+signal.pause()
+"""
+ORPHAN = """
+import os, signal, sys
+from ferryman_service.launch import process
+real = os.getppid
+answers = [real(), 1]
+os.getppid = lambda: answers.pop(0)
+process.die_with_parent()
+print("still alive", flush=True)
+"""
+
+
+@pytest.fixture
+def sleeper():
+    """A process with a name that looks like fields of /proc/<pid>/stat."""
+    program = "import signal; open('/proc/self/comm', 'w').write(') Z 1 2 (x'); print(flush=True); signal.pause()"
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        yield process
+        process.kill()
+
+
+def test_this_process():
+    identity = current_process_identity()
+    assert identity.pid == os.getpid()
+    assert is_alive(identity)
+    assert process_identity(os.getppid()) != identity
+
+
+def test_another_process_with_the_same_pid_is_not_this_one():
+    identity = current_process_identity()
+    for other in ({"start_ticks": identity.start_ticks - 1}, {"boot_id": "another boot"}, {"pid": 1}):
+        assert not is_alive(dataclasses.replace(identity, **other))
+
+
+def test_only_the_very_process_is_killed(sleeper):
+    identity = process_identity(sleeper.pid)
+    kill_process(dataclasses.replace(identity, start_ticks=identity.start_ticks + 1))
+    assert is_alive(identity)
+    kill_process(identity)
+    assert sleeper.wait(timeout=10) == -signal.SIGKILL
+    kill_process(identity)
+
+
+def test_a_zombie_is_dead(sleeper):
+    identity = process_identity(sleeper.pid)
+    sleeper.kill()
+    os.waitid(os.P_PID, sleeper.pid, os.WEXITED | os.WNOWAIT)  # it has ended, and nobody has collected it
+    assert not is_alive(identity)
+    assert process_identity(sleeper.pid) is None
+
+
+def test_a_child_dies_with_its_parent():
+    command = [sys.executable, "-c", PARENT, CHILD]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as parent:
+        child = process_identity(int(parent.stdout.readline()))
+        assert is_alive(child)
+        parent.kill()
+        assert parent.stdout.read() == ""  # the pipe closes when the child is gone too
+        assert not is_alive(child)
+
+
+def test_a_parent_that_died_just_before_counts():
+    done = subprocess.run([sys.executable, "-c", ORPHAN], capture_output=True, timeout=30)
+    assert done.returncode == -signal.SIGKILL
+    assert done.stdout == b""

@@ -1,0 +1,208 @@
+"""The launcher, with small programs in the worker's place, and once with the real torchrun."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from ferryman_service.launch.process import is_alive, process_identity
+from ferryman_service.launch.torchrun import LaunchConfig, TorchrunLauncher, read_log_tail, torchrun_command
+
+TELL = """
+import json, os, sys
+told = {"arguments": sys.argv[1:], "stdin": sys.stdin.read(), "session": os.getsid(0) == os.getpid(),
+        "threads": os.environ["OMP_NUM_THREADS"], "extra": os.environ.get("EXTRA")}
+print(json.dumps(told))
+print("on stderr", file=sys.stderr)
+sys.exit(3)
+"""
+WAIT = "import signal; print('up'); signal.pause()"
+SERVICE = """
+import sys
+from pathlib import Path
+from ferryman_service.launch.torchrun import LaunchConfig, TorchrunLauncher
+folder = Path(sys.argv[1])
+config = LaunchConfig(data_dir=folder, worker_command=(sys.executable, "-c", sys.argv[2]))
+launcher = TorchrunLauncher(config, lambda run_id, attempt: folder / f"{run_id}-{attempt}.log")
+launcher.start("run_x", 1)
+assert "torch" not in sys.modules
+print(launcher._agents["run_x", 1].pid, flush=True)
+sys.stdin.readline()
+"""
+TORCH_WORKER = """
+import os, sys
+from pathlib import Path
+import torch.distributed as dist
+from ferryman_service.launch.process import current_process_identity, die_with_parent
+die_with_parent()
+dist.init_process_group("gloo")
+me = current_process_identity()
+Path(sys.argv[2], "worker").write_text(f"{me.pid} {dist.get_world_size()}")
+if sys.argv[-1] == "2":
+    raise SystemExit("this attempt is meant to fail")
+import signal
+signal.pause()
+"""
+
+
+def wait_until(condition, timeout_s=60):
+    deadline_s = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline_s, "it did not happen"
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def launch(tmp_path):
+    """Return a launcher whose workers run the given program; they end with the test."""
+    started = []
+
+    def make(program=WAIT, **config):
+        command = (sys.executable, "-c", program)
+        values = {"data_dir": tmp_path, "worker_command": command} | config
+        launcher = TorchrunLauncher(
+            LaunchConfig(**values), lambda run_id, attempt: tmp_path / f"{run_id}-{attempt}.log"
+        )
+        started.append(launcher)
+        return launcher
+
+    yield make
+    for launcher in started:
+        for run_id, attempt in launcher._agents:
+            launcher.kill(run_id, attempt, None)
+            launcher._agents[run_id, attempt].wait()
+
+
+def ended(launcher, run_id="run_x", attempt=1):
+    wait_until(lambda: not launcher.is_running(run_id, attempt, None))
+    return launcher.exit_description(run_id, attempt)
+
+
+def test_a_worker_is_a_program_of_its_own(launch, tmp_path, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    launcher = launch(TELL, environment={"EXTRA": "more"})
+    launcher.start("run_x", 2)
+    assert ended(launcher, attempt=2) == "exit status 3"
+    told, on_stderr = launcher.log_tail("run_x", 2).splitlines()
+    assert json.loads(told) == {
+        "arguments": ["--data-dir", str(tmp_path), "--run-id", "run_x", "--attempt", "2"],
+        "stdin": "",
+        "session": True,
+        "threads": str(len(os.sched_getaffinity(0))),
+        "extra": "more",
+    }
+    assert on_stderr == "on stderr"
+
+
+@pytest.mark.parametrize(("threads", "expected"), [(None, "5"), (7, "7")])
+def test_threads_are_those_of_the_config_else_of_the_environment(launch, monkeypatch, threads, expected):
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    launcher = launch(TELL, threads_per_worker=threads)
+    launcher.start("run_x", 1)
+    ended(launcher)
+    assert json.loads(launcher.log_tail("run_x", 1).splitlines()[0])["threads"] == expected
+
+
+def test_a_living_worker_runs_until_it_is_killed(launch):
+    launcher = launch()
+    launcher.start("run_x", 1)
+    assert launcher.is_running("run_x", 1, None)
+    assert launcher.exit_description("run_x", 1) == ""
+    launcher.kill("run_x", 1, None)
+    assert ended(launcher) == "killed by signal 9"
+    launcher.kill("run_x", 1, None)
+
+
+def test_attempts_are_told_apart(launch):
+    launcher = launch()
+    launcher.start("run_x", 1)
+    assert not launcher.is_running("run_x", 2, None)
+    assert not launcher.is_running("run_y", 1, None)
+    launcher.kill("run_x", 2, None)
+    assert launcher.is_running("run_x", 1, None)
+
+
+def test_the_whole_group_is_killed(launch):
+    fork = "import os, time; os.fork() or print(os.getpid(), flush=True); time.sleep(600)"
+    launcher = launch(fork)
+    launcher.start("run_x", 1)
+    wait_until(lambda: launcher.log_tail("run_x", 1).endswith("\n"))
+    child = process_identity(int(launcher.log_tail("run_x", 1)))
+    launcher.kill("run_x", 1, None)
+    wait_until(lambda: not is_alive(child))
+
+
+def test_a_worker_outlives_the_service_and_is_found_again(launch, tmp_path):
+    command = [sys.executable, "-c", SERVICE, str(tmp_path), WAIT]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as service:
+        worker = process_identity(int(service.stdout.readline()))
+        service.kill()
+    launcher = launch()
+    assert launcher.is_running("run_x", 1, worker)
+    assert not launcher.is_running("run_x", 1, None)
+    launcher.kill("run_x", 1, worker)
+    wait_until(lambda: not launcher.is_running("run_x", 1, worker))
+    assert launcher.exit_description("run_x", 1) == ""
+
+
+def test_workers_that_ended_are_collected_when_the_next_one_starts(launch):
+    launcher = launch("pass")
+    launcher.start("run_x", 1)
+    agent = launcher._agents["run_x", 1]
+    os.waitid(os.P_PID, agent.pid, os.WEXITED | os.WNOWAIT)
+    launcher.start("run_x", 2)
+    assert agent.returncode == 0
+
+
+def test_a_program_that_cannot_be_started(launch):
+    launcher = launch(worker_command=("/nowhere/at/all",))
+    with pytest.raises(OSError, match="/nowhere/at/all"):
+        launcher.start("run_x", 1)
+    assert not launcher.is_running("run_x", 1, None)
+    assert launcher.log_tail("run_x", 1) == ""
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"", ""),
+        (b"one\ntwo", "one\ntwo"),
+        (b"x" * 8191 + b"\n", "x" * 8191 + "\n"),
+        (b"cut\n" + b"y" * 8000 + b"\nlast\n" * 40, "last\n" + "\nlast\n" * 39),
+        (b"z" * 9000, "z" * 8192),
+        (b"bad \xff byte\n", "bad \ufffd byte\n"),
+        (b"\xff" * 7000 + b"\nend\n", "end\n"),
+    ],
+)
+def test_the_tail_of_a_log(tmp_path, content, expected):
+    (tmp_path / "log").write_bytes(content)
+    tail = read_log_tail(tmp_path / "log")
+    assert tail == expected
+    assert len(tail.encode()) <= 8192
+
+
+def test_no_log_has_no_tail(tmp_path):
+    assert read_log_tail(tmp_path / "missing") == ""
+
+
+@pytest.mark.system
+def test_torchrun_itself(launch, tmp_path, monkeypatch):
+    (tmp_path / "stand_in_worker.py").write_text(TORCH_WORKER)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    command = (*torchrun_command()[:-1], "stand_in_worker")
+    launcher = launch(worker_command=command)
+    launcher.start("run_x", 1)
+    wait_until(lambda: (tmp_path / "worker").exists() and (tmp_path / "worker").read_text())
+    pid, world_size = map(int, (tmp_path / "worker").read_text().split())
+    worker = process_identity(pid)
+    assert world_size == 1
+    assert launcher.is_running("run_x", 1, worker)
+    os.kill(launcher._agents["run_x", 1].pid, signal.SIGKILL)
+    wait_until(lambda: not is_alive(worker))
+    assert ended(launcher) == "killed by signal 9"
+    launcher.start("run_x", 2)
+    assert ended(launcher, attempt=2) == "exit status 1"
+    assert "this attempt is meant to fail" in (tmp_path / "run_x-2.log").read_text()

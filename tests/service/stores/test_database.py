@@ -1,0 +1,109 @@
+"""The database: its settings, its migrations, what its errors mean."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.runtime.migration import MigrationContext
+from ferryman_service.domain.errors import DiskFull, StoreUnavailable
+from ferryman_service.stores.database import DatabaseTooNew, disk_errors, open_database, reading, upgrade, writing
+from ferryman_service.stores.tables import metadata
+from sqlalchemy import text
+from sqlalchemy.exc import IntegrityError, OperationalError
+
+UPGRADE = """
+import sys
+from pathlib import Path
+from ferryman_service.stores.database import open_database, upgrade
+print("ready", flush=True)
+sys.stdin.readline()
+upgrade(open_database(Path(sys.argv[1])))
+"""
+
+
+def test_the_migrated_schema_is_that_of_the_code(database):
+    with reading(database) as connection:
+        context = MigrationContext.configure(connection, opts={"compare_type": True})
+        assert compare_metadata(context, metadata) == []
+
+
+def test_commits_are_durable_and_references_checked(database):
+    with reading(database) as connection:
+        pragmas = [
+            connection.exec_driver_sql(f"PRAGMA {name}").scalar_one()
+            for name in ("journal_mode", "synchronous", "foreign_keys", "busy_timeout")
+        ]
+    assert pragmas == ["wal", 2, 1, 10_000]
+    with pytest.raises(IntegrityError), writing(database) as connection:
+        connection.exec_driver_sql("INSERT INTO records VALUES ('run_unknown', 1, 0, 'event', '{}')")
+
+
+def test_several_processes_may_start_at_once(tmp_path):
+    path = tmp_path / "new.db"
+    command = [sys.executable, "-c", UPGRADE, str(path)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    processes = [subprocess.Popen(command, **pipes) for _ in range(4)]
+    for process in processes:
+        assert process.stdout.readline() == "ready\n"
+    for process in processes:
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    for process in processes:
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 0, errors
+    database = open_database(path)
+    with reading(database) as connection:
+        assert MigrationContext.configure(connection).get_current_heads() == ("0001",)
+    database.dispose()
+
+
+def test_a_newer_database_is_refused_and_left_alone(database):
+    with writing(database) as connection:
+        connection.execute(text("UPDATE alembic_version SET version_num = '9999'"))
+    with pytest.raises(DatabaseTooNew, match=r"9999.*newer version"):
+        upgrade(database)
+    with reading(database) as connection:
+        assert connection.execute(text("SELECT version_num FROM alembic_version")).scalar_one() == "9999"
+
+
+def test_a_locked_database_is_unavailable_for_writers_only(folder, database):
+    impatient = open_database(folder.database, busy_timeout_s=0.05)
+    with writing(database):
+        with pytest.raises(StoreUnavailable, match="locked"), writing(impatient):
+            pass
+        with reading(impatient) as connection:
+            assert connection.execute(text("SELECT count(*) FROM runs")).scalar_one() == 0
+    with writing(impatient):
+        pass
+    impatient.dispose()
+
+
+def test_a_database_that_cannot_be_opened_is_unavailable(tmp_path):
+    with pytest.raises(StoreUnavailable), reading(open_database(tmp_path / "missing" / "ferryman.db")):
+        pass
+
+
+def test_a_mistake_of_ours_stays_one(database):
+    with pytest.raises(OperationalError), reading(database) as connection:
+        connection.execute(text("SELECT * FROM nowhere"))
+
+
+def test_a_failed_transaction_leaves_nothing(database):
+    def write_and_fail():
+        with writing(database) as connection:
+            connection.exec_driver_sql("INSERT INTO model_versions VALUES ('m', 1, '{}', '{}', 1, 1, 'd', 1)")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        write_and_fail()
+    with reading(database) as connection:
+        assert connection.execute(text("SELECT count(*) FROM model_versions")).scalar_one() == 0
+
+
+def test_a_file_on_a_full_disk_is_a_full_disk():
+    with pytest.raises(DiskFull), disk_errors(), open("/dev/full", "wb", buffering=0) as file:
+        file.write(b"x")
+    with pytest.raises(FileNotFoundError), disk_errors():
+        Path("/nowhere/at/all").read_bytes()

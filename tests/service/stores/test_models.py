@@ -1,0 +1,196 @@
+"""Published models: whole or not at all, never changed."""
+
+import errno
+import stat
+import subprocess
+import sys
+
+import pytest
+from ferryman_service.bundle import manifest as bundles
+from ferryman_service.domain.errors import AttemptFenced, DiskFull, InvalidRequest, ModelDamaged, ModelNotFound
+from ferryman_service.domain.models import ModelReference
+from ferryman_service.domain.records import RunState, StateChange
+from ferryman_service.stores.models import FileModelStore
+from sqlalchemy import event
+
+CRASH = """
+import os, sys
+from pathlib import Path
+from sqlalchemy import event
+from ferryman_service.stores.database import open_database
+from ferryman_service.stores.layout import DataFolder
+from ferryman_service.stores.models import FileModelStore
+folder = DataFolder(Path(sys.argv[1]))
+database = open_database(folder.database)
+event.listen(database, "commit", lambda connection: os._exit(9))
+FileModelStore(database, folder).publish(sys.argv[2], 1, Path(sys.argv[3]))
+"""
+
+
+@pytest.fixture
+def models(database, folder):
+    return FileModelStore(database, folder)
+
+
+@pytest.fixture
+def stage(models, write_bundle):
+    return lambda run, content="content": write_bundle(models.staging_dir(run.run_id), run.run_id, content)
+
+
+def files_of(path):
+    return {file.name: file.read_text() for file in path.iterdir()}
+
+
+def test_publishing_ends_the_run_and_makes_a_version(models, runs, exporting, stage):
+    run = exporting()
+    staged = stage(run)
+    content = files_of(staged)
+    published = models.publish(run.run_id, 1, staged)
+    assert (published.name, published.version, published.parameters) == ("en-de", 1, 12345)
+    assert published.lineage.run_id == run.run_id
+    assert published.lineage.recipe == run.recipe
+    assert models.resolve(ModelReference(name="en-de")) == published
+    assert not staged.exists()
+    bundle = models.bundle_dir(published)
+    assert files_of(bundle) == content
+    assert published.digest == bundles.manifest_digest(bundle)
+    assert published.size_bytes == sum(file.stat().st_size for file in bundle.iterdir())
+    assert all(stat.S_IMODE(file.stat().st_mode) == 0o444 for file in bundle.iterdir())
+    ended = runs.get(run.run_id)
+    assert (ended.state, ended.model_version) == (RunState.SUCCEEDED, 1)
+    assert ended.end_time_ns is not None
+    last = runs.records_after(run.run_id, ended.last_sequence - 1, 9)
+    assert [record.payload for record in last] == [
+        StateChange(state=RunState.SUCCEEDED, attempt=1, message="published en-de/1")
+    ]
+
+
+def test_versions_count_on_and_older_ones_stay(models, exporting, stage):
+    versions = []
+    for content in ("first", "second"):
+        run = exporting()
+        versions.append(models.publish(run.run_id, 1, stage(run, content)))
+    assert models.resolve(ModelReference(name="en-de", version=1)) == versions[0]
+    assert models.resolve(ModelReference(name="en-de")) == versions[1]
+    assert files_of(models.bundle_dir(versions[0]))["encoder.onnx"] == "first of encoder.onnx"
+    model = models.get("en-de")
+    assert (model.versions, model.latest_version) == ((1, 2), versions[1])
+
+
+def test_only_the_newest_attempt_of_an_exporting_run_publishes(models, runs, running, exporting, stage):
+    early = running()
+    other_attempt = exporting()
+    cancelled = exporting()
+    runs.change_state(cancelled.run_id, 1, RunState.CANCELLED)
+    for run, attempt in ((early, 1), (other_attempt, 2), (cancelled, 1)):
+        staged = stage(run)
+        before = runs.get(run.run_id)
+        with pytest.raises(AttemptFenced):
+            models.publish(run.run_id, attempt, staged)
+        assert runs.get(run.run_id) == before
+        assert (staged / bundles.MANIFEST_FILE).exists()
+    assert models.list_page(None, 9) == []
+
+
+def test_a_commit_that_fails_publishes_nothing_and_may_be_tried_again(models, runs, exporting, stage, database, folder):
+    run = exporting()
+    staged = stage(run)
+
+    def fail(_connection):
+        raise OSError(errno.ENOSPC, "no space left on device")
+
+    event.listen(database, "commit", fail)
+    with pytest.raises(DiskFull):
+        models.publish(run.run_id, 1, staged)
+    event.remove(database, "commit", fail)
+    assert runs.get(run.run_id) == run
+    assert not folder.bundle_dir("en-de", 1).exists()
+    assert models.list_page(None, 9) == []
+    assert models.publish(run.run_id, 1, staged).version == 1
+
+
+def test_a_crash_before_the_commit_leaves_the_run_as_it_was(models, runs, exporting, stage, folder):
+    run = exporting()
+    staged = stage(run, "lost")
+    crashed = subprocess.run([sys.executable, "-c", CRASH, folder.root, run.run_id, staged], timeout=60)
+    assert crashed.returncode == 9
+    orphan = folder.bundle_dir("en-de", 1)
+    assert orphan.exists()
+    assert runs.get(run.run_id) == run
+    with pytest.raises(ModelNotFound):
+        models.resolve(ModelReference(name="en-de"))
+    version = models.publish(run.run_id, 1, stage(run, "second try"))
+    assert version.version == 1
+    assert files_of(models.bundle_dir(version))["encoder.onnx"] == "second try of encoder.onnx"
+    assert bundles.verify(models.bundle_dir(version))
+
+
+def test_staging_is_empty_whatever_an_earlier_attempt_left(models, exporting, stage):
+    run = exporting()
+    staged = stage(run)
+    assert models.staging_dir(run.run_id) == staged
+    assert list(staged.iterdir()) == []
+
+
+def test_at_start_only_unfinished_runs_keep_their_staging(models, runs, exporting, stage, folder):
+    going, ended = exporting(), exporting()
+    stage(ended)
+    kept = stage(going)
+    runs.change_state(ended.run_id, 1, RunState.CANCELLED)
+    (folder.imports / "left-behind").mkdir()
+    models.recover()
+    assert list(folder.staging.iterdir()) == [kept]
+    assert list(folder.imports.iterdir()) == []
+    assert len(list(kept.iterdir())) == 4
+
+
+def test_importing_copies_and_publishes(models, tmp_path, write_bundle, folder):
+    bundle = tmp_path / "elsewhere"
+    bundle.mkdir()
+    write_bundle(bundle, "run_elsewhere")
+    (bundle / "README").write_text("not part of the bundle")
+    first, second = (models.import_bundle(bundle, "imported") for _ in range(2))
+    assert (first.reference, second.reference) == ("imported/1", "imported/2")
+    assert first.lineage.run_id == "run_elsewhere"
+    content = files_of(bundle)
+    del content["README"]
+    assert files_of(models.bundle_dir(first)) == content
+    assert list(folder.imports.iterdir()) == []
+
+
+def test_a_damaged_bundle_is_not_imported(models, tmp_path, write_bundle, folder):
+    write_bundle(tmp_path, "run_elsewhere")
+    (tmp_path / bundles.DECODER_FILE).write_text("damaged")
+    with pytest.raises(ModelDamaged, match=r"decoder\.onnx"):
+        models.import_bundle(tmp_path, "imported")
+    (tmp_path / bundles.DECODER_FILE).unlink()
+    with pytest.raises(ModelDamaged, match=r"decoder\.onnx"):
+        models.import_bundle(tmp_path, "imported")
+    assert models.list_page(None, 9) == []
+    assert list(folder.imports.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["", "../x", ".staging", "A", "a/b", "a" * 65])
+def test_a_bad_name_is_refused(models, tmp_path, write_bundle, name):
+    with pytest.raises(InvalidRequest) as caught:
+        models.import_bundle(write_bundle(tmp_path, "run_elsewhere"), name)
+    assert caught.value.violations[0].field == "name"
+
+
+def test_what_does_not_exist_is_not_found(models, tmp_path, write_bundle):
+    models.import_bundle(write_bundle(tmp_path, "run_elsewhere"), "known")
+    for name, version in (("unknown", None), ("known", 2), ("../known", 1)):
+        with pytest.raises(ModelNotFound):
+            models.resolve(ModelReference(name=name, version=version))
+    with pytest.raises(ModelNotFound, match="'unknown'"):
+        models.get("unknown")
+
+
+def test_pages_by_name(models, tmp_path, write_bundle):
+    write_bundle(tmp_path, "run_elsewhere")
+    for name in ("b", "a", "c.1", "b", "c-1"):
+        models.import_bundle(tmp_path, name)
+    first = models.list_page(None, 3)
+    assert [(model.name, model.versions) for model in first] == [("a", (1,)), ("b", (1, 2)), ("c-1", (1,))]
+    assert [model.name for model in models.list_page("c-1", 3)] == ["c.1"]
+    assert models.list_page("c.1", 3) == []
