@@ -7,6 +7,7 @@ published model, says how many came out right, and stops the service. Without ar
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -17,7 +18,7 @@ from typing import Final
 from ferryman import Client
 from ferryman.cli.plot import draw_curve
 from ferryman.cli.progress import follow
-from ferryman.errors import FerrymanError
+from ferryman.errors import FerrymanError, IllegalTransition
 from ferryman.types import (
     DataRecipe,
     LearningRateSchedule,
@@ -123,7 +124,7 @@ def show_learning_rate(client: Client, recipe: Recipe, console: Console) -> None
     run_report.save_learning_rate(curve, path)
     peak = curve.peak
     console.print(f"Learning rate by training step, peak {peak.learning_rate:.3g} at step {peak.step}; also in {path}")
-    console.print(draw_curve([(point.step, point.learning_rate) for point in curve.points], 72, 12), highlight=False)
+    console.print(draw_curve(curve.points, height=12), highlight=False)
 
 
 def train(client: Client, task: Task, console: Console) -> TrainingRun:
@@ -134,12 +135,13 @@ def train(client: Client, task: Task, console: Console) -> TrainingRun:
     try:
         run = follow(client, run.run_id, console)
     except BaseException:
-        client.cancel_training(run.run_id)
+        with contextlib.suppress(IllegalTransition):  # it ended on its own just now
+            client.cancel_training(run.run_id)
         client.wait(run.run_id)
         raise
     if run.state is not RunState.SUCCEEDED:
-        assert run.error is not None
-        raise DemoFailed(f"training ended {run.state}: {run.error.reason}: {run.error.message}\n{run.error.log_tail}")
+        reason = f": {run.error.reason}: {run.error.message}" if run.error else ""
+        raise DemoFailed(f"training ended {run.state}{reason}")
     return run
 
 
@@ -199,7 +201,7 @@ def show_what_is_left(model: str, console: Console) -> None:
         f"service log   {OUTPUT / 'service.log'}\n\n"
         "To go on, in two terminals:\n"
         f"  .venv/bin/ferryman-service serve --data-dir {data}\n"
-        f"  .venv/bin/ferryman translate --model {model} 'The train to Vienna is 12 minutes late.'\n",
+        f"  .venv/bin/ferryman translate {model} 'The train to Vienna is 12 minutes late.'\n",
         highlight=False,
         soft_wrap=True,
     )

@@ -1,0 +1,137 @@
+"""The demo's steps, against the SDK's fake service."""
+
+import argparse
+import io
+
+import pytest
+from ferryman import Client
+from ferryman.testing import FakeFerryman
+from ferryman.types import RunState, StateChange
+from rich.console import Console
+
+from examples import demo
+from examples.demo import DemoFailed, Task
+from examples.parallel_text import ParallelLines, TextMissing
+
+PAIRS = [("a", "A"), ("b", "B")]
+
+
+@pytest.fixture
+def console():
+    return Console(file=io.StringIO(), width=100)
+
+
+@pytest.fixture(autouse=True)
+def output(tmp_path, monkeypatch):
+    (tmp_path / "demo-output").mkdir()
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "demo-output"
+
+
+@pytest.fixture
+def task():
+    def upload(client):
+        return client.upload_corpus("letters", "en", "de", train=PAIRS, validation=PAIRS).corpus_id
+
+    test = ParallelLines(source=["a b", "c", "d"], target=["A  B ", "C", "x"])
+    return Task(model_name="letters", upload=upload, test=test, recipe=demo.Recipe(), required_share=0.5)
+
+
+def printed(console):
+    return console.file.getvalue()
+
+
+def test_training_follows_the_run_to_its_model(task, console):
+    with FakeFerryman() as fake, Client(fake.target) as client:
+        run = demo.train(client, task, console)
+        assert (run.state, run.model_name, run.model_version) == (RunState.SUCCEEDED, "letters", 1)
+        assert "BLEU" in printed(console)
+
+
+def test_a_run_that_fails_ends_the_demo_with_its_reason(task, console):
+    script = [StateChange(state=RunState.QUEUED), StateChange(state=RunState.FAILED)]
+    failure = pytest.raises(DemoFailed, match="training ended failed")
+    with FakeFerryman(script=script) as fake, Client(fake.target) as client, failure:
+        demo.train(client, task, console)
+
+
+def test_a_demo_that_is_stopped_cancels_its_run(task, monkeypatch, console):
+    def interrupted(client, run_id, console):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "follow", interrupted)
+    with FakeFerryman(hold_after=2) as fake, Client(fake.target) as client:
+        with pytest.raises(KeyboardInterrupt):
+            demo.train(client, task, console)
+        assert [run.state for run in client.list_training_runs()] == [RunState.CANCELLED]
+
+
+def test_the_schedule_is_drawn_into_terminal_and_file(task, output, console):
+    with FakeFerryman() as fake, Client(fake.target) as client:
+        demo.show_learning_rate(client, task.recipe, console)
+    assert "at step 4000" in printed(console)
+    assert "training step" in printed(console)
+    assert (output / "learning-rate.png").stat().st_size > 1000
+
+
+def test_the_runs_records_become_files(task, output, console):
+    with FakeFerryman() as fake, Client(fake.target) as client:
+        run = demo.train(client, task, console)
+        demo.save_run(client, run.run_id)
+    assert len((output / "metrics.csv").read_text().splitlines()) == 1 + 4 + 1
+    assert (output / "training.png").stat().st_size > 1000
+
+
+def test_sentences_are_translated_in_batches_and_in_order():
+    sentences = [f"sentence {number}" for number in range(250)]
+    with FakeFerryman() as fake, Client(fake.target) as client:
+        fake.add_model("letters")
+        assert demo.translate(client, "letters/1", sentences) == [sentence.upper() for sentence in sentences]
+        assert fake.calls.count("Translate") == 3
+
+
+def test_white_space_does_not_make_a_translation_wrong():
+    assert demo.is_right(" A  B", "A B\t")
+    assert not demo.is_right("A b", "A B")
+
+
+def test_the_table_shows_wrong_translations_first(task, console):
+    share = demo.show_translations(task.test, ["A B", "C", "D"], console)
+    assert share == pytest.approx(2 / 3)
+    assert printed(console).index("✗") < printed(console).index("A B")
+    assert printed(console).count("✗") == 1
+
+
+def test_the_result_is_the_exact_share_or_the_usual_scores(task):
+    assert demo.summary(task, ["A B", "C", "D"], 2 / 3) == "66.7 % of 3 held-out sentences exactly right"
+    own = Task(model_name="m", upload=task.upload, test=task.test, recipe=task.recipe, required_share=0.0)
+    assert demo.summary(own, list(task.test.target), 1.0).startswith("BLEU ")
+
+
+def test_how_to_go_on_names_the_exact_version(console):
+    demo.show_what_is_left("letters/3", console)
+    assert "demo-output/data/models/letters/3" in printed(console)
+    assert "ferryman translate letters/3 " in printed(console)
+
+
+def test_own_text_is_checked_before_anything_starts(tmp_path):
+    arguments = argparse.Namespace(train="t", valid="t", test="t", source="en", target="de")
+    with pytest.raises(TextMissing, match=r"t\.en\.gz is a file"):
+        demo.own_text_task(arguments, 1.0)
+
+
+def test_own_text_gets_a_vocabulary_that_it_can_fill(tmp_path):
+    for language in ("en", "de"):
+        (tmp_path / f"t.{language}").write_text("word\n" * 4000)
+    arguments = argparse.Namespace(train="t", valid="t", test="t", source="en", target="de")
+    task = demo.own_text_task(arguments, 1.5)
+    assert task.recipe.data.vocabulary_size == 1000
+    assert task.recipe.stop.max_time_seconds == 90
+    assert task.model_name == "own-en-de"
+
+
+def test_file_options_come_together_or_not_at_all(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        demo.parse(["--train", "x"])
+    assert stopped.value.code == 2
+    assert "give all of TRAIN, VALID, TEST, SOURCE and TARGET" in capsys.readouterr().err
