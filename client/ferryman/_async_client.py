@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Sequence
 from types import TracebackType
-from typing import Any, Final, Literal, Self, TypeVar, overload
+from typing import Any, Literal, Self, TypeVar, overload
 
 import grpc
 from google.protobuf.message import Message
@@ -20,7 +20,6 @@ from ferryman._upload import CorpusText, read_pieces
 from ferryman.errors import Unavailable
 
 T = TypeVar("T")
-_END: Final = object()
 
 
 class AsyncClient:
@@ -177,7 +176,9 @@ class AsyncClient:
     ) -> types.Corpus:
         """See `Client.upload_corpus`; files and iterables are read in a thread, the loop is not blocked."""
         call = _convert.upload_corpus(display_name, source_language, target_language, request_id)
-        return await self._upload(call, _convert.upload_requests(call, read_pieces(train, validation)))
+        failures: list[Exception] = []
+        requests = _convert.upload_requests(call, read_pieces(train, validation), failures)
+        return await self._upload(call, requests, failures)
 
     async def get_corpus(self, corpus_id: str) -> types.Corpus:
         """See `Client.get_corpus`."""
@@ -245,33 +246,21 @@ class AsyncClient:
         finally:
             responses.cancel()
 
-    async def _upload(self, call: Call[T], requests: Iterator[Message]) -> T:
+    async def _upload(self, call: Call[T], requests: Iterator[Message], failures: list[Exception]) -> T:
         method = self._channel.stream_unary(call.path, encode, call.response_type.FromString)
-        failures: list[Exception] = []
-        responding = method(_read_in_thread(requests, failures))
+        responding = method(_read_in_thread(requests))
         try:
             response = await responding
         except grpc.aio.AioRpcError as error:
-            raise (failures[0] if failures else error_from_rpc(error)) from error
-        except asyncio.CancelledError:
-            # gRPC cancels the call when reading its requests fails; the task itself may also be cancelled.
             if failures:
-                raise failures[0] from None
-            raise
+                raise failures[0]  # noqa: B904 (it has its own cause; the refusal only followed from it)
+            raise error_from_rpc(error) from error
         finally:
             responding.cancel()
         return call.read(response)
 
 
-async def _read_in_thread(requests: Iterator[Message], failures: list[Exception]) -> AsyncIterator[Message]:
-    """Yield the requests, each read in a thread; what reading raises is kept in `failures` and raised again."""
-    while True:
-        try:
-            request = await asyncio.to_thread(next, requests, _END)
-        except Exception as error:
-            failures.append(error)
-            raise
-        if request is _END:
-            return
-        assert isinstance(request, Message)
+async def _read_in_thread(requests: Iterator[Message]) -> AsyncIterator[Message]:
+    """Yield the requests, each read in a thread."""
+    while isinstance(request := await asyncio.to_thread(next, requests, None), Message):
         yield request

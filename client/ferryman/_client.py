@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from types import TracebackType
@@ -201,7 +200,9 @@ class Client:
         Raises InvalidCorpus, InvalidRequest, CorpusTooLarge, DiskFull, RequestIdReused; OSError for an unreadable file.
         """
         call = _convert.upload_corpus(display_name, source_language, target_language, request_id)
-        return self._upload(call, _convert.upload_requests(call, read_pieces(train, validation)))
+        failures: list[Exception] = []
+        requests = _convert.upload_requests(call, read_pieces(train, validation), failures)
+        return self._upload(call, requests, failures)
 
     def get_corpus(self, corpus_id: str) -> types.Corpus:
         """Return the corpus. Raises CorpusNotFound."""
@@ -273,48 +274,15 @@ class Client:
         finally:
             responses.cancel()
 
-    def _upload(self, call: Call[T], requests: Iterator[Message]) -> T:
+    def _upload(self, call: Call[T], requests: Iterator[Message], failures: list[Exception]) -> T:
         method = self._channel.stream_unary(call.path, encode, call.response_type.FromString)
-        source = _RequestSource(requests)
-        future = method.future(source)
-        source.attach(future)
+        future = method.future(requests)
         try:
             response = future.result()
-        except (grpc.RpcError, grpc.FutureCancelledError) as error:
-            if source.error is not None:
-                raise source.error from None
-            raise error_from_rpc(future) from error
+        except grpc.RpcError as error:
+            if failures:
+                raise failures[0]  # noqa: B904 (it has its own cause; the refusal only followed from it)
+            raise error_from_rpc(error) from error
         finally:
             future.cancel()
         return call.read(response)
-
-
-class _RequestSource:
-    """The requests of an upload, read by gRPC's thread. If reading fails, the call is cancelled and the error kept.
-
-    gRPC would log the error and hide it; and merely ending here would complete the upload, cut short.
-    """
-
-    def __init__(self, requests: Iterator[Message]) -> None:
-        self.error: Exception | None = None
-        self._requests = requests
-        self._attached = threading.Event()
-        self._call: Any = None
-
-    def attach(self, call: Any) -> None:  # noqa: ANN401 (grpc's call-and-future has no public type)
-        self._call = call
-        self._attached.set()
-
-    def __iter__(self) -> Self:
-        return self
-
-    def __next__(self) -> Message:
-        try:
-            return next(self._requests)
-        except StopIteration:
-            raise
-        except Exception as error:  # noqa: BLE001 (whatever the caller's iterable raises is handed to the caller)
-            self.error = error
-            self._attached.wait()
-            self._call.cancel()
-            raise StopIteration from None

@@ -177,17 +177,27 @@ def upload_corpus(
     )
 
 
-def upload_requests(call: Call[types.Corpus], pieces: Iterable[Piece]) -> Iterator[Message]:
-    """Yield all requests of an upload: the header, then the text, piece by piece."""
+def upload_requests(call: Call[types.Corpus], pieces: Iterable[Piece], failures: list[Exception]) -> Iterator[Message]:
+    """Yield all requests of an upload: the header, then the text, piece by piece.
+
+    What reading a piece raises is put into `failures`. gRPC would log it and cancel the call, and a server may take a
+    cancelled upload for a complete one; a last request without any item makes it refuse the upload instead.
+    """
     yield call.request
-    for piece in pieces:
-        split = corpus_pb2.SPLIT_TRAIN if piece.split == "train" else corpus_pb2.SPLIT_VALIDATION
-        if piece.side is None:
-            pairs = [corpus_pb2.SentencePair(source=source, target=target) for source, target in piece.pairs]
-            yield corpus_pb2.UploadCorpusRequest(pairs=corpus_pb2.PairBatch(split=split, pairs=pairs))
-        else:
-            side = corpus_pb2.SIDE_SOURCE if piece.side == "source" else corpus_pb2.SIDE_TARGET
-            yield corpus_pb2.UploadCorpusRequest(chunk=corpus_pb2.FileChunk(split=split, side=side, data=piece.data))
+    try:
+        yield from map(_upload_request, pieces)
+    except Exception as error:  # noqa: BLE001 (whatever the caller's files or iterable raise, the caller gets it back)
+        failures.append(error)
+        yield corpus_pb2.UploadCorpusRequest()
+
+
+def _upload_request(piece: Piece) -> Message:
+    split = corpus_pb2.SPLIT_TRAIN if piece.split == "train" else corpus_pb2.SPLIT_VALIDATION
+    if piece.side is None:
+        pairs = [corpus_pb2.SentencePair(source=source, target=target) for source, target in piece.pairs]
+        return corpus_pb2.UploadCorpusRequest(pairs=corpus_pb2.PairBatch(split=split, pairs=pairs))
+    side = corpus_pb2.SIDE_SOURCE if piece.side == "source" else corpus_pb2.SIDE_TARGET
+    return corpus_pb2.UploadCorpusRequest(chunk=corpus_pb2.FileChunk(split=split, side=side, data=piece.data))
 
 
 def get_corpus(corpus_id: str) -> Call[types.Corpus]:

@@ -477,9 +477,6 @@ class _Corpora(_Servicer, corpus_pb2_grpc.CorpusServiceServicer):
     ) -> corpus_pb2.UploadCorpusResponse:
         header = next(request_iterator).header
         pairs = _read_upload(request_iterator)
-        # grpc ends the iterator early when the caller gives up: an upload that was cut short is no corpus.
-        if not context.is_active():
-            raise errors.Cancelled("the caller gave up")
         body = repr((header.display_name, header.source_language, header.target_language, pairs)).encode()
         corpus_id = self.backend.once(header.request_id, body, lambda: self.backend.add_corpus(header, pairs))
         return _filled(corpus_pb2.UploadCorpusResponse(), "corpus", self.backend.corpora[corpus_id])
@@ -549,15 +546,18 @@ class _Translations(_Servicer, translation_pb2_grpc.TranslationServiceServicer):
 
 
 def _read_upload(requests: Iterable[corpus_pb2.UploadCorpusRequest]) -> dict[str, list[Pair]]:
-    """Return the pairs of both splits; raises InvalidCorpus if the files of a split have different line counts."""
+    """Return the pairs of both splits; raises InvalidCorpus (different line counts), InvalidRequest."""
     names = {corpus_pb2.SPLIT_TRAIN: "train", corpus_pb2.SPLIT_VALIDATION: "validation"}
     pairs: dict[str, list[Pair]] = {name: [] for name in names.values()}
     files: defaultdict[tuple[str, int], bytearray] = defaultdict(bytearray)
     for request in requests:
         if request.HasField("pairs"):
             pairs[names[request.pairs.split]] += [(pair.source, pair.target) for pair in request.pairs.pairs]
-        else:
+        elif request.HasField("chunk"):
             files[names[request.chunk.split], request.chunk.side] += request.chunk.data
+        else:
+            violation = errors.Violation(field="item", description="is missing, set pairs or chunk", reason="REQUIRED")
+            raise errors.InvalidRequest("item: is missing, set pairs or chunk", violations=[violation])
     for name in pairs:
         source, target = (
             files[name, side].decode().removesuffix("\n").split("\n") if (name, side) in files else []

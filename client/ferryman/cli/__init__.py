@@ -1,0 +1,1 @@
+"""The command `ferryman`: the SDK at a terminal. Needs the extra `cli`."""

@@ -1,0 +1,42 @@
+"""The command line: the root command, and where every command is registered."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from ferryman import __version__
+from ferryman.cli import corpora, models, runs, schedule, translate
+from ferryman.cli.common import FerrymanGroup
+
+app = typer.Typer(cls=FerrymanGroup, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"ferryman {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    context: typer.Context,
+    server: Annotated[
+        str, typer.Option(envvar="FERRYMAN_SERVER", help="The service.", metavar="HOST:PORT")
+    ] = "localhost:50051",
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Train encoder-decoder Transformers and translate with them, on a Ferryman service."""
+    context.obj = server
+
+
+app.command("schedule")(schedule.show)
+app.add_typer(corpora.app, name="corpus")
+app.command("train")(runs.train)
+app.command("watch")(runs.watch)
+app.add_typer(runs.app, name="runs")
+app.add_typer(models.app, name="models")
+app.command("translate")(translate.translate)

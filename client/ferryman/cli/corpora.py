@@ -1,0 +1,73 @@
+"""`ferryman corpus`: upload corpora and look at them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ferryman import Corpus, SplitStatistics
+from ferryman.cli.common import connect, print_fields, print_table
+
+app = typer.Typer(no_args_is_help=True, help="Parallel corpora.")
+
+
+@app.command()
+def upload(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(help="A name for people.")],
+    source: Annotated[str, typer.Option(help="Language of the source side, such as en.")],
+    target: Annotated[str, typer.Option(help="Language of the target side, such as de.")],
+    train: Annotated[
+        tuple[Path, Path], typer.Option(help="Source and target file, one sentence a line, plain or .gz.")
+    ],
+    validation: Annotated[tuple[Path, Path], typer.Option(help="The same, for the validation pairs.")],
+    request_id: Annotated[str | None, typer.Option(help="A UUID that makes the upload repeatable.")] = None,
+) -> None:
+    """Upload a corpus; prints its id on the first line."""
+    with connect(context) as client:
+        corpus = client.upload_corpus(name, source, target, train=train, validation=validation, request_id=request_id)
+    print(corpus.corpus_id)
+    print(f"{corpus.train.pairs:,} training pairs, {corpus.validation.pairs:,} validation pairs")
+
+
+@app.command("list")
+def list_(context: typer.Context) -> None:
+    """List the corpora, newest first."""
+    with connect(context) as client:
+        rows = [
+            (c.corpus_id, c.display_name, f"{c.source_language}-{c.target_language}", c.train.pairs, c.validation.pairs)
+            for c in client.list_corpora()
+        ]
+    print_table(("corpus", "name", "languages", "training pairs", "validation pairs"), rows)
+
+
+@app.command()
+def show(context: typer.Context, corpus_id: Annotated[str, typer.Argument(metavar="CORPUS")]) -> None:
+    """Show a corpus and its first sentence pairs."""
+    with connect(context) as client:
+        corpus = client.get_corpus(corpus_id)
+    print_fields(
+        [
+            ("corpus", corpus.corpus_id),
+            ("name", corpus.display_name),
+            ("languages", f"{corpus.source_language} to {corpus.target_language}"),
+            ("training", _describe(corpus.train)),
+            ("validation", _describe(corpus.validation)),
+            ("digest", corpus.digest),
+            ("stored", corpus.create_time.isoformat(timespec="seconds")),
+            *_samples(corpus),
+        ]
+    )
+
+
+def _describe(split: SplitStatistics) -> str:
+    return (
+        f"{split.pairs:,} pairs ({split.empty_pairs:,} with an empty side), "
+        f"{split.source_words:,} source words, {split.target_words:,} target words"
+    )
+
+
+def _samples(corpus: Corpus) -> list[tuple[str, str]]:
+    return [("sample", f"{pair.source} → {pair.target}") for pair in corpus.train.samples]

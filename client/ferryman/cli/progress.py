@@ -1,0 +1,149 @@
+"""Following a run at a terminal."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from datetime import datetime
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.text import Text
+
+from ferryman import (
+    Client,
+    EventLevel,
+    MetricRecord,
+    RunEvent,
+    RunState,
+    StateChange,
+    StepMetrics,
+    StopRecipe,
+    TrainingRun,
+    ValidationMetrics,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunView:
+    """What a person wants to know of a run: a fold over its records. Times are those of the records."""
+
+    state: RunState = RunState.QUEUED
+    start_time: datetime | None = None
+    time: datetime | None = None
+    step: StepMetrics | None = None
+    last_validation: ValidationMetrics | None = None
+
+    def after(self, record: MetricRecord) -> RunView:
+        """Return the view with one record more."""
+        view = replace(self, time=record.time)
+        match record.payload:
+            case StateChange(state=RunState.RUNNING):
+                return replace(view, state=RunState.RUNNING, start_time=record.time)
+            case StateChange(state=state):
+                return replace(view, state=state)
+            case StepMetrics() as step:
+                return replace(view, step=step)
+            case ValidationMetrics() as validation:
+                return replace(view, last_validation=validation)
+            case _:
+                return view
+
+    def elapsed_s(self) -> float:
+        """Return the time since the worker began, seconds."""
+        return (self.time - self.start_time).total_seconds() if self.time and self.start_time else 0.0
+
+    def fraction(self, stop: StopRecipe) -> float:
+        """Return the used share of the nearest limit, 0 to 1."""
+        if self.state not in (RunState.QUEUED, RunState.STARTING, RunState.RUNNING):
+            return 1.0
+        step, epoch = (self.step.step, self.step.epoch) if self.step else (0, 1)
+        used = [
+            (step, stop.max_steps),
+            (epoch - 1, stop.max_epochs),
+            (self.elapsed_s(), stop.max_time_seconds),
+        ]
+        return min(1.0, max((done / limit for done, limit in used if limit), default=0.0))
+
+    def remaining_s(self, stop: StopRecipe) -> float | None:
+        """Return the estimated time to the nearest limit, seconds; None while unknown."""
+        fraction = self.fraction(stop)
+        return self.elapsed_s() * (1 - fraction) / fraction if fraction > 0 and self.step else None
+
+
+def follow(client: Client, run_id: str, console: Console) -> TrainingRun:
+    """Show the run until it ends: a progress bar, and a line for each validation, change of state and remark.
+
+    Returns the terminal run. On a console that is no terminal only the lines are printed.
+    """
+    run = client.get_training_run(run_id)
+    stop = run.recipe.stop or StopRecipe()
+    view = RunView()
+    with _progress(console) as progress:
+        task = progress.add_task("", total=1.0, numbers="")
+        for record in client.stream_metrics(run_id):
+            view = view.after(record)
+            if (line := describe(record)) is not None:
+                progress.console.print(line, soft_wrap=True)
+            _update(progress, task, view, stop)
+    run = client.get_training_run(run_id)
+    console.print(describe_end(run), soft_wrap=True)
+    return run
+
+
+def describe(record: MetricRecord) -> Text | None:
+    """Return the line for a record; None for a training step, which only moves the bar."""
+    match record.payload:
+        case ValidationMetrics() as validation:
+            line = (
+                f"step {validation.step:,}: validation loss {validation.loss:.3f}, BLEU {validation.bleu:.1f}, "
+                f"chrF {validation.chrf:.1f}"
+            )
+            return Text(f"{line}, best so far" if validation.best else line, "green" if validation.best else "")
+        case StateChange(state=state, message=message):
+            return Text(f"{state}: {message}" if message else str(state), "bold")
+        case RunEvent(level=level, code=code, message=message):
+            return Text(f"{level}: {code}: {message}", "yellow" if level is not EventLevel.INFO else "dim")
+        case _:
+            return None
+
+
+def describe_end(run: TrainingRun) -> Text:
+    """Return how a terminal run ended."""
+    if run.state is RunState.SUCCEEDED:
+        return Text(f"{run.run_id} succeeded: published {run.model_name}/{run.model_version}", "bold green")
+    if run.error is None:
+        return Text(f"{run.run_id} {run.state}", "bold yellow")
+    lines = [f"{run.run_id} failed: {run.error.reason}: {run.error.message}", run.error.log_tail.rstrip()]
+    return Text("\n".join(line for line in lines if line), "bold red")
+
+
+def _progress(console: Console) -> Progress:
+    # None of rich's time columns: they count from the start of this process, not of the run.
+    return Progress(
+        BarColumn(bar_width=16),
+        TextColumn("{task.percentage:>3.0f} %"),
+        TextColumn("{task.fields[numbers]}", markup=False),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+
+
+def _update(progress: Progress, task: TaskID, view: RunView, stop: StopRecipe) -> None:
+    progress.update(task, completed=view.fraction(stop), numbers=numbers(view, stop))
+
+
+def numbers(view: RunView, stop: StopRecipe) -> str:
+    """Return the numbers beside the bar, the most wanted first: a narrow terminal cuts the last ones off."""
+    if view.step is None:
+        return str(view.state)
+    step, remaining_s = view.step, view.remaining_s(stop)
+    if view.state is not RunState.RUNNING:
+        parts = [str(view.state)]
+    else:
+        minutes, seconds = divmod(round(remaining_s or 0), 60)
+        parts = [f"ETA {minutes}:{seconds:02}"] if remaining_s is not None else []
+    parts += [f"step {step.step:,}" + (f"/{stop.max_steps:,}" if stop.max_steps else ""), f"loss {step.loss:.3f}"]
+    if view.last_validation is not None:
+        parts.append(f"BLEU {view.last_validation.bleu:.1f}")
+    return "  ".join([*parts, f"lr {step.learning_rate:.2e}", f"{step.target_tokens_per_second:,.0f} target tokens/s"])

@@ -1,0 +1,78 @@
+"""Recipes at the command line: a TOML file, and `path=value` overrides on top of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+import types as python_types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ferryman.errors import InvalidRecipe, Violation
+from ferryman.types import Recipe
+
+T = TypeVar("T")
+
+
+def build_recipe(file: Path | None, preset: str | None, overrides: Sequence[str]) -> Recipe:
+    """Return the recipe of the file, with the preset, with the overrides ("model.d_model=64") on top.
+
+    Raises InvalidRecipe for a file that is not TOML, for unknown fields and for malformed overrides; OSError.
+    """
+    values = _read(file) if file is not None else {}
+    if preset is not None:
+        values["preset"] = preset
+    for override in overrides:
+        _apply(values, override)
+    return _build(Recipe, values, "recipe")
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise _invalid("recipe", f"{file} is not TOML: {error}") from error
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    *parents, name = path.strip().split(".")
+    if not equals or not name:
+        raise _invalid("recipe", f'{override!r} is not an override, write it like "model.d_model=64"')
+    for parent in parents:
+        values = values.setdefault(parent, {})
+        if not isinstance(values, dict):
+            raise _invalid(f"recipe.{path}", f"{parent} is a value and has no parts")
+    values[name] = _parse(text.strip())
+
+
+def _parse(text: str) -> object:
+    """Return the TOML value, or the text itself where it is none: `norm=pre` needs no quotes."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _build(cls: type[T], values: object, path: str) -> T:
+    if not isinstance(values, Mapping):
+        raise _invalid(path, f"is {values!r}, must be a table of fields")
+    hints = typing.get_type_hints(cls)
+    unknown = [name for name in values if name not in hints]
+    if unknown:
+        legal = f"not a field of {path}; its fields are {', '.join(hints)}"
+        violations = [Violation(field=f"{path}.{name}", description=legal, reason="UNKNOWN_FIELD") for name in unknown]
+        raise InvalidRecipe(f"{violations[0].field}: {legal}", violations=violations)
+    return cls(**{name: _value(hints[name], value, f"{path}.{name}") for name, value in values.items()})
+
+
+def _value(hint: Any, value: object, path: str) -> object:  # noqa: ANN401 (an annotation has no common type)
+    choices = typing.get_args(hint) if isinstance(hint, python_types.UnionType) else (hint,)
+    part = next((choice for choice in choices if dataclasses.is_dataclass(choice)), None)
+    return value if part is None else _build(typing.cast("type[Any]", part), value, path)
+
+
+def _invalid(field: str, description: str) -> InvalidRecipe:
+    return InvalidRecipe(f"{field}: {description}", violations=[Violation(field=field, description=description)])

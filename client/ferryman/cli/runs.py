@@ -1,0 +1,129 @@
+"""`ferryman train`, `watch` and `runs`: start training, follow it, look at it, stop it."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from ferryman import Client, Preset, RunState, TrainingRun
+from ferryman.cli.common import connect, print_fields, print_table
+from ferryman.cli.progress import follow
+from ferryman.cli.recipes import build_recipe
+
+app = typer.Typer(no_args_is_help=True, help="Training runs.")
+RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="The run's id.")]
+
+
+def train(
+    context: typer.Context,
+    corpus_id: Annotated[str, typer.Argument(metavar="CORPUS", help="The corpus's id.")],
+    model_name: Annotated[str, typer.Argument(metavar="MODEL", help="The model to publish a version of.")],
+    recipe: Annotated[Path | None, typer.Option(help="A TOML file with the fields of a recipe.")] = None,
+    preset: Annotated[Preset | None, typer.Option(help="The starting point, before the file's.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="A field, such as model.d_model=64.", metavar="FIELD=VALUE")
+    ] = None,
+    request_id: Annotated[str | None, typer.Option(help="A UUID that makes the start repeatable.")] = None,
+    validate_only: Annotated[bool, typer.Option("--validate-only", help="Check everything, start nothing.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Follow the run to its end.")] = False,
+) -> None:
+    """Start a training run; prints its id on the first line."""
+    wanted = build_recipe(recipe, preset, overrides or [])
+    with connect(context) as client:
+        run = client.start_training(corpus_id, model_name, wanted, request_id=request_id, validate_only=validate_only)
+        if validate_only:
+            print("valid")
+            _print_recipe(run)
+            return
+        print(run.run_id, flush=True)
+        if watch:
+            _watch(client, run.run_id)
+
+
+def watch(context: typer.Context, run_id: RunArgument) -> None:
+    """Follow a run to its end, from its beginning. Ctrl-C leaves the run on; a failed run ends with status 1."""
+    with connect(context) as client:
+        _watch(client, run_id)
+
+
+def _watch(client: Client, run_id: str) -> None:
+    try:
+        run = follow(client, run_id, Console())
+    except KeyboardInterrupt:
+        Console(stderr=True).print(f"{run_id} goes on; see it again with: ferryman watch {run_id}", soft_wrap=True)
+        raise typer.Exit(130) from None
+    if run.state is RunState.FAILED:
+        raise typer.Exit(1)
+
+
+@app.command("list")
+def list_(
+    context: typer.Context,
+    state: Annotated[list[RunState] | None, typer.Option(help="Only runs in this state; repeatable.")] = None,
+    model: Annotated[str, typer.Option(help="Only runs for this model.")] = "",
+) -> None:
+    """List the runs, newest first."""
+    with connect(context) as client:
+        rows = [
+            (run.run_id, run.state, run.model_name, run.progress.step, _best_bleu(run), _time(run))
+            for run in client.list_training_runs(states=state or (), model_name=model)
+        ]
+    print_table(("run", "state", "model", "step", "best BLEU", "accepted"), rows)
+
+
+@app.command()
+def show(context: typer.Context, run_id: RunArgument) -> None:
+    """Show a run and its recipe."""
+    with connect(context) as client:
+        run = client.get_training_run(run_id)
+    version = f"/{run.model_version}" if run.model_version else ""
+    fields: list[tuple[str, object]] = [
+        ("run", run.run_id),
+        ("state", f"{run.state}, cancel requested" if run.cancel_requested else run.state),
+        ("corpus", run.corpus_id),
+        ("model", f"{run.model_name}{version}"),
+        ("step", f"{run.progress.step:,} (epoch {run.progress.epoch}, {run.progress.fraction:.0%})"),
+        ("target tokens", f"{run.progress.target_tokens:,}"),
+        ("best BLEU", _best_bleu(run)),
+        ("attempt", run.attempt),
+        ("accepted", _time(run)),
+    ]
+    if run.error is not None:
+        fields += [("error", f"{run.error.reason}: {run.error.message}"), ("log", f"\n{run.error.log_tail}")]
+    print_fields(fields)
+    _print_recipe(run)
+
+
+@app.command()
+def cancel(context: typer.Context, run_id: RunArgument) -> None:
+    """Ask a run to stop; nothing is published."""
+    with connect(context) as client:
+        run = client.cancel_training(run_id)
+    print("cancel requested" if run.cancel_requested else str(run.state))
+
+
+def _best_bleu(run: TrainingRun) -> str:
+    best = run.progress.best_validation
+    return f"{best.bleu:.1f}" if best is not None else "-"
+
+
+def _time(run: TrainingRun) -> str:
+    return run.create_time.isoformat(timespec="seconds") if run.create_time else "-"
+
+
+def _print_recipe(run: TrainingRun) -> None:
+    """Print the recipe as TOML, ready for `--recipe`."""
+    tables = dataclasses.asdict(run.recipe)
+    values = {name: value for name, value in tables.items() if not isinstance(value, dict)}
+    for title, table in [("", values), *((name, part) for name, part in tables.items() if isinstance(part, dict))]:
+        lines = [f"{name} = {_toml(value)}" for name, value in table.items() if value is not None]
+        if lines:
+            print("\n".join([f"\n[{title}]" if title else "", *lines]))
+
+
+def _toml(value: object) -> str:
+    return f'"{value}"' if isinstance(value, str) else repr(value)

@@ -1,0 +1,74 @@
+"""`ferryman schedule`: a learning-rate curve as a plot or as numbers."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from ferryman import Client, LearningRateCurve, LearningRateSchedule, Preset, Recipe, ScheduleKind
+from ferryman.cli.common import connect
+from ferryman.cli.plot import draw_curve
+
+Steps = Annotated[int | None, typer.Option(min=1, max=10**9)]
+
+
+def show(
+    context: typer.Context,
+    preset: Annotated[Preset | None, typer.Option(help="The schedule of this preset.")] = None,
+    run: Annotated[str | None, typer.Option(help="The schedule of this run.", metavar="RUN")] = None,
+    kind: Annotated[ScheduleKind | None, typer.Option(help="The shape.")] = None,
+    warmup_steps: Steps = None,
+    factor: Annotated[float | None, typer.Option(help="NOAM only.")] = None,
+    d_model: Annotated[int | None, typer.Option(help="NOAM only.", min=1, max=65_536)] = None,
+    peak_learning_rate: Annotated[float | None, typer.Option(help="Every kind but NOAM.")] = None,
+    minimum_learning_rate: Annotated[float | None, typer.Option(help="COSINE and LINEAR only.")] = None,
+    total_steps: Steps = None,
+    first_step: Steps = None,
+    last_step: Steps = None,
+    points: Annotated[int | None, typer.Option(help="Points of the curve.", min=2, max=100_000)] = None,
+    csv: Annotated[bool, typer.Option("--csv", help="Print step,learning_rate lines instead of a plot.")] = False,
+) -> None:
+    """Draw a learning-rate curve: of a preset, of a run, or of a schedule given by its kind and numbers."""
+    options = {
+        "kind": kind,
+        "warmup_steps": warmup_steps,
+        "factor": factor,
+        "d_model": d_model,
+        "peak_learning_rate": peak_learning_rate,
+        "minimum_learning_rate": minimum_learning_rate,
+        "total_steps": total_steps,
+    }
+    schedule = LearningRateSchedule(**options) if any(v is not None for v in options.values()) else None  # type: ignore[arg-type]
+    window = {"first_step": first_step, "last_step": last_step, "max_points": points}
+    with connect(context) as client:
+        curve = _fetch(client, preset, run, schedule, window)
+    if csv:
+        print("step,learning_rate")
+        for point in curve.points:
+            # repr is the shortest text that reads back to the same float.
+            print(f"{point.step},{point.learning_rate!r}")
+    else:
+        _draw(curve)
+
+
+def _fetch(
+    client: Client,
+    preset: Preset | None,
+    run: str | None,
+    schedule: LearningRateSchedule | None,
+    window: dict[str, Any],
+) -> LearningRateCurve:
+    if run is not None and (preset is not None or schedule is not None):
+        raise typer.BadParameter("a run has its own schedule: give --run alone")
+    if run is not None:
+        return client.get_lr_schedule(run_id=run, **window)
+    if preset is not None or schedule is None:
+        return client.get_lr_schedule(recipe=Recipe(preset=preset, schedule=schedule), **window)
+    return client.get_lr_schedule(schedule=schedule, **window)
+
+
+def _draw(curve: LearningRateCurve) -> None:
+    kind = curve.schedule.kind or "learning rate"
+    print(f"{kind}: peak {curve.peak.learning_rate:.6g} at step {curve.peak.step:,}")
+    print(draw_curve(curve.points))

@@ -1,0 +1,101 @@
+"""A stream of metrics survives its server."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+from ferryman import AsyncClient, Client, errors
+from ferryman._tail import MetricsTail
+from ferryman.testing import FakeFerryman, training_script
+from ferryman.types import Heartbeat, RunState
+
+
+def start_held_run(fake: FakeFerryman, client: Client) -> str:
+    corpus = client.upload_corpus("toy", "en", "de", train=[("a", "b")], validation=[("c", "d")])
+    return client.start_training(corpus.corpus_id, "m").run_id
+
+
+def test_it_goes_on_after_the_server_was_killed_and_restarted():
+    script = training_script(steps=300)
+    with FakeFerryman(script=script, hold_after=150) as fake, Client(fake.target) as client:
+        run_id = start_held_run(fake, client)
+        sequences = []
+        for record in client.stream_metrics(run_id):
+            sequences.append(record.sequence)
+            if record.sequence == 100:
+                fake.stop()
+                fake.start()
+            if record.sequence == 150:
+                fake.stop()
+                restart = threading.Timer(0.3, lambda: (fake.start(), fake.release(run_id)))
+                restart.start()
+        restart.join()
+        assert sequences == list(range(1, len(script) + 1))
+        assert fake.calls.count("StreamMetrics") >= 2
+
+
+async def test_the_async_client_goes_on_too():
+    script = training_script(steps=300)
+    with FakeFerryman(script=script, hold_after=150) as fake:
+        with Client(fake.target) as client:
+            run_id = start_held_run(fake, client)
+        async with AsyncClient(fake.target) as client:
+            sequences = []
+            async for record in client.stream_metrics(run_id):
+                sequences.append(record.sequence)
+                if record.sequence == 150:
+                    fake.stop()
+                    fake.start()
+                    fake.release(run_id)
+        assert sequences == list(range(1, len(script) + 1))
+
+
+def test_it_gives_up_on_a_server_that_stays_away(fake, client, corpus):
+    fake.hold_after = 4
+    run_id = client.start_training(corpus.corpus_id, "m").run_id
+    stream = client.stream_metrics(run_id, reconnect_timeout_s=0.3)
+    assert [next(stream).sequence for _ in range(4)] == [1, 2, 3, 4]
+    fake.stop()
+    with pytest.raises(errors.Unavailable):
+        next(stream)
+
+
+def test_other_errors_end_it_at_once(fake, client, corpus):
+    run_id = client.start_training(corpus.corpus_id, "m").run_id
+    with pytest.raises(errors.SequenceOutOfRange):
+        next(client.stream_metrics(run_id, 99))
+    with pytest.raises(errors.RunNotFound):
+        client.wait("run_x")
+    assert fake.calls.count("StreamMetrics") == 2
+
+
+def test_a_record_seen_before_is_no_news(client, corpus):
+    run_id = client.start_training(corpus.corpus_id, "m").run_id
+    records = list(client.stream_metrics(run_id))
+    tail = MetricsTail(run_id, 0, follow=True, reconnect_timeout_s=1)
+    assert [tail.accept(record) for record in [records[0], records[1], records[1], records[2]]] == [
+        True,
+        True,
+        False,
+        True,
+    ]
+    assert tail.call().request.after_sequence == 3
+
+
+def test_pauses_grow_to_a_bound_and_a_sign_of_life_starts_them_over():
+    now_s = 0.0
+    tail = MetricsTail("r", 0, follow=True, reconnect_timeout_s=60, clock=lambda: now_s)
+    gone = errors.Unavailable("gone")
+    pauses_s = []
+    for _ in range(9):
+        pauses_s.append(tail.pause_s(gone))
+        now_s += pauses_s[-1]
+    assert 0.05 <= pauses_s[0] <= 0.1
+    assert all(2.5 <= pause_s <= 5 for pause_s in pauses_s[-2:])
+    tail.accept(Heartbeat(last_sequence=0, state=RunState.RUNNING, interval_s=1))
+    now_s += 1000
+    assert tail.pause_s(gone) <= 0.1
+    now_s += 60
+    with pytest.raises(errors.Unavailable):
+        tail.pause_s(gone)
