@@ -162,7 +162,8 @@ def _read_time(message: Any) -> datetime:  # noqa: ANN401
 
 
 def _read_seconds(message: Any) -> float:  # noqa: ANN401
-    return float(message.seconds + message.nanos / 1e9)
+    # One division, so that what was written as 1.372 is read as 1.372.
+    return float(message.ToNanoseconds() / 1e9)
 
 
 def _write_time(message: Any, value: datetime) -> None:  # noqa: ANN401

@@ -1,0 +1,179 @@
+from __future__ import annotations
+
+import gzip
+import json
+import signal
+import subprocess
+import sys
+
+import pytest
+from ferryman import RunState, StateChange, __version__, errors
+from ferryman.cli.app import app
+from ferryman.testing import noam_learning_rate, training_script
+from typer.testing import CliRunner
+
+
+@pytest.fixture
+def run(fake):
+    def run(*arguments: str, stdin: str | bytes | None = None):
+        return CliRunner().invoke(app, list(arguments), input=stdin, env={"FERRYMAN_SERVER": fake.target})
+
+    return run
+
+
+def test_version(run):
+    assert run("--version").stdout == f"ferryman {__version__}\n"
+
+
+def test_schedule_as_plot_and_as_csv(run, fake):
+    plot = run("schedule", "--preset", "base")
+    assert plot.exit_code == 0
+    assert "6.98e-04 ┤" in plot.stdout
+    assert "training step" in plot.stdout
+    csv = run("schedule", "--kind", "noam", "--warmup-steps", "4000", "--last-step", "3", "--csv")
+    assert csv.stdout.splitlines() == ["step,learning_rate", *(f"{s},{noam_learning_rate(s)!r}" for s in (1, 2, 3))]
+
+
+def test_schedule_of_a_run_stands_alone(run, client, corpus):
+    run_id = client.start_training(corpus.corpus_id, "m").run_id
+    assert run("schedule", "--run", run_id).exit_code == 0
+    assert run("schedule", "--run", run_id, "--kind", "noam").exit_code == 2
+    assert run("schedule", "--run", "run_x").exit_code == 2
+
+
+def test_corpus_upload_list_show(run, fake, tmp_path):
+    (tmp_path / "a.en").write_text("one\ntwo\n")
+    with gzip.open(tmp_path / "a.de.gz", "wt") as file:
+        file.write("eins\nzwei\n")
+    files = (str(tmp_path / "a.en"), str(tmp_path / "a.de.gz"))
+    upload = ("corpus", "upload", "toy", "--source", "en", "--target", "de")
+    uploaded = run(*upload, "--train", *files, "--validation", *files)
+    assert uploaded.exit_code == 0, uploaded.stderr
+    corpus_id, summary = uploaded.stdout.splitlines()
+    assert fake.pairs[corpus_id]["train"] == [("one", "eins"), ("two", "zwei")]
+    assert summary == "2 training pairs, 2 validation pairs"
+    assert run("corpus", "list").stdout == f"{corpus_id}\ttoy\ten-de\t2\t2\n"
+    assert "one → eins" in run("corpus", "show", corpus_id).stdout
+    missing = run(*upload, "--train", "nope", "nope", "--validation", *files)
+    assert (missing.exit_code, missing.stderr) == (2, "Error: nope: No such file or directory\n")
+
+
+def test_train_and_watch(run, corpus, client, tmp_path):
+    recipe = tmp_path / "r.toml"
+    recipe.write_text("[model]\nheads = 2\n")
+    result = run("train", corpus.corpus_id, "m", "--recipe", str(recipe), "--set", "model.d_model=64", "--watch")
+    assert result.exit_code == 0, result.stderr
+    run_id = result.stdout.splitlines()[0]
+    assert result.stdout.endswith(f"{run_id} succeeded: published m/1\n")
+    model = client.get_training_run(run_id).recipe.model
+    assert (model.heads, model.d_model) == (2, 64)
+    assert run("watch", run_id).stdout.endswith("published m/1\n")
+
+
+def test_the_recipe_of_a_run_can_be_trained_again(run, corpus, client, tmp_path):
+    first = run(
+        "train", corpus.corpus_id, "m", "--set", "model.norm=pre", "--set", "schedule.factor=1.5"
+    ).stdout.strip()
+    shown = run("runs", "show", first).stdout
+    (tmp_path / "again.toml").write_text(shown[shown.index("\n\n[") :])
+    second = run("train", corpus.corpus_id, "m", "--recipe", str(tmp_path / "again.toml")).stdout.strip()
+    assert client.get_training_run(second).recipe == client.get_training_run(first).recipe
+
+
+def test_validate_only_prints_the_recipe(run, corpus, client):
+    result = run("train", corpus.corpus_id, "m", "--set", "seed=5", "--validate-only")
+    assert result.stdout.split() == ["valid", "seed", "=", "5"]
+    assert list(client.list_training_runs()) == []
+
+
+def test_a_failed_run_ends_watch_with_1(run, fake, corpus):
+    fake.script = [*training_script()[:5], StateChange(state=RunState.FAILED, attempt=1, message="out of memory")]
+    result = run("train", corpus.corpus_id, "m", "--watch")
+    assert result.exit_code == 1
+    assert "WORKER_DIED: out of memory" in result.stdout
+
+
+def test_ctrl_c_leaves_the_run_on(fake, client, corpus):
+    fake.hold_after = 5
+    run_id = client.start_training(corpus.corpus_id, "m").run_id
+    command = [sys.executable, "-u", "-m", "ferryman.cli", "--server", fake.target, "watch", run_id]
+    watch = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert watch.stdout.readline() == "queued\n"
+    watch.send_signal(signal.SIGINT)
+    _, stderr = watch.communicate(timeout=20)
+    assert watch.returncode == 130
+    assert stderr == f"{run_id} goes on; see it again with: ferryman watch {run_id}\n"
+    assert client.get_training_run(run_id).state is RunState.RUNNING
+
+
+def test_runs_list_show_cancel(run, fake, client, corpus):
+    done = client.start_training(corpus.corpus_id, "m").run_id
+    fake.hold_after = 4
+    held = client.start_training(corpus.corpus_id, "m").run_id
+    lines = run("runs", "list").stdout.splitlines()
+    assert [line.split("\t")[:5] for line in lines] == [
+        [held, "running", "m", "1", "-"],
+        [done, "succeeded", "m", "4", "31.5"],
+    ]
+    assert run("runs", "list", "--state", "running").stdout.splitlines() == lines[:1]
+    assert "31.5" in run("runs", "show", done).stdout
+    assert run("runs", "cancel", held).stdout == "cancelled\n"
+    refused = run("runs", "cancel", done)
+    assert (refused.exit_code, refused.stdout) == (2, "")
+
+
+def test_models_list_show(run, fake):
+    version = fake.add_model("en-de")
+    assert run("models", "list").stdout.startswith("en-de/1\ten-de\t31.5\t1,000,000\t")
+    shown = run("models", "show", "en-de").stdout
+    assert version.digest in shown
+    missing = run("models", "show", "xx")
+    assert (missing.exit_code, missing.stderr) == (2, "Error: no model 'xx'\n")
+
+
+def test_translate_arguments_and_lines(run, fake):
+    fake.add_model("m")
+    assert run("translate", "m", "ein satz", "noch einer").stdout == "EIN SATZ\nNOCH EINER\n"
+    lines = [f"zeile {i}" for i in range(130)]
+    fake.calls.clear()
+    result = run("translate", "m", stdin="\n".join(lines))
+    assert result.stdout.splitlines() == [line.upper() for line in lines]
+    assert fake.calls == ["Translate"] * 3
+    assert run("translate", "m", stdin="a\n\nb\n").stdout == "A\n\nB\n"
+    assert run("translate", "m", "x", "--n-best", "2").stdout == "0\t-0.1000\tX\n0\t-0.2000\tX\n"
+    objects = [json.loads(line) for line in run("translate", "m", "--json", stdin="ä\nb\n").stdout.splitlines()]
+    assert [(o["source"], o["hypotheses"][0]["text"]) for o in objects] == [("ä", "Ä"), ("b", "B")]
+
+
+def test_input_that_is_not_utf8_is_named(run, fake):
+    fake.add_model("m")
+    result = run("translate", "m", stdin=b"good\n\xff\n")
+    assert (result.exit_code, result.stderr) == (2, "Error: standard input, line 2: not UTF-8 (invalid start byte)\n")
+
+
+def test_all_violations_are_printed_without_a_stack_trace(run, corpus):
+    result = run("train", corpus.corpus_id, "m", "--set", "model.norm=mid", "--set", "model.d_model=1.5")
+    assert result.exit_code == 2
+    assert result.stderr == (
+        "Error: 2 violations:\n"
+        "  recipe.model.d_model: is 1.5, must be a whole number of at most 32 bits\n"
+        "  recipe.model.norm: is 'mid', must be one of post, pre\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (errors.InvalidSentence("bad"), 2),
+        (errors.RoleNotServed("no"), 2),
+        (errors.RequestIdReused("twice"), 2),
+        (errors.TooManyRuns("full"), 1),
+        (errors.DeadlineExceeded("late"), 1),
+        (errors.ModelDamaged("broken"), 1),
+        (errors.FerrymanError("internal"), 1),
+    ],
+)
+def test_the_exit_status_says_whose_mistake_it_was(run, fake, error, status):
+    fake.fail_next("Translate", error)
+    result = run("translate", "m", "x")
+    assert (result.exit_code, result.stderr) == (status, f"Error: {error.message}\n")

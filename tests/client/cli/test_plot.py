@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+import pytest
+from ferryman import LearningRatePoint
+from ferryman.cli.plot import draw_curve
+from ferryman.testing import noam_learning_rate
+
+
+def points(*rates: float) -> list[LearningRatePoint]:
+    return [LearningRatePoint(step=step, learning_rate=rate) for step, rate in enumerate(rates, start=1)]
+
+
+NOAM = [LearningRatePoint(step=step, learning_rate=noam_learning_rate(step)) for step in range(1, 50_001, 50)]
+
+
+@pytest.mark.parametrize(("width", "height"), [(24, 2), (72, 16), (200, 40)])
+def test_it_has_the_size_asked_for(width, height):
+    lines = draw_curve(NOAM, width, height).split("\n")
+    assert len(lines) == height + 2
+    assert {len(line) for line in lines[:height]} == {width}
+    assert max(map(len, lines)) <= width
+
+
+def test_a_rising_line_goes_from_the_lower_left_to_the_upper_right():
+    # 8 characters of label, 2 of axis, 14 of plot.
+    plot = draw_curve(points(*(i / 15 for i in range(16))), width=24, height=4).split("\n")
+    cells = [line.split("┤")[1] for line in plot[:4]]
+    blank = chr(0x2800)
+    assert cells[0][-1] != blank
+    assert cells[3][0] != blank
+    assert cells[0][:7].strip(blank) == ""
+    assert cells[3][7:].strip(blank) == ""
+
+
+def test_the_peak_stands_where_warmup_ends():
+    width, height = 72, 16
+    first_line = draw_curve(NOAM, width, height).split("\n")[0]
+    cells = first_line.split("┤")[1]
+    peak = next(i for i, cell in enumerate(cells) if cell != chr(0x2800))
+    assert peak / len(cells) == pytest.approx(4000 / 50_000, abs=0.02)
+
+
+def test_the_axes_say_the_highest_rate_and_the_steps():
+    lines = draw_curve(NOAM, 72, 16).split("\n")
+    assert lines[0].startswith("6.99e-04 ┤")
+    assert lines[4].startswith("5.24e-04 ┤")
+    assert lines[-1].split() == ["1", "training", "step", "49,951"]
+
+
+def test_one_point_and_a_curve_of_zeros_are_drawn():
+    assert "┤" in draw_curve(points(0.5), 30, 3)
+    assert "0.00e+00" not in draw_curve(points(0.0, 0.0), 30, 3).split("\n")[0]

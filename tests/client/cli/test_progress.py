@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+import io
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from ferryman import MetricRecord, Recipe, RunState, StateChange, StopRecipe
+from ferryman.cli.progress import RunView, follow, numbers
+from ferryman.testing import training_script
+from rich.console import Console
+
+START = datetime(2026, 1, 1, tzinfo=UTC)
+SCRIPT = training_script(steps=4)
+
+
+def view_after(count: int, seconds_per_record: float = 10.0) -> RunView:
+    view = RunView()
+    for i, payload in enumerate(SCRIPT[:count]):
+        time = START + timedelta(seconds=seconds_per_record * i)
+        view = view.after(MetricRecord(sequence=i + 1, time=time, payload=payload))
+    return view
+
+
+def test_time_and_share_come_from_the_records():
+    # Records 3 (RUNNING) to 5 (step 2): 20 s for 2 of 8 steps.
+    view = view_after(5)
+    assert view.elapsed_s() == 20
+    assert view.fraction(StopRecipe(max_steps=8)) == 0.25
+    assert view.remaining_s(StopRecipe(max_steps=8)) == pytest.approx(60)
+
+
+def test_the_nearest_limit_counts():
+    view = view_after(5)
+    assert view.fraction(StopRecipe(max_steps=100, max_time_seconds=25.0)) == 0.8
+    assert view.fraction(StopRecipe(max_steps=0, max_epochs=0)) == 0.0
+    assert view.remaining_s(StopRecipe()) is None
+
+
+def test_before_the_first_step_there_is_a_state_and_no_eta():
+    assert numbers(view_after(2), StopRecipe(max_steps=4)) == "starting"
+    assert view_after(3).remaining_s(StopRecipe(max_time_seconds=10.0)) is None
+
+
+def test_the_numbers_are_those_that_were_asked_for():
+    assert numbers(view_after(5), StopRecipe(max_steps=1000)) == (
+        "ETA 166:20  step 2/1,000  loss 2.667  lr 3.49e-07  20,000 target tokens/s"
+    )
+    assert "BLEU 31.5" in numbers(view_after(8), StopRecipe(max_steps=1000))
+    exporting = view_after(9)
+    assert numbers(exporting, StopRecipe(max_steps=1000)).startswith("exporting  step 4/1,000")
+    assert exporting.fraction(StopRecipe(max_steps=1000)) == 1.0
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_follow_prints_what_happens_and_returns_the_run(client, corpus, terminal):
+    run = client.start_training(corpus.corpus_id, "m", Recipe(stop=StopRecipe(max_steps=4)))
+    out = io.StringIO()
+    end = follow(client, run.run_id, Console(file=out, force_terminal=terminal, width=100))
+    assert end.state is RunState.SUCCEEDED
+    assert "step 4: validation loss 1.600, BLEU 31.5, chrF 55.0, best so far" in out.getvalue()
+    assert "succeeded: published m/1" in out.getvalue()
+    assert ("100 %" in out.getvalue()) == terminal
+
+
+def test_a_failed_run_shows_its_reason(fake, client, corpus):
+    fake.script = [*SCRIPT[:5], StateChange(state=RunState.FAILED, attempt=1, message="no [space] left")]
+    run = client.start_training(corpus.corpus_id, "m")
+    out = io.StringIO()
+    assert follow(client, run.run_id, Console(file=out)).state is RunState.FAILED
+    assert f"{run.run_id} failed: WORKER_DIED: no [space] left" in out.getvalue()

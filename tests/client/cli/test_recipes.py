@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+import pytest
+from ferryman import ModelRecipe, Recipe, StopRecipe
+from ferryman.cli.recipes import build_recipe
+from ferryman.errors import InvalidRecipe
+
+
+def test_overrides_stand_over_the_preset_and_the_preset_over_the_file(tmp_path):
+    file = tmp_path / "recipe.toml"
+    file.write_text('preset = "base"\nseed = 3\n[model]\nd_model = 32\nheads = 2\n[stop]\nmax_steps = 10\n')
+    assert build_recipe(file, "tiny", ["model.d_model=64", "model.norm=pre", "model.dropout = 0.25"]) == Recipe(
+        preset="tiny",
+        seed=3,
+        model=ModelRecipe(d_model=64, heads=2, norm="pre", dropout=0.25),
+        stop=StopRecipe(max_steps=10),
+    )
+
+
+def test_nothing_given_is_an_empty_recipe():
+    assert build_recipe(None, None, []) == Recipe()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.dmodel=1", r"recipe\.model\.dmodel: not a field of recipe\.model; its fields are d_model"),
+        ("modle.d_model=1", r"recipe\.modle: not a field of recipe"),
+        ("model=1", r"recipe\.model: is 1, must be a table"),
+        ("model.d_model", "is not an override"),
+        ("=1", "is not an override"),
+        ("seed.a=1", r"recipe\.seed\.a: seed is a value and has no parts"),
+    ],
+)
+def test_a_bad_override_is_explained(override, message):
+    with pytest.raises(InvalidRecipe, match=message):
+        build_recipe(None, None, ["seed=1", override])
+
+
+@pytest.mark.parametrize("content", [b"preset = \n", b"\xff"])
+def test_a_file_that_is_not_toml_is_named(tmp_path, content):
+    file = tmp_path / "bad.toml"
+    file.write_bytes(content)
+    with pytest.raises(InvalidRecipe, match=r"bad\.toml is not TOML"):
+        build_recipe(file, None, [])
