@@ -20,8 +20,8 @@ class SentenceRows:
         """Take a step and return the sentences that stay, as positions among those before it; None if all stay."""
         sentence_R = self._sentence_R[parents_R]
         stays_S = sentence_R[np.flatnonzero(np.diff(sentence_R, prepend=-1))]
-        rows_per_sentence, rest = divmod(len(sentence_R), len(stays_S))
-        together = rest == 0 and (sentence_R.reshape(len(stays_S), -1) == stays_S[:, None]).all()
+        rows_per_sentence = len(sentence_R) // len(stays_S)
+        together = np.array_equal(sentence_R, np.repeat(stays_S, rows_per_sentence)) and (np.diff(stays_S) > 0).all()
         assert together, "rows of a sentence must stand together, equally many for each sentence, sentences in order"
         all_stay = len(stays_S) == self._sentences
         self._sentences = len(stays_S)
