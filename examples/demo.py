@@ -39,6 +39,7 @@ from sacrebleu import corpus_bleu, corpus_chrf
 from examples import phrases, run_report
 from examples.local_service import ServiceFailed, local_service
 from examples.parallel_text import ParallelLines, TextMissing, find_files, read_lines
+from examples.translating import translate_all
 
 OUTPUT: Final = Path("demo-output")
 REQUIRED_SHARE: Final = 0.95
@@ -48,8 +49,6 @@ SEED: Final = 1
 PHRASES_MINUTES: Final = 3.2
 OWN_TEXT_MINUTES: Final = 3.0
 DRAWN_STEPS: Final = 4000
-BATCH_SENTENCES: Final = 100
-TRANSLATE_TIMEOUT_S: Final = 120.0
 TABLE_ROWS: Final = 12
 
 Upload = Callable[[Client], str]
@@ -152,16 +151,6 @@ def save_run(client: Client, run_id: str) -> None:
     run_report.save_training(records, OUTPUT / "training.png")
 
 
-def translate(client: Client, model: str, sentences: Sequence[str]) -> list[str]:
-    """Return the best translation of each sentence, by the service's default beam search."""
-    texts: list[str] = []
-    for start in range(0, len(sentences), BATCH_SENTENCES):
-        batch = sentences[start : start + BATCH_SENTENCES]
-        result = client.translate(model, batch, timeout_s=TRANSLATE_TIMEOUT_S)
-        texts += [translation.text for translation in result.translations]
-    return texts
-
-
 def is_right(translation: str, reference: str) -> bool:
     """Tell whether the two are the same text, but for white space."""
     return translation.split() == reference.split()
@@ -216,7 +205,7 @@ def run_demo(task: Task, console: Console) -> str:
         save_run(client, run.run_id)
         model = f"{run.model_name}/{run.model_version}"
         console.print(f"Published {model}; translating {len(task.test.source)} held-out sentences")
-        translations = translate(client, model, task.test.source)
+        translations = translate_all(client, model, task.test.source)
     share = show_translations(task.test, translations, console)
     show_what_is_left(model, console)
     result = summary(task, translations, share)

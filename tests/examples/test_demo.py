@@ -82,14 +82,6 @@ def test_the_runs_records_become_files(task, output, console):
     assert (output / "training.png").stat().st_size > 1000
 
 
-def test_sentences_are_translated_in_batches_and_in_order():
-    sentences = [f"sentence {number}" for number in range(250)]
-    with FakeFerryman() as fake, Client(fake.target) as client:
-        fake.add_model("letters")
-        assert demo.translate(client, "letters/1", sentences) == [sentence.upper() for sentence in sentences]
-        assert fake.calls.count("Translate") == 3
-
-
 def test_white_space_does_not_make_a_translation_wrong():
     assert demo.is_right(" A  B", "A B\t")
     assert not demo.is_right("A b", "A B")

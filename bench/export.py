@@ -1,0 +1,114 @@
+"""What `make bench-export` runs: does the exported model translate as the weights do that it was made from?
+
+Takes the newest model that `make bench-quality` left, translates its test set with the published ONNX graphs and with
+the PyTorch weights, greedily and with beam 5, and counts the sentences whose best hypotheses are the same tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+from ferryman_service.bundle.manifest import read_manifest
+from ferryman_service.domain.training import TrainedModel
+from ferryman_service.domain.translation import CancelToken, SearchOptions
+from ferryman_service.pipeline.translator import MicroBatchLimit, TextTranslator
+from ferryman_service.stores.layout import DataFolder
+from ferryman_service.training.export import OnnxExporter
+from ferryman_service.training.files import RunFiles
+from ferryman_service.translation.loader import OnnxBundleLoader
+from ferryman_service.translation.onnx_decoder import OnnxConfig
+
+from bench import quality
+from bench.result import Result, publish
+from examples.parallel_text import TextMissing
+
+SEARCHES: Final = {"greedy": SearchOptions(beam_size=1), "beam 5": SearchOptions(beam_size=5)}
+TARGET_SHARE: Final = 1.0
+QUICK_SENTENCES: Final = 100
+
+
+def newest_bundle(data_folder: Path, name: str) -> Path:
+    """Return the folder of the model's newest version; raises FileNotFoundError."""
+    versions = [path for path in (data_folder / "models" / name).glob("*") if path.name.isdigit()]
+    if not versions:
+        raise FileNotFoundError(f"{data_folder} holds no model {name!r}: run make bench-quality first")
+    return max(versions, key=lambda path: int(path.name))
+
+
+def load_reference(data_folder: Path, bundle: Path) -> TextTranslator:
+    """Return a translator over the weights that the bundle was exported from."""
+    header = read_manifest(bundle).header
+    files = RunFiles(DataFolder(data_folder).run_dir(header.lineage.run_id))
+    trained = TrainedModel(
+        weights=files.weights,
+        subwords=files.subwords,
+        recipe=header.lineage.recipe,
+        scores=header.scores,
+        parameters=header.parameters,
+        check_sentences=(),
+    )
+    return OnnxExporter().reference(trained)
+
+
+def count_equal(one: TextTranslator, other: TextTranslator, sentences: Sequence[str], options: SearchOptions) -> int:
+    """Return how many sentences both translate to the same tokens; the others are printed."""
+    ours, _ = one.translate(sentences, options, CancelToken())
+    theirs, _ = other.translate(sentences, options, CancelToken())
+    equal = 0
+    for sentence, mine, wanted in zip(sentences, ours, theirs, strict=True):
+        if mine.hypotheses[0].tokens == wanted.hypotheses[0].tokens:
+            equal += 1
+        else:
+            difference = abs(mine.hypotheses[0].score - wanted.hypotheses[0].score)
+            print(
+                f"differs: {sentence}\n  exported: {mine.hypotheses[0].text}\n  PyTorch:  {wanted.hypotheses[0].text}"
+            )
+            print(f"  scores differ by {difference:.2e}")
+    return equal
+
+
+def measure(data_folder: Path, sentences: Sequence[str], quick: bool) -> Result:
+    """Run the benchmark."""
+    bundle = newest_bundle(data_folder, quality.MODEL_NAME)
+    exported = OnnxBundleLoader(OnnxConfig(), MicroBatchLimit()).load(bundle)
+    reference = load_reference(data_folder, bundle)
+    equal = {name: count_equal(exported, reference, sentences, options) for name, options in SEARCHES.items()}
+    for name, count in equal.items():
+        print(f"{name}: {count} of {len(sentences)} translations are the same tokens")
+    return Result(
+        bench="export-equality-quick" if quick else "export-equality",
+        value=sum(equal.values()) / (len(equal) * len(sentences)),
+        target=TARGET_SHARE,
+        peer=None,
+        details={"sentences": len(sentences), **{name.replace(" ", "_"): count for name, count in equal.items()}},
+    )
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(prog="make bench-export", description=__doc__)
+    parser.add_argument("--data", type=Path, default=quality.DEFAULT_DATA, help="folder with the test files")
+    parser.add_argument("--source", default="en", help="source language (default: en)")
+    parser.add_argument("--target", default="de", help="target language (default: de)")
+    parser.add_argument("--folder", type=Path, default=quality.OUTPUT / "data", help="the service's data folder")
+    parser.add_argument("--quick", action="store_true", help=f"the first {QUICK_SENTENCES} sentences only")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the benchmark; the exit status is 0 if the target is reached."""
+    arguments = parse(argv)
+    try:
+        corpus = quality.find_corpus(arguments.data, arguments.source, arguments.target)
+        sentences = corpus.test.source[:QUICK_SENTENCES] if arguments.quick else corpus.test.source
+        return publish(measure(arguments.folder, sentences, arguments.quick))
+    except (TextMissing, FileNotFoundError) as error:
+        sys.exit(f"bench-export: {error}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

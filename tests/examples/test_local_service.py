@@ -1,0 +1,37 @@
+"""A service for the length of a `with` block: the real program."""
+
+import pytest
+from ferryman import Client
+from ferryman.errors import FerrymanError
+
+from examples.local_service import ServiceFailed, local_service
+
+pytestmark = pytest.mark.system
+
+
+def test_the_service_serves_inside_the_block_and_is_gone_after_it(tmp_path):
+    with local_service(tmp_path / "data", tmp_path / "service.log") as address, Client(address) as client:
+        assert list(client.list_models()) == []
+    with Client(address, timeout_s=2) as client, pytest.raises(FerrymanError):
+        client.get_training_run("run_1")
+    assert "serving on" in (tmp_path / "service.log").read_text()
+
+
+def test_a_service_that_does_not_start_shows_the_end_of_its_log(tmp_path):
+    broken = local_service(tmp_path / "data", tmp_path / "service.log", ["--max-sentences", "0"])
+    with pytest.raises(ServiceFailed, match=r"(?s)exit status 2.*--max-sentences is 0"), broken:
+        pytest.fail("the block must not be entered")
+
+
+def test_the_service_is_stopped_when_the_block_fails(tmp_path):
+    addresses = []
+
+    def fail_inside():
+        with local_service(tmp_path / "data", tmp_path / "service.log") as address:
+            addresses.append(address)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail_inside()
+    with Client(addresses[0], timeout_s=2) as client, pytest.raises(FerrymanError):
+        client.get_training_run("run_1")
