@@ -1,7 +1,9 @@
 """The database: its settings, its migrations, what its errors mean."""
 
+import sqlite3
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -57,6 +59,30 @@ def test_several_processes_may_start_at_once(tmp_path):
     with reading(database) as connection:
         assert MigrationContext.configure(connection).get_current_heads() == ("0001",)
     database.dispose()
+
+
+def test_the_first_opening_waits_for_another_process_that_is_at_it(tmp_path):
+    path = tmp_path / "new.db"
+    other = sqlite3.connect(path, isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")  # the file is not in WAL mode yet, and now cannot enter it
+    outcome = []
+
+    def start():
+        database = open_database(path)
+        try:
+            upgrade(database)
+            outcome.append("upgraded")
+        except StoreUnavailable as error:
+            outcome.append(error)
+        database.dispose()
+
+    starter = threading.Thread(target=start)
+    starter.start()
+    starter.join(timeout=0.1)
+    other.execute("COMMIT")
+    other.close()
+    starter.join()
+    assert outcome == ["upgraded"]
 
 
 def test_a_newer_database_is_refused_and_left_alone(database):
