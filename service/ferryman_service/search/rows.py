@@ -19,6 +19,8 @@ class SentenceRows:
     def follow(self, parents_R: NDArray[np.int64]) -> NDArray[np.int64] | None:
         """Take a step and return the sentences that stay, as positions among those before it; None if all stay."""
         sentence_R = self._sentence_R[parents_R]
+        if np.array_equal(sentence_R, self._sentence_R):
+            return None
         stays_S = sentence_R[np.flatnonzero(np.diff(sentence_R, prepend=-1))]
         rows_per_sentence = len(sentence_R) // len(stays_S)
         together = np.array_equal(sentence_R, np.repeat(stays_S, rows_per_sentence)) and (np.diff(stays_S) > 0).all()

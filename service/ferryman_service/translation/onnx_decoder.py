@@ -21,6 +21,7 @@ from ferryman_service.search.rows import SentenceRows
 
 _CPU = "cpu"
 _CUDA = "cuda"
+_DISABLED_OPTIMIZERS = ["SkipLayerNormFusion"]  # on a CPU the fused node takes several times the time of its parts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +60,9 @@ class OnnxDecoder:
         providers = _providers(config)
         options = _session_options(config)
         encoder, decoder = (
-            onnxruntime.InferenceSession(str(bundle / name), options, providers=providers)
+            onnxruntime.InferenceSession(
+                str(bundle / name), options, providers=providers, disabled_optimizers=_DISABLED_OPTIMIZERS
+            )
             for name in (ENCODER_FILE, DECODER_FILE)
         )
         return cls(encoder, decoder, architecture, _CUDA if config.cuda else _CPU)
