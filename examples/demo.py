@@ -23,6 +23,7 @@ from ferryman.types import (
     DataRecipe,
     LearningRateSchedule,
     ModelRecipe,
+    NormPlacement,
     OptimizationRecipe,
     Recipe,
     RunState,
@@ -80,7 +81,7 @@ def phrases_task(minutes: float) -> Task:
 
     recipe = Recipe(
         preset="tiny",
-        model=ModelRecipe(encoder_layers=3, decoder_layers=3, dropout=0.0),
+        model=ModelRecipe(encoder_layers=3, decoder_layers=3, dropout=0.0, norm=NormPlacement.PRE),
         data=DataRecipe(vocabulary_size=600),
         schedule=LearningRateSchedule(kind=ScheduleKind.INVERSE_SQRT, warmup_steps=400, peak_learning_rate=0.003),
         optimization=OptimizationRecipe(batch_target_tokens=768),
