@@ -22,7 +22,8 @@
     │   ├── DiskFull
     │   └── TooManyRuns
     ├── Unavailable              also: the server cannot be reached
-    │   └── StoreUnavailable
+    │   ├── StoreUnavailable
+    │   └── ServerShuttingDown
     ├── DeadlineExceeded
     ├── Cancelled
     └── DataLoss
@@ -184,6 +185,10 @@ class Unavailable(FerrymanError):
 
 class StoreUnavailable(Unavailable):
     """The server's database cannot be reached or is locked."""
+
+
+class ServerShuttingDown(Unavailable):
+    """The server is stopping; another one, or the next one, goes on."""
 
 
 class DeadlineExceeded(FerrymanError):

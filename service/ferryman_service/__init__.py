@@ -1,0 +1,1 @@
+"""The Ferryman service: trains encoder-decoder Transformers and serves them over gRPC."""

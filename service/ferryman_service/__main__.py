@@ -14,6 +14,7 @@ from pathlib import Path
 from ferryman_service import bootstrap
 from ferryman_service.config.service_config import ServiceConfig, add_arguments, config_from
 from ferryman_service.domain.errors import FerrymanError
+from ferryman_service.stores.database import DatabaseTooNew
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = {"serve": _serve, "health": _health, "import-model": _import_model}
     try:
         return commands[arguments.command](config, arguments)
-    except (FerrymanError, OSError) as error:
+    except (FerrymanError, DatabaseTooNew, OSError) as error:
         print(f"ferryman-service: {error}", file=sys.stderr)  # noqa: T201
         return 1
 
@@ -49,7 +50,8 @@ def _parser(environment: Mapping[str, str]) -> argparse.ArgumentParser:
     importing = commands.add_parser(
         "import-model", parents=[common], help="publish a model bundle that was trained elsewhere"
     )
-    importing.add_argument("bundle", type=Path, help="the bundle's folder: DATA_DIR/models/NAME/VERSION of the other server")
+    importing.add_argument("bundle", type=Path, help="its folder: DATA_DIR/models/NAME/VERSION of the other server")
+
     importing.add_argument("name", help="the model to publish it as, such as en-de")
     return parser
 

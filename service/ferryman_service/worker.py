@@ -19,6 +19,7 @@ from ferryman_service.config.service_config import Device
 from ferryman_service.domain.ids import RUN_PREFIX, is_id
 from ferryman_service.launch.process import current_process_identity, die_with_parent
 from ferryman_service.launch.torchrun import read_log_tail
+from ferryman_service.pipeline.translator import MicroBatchLimit
 from ferryman_service.stores.corpora import CorpusLimits, FileCorpusStore
 from ferryman_service.stores.database import open_database
 from ferryman_service.stores.layout import DataFolder
@@ -26,7 +27,8 @@ from ferryman_service.stores.models import FileModelStore
 from ferryman_service.stores.runs import SqlRunStore
 from ferryman_service.training.engine import EngineConfig, TorchTrainingEngine
 from ferryman_service.training.export import OnnxExporter
-from ferryman_service.translation.loader import LoaderConfig, OnnxBundleLoader
+from ferryman_service.translation.loader import OnnxBundleLoader
+from ferryman_service.translation.onnx_decoder import OnnxConfig
 
 _log = logging.getLogger(__name__)
 
@@ -55,7 +57,7 @@ def _build(folder: DataFolder, device: Device) -> WorkerPorts:
         models=FileModelStore(database, folder),
         engine=TorchTrainingEngine(EngineConfig(device=device.value)),
         exporter=OnnxExporter(),
-        loader=OnnxBundleLoader(LoaderConfig()),
+        loader=OnnxBundleLoader(OnnxConfig(), MicroBatchLimit()),
         log_tail=lambda run_id, attempt: read_log_tail(folder.worker_log(run_id, attempt)),
         reporter=ReporterConfig(),
     )

@@ -22,7 +22,8 @@
     │   ├── DiskFull
     │   └── TooManyRuns
     ├── Unavailable
-    │   └── StoreUnavailable
+    │   ├── StoreUnavailable
+    │   └── ServerShuttingDown
     ├── DeadlineExceeded
     ├── Cancelled
     ├── DataLoss
@@ -160,6 +161,10 @@ class Unavailable(FerrymanError):
 
 class StoreUnavailable(Unavailable):
     """The database cannot be reached or is locked."""
+
+
+class ServerShuttingDown(Unavailable):
+    """The server is stopping; another one, or the next one, goes on."""
 
 
 class DeadlineExceeded(FerrymanError):

@@ -118,4 +118,4 @@ def _training_failed(message: str, vocabulary_size: int) -> TrainingFailed:
         return TrainingFailed(
             FailureReason.NO_TRAINING_PAIRS, "the training corpus holds no text to learn subwords from"
         )
-    return TrainingFailed(FailureReason.INTERNAL, f"learning subwords failed: {message}")
+    raise AssertionError(f"SentencePiece failed in a way that is not known: {message}")

@@ -132,6 +132,11 @@ class OnnxSession:
         return onnxruntime.OrtValue.ortvalue_from_numpy(value.numpy()[index_S], self._device)
 
 
+def cuda_is_available() -> bool:
+    """Tell whether the installed ONNX Runtime can run on a GPU."""
+    return "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+
+
 def _providers(config: OnnxConfig) -> list[str]:
     if not config.cuda:
         return ["CPUExecutionProvider"]

@@ -1,0 +1,220 @@
+"""The composition root of the service: the one file that names its concrete classes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Coroutine
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from ferryman_service.application.corpora import CorpusUseCases
+from ferryman_service.application.metrics_feed import FeedConfig, MetricsFeed
+from ferryman_service.application.models import ModelUseCases
+from ferryman_service.application.paging import Pager
+from ferryman_service.application.ports import BundleLoader
+from ferryman_service.application.supervisor import Supervisor, SupervisorConfig
+from ferryman_service.application.training import TrainingUseCases
+from ferryman_service.application.translating import TranslationLimits, TranslationUseCases
+from ferryman_service.config.service_config import Device, Role, ServiceConfig
+from ferryman_service.domain.models import ModelVersion
+from ferryman_service.launch.torchrun import LaunchConfig, TorchrunLauncher, torchrun_command
+from ferryman_service.observability.http import MetricsEndpoint, new_registry
+from ferryman_service.observability.rpc import RpcMetrics
+from ferryman_service.observability.training import ObserverConfig, RunObserver
+from ferryman_service.observability.translation import TranslationMetrics
+from ferryman_service.rpc import server as rpc
+from ferryman_service.rpc.corpora import CorpusServicer
+from ferryman_service.rpc.interceptors import CallInterceptor
+from ferryman_service.rpc.models import ModelServicer
+from ferryman_service.rpc.shutdown import Shutdown
+from ferryman_service.rpc.training import TrainingServicer
+from ferryman_service.rpc.translation import TranslationServicer
+from ferryman_service.stores.corpora import CorpusLimits, FileCorpusStore
+from ferryman_service.stores.database import open_database, upgrade
+from ferryman_service.stores.layout import DataFolder
+from ferryman_service.stores.lock import FolderLock
+from ferryman_service.stores.models import FileModelStore
+from ferryman_service.stores.runs import SqlRunStore
+
+_HEALTH_TIMEOUT_S: Final = 5.0
+
+
+@dataclass(frozen=True)
+class _Stores:
+    folder: DataFolder
+    runs: SqlRunStore
+    corpora: FileCorpusStore
+    models: FileModelStore
+
+
+@dataclass(frozen=True)
+class _UseCases:
+    training: TrainingUseCases
+    feed: MetricsFeed
+    corpora: CorpusUseCases
+    models: ModelUseCases
+    translation: TranslationUseCases
+
+
+class Service:
+    """Everything that runs in the service's process. `start` and `stop` are called once each, from one event loop."""
+
+    def __init__(
+        self,
+        *,
+        config: ServiceConfig,
+        lock: FolderLock | None,
+        server: rpc.RpcServer,
+        endpoint: MetricsEndpoint,
+        background: tuple[Supervisor | RunObserver, ...],
+        translation: TranslationUseCases,
+    ) -> None:
+        """Store the parts."""
+        self._config = config
+        self._lock = lock
+        self._server = server
+        self._endpoint = endpoint
+        self._background = background
+        self._translation = translation
+        self._tasks: list[asyncio.Task[None]] = []
+        self.port = 0
+        self.metrics_port = 0
+
+    async def start(self) -> None:
+        """Listen, then begin to work; raises OSError if an address is taken."""
+        self.port = await self._server.start()
+        if self._config.metrics_port:
+            self.metrics_port = self._endpoint.start()
+        self._tasks = [_spawn(part.run()) for part in self._background]
+
+    async def stop(self) -> None:
+        """Stop taking calls, let those in flight end, stop. Workers go on without us."""
+        for task in self._tasks:
+            task.cancel()
+        for task in self._tasks:
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+        await self._server.stop(self._config.grace_s)
+        await asyncio.to_thread(self._translation.close)
+        self._endpoint.stop()
+        if self._lock is not None:
+            self._lock.release()
+
+
+def build_service(config: ServiceConfig) -> Service:
+    """Put the service together and make its data folder ready; must be called inside the event loop that will run it.
+
+    Raises OSError if the folder cannot be used, DatabaseTooNew if a newer version has written it.
+    """
+    trains = Role.TRAINING in config.roles
+    folder = DataFolder(config.data_dir)
+    folder.create()
+    lock = FolderLock(folder.root / "training-service.lock") if trains else None
+    if lock is not None:
+        lock.acquire()
+    stores = _open_stores(folder, config)
+    if trains:
+        stores.corpora.recover()
+        stores.models.recover()
+    registry = new_registry()
+    use_cases = _build_use_cases(stores, config)
+    observer = RunObserver(stores.runs, registry, ObserverConfig())
+    return Service(
+        config=config,
+        lock=lock,
+        server=_build_server(use_cases, RpcMetrics(registry), TranslationMetrics(registry), config),
+        endpoint=MetricsEndpoint(registry, config.metrics_host, config.metrics_port),
+        background=(_build_supervisor(stores, config), observer) if trains else (),
+        translation=use_cases.translation,
+    )
+
+
+def import_model(config: ServiceConfig, bundle: Path, name: str) -> ModelVersion:
+    """Publish a bundle that was trained elsewhere."""
+    folder = DataFolder(config.data_dir)
+    folder.create()
+    return _open_stores(folder, config).models.import_bundle(bundle, name)
+
+
+def check_health(config: ServiceConfig) -> bool:
+    """Ask the server at the configured address whether it serves."""
+    return rpc.check_health(f"{config.host}:{config.port}", _HEALTH_TIMEOUT_S)
+
+
+def _open_stores(folder: DataFolder, config: ServiceConfig) -> _Stores:
+    database = open_database(folder.database)
+    upgrade(database)
+    return _Stores(
+        folder=folder,
+        runs=SqlRunStore(database),
+        corpora=FileCorpusStore(database, folder, CorpusLimits(max_bytes=config.max_corpus_bytes)),
+        models=FileModelStore(database, folder),
+    )
+
+
+def _build_use_cases(stores: _Stores, config: ServiceConfig) -> _UseCases:
+    pager = Pager(stores.folder.page_token_key())
+    return _UseCases(
+        training=TrainingUseCases(
+            runs=stores.runs,
+            corpora=stores.corpora,
+            pager=pager,
+            served=Role.TRAINING in config.roles,
+            max_queued_runs=config.max_queued_runs,
+        ),
+        feed=MetricsFeed(stores.runs, FeedConfig(heartbeat_s=config.heartbeat_s)),
+        corpora=CorpusUseCases(corpora=stores.corpora, pager=pager),
+        models=ModelUseCases(models=stores.models, pager=pager),
+        translation=TranslationUseCases(
+            models=stores.models,
+            loader=_build_loader(config) if Role.TRANSLATION in config.roles else None,
+            limits=TranslationLimits(
+                max_sentences=config.max_sentences,
+                threads=config.translation_threads,
+                max_loaded_models=config.max_loaded_models,
+            ),
+        ),
+    )
+
+
+def _build_loader(config: ServiceConfig) -> BundleLoader:
+    """Import ONNX Runtime only where it is used: a service that only trains need not have it."""
+    from ferryman_service.pipeline.translator import MicroBatchLimit
+    from ferryman_service.translation.loader import OnnxBundleLoader
+    from ferryman_service.translation.onnx_decoder import OnnxConfig, cuda_is_available
+
+    cuda = config.device is Device.CUDA or (config.device is Device.AUTO and cuda_is_available())
+    return OnnxBundleLoader(OnnxConfig(cuda=cuda), MicroBatchLimit())
+
+
+def _build_supervisor(stores: _Stores, config: ServiceConfig) -> Supervisor:
+    command = (*torchrun_command(), "--device", config.device.value, "--log-level", config.log_level)
+    launch = LaunchConfig(data_dir=stores.folder.root, worker_command=command)
+    launcher = TorchrunLauncher(launch, stores.folder.worker_log)
+    return Supervisor(stores.runs, launcher, SupervisorConfig(max_concurrent_runs=config.max_concurrent_runs))
+
+
+def _build_server(
+    use_cases: _UseCases, calls: RpcMetrics, translations: TranslationMetrics, config: ServiceConfig
+) -> rpc.RpcServer:
+    shutdown = Shutdown()
+    servicers = rpc.Servicers(
+        training=TrainingServicer(use_cases.training, use_cases.feed, shutdown),
+        corpora=CorpusServicer(use_cases.corpora),
+        models=ModelServicer(use_cases.models),
+        translation=TranslationServicer(use_cases.translation, translations),
+    )
+    by_role = {Role.TRAINING: rpc.TRAINING, Role.TRANSLATION: rpc.TRANSLATION}
+    rpc_config = rpc.RpcConfig(
+        host=config.host,
+        port=config.port,
+        reflection=config.reflection,
+        serving=(rpc.CORPORA, rpc.MODELS, *(by_role[role] for role in config.roles)),
+    )
+    return rpc.RpcServer(servicers, CallInterceptor(calls), shutdown, rpc_config)
+
+
+def _spawn(work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    return asyncio.create_task(work)

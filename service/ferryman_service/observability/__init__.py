@@ -1,0 +1,1 @@
+"""What Prometheus sees. Everything lives in a registry that bootstrap makes; nothing is global."""

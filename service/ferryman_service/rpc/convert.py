@@ -1,0 +1,342 @@
+"""Wire <-> domain. A field that is not set stays out of the overrides; an enumeration's zero is not set."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Final, TypeVar
+
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from ferryman.v1 import corpus_pb2, metrics_pb2, model_pb2, recipe_pb2, training_pb2, translation_pb2
+from ferryman_service.application.metrics_feed import Heartbeat
+from ferryman_service.application.training import Curve
+from ferryman_service.application.translating import TranslateResult
+from ferryman_service.domain.corpora import Corpus, CorpusHeader, SentencePair, Side, Split, SplitStatistics
+from ferryman_service.domain.errors import InvalidRecipe, InvalidRequest, Violation
+from ferryman_service.domain.models import Model, ModelVersion
+from ferryman_service.domain.recipe import (
+    NormPlacement,
+    Preset,
+    Recipe,
+    SelectionMetric,
+    SubwordAlgorithm,
+)
+from ferryman_service.domain.records import (
+    EventLevel,
+    Record,
+    RunEvent,
+    RunState,
+    StateChange,
+    StepMetrics,
+    ValidationMetrics,
+)
+from ferryman_service.domain.runs import RunProgress, TrainingRun
+from ferryman_service.domain.schedule import LearningRateSchedule, ScheduleKind
+from ferryman_service.domain.translation import Hypothesis, SearchOptions, Translation
+
+E = TypeVar("E", bound=enum.StrEnum)
+
+_ENUMS: Final[Mapping[type[enum.StrEnum], tuple[Any, str]]] = {
+    Preset: (recipe_pb2.Preset, "PRESET_"),
+    NormPlacement: (recipe_pb2.NormPlacement, "NORM_PLACEMENT_"),
+    SubwordAlgorithm: (recipe_pb2.SubwordAlgorithm, "SUBWORD_ALGORITHM_"),
+    ScheduleKind: (recipe_pb2.ScheduleKind, "SCHEDULE_KIND_"),
+    SelectionMetric: (recipe_pb2.SelectionMetric, "SELECTION_METRIC_"),
+    RunState: (metrics_pb2.RunState, "RUN_STATE_"),
+    EventLevel: (metrics_pb2.EventLevel, "EVENT_LEVEL_"),
+    Split: (corpus_pb2.Split, "SPLIT_"),
+    Side: (corpus_pb2.Side, "SIDE_"),
+}
+_RECIPE_ENUMS: Final[Mapping[str, type[enum.StrEnum]]] = {
+    "preset": Preset,
+    "norm": NormPlacement,
+    "subword_algorithm": SubwordAlgorithm,
+    "kind": ScheduleKind,
+    "metric": SelectionMetric,
+}
+
+
+def enum_to_wire(value: enum.StrEnum) -> Any:  # noqa: ANN401 - each enumeration has a wire type of its own
+    """Return the wire's number of a domain enumeration's member."""
+    wrapper, prefix = _ENUMS[type(value)]
+    return wrapper.Value(prefix + value.name)
+
+
+def enum_from_wire(kind: type[E], number: int, field: str) -> E | None:
+    """Return the member, None for 0; raises InvalidRequest for a number that the contract does not know."""
+    if number == 0:
+        return None
+    wrapper, prefix = _ENUMS[kind]
+    if number not in wrapper.values():
+        text = f"is {number}, must be one of {', '.join(wrapper.keys()[1:])}"
+        raise InvalidRequest([Violation(field=field, description=text, reason="UNKNOWN_ENUM_VALUE")])
+    return kind[wrapper.Name(number).removeprefix(prefix)]
+
+
+def recipe_overrides(wire: Message, path: str = "recipe") -> dict[str, Any]:
+    """Return the fields of a Recipe or a LearningRateSchedule that are set, as domain.recipe wants them.
+
+    Raises InvalidRecipe with every enumeration value that the contract does not know.
+    """
+    violations: list[Violation] = []
+    overrides = _set_fields(wire, path, violations)
+    if violations:
+        raise InvalidRecipe(violations)
+    return overrides
+
+
+def _set_fields(wire: Message, path: str, violations: list[Violation]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for descriptor, value in wire.ListFields():
+        field = f"{path}.{descriptor.name}"
+        if descriptor.message_type is not None:
+            found[descriptor.name] = _set_fields(value, field, violations)
+        elif descriptor.enum_type is not None:
+            try:
+                found[descriptor.name] = enum_from_wire(_RECIPE_ENUMS[descriptor.name], value, field)
+            except InvalidRequest as error:
+                violations += error.violations
+        else:
+            found[descriptor.name] = value
+    return found
+
+
+def recipe_to_wire(recipe: Recipe) -> recipe_pb2.Recipe:
+    """Return the resolved recipe, every field set."""
+    return recipe_pb2.Recipe(
+        preset=enum_to_wire(recipe.preset),
+        model=recipe_pb2.ModelRecipe(**_plain(recipe.model)),
+        data=recipe_pb2.DataRecipe(**_plain(recipe.data)),
+        schedule=schedule_to_wire(recipe.schedule),
+        optimization=recipe_pb2.OptimizationRecipe(**_plain(recipe.optimization)),
+        stop=recipe_pb2.StopRecipe(**_plain(recipe.stop)),
+        validation=recipe_pb2.ValidationRecipe(**_plain(recipe.validation)),
+        seed=recipe.seed,
+    )
+
+
+def schedule_to_wire(schedule: LearningRateSchedule) -> recipe_pb2.LearningRateSchedule:
+    """Return the resolved schedule; fields that its kind does not know stay unset."""
+    return recipe_pb2.LearningRateSchedule(**_plain(schedule))
+
+
+def _plain(part: object) -> dict[str, Any]:
+    """Return a dataclass's fields for the message of the same field names, None left out."""
+    return {
+        name: enum_to_wire(value) if isinstance(value, enum.StrEnum) else value
+        for name, value in vars(part).items()
+        if value is not None
+    }
+
+
+def curve_to_wire(curve: Curve) -> training_pb2.GetLRScheduleResponse:
+    """Return the learning-rate curve."""
+    return training_pb2.GetLRScheduleResponse(
+        points=[training_pb2.LearningRatePoint(step=step, learning_rate=rate) for step, rate in curve.points],
+        schedule=schedule_to_wire(curve.schedule),
+        peak=training_pb2.LearningRatePoint(step=curve.peak[0], learning_rate=curve.peak[1]),
+    )
+
+
+def record_to_wire(record: Record) -> metrics_pb2.MetricRecord:
+    """Return a record."""
+    wire = metrics_pb2.MetricRecord(sequence=record.sequence, time=_timestamp(record.time_ns))
+    match record.payload:
+        case StepMetrics():
+            wire.step.CopyFrom(metrics_pb2.StepMetrics(**_plain(record.payload)))
+        case ValidationMetrics():
+            wire.validation.CopyFrom(metrics_pb2.ValidationMetrics(**_plain(record.payload)))
+        case StateChange():
+            wire.state_change.CopyFrom(metrics_pb2.StateChange(**_plain(record.payload)))
+        case RunEvent():
+            wire.event.CopyFrom(metrics_pb2.RunEvent(**_plain(record.payload)))
+    return wire
+
+
+def stream_item_to_wire(item: Record | Heartbeat) -> training_pb2.StreamMetricsResponse:
+    """Return one message of a metrics stream."""
+    if isinstance(item, Record):
+        return training_pb2.StreamMetricsResponse(record=record_to_wire(item))
+    heartbeat = metrics_pb2.Heartbeat(
+        last_sequence=item.last_sequence,
+        state=enum_to_wire(item.state),
+        interval=_duration(round(item.interval_s * 1e9)),
+    )
+    return training_pb2.StreamMetricsResponse(heartbeat=heartbeat)
+
+
+def run_to_wire(run: TrainingRun) -> training_pb2.TrainingRun:
+    """Return a run."""
+    wire = training_pb2.TrainingRun(
+        run_id=run.run_id,
+        state=enum_to_wire(run.state),
+        corpus_id=run.corpus_id,
+        model_name=run.model_name,
+        model_version=run.model_version or 0,
+        recipe=recipe_to_wire(run.recipe),
+        progress=_progress_to_wire(run.progress),
+        cancel_requested=run.cancel_requested,
+        attempt=run.attempt,
+        last_sequence=run.last_sequence,
+        create_time=_timestamp(run.create_time_ns),
+        start_time=None if run.start_time_ns is None else _timestamp(run.start_time_ns),
+        end_time=None if run.end_time_ns is None else _timestamp(run.end_time_ns),
+    )
+    if run.failure is not None:
+        wire.error.CopyFrom(
+            training_pb2.RunError(
+                reason=run.failure.reason.value, message=run.failure.message, log_tail=run.failure.log_tail
+            )
+        )
+    return wire
+
+
+def _progress_to_wire(progress: RunProgress) -> training_pb2.RunProgress:
+    remaining, best = progress.remaining_seconds, progress.best_validation
+    return training_pb2.RunProgress(
+        step=progress.step,
+        epoch=progress.epoch,
+        target_tokens=progress.target_tokens,
+        target_tokens_per_second=progress.target_tokens_per_second,
+        fraction=progress.fraction,
+        remaining=None if remaining is None else _duration(round(remaining * 1e9)),
+        best_validation=None if best is None else metrics_pb2.ValidationMetrics(**_plain(best)),
+    )
+
+
+def header_from_wire(wire: corpus_pb2.UploadHeader) -> CorpusHeader:
+    """Return what the caller says about a corpus."""
+    return CorpusHeader(
+        display_name=wire.display_name, source_language=wire.source_language, target_language=wire.target_language
+    )
+
+
+def pairs_from_wire(wire: Iterable[corpus_pb2.SentencePair]) -> list[SentencePair]:
+    """Return sentence pairs."""
+    return [SentencePair(source=pair.source, target=pair.target) for pair in wire]
+
+
+def corpus_to_wire(corpus: Corpus) -> corpus_pb2.Corpus:
+    """Return a corpus."""
+    return corpus_pb2.Corpus(
+        corpus_id=corpus.corpus_id,
+        display_name=corpus.header.display_name,
+        source_language=corpus.header.source_language,
+        target_language=corpus.header.target_language,
+        train=_statistics_to_wire(corpus.train),
+        validation=_statistics_to_wire(corpus.validation),
+        digest=corpus.digest,
+        create_time=_timestamp(corpus.create_time_ns),
+    )
+
+
+def _statistics_to_wire(statistics: SplitStatistics) -> corpus_pb2.SplitStatistics:
+    samples = [corpus_pb2.SentencePair(source=pair.source, target=pair.target) for pair in statistics.samples]
+    return corpus_pb2.SplitStatistics(
+        pairs=statistics.pairs,
+        source_words=statistics.source_words,
+        target_words=statistics.target_words,
+        empty_pairs=statistics.empty_pairs,
+        samples=samples,
+    )
+
+
+def model_to_wire(model: Model) -> model_pb2.Model:
+    """Return a model."""
+    return model_pb2.Model(
+        name=model.name, latest_version=version_to_wire(model.latest_version), versions=model.versions
+    )
+
+
+def version_to_wire(version: ModelVersion) -> model_pb2.ModelVersion:
+    """Return a version of a model."""
+    return model_pb2.ModelVersion(
+        name=version.name,
+        version=version.version,
+        source_language=version.lineage.source_language,
+        target_language=version.lineage.target_language,
+        run_id=version.lineage.run_id,
+        corpus_id=version.lineage.corpus_id,
+        recipe=recipe_to_wire(version.lineage.recipe),
+        scores=model_pb2.ModelScores(**_plain(version.scores)),
+        parameters=version.parameters,
+        size_bytes=version.size_bytes,
+        digest=version.digest,
+        create_time=_timestamp(version.create_time_ns),
+    )
+
+
+def options_from_wire(wire: translation_pb2.TranslateOptions) -> SearchOptions:
+    """Return the options, unset ones at their defaults."""
+    return SearchOptions(**{descriptor.name: value for descriptor, value in wire.ListFields()})
+
+
+def result_to_wire(result: TranslateResult) -> translation_pb2.TranslateResponse:
+    """Return the answer of Translate."""
+    timings = translation_pb2.TranslateTimings(
+        queue=_duration(result.timings.queue_ns),
+        text=_duration(result.timings.text_ns),
+        encode=_duration(result.timings.encode_ns),
+        decode=_duration(result.timings.decode_ns),
+        total=_duration(result.total_ns),
+    )
+    return translation_pb2.TranslateResponse(
+        model=result.version.reference,
+        translations=[_translation_to_wire(translation) for translation in result.translations],
+        timings=timings,
+    )
+
+
+def _translation_to_wire(translation: Translation) -> translation_pb2.Translation:
+    return translation_pb2.Translation(
+        hypotheses=[_hypothesis_to_wire(hypothesis) for hypothesis in translation.hypotheses],
+        source_tokens=translation.source_tokens,
+    )
+
+
+def _hypothesis_to_wire(hypothesis: Hypothesis) -> translation_pb2.Hypothesis:
+    return translation_pb2.Hypothesis(
+        text=hypothesis.text,
+        score=hypothesis.score,
+        log_probability=hypothesis.log_probability,
+        target_tokens=hypothesis.target_tokens,
+        finished=hypothesis.finished,
+    )
+
+
+def _timestamp(time_ns: int) -> Timestamp:
+    return Timestamp(seconds=time_ns // 10**9, nanos=time_ns % 10**9)
+
+
+def _duration(time_ns: int) -> Duration:
+    return Duration(seconds=time_ns // 10**9, nanos=time_ns % 10**9)
+
+
+def all_enums(kind: type[E], numbers: Iterable[int], field: str, on_zero: Callable[[str], Violation]) -> list[E]:
+    """Return the members of a repeated enumeration; raises InvalidRequest with every bad element."""
+    members: list[E] = []
+    violations: list[Violation] = []
+    for index, number in enumerate(numbers):
+        try:
+            member = enum_from_wire(kind, number, f"{field}[{index}]")
+        except InvalidRequest as error:
+            violations += error.violations
+            continue
+        if member is None:
+            violations.append(on_zero(f"{field}[{index}]"))
+        else:
+            members.append(member)
+    if violations:
+        raise InvalidRequest(violations)
+    return members
+
+
+def known_number(wrapper: Any, number: int, field: str) -> int:  # noqa: ANN401 - protobuf has no common type
+    """Return the number of an enumeration that has no domain type; raises InvalidRequest if it is unknown."""
+    if number not in wrapper.values():
+        text = f"is {number}, must be one of {', '.join(wrapper.keys())}"
+        raise InvalidRequest([Violation(field=field, description=text, reason="UNKNOWN_ENUM_VALUE")])
+    return number

@@ -1,0 +1,82 @@
+"""CorpusService."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+
+from ferryman.v1 import corpus_pb2, corpus_pb2_grpc
+from ferryman_service.application.corpora import CorpusUseCases
+from ferryman_service.application.ports import CorpusUpload
+from ferryman_service.domain.corpora import Side, Split
+from ferryman_service.domain.errors import InvalidRequest, Violation
+from ferryman_service.rpc import convert
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class CorpusServicer(corpus_pb2_grpc.CorpusServiceServicer):
+    """Adapts CorpusUseCases; see the contract for what each call means."""
+
+    def __init__(self, use_cases: CorpusUseCases) -> None:
+        self._use_cases = use_cases
+
+    async def UploadCorpus(
+        self, request_iterator: AsyncIterator[corpus_pb2.UploadCorpusRequest], context: Context
+    ) -> corpus_pb2.UploadCorpusResponse:
+        """Take a header, then text; store the corpus whole or not at all."""
+        first = await anext(aiter(request_iterator), None)
+        if first is None or first.WhichOneof("item") != "header":
+            raise _violation("header", "is required, as the first message", "REQUIRED")
+        upload = await asyncio.to_thread(
+            self._use_cases.begin_upload, convert.header_from_wire(first.header), first.header.request_id
+        )
+        try:
+            async for request in request_iterator:
+                await asyncio.to_thread(_add, upload, request)
+            corpus = await asyncio.to_thread(upload.finish)
+        finally:
+            # Also when the caller is gone: asyncio's cancellation passes here, and must not be swallowed.
+            await asyncio.shield(asyncio.to_thread(upload.abort))
+        return corpus_pb2.UploadCorpusResponse(corpus=convert.corpus_to_wire(corpus))
+
+    async def GetCorpus(self, request: corpus_pb2.GetCorpusRequest, context: Context) -> corpus_pb2.GetCorpusResponse:
+        """Return a corpus."""
+        corpus = await asyncio.to_thread(self._use_cases.get, request.corpus_id)
+        return corpus_pb2.GetCorpusResponse(corpus=convert.corpus_to_wire(corpus))
+
+    async def ListCorpora(
+        self, request: corpus_pb2.ListCorporaRequest, context: Context
+    ) -> corpus_pb2.ListCorporaResponse:
+        """Return a page of corpora."""
+        page = await asyncio.to_thread(self._use_cases.list_page, request.page_size, request.page_token)
+        return corpus_pb2.ListCorporaResponse(
+            corpora=[convert.corpus_to_wire(corpus) for corpus in page.items], next_page_token=page.next_page_token
+        )
+
+
+def _add(upload: CorpusUpload, request: corpus_pb2.UploadCorpusRequest) -> None:
+    match request.WhichOneof("item"):
+        case "pairs":
+            split = convert.enum_from_wire(Split, request.pairs.split, "pairs.split")
+            if split is None:
+                raise _violation("pairs.split", "is required", "REQUIRED")
+            upload.add_pairs(split, convert.pairs_from_wire(request.pairs.pairs))
+        case "chunk":
+            split = convert.enum_from_wire(Split, request.chunk.split, "chunk.split")
+            side = convert.enum_from_wire(Side, request.chunk.side, "chunk.side")
+            if split is None or side is None:
+                field = "chunk.split" if split is None else "chunk.side"
+                raise _violation(field, "is required", "REQUIRED")
+            upload.add_chunk(split, side, request.chunk.data)
+        case "header":
+            raise _violation("header", "may only be the first message", "UNEXPECTED")
+        case _:
+            raise _violation("item", "is required: one of pairs and chunk", "REQUIRED")
+
+
+def _violation(field: str, description: str, reason: str) -> InvalidRequest:
+    return InvalidRequest([Violation(field=field, description=description, reason=reason)])

@@ -1,0 +1,91 @@
+"""The one table from domain errors to gRPC statuses, and the google.rpc details that every error carries."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+import grpc
+from google.protobuf import any_pb2, duration_pb2, message
+from google.rpc import code_pb2, error_details_pb2, status_pb2
+
+from ferryman_service.domain import errors
+
+DOMAIN: Final = "ferryman.v1"
+INTERNAL_REASON: Final = "INTERNAL"
+_RETRY_SECONDS: Final = 5
+# Details travel in an HTTP/2 header; peers commonly refuse headers above 8 KiB.
+_MAX_VIOLATION_BYTES: Final = 4096
+_MAX_TEXT: Final = 1024
+
+STATUS_CODES: Final[Mapping[type[errors.FerrymanError], grpc.StatusCode]] = {
+    errors.InvalidArgument: grpc.StatusCode.INVALID_ARGUMENT,
+    errors.NotFound: grpc.StatusCode.NOT_FOUND,
+    errors.AlreadyExists: grpc.StatusCode.ALREADY_EXISTS,
+    errors.FailedPrecondition: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.OutOfRange: grpc.StatusCode.OUT_OF_RANGE,
+    errors.ResourceExhausted: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    errors.Unavailable: grpc.StatusCode.UNAVAILABLE,
+    errors.DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
+    errors.Cancelled: grpc.StatusCode.CANCELLED,
+    errors.DataLoss: grpc.StatusCode.DATA_LOSS,
+}
+
+
+def status_code(error: errors.FerrymanError) -> grpc.StatusCode:
+    """Return the status of an error: that of its nearest ancestor in the table."""
+    for ancestor in type(error).__mro__:
+        if ancestor in STATUS_CODES:
+            return STATUS_CODES[ancestor]
+    return grpc.StatusCode.INTERNAL
+
+
+def to_status(error: errors.FerrymanError) -> status_pb2.Status:
+    """Return the google.rpc.Status of an error: ErrorInfo always, and the details that fit its class."""
+    info = error_details_pb2.ErrorInfo(
+        reason=error.reason, domain=DOMAIN, metadata={key: value[:_MAX_TEXT] for key, value in error.metadata.items()}
+    )
+    details: list[message.Message] = [info]
+    match error:
+        case errors.InvalidArgument():
+            details.append(_bad_request(error, info))
+        case errors.NotFound():
+            resource = type(error).__name__.removesuffix("NotFound").lower()
+            name = next(iter(error.metadata.values()), "")
+            details.append(error_details_pb2.ResourceInfo(resource_type=resource, resource_name=name[:_MAX_TEXT]))
+        case errors.ResourceExhausted():
+            violation = error_details_pb2.QuotaFailure.Violation(subject=error.reason, description=error.message)
+            details.append(error_details_pb2.QuotaFailure(violations=[violation]))
+    if isinstance(error, errors.Unavailable | errors.TooManyRuns):
+        details.append(error_details_pb2.RetryInfo(retry_delay=duration_pb2.Duration(seconds=_RETRY_SECONDS)))
+    return _status(status_code(error), error.message, details)
+
+
+def internal_status() -> status_pb2.Status:
+    """Return the status of a bug: it says nothing of our insides."""
+    info = error_details_pb2.ErrorInfo(reason=INTERNAL_REASON, domain=DOMAIN)
+    return _status(grpc.StatusCode.INTERNAL, "an internal error; the server's log tells more", [info])
+
+
+def _bad_request(error: errors.InvalidArgument, info: error_details_pb2.ErrorInfo) -> error_details_pb2.BadRequest:
+    """Return all violations, or as many as fit a header; the ErrorInfo then says how many there are."""
+    details = error_details_pb2.BadRequest()
+    for violation in error.violations:
+        details.field_violations.add(
+            field=violation.field, description=violation.description[:_MAX_TEXT], reason=violation.reason
+        )
+        if details.ByteSize() > _MAX_VIOLATION_BYTES and len(details.field_violations) > 1:
+            del details.field_violations[-1]
+            info.metadata["violations_total"] = str(len(error.violations))
+            info.metadata["violations_shown"] = str(len(details.field_violations))
+            break
+    return details
+
+
+def _status(code: grpc.StatusCode, text: str, details: list[message.Message]) -> status_pb2.Status:
+    status = status_pb2.Status(code=code_pb2.Code.Value(code.name), message=text[:_MAX_TEXT])
+    for detail in details:
+        packed = any_pb2.Any()
+        packed.Pack(detail)
+        status.details.append(packed)
+    return status

@@ -1,0 +1,101 @@
+"""TrainingService."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+
+from ferryman.v1 import training_pb2, training_pb2_grpc
+from ferryman_service.application.metrics_feed import MetricsFeed
+from ferryman_service.application.training import CurveRequest, StartRequest, TrainingUseCases
+from ferryman_service.domain.errors import Violation
+from ferryman_service.domain.records import RunState
+from ferryman_service.domain.runs import RunFilter
+from ferryman_service.rpc import convert
+from ferryman_service.rpc.shutdown import Shutdown
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class TrainingServicer(training_pb2_grpc.TrainingServiceServicer):
+    """Adapts TrainingUseCases and MetricsFeed; see the contract for what each call means."""
+
+    def __init__(self, use_cases: TrainingUseCases, feed: MetricsFeed, shutdown: Shutdown) -> None:
+        self._use_cases = use_cases
+        self._feed = feed
+        self._shutdown = shutdown
+
+    async def StartTraining(
+        self, request: training_pb2.StartTrainingRequest, context: Context
+    ) -> training_pb2.StartTrainingResponse:
+        """Start a run."""
+        start = StartRequest(
+            request_id=request.request_id,
+            corpus_id=request.corpus_id,
+            model_name=request.model_name,
+            recipe=convert.recipe_overrides(request.recipe),
+            validate_only=request.validate_only,
+        )
+        run = await asyncio.to_thread(self._use_cases.start, start)
+        return training_pb2.StartTrainingResponse(run=convert.run_to_wire(run))
+
+    async def StreamMetrics(
+        self, request: training_pb2.StreamMetricsRequest, context: Context
+    ) -> AsyncIterator[training_pb2.StreamMetricsResponse]:
+        """Stream a run's records until its end, or the server's."""
+        follow = not request.history_only
+        items = self._feed.stream(request.run_id, request.after_sequence, follow=follow)
+        async for item in self._shutdown.cut_short(items):
+            yield convert.stream_item_to_wire(item)
+
+    async def GetLRSchedule(
+        self, request: training_pb2.GetLRScheduleRequest, context: Context
+    ) -> training_pb2.GetLRScheduleResponse:
+        """Return a learning-rate curve."""
+        subject = request.WhichOneof("subject")
+        curve_request = CurveRequest(
+            schedule=convert.recipe_overrides(request.schedule, "schedule") if subject == "schedule" else None,
+            recipe=convert.recipe_overrides(request.recipe) if subject == "recipe" else None,
+            run_id=request.run_id if subject == "run_id" else None,
+            first_step=request.first_step,
+            last_step=request.last_step,
+            max_points=request.max_points,
+        )
+        curve = await asyncio.to_thread(self._use_cases.learning_rate_curve, curve_request)
+        return convert.curve_to_wire(curve)
+
+    async def GetTrainingRun(
+        self, request: training_pb2.GetTrainingRunRequest, context: Context
+    ) -> training_pb2.GetTrainingRunResponse:
+        """Return a run."""
+        run = await asyncio.to_thread(self._use_cases.get, request.run_id)
+        return training_pb2.GetTrainingRunResponse(run=convert.run_to_wire(run))
+
+    async def ListTrainingRuns(
+        self, request: training_pb2.ListTrainingRunsRequest, context: Context
+    ) -> training_pb2.ListTrainingRunsResponse:
+        """Return a page of runs."""
+        order = convert.known_number(training_pb2.RunOrder, request.order, "order")
+        wanted = RunFilter(
+            states=convert.all_enums(RunState, request.states, "states", _unspecified_state),
+            model_name=request.model_name,
+            oldest_first=order == training_pb2.RUN_ORDER_OLDEST_FIRST,
+        )
+        page = await asyncio.to_thread(self._use_cases.list_page, wanted, request.page_size, request.page_token)
+        return training_pb2.ListTrainingRunsResponse(
+            runs=[convert.run_to_wire(run) for run in page.items], next_page_token=page.next_page_token
+        )
+
+    async def CancelTraining(
+        self, request: training_pb2.CancelTrainingRequest, context: Context
+    ) -> training_pb2.CancelTrainingResponse:
+        """Ask a run to stop."""
+        run = await asyncio.to_thread(self._use_cases.cancel, request.run_id)
+        return training_pb2.CancelTrainingResponse(run=convert.run_to_wire(run))
+
+
+def _unspecified_state(field: str) -> Violation:
+    return Violation(field=field, description="must be a state; leave the list empty for all", reason="REQUIRED")
