@@ -32,7 +32,7 @@ def reversal_corpus(count, seed):
 def small_recipe(max_steps=60, **stop):
     return recipe_pb2.Recipe(
         model=recipe_pb2.ModelRecipe(d_model=32, encoder_layers=1, decoder_layers=1, heads=2, ffn_dim=64, dropout=0.0),
-        data=recipe_pb2.DataRecipe(vocabulary_size=60, max_sentence_tokens=64),
+        data=recipe_pb2.DataRecipe(vocabulary_size=50, max_sentence_tokens=64),
         schedule=recipe_pb2.LearningRateSchedule(warmup_steps=20),
         optimization=recipe_pb2.OptimizationRecipe(batch_target_tokens=512),
         stop=recipe_pb2.StopRecipe(max_steps=max_steps, **stop),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, TypeAlias
 
 import grpc
 
@@ -15,7 +15,7 @@ from ferryman_service.domain.corpora import Side, Split
 from ferryman_service.domain.errors import InvalidRequest, Violation
 from ferryman_service.rpc import convert
 
-Context = grpc.aio.ServicerContext[Any, Any]
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 
 class CorpusServicer(corpus_pb2_grpc.CorpusServiceServicer):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import inspect
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
+from contextlib import aclosing
 from typing import Any, NoReturn
 
 import grpc
@@ -17,6 +20,14 @@ from ferryman_service.rpc.errors import internal_status, status_code, to_status
 _log = logging.getLogger(__name__)
 _Handler = grpc.RpcMethodHandler[Any, Any]
 _Context = grpc.aio.ServicerContext[Any, Any]
+_Behaviour = Callable[[Any, _Context], Any]
+
+_MAKERS: dict[str, Callable[..., _Handler]] = {
+    "unary": grpc.unary_unary_rpc_method_handler,
+    "client_stream": grpc.stream_unary_rpc_method_handler,
+    "server_stream": grpc.unary_stream_rpc_method_handler,
+    "bidi_stream": grpc.stream_stream_rpc_method_handler,
+}
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
@@ -33,20 +44,15 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         """Wrap the handler of a call; an unknown method has none, and grpc answers it."""
         handler = await continuation(handler_call_details)
         if handler is None:
-            return handler
+            self._metrics.unknown_method()
+            return None
         service, _, method = handler_call_details.method.lstrip("/").partition("/")
         kind = _kind(handler)
-        calls = self._metrics.calls_of(service, method, kind)
-        wrap = _wrap_streaming if handler.response_streaming else _wrap_unary
-        make = {
-            "unary": grpc.unary_unary_rpc_method_handler,
-            "client_stream": grpc.stream_unary_rpc_method_handler,
-            "server_stream": grpc.unary_stream_rpc_method_handler,
-            "bidi_stream": grpc.stream_stream_rpc_method_handler,
-        }[kind]
         behaviour = handler.unary_unary or handler.stream_unary or handler.unary_stream or handler.stream_stream
-        return make(
-            wrap(behaviour, calls),
+        assert behaviour is not None, "a handler has a behaviour"
+        respond = _streaming(behaviour) if handler.response_streaming else behaviour
+        return _MAKERS[kind](
+            _around(respond, self._metrics.calls_of(service, method, kind), f"{service}/{method}"),
             request_deserializer=handler.request_deserializer,
             response_serializer=handler.response_serializer,
         )
@@ -58,63 +64,57 @@ def _kind(handler: _Handler) -> str:
     return "client_stream" if handler.request_streaming else "unary"
 
 
-def _wrap_unary(behaviour: Any, calls: CallMetrics) -> Callable[[Any, _Context], Awaitable[Any]]:  # noqa: ANN401
-    async def call(request: Any, context: _Context) -> Any:  # noqa: ANN401 - any message
-        with _Counted(calls) as counted:
-            try:
-                response = await behaviour(request, context)
-            except Exception as error:  # noqa: BLE001 - the outermost place: every error must become a status
-                await _abort(error, context, counted)
-            counted.end(grpc.StatusCode(context.code()) if context.code() else grpc.StatusCode.OK)
-            return response
+def _streaming(behaviour: _Behaviour) -> _Behaviour:
+    """Return the behaviour as a coroutine function that writes its responses.
+
+    grpc leaves the async generator of a cancelled call to the garbage collector; here it is closed at once.
+    """
+    if inspect.iscoroutinefunction(behaviour):
+        return behaviour
+
+    async def respond(request: Any, context: _Context) -> None:  # noqa: ANN401 (any message)
+        async with aclosing(behaviour(request, context)) as responses:
+            async for response in responses:
+                await context.write(response)
+
+    return respond
+
+
+def _around(respond: _Behaviour, calls: CallMetrics, name: str) -> _Behaviour:
+    async def call(request: Any, context: _Context) -> Any:  # noqa: ANN401 (any message)
+        began_s = time.monotonic()
+        calls.started()
+        code = grpc.StatusCode.OK
+        try:
+            return await respond(request, context)
+        except asyncio.CancelledError:
+            code = grpc.StatusCode.DEADLINE_EXCEEDED if context.time_remaining() == 0 else grpc.StatusCode.CANCELLED
+            raise
+        except grpc.aio.AbortError:
+            code = context.code()
+            raise
+        except grpc.aio.BaseError:
+            # The caller is gone, or the server has stopped: there is nobody to tell.
+            code = grpc.StatusCode.CANCELLED
+            raise
+        except FerrymanError as error:
+            code = status_code(error)
+            await _abort_with_error(error, context, name)
+        except Exception:
+            code = grpc.StatusCode.INTERNAL
+            _log.exception("%s failed with an error that is not its caller's", name)
+            await context.abort_with_status(rpc_status.to_status(internal_status()))
+        finally:
+            calls.handled(code.name, time.monotonic() - began_s)
 
     return call
 
 
-def _wrap_streaming(behaviour: Any, calls: CallMetrics) -> Callable[[Any, _Context], AsyncIterator[Any]]:  # noqa: ANN401
-    async def call(request: Any, context: _Context) -> AsyncIterator[Any]:  # noqa: ANN401 - any message
-        with _Counted(calls) as counted:
-            try:
-                async for response in behaviour(request, context):
-                    yield response
-            except Exception as error:  # noqa: BLE001 - the outermost place: every error must become a status
-                await _abort(error, context, counted)
-            counted.end(grpc.StatusCode.OK)
-
-    return call
-
-
-class _Counted:
-    """Counts a call when it begins and when it ends. One that is left without a word was cancelled by its caller."""
-
-    def __init__(self, calls: CallMetrics) -> None:
-        self._calls = calls
-        self._began_s = 0.0
-        self._code = grpc.StatusCode.CANCELLED
-
-    def __enter__(self) -> _Counted:
-        self._began_s = time.monotonic()
-        self._calls.started()
-        return self
-
-    def end(self, code: grpc.StatusCode) -> None:
-        self._code = code
-
-    def __exit__(self, *_: object) -> None:
-        self._calls.handled(self._code.name, time.monotonic() - self._began_s)
-
-
-async def _abort(error: Exception, context: _Context, counted: _Counted) -> NoReturn:
-    if isinstance(error, grpc.aio.AbortError):
-        raise error
-    if isinstance(error, FerrymanError):
-        counted.end(status_code(error))
-        if not isinstance(error, Cancelled):
-            _log.info("%s: %s", error.reason, error.message)
-        status = to_status(error)
-    else:
-        counted.end(grpc.StatusCode.INTERNAL)
-        _log.error("a bug", exc_info=error)
-        status = internal_status()
-    await context.abort_with_status(rpc_status.to_status(status))
+async def _abort_with_error(error: FerrymanError, context: _Context, name: str) -> NoReturn:
+    if status_code(error) is grpc.StatusCode.INTERNAL:
+        _log.error("%s: %s must not leave the service", name, error.reason, exc_info=error)
+        await context.abort_with_status(rpc_status.to_status(internal_status()))
+    if not isinstance(error, Cancelled):
+        _log.info("%s: %s: %s", name, error.reason, error.message)
+    await context.abort_with_status(rpc_status.to_status(to_status(error)))
     raise AssertionError("abort_with_status always raises")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, TypeAlias
 
 import grpc
 
@@ -17,7 +17,7 @@ from ferryman_service.domain.runs import RunFilter
 from ferryman_service.rpc import convert
 from ferryman_service.rpc.shutdown import Shutdown
 
-Context = grpc.aio.ServicerContext[Any, Any]
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 
 class TrainingServicer(training_pb2_grpc.TrainingServiceServicer):

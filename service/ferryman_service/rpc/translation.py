@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import grpc
 
@@ -11,7 +11,7 @@ from ferryman_service.application.translating import TranslateRequest, Translati
 from ferryman_service.observability.translation import TranslationMetrics
 from ferryman_service.rpc import convert
 
-Context = grpc.aio.ServicerContext[Any, Any]
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 
 class TranslationServicer(translation_pb2_grpc.TranslationServiceServicer):
