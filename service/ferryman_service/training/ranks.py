@@ -10,6 +10,11 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+
+# torch's optimizers import this module at their first step. Its functions keep the process group of that moment as a
+# default argument, so that the group's threads would outlive it and abort the program at its end. Before there is a
+# group the import does no harm.
+import torch.distributed.nn
 from torch import Tensor
 
 from ferryman_service.domain.training import RunCancelled

@@ -69,7 +69,7 @@ class Validator:
     def _losses(self, model: Transformer) -> tuple[float, float]:
         tokens = self._pairs.tokens
         lengths = tokens.source.lengths_P, tokens.target.lengths_P
-        by_length = sort_by_length(np.arange(len(tokens)), *lengths)
+        by_length = sort_by_length(np.arange(len(tokens)), *lengths, _LOSS_BATCH_TARGET_TOKENS)
         limits = (_LOSS_BATCH_TARGET_TOKENS, math.inf)
         loss_sum = nll_sum = 0.0
         for index_B in cut_batches(by_length, *lengths, limits):

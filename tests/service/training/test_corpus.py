@@ -1,0 +1,55 @@
+from collections import Counter
+
+import pytest
+
+from ferryman_service.domain.corpora import Side, Split
+from ferryman_service.domain.runs import FailureReason, TrainingFailed
+from ferryman_service.training.corpus import DropReason, clean_pairs, describe_drops, read_pairs
+
+
+def test_only_a_line_feed_ends_a_line(write_corpus):
+    pairs = [("one\u2028still one", "eins\x85noch eins"), ("two\r", "zwei")]
+    assert list(read_pairs(write_corpus(pairs, []), Split.TRAIN)) == pairs
+
+
+def test_pairs_are_normalised_and_the_others_counted(write_corpus):
+    train = [
+        ("A  dog\u00a0barks. ", "Ein Hund  bellt. "),
+        ("A dog barks.", "Ein Hund bellt."),  # the same, once normalised
+        ("A dog barks.", "Der Hund bellt."),
+        ("", "Nichts"),
+        ("Nothing", " \u00a0"),
+        ("be\x07ll", "Glocke"),
+    ]
+    dropped = Counter()
+    pairs = list(clean_pairs(write_corpus(train, train[:2]), Split.TRAIN, dropped))
+    assert [(pair.source, pair.target, pair.raw_target) for pair in pairs] == [
+        ("A dog barks.", "Ein Hund bellt.", "Ein Hund  bellt."),
+        ("A dog barks.", "Der Hund bellt.", "Der Hund bellt."),
+    ]
+    assert dropped == {DropReason.DUPLICATE: 1, DropReason.EMPTY: 2, DropReason.CONTROL_CHARACTERS: 1}
+    assert describe_drops(dropped, 6) == "4 of 6 (2 EMPTY, 1 CONTROL_CHARACTERS, 1 DUPLICATE)"
+
+
+def test_duplicates_stay_where_they_are_wanted(write_corpus):
+    dropped = Counter()
+    corpus = write_corpus([], [("a", "b"), ("a", "b")])
+    assert len(list(clean_pairs(corpus, Split.VALIDATION, dropped, keep_duplicates=True))) == 2
+    assert not dropped
+
+
+def damage_utf8(path):
+    path.write_bytes(b"\xff\n\n")
+
+
+def lose_a_line(path):
+    path.write_bytes(b"a\n")
+
+
+@pytest.mark.parametrize("damage", [damage_utf8, lose_a_line, lambda path: path.unlink()])
+def test_a_damaged_corpus_is_said_to_be(write_corpus, damage):
+    corpus = write_corpus([("a", "b"), ("c", "d")], [])
+    damage(corpus.files[Split.TRAIN, Side.TARGET])
+    with pytest.raises(TrainingFailed, match="train part of the corpus") as caught:
+        list(read_pairs(corpus, Split.TRAIN))
+    assert caught.value.reason is FailureReason.CORPUS_DAMAGED

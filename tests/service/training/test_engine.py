@@ -1,0 +1,126 @@
+import dataclasses
+import errno
+import os
+
+import pytest
+import safetensors.torch
+import torch
+
+from ferryman_service.domain.corpora import Side, Split
+from ferryman_service.domain.runs import FailureReason, TrainingFailed
+from ferryman_service.domain.schedule import learning_rate
+from ferryman_service.domain.training import RunCancelled
+from ferryman_service.model.config import TransformerConfig
+from ferryman_service.model.transformer import Transformer
+from ferryman_service.text.subwords import Subwords
+from ferryman_service.training.engine import EngineConfig, TorchTrainingEngine
+
+ENGINE = TorchTrainingEngine(EngineConfig(device="cpu", threads=1))
+
+
+def test_a_run_learns_to_translate(job, small_recipe, reporter):
+    recipe = small_recipe(stop={"max_steps": 400}, validation={"interval_steps": 200})
+    trained = ENGINE.train(job(recipe), reporter)
+    assert trained.scores.bleu > 80
+    assert trained.scores.bleu >= max(validation.bleu for validation in reporter.validations)
+    assert [step.learning_rate for step in reporter.steps] == [
+        learning_rate(recipe.schedule, step) for step in range(1, 401)
+    ]
+    codes = [code for code, _ in reporter.events]
+    expected = ["SUBWORDS_TRAINED", "PAIRS_DROPPED", "TRAINING_STARTED", "LIMIT_REACHED", "WEIGHTS_CHOSEN"]
+    assert codes == expected
+
+
+def test_what_is_left_loads_into_a_model(job, small_recipe, reporter):
+    recipe = small_recipe()
+    trained = ENGINE.train(job(recipe), reporter)
+    subwords = Subwords.load(trained.subwords)
+    model = Transformer(TransformerConfig.from_recipe(recipe, subwords.size))
+    model.load_state_dict(safetensors.torch.load_file(trained.weights))
+    assert trained.parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert trained.recipe == recipe
+    assert len(trained.check_sentences) == 40
+    assert trained.scores.weights in ("best", "average")
+    assert f"{trained.parameters:,} parameters" in reporter.messages("TRAINING_STARTED")[0]
+
+
+def test_weights_are_a_function_of_recipe_corpus_and_seed(job, small_recipe, reporter):
+    def weights(**changes):
+        torch.manual_seed(123)  # what the process did before does not matter
+        recipe = dataclasses.replace(small_recipe(model={"dropout": 0.3}), **changes)
+        return ENGINE.train(job(recipe), reporter).weights.read_bytes()
+
+    first = weights()
+    assert weights() == first
+    assert weights(seed=2) != first
+
+
+@pytest.mark.parametrize("metric_changes", [{"keep_last": 1}, {"keep_last": 2, "interval_steps": 7}])
+def test_checkpoints_of_an_earlier_attempt_are_gone(job, small_recipe, reporter, metric_changes):
+    work = job(small_recipe(validation=metric_changes))
+    stale = work.run_dir / "checkpoints" / "step-0000000999"
+    stale.mkdir(parents=True)
+    ENGINE.train(work, reporter)
+    assert not stale.exists()
+    kept = sorted((work.run_dir / "checkpoints").iterdir())
+    assert kept[-1].name == "step-0000000020"
+    assert len(kept) <= metric_changes["keep_last"] + 1
+
+
+def test_the_published_weights_have_the_better_score(job, small_recipe, reporter):
+    """With a rate that jumps about, the average of the last checkpoints is better than each."""
+    recipe = small_recipe(
+        stop={"max_steps": 120},
+        validation={"interval_steps": 10, "keep_last": 4},
+        schedule={"factor": 6.0, "warmup_steps": 60},
+    )
+    trained = ENGINE.train(job(recipe), reporter)
+    (remark,) = reporter.messages("WEIGHTS_CHOSEN")
+    assert "the average of the last 4 checkpoints" in remark
+    best = max(reporter.validations, key=lambda validation: (validation.bleu, -validation.nll_per_token))
+    assert (trained.scores.bleu, -trained.scores.nll_per_token) >= (best.bleu, -best.nll_per_token)
+    if trained.scores.weights == "best":
+        assert trained.scores.step == best.step
+
+
+def test_a_cancelled_run_stops_between_steps(job, small_recipe, reporter):
+    reporter.checks_left, reporter.error = 30, RunCancelled()
+    with pytest.raises(RunCancelled):
+        ENGINE.train(job(small_recipe(stop={"max_steps": 10**6})), reporter)
+    assert len(reporter.steps) < 40
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_fails_the_run(job, small_recipe, reporter, code):
+    reporter.checks_left, reporter.error = 10, OSError(code, os.strerror(code))
+    work = job(small_recipe())
+    with pytest.raises(TrainingFailed, match=str(work.run_dir)) as caught:
+        ENGINE.train(work, reporter)
+    assert caught.value.reason is FailureReason.DISK_FULL
+
+
+def test_too_large_a_vocabulary_fails_the_run(job, small_recipe, reporter):
+    with pytest.raises(TrainingFailed, match="ask for at most") as caught:
+        ENGINE.train(job(small_recipe(data={"vocabulary_size": 5000})), reporter)
+    assert caught.value.reason is FailureReason.VOCABULARY_TOO_LARGE
+
+
+def test_a_damaged_corpus_fails_the_run(job, small_recipe, reporter, reverse_corpus):
+    reverse_corpus.files[Split.VALIDATION, Side.TARGET].write_bytes(b"\xff\n")
+    with pytest.raises(TrainingFailed) as caught:
+        ENGINE.train(job(small_recipe()), reporter)
+    assert caught.value.reason is FailureReason.CORPUS_DAMAGED
+
+
+def test_dropped_validation_pairs_are_reported(job, small_recipe, reporter, reverse_corpus):
+    for side in Side:
+        with reverse_corpus.files[Split.VALIDATION, side].open("a") as file:
+            file.write("\n")
+    ENGINE.train(job(small_recipe()), reporter)
+    assert reporter.messages("VALIDATION_PAIRS_DROPPED") == ["dropped validation pairs: 1 of 41 (1 EMPTY)"]
+
+
+@pytest.mark.parametrize("values", [{"device": "tpu"}, {"threads": 0}])
+def test_a_wrong_config_is_refused(values):
+    with pytest.raises(ValueError, match="must be"):
+        EngineConfig(**values)
