@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -65,7 +65,9 @@ class MetricsFeed:
         self._watches: dict[str, _Watch] = {}
         self._poller: asyncio.Task[None] | None = None
 
-    async def stream(self, run_id: str, after_sequence: int, *, follow: bool) -> AsyncIterator[Record | Heartbeat]:
+    async def stream(
+        self, run_id: str, after_sequence: int, *, follow: bool
+    ) -> AsyncGenerator[Record | Heartbeat, None]:
         """Yield the records after `after_sequence`; with `follow`, go on until the run's end.
 
         Raises InvalidRequest, RunNotFound, SequenceOutOfRange before the first item.

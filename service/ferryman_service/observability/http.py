@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import platform
+import socket
+import socketserver
+from collections.abc import Callable, Iterable
 from threading import Thread
-from wsgiref.simple_server import WSGIServer
+from typing import Any, Final
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
-from prometheus_client import (
-    CollectorRegistry,
-    GCCollector,
-    PlatformCollector,
-    ProcessCollector,
-    start_http_server,
-)
+from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector, make_wsgi_app
+
+_PATH: Final = "/metrics"
+_CLIENT_TIMEOUT_S: Final = 10
 
 
 def new_registry() -> CollectorRegistry:
@@ -26,7 +27,7 @@ def new_registry() -> CollectorRegistry:
 
 
 class MetricsEndpoint:
-    """Serves a registry over HTTP from a thread of its own."""
+    """Serves a registry over HTTP, at /metrics and nowhere else, from a thread of its own."""
 
     def __init__(self, registry: CollectorRegistry, host: str, port: int) -> None:
         """Store the address; port 0 takes a free one."""
@@ -37,12 +38,16 @@ class MetricsEndpoint:
 
     def start(self) -> int:
         """Listen, and return the port; raises OSError if it cannot be had."""
+        kind = _Server6 if ":" in self._host else _Server
         try:
-            server, thread = start_http_server(self._port, self._host, self._registry)
+            server = kind((self._host, self._port), _Handler)
         except OSError as error:
             raise OSError(f"cannot listen on {self._host}:{self._port} for metrics: {error}") from error
+        server.set_app(_only_metrics(make_wsgi_app(self._registry)))
+        thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.1}, name="metrics-http", daemon=True)
+        thread.start()
         self._running = (server, thread)
-        return int(server.server_port)
+        return server.server_port
 
     def stop(self) -> None:
         """Stop listening; harmless before start."""
@@ -52,3 +57,36 @@ class MetricsEndpoint:
             server.server_close()
             thread.join()
             self._running = None
+
+
+class _Server(socketserver.ThreadingMixIn, WSGIServer):
+    """A thread per request, which ends with the process."""
+
+    daemon_threads = True
+
+    def server_bind(self) -> None:
+        # As WSGIServer does, but without asking the DNS for the host's full name.
+        socketserver.TCPServer.server_bind(self)
+        self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
+        self.setup_environ()
+
+
+class _Server6(_Server):
+    address_family = socket.AF_INET6
+
+
+class _Handler(WSGIRequestHandler):
+    timeout = _CLIENT_TIMEOUT_S
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002 (the base's name)
+        """Log nothing: a scrape every few seconds is no news."""
+
+
+def _only_metrics(app: Callable[..., Iterable[bytes]]) -> Callable[..., Iterable[bytes]]:
+    def answer(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        if environ["PATH_INFO"] == _PATH:
+            return app(environ, start_response)
+        start_response("404 Not Found", [("Content-Type", "text/plain; charset=utf-8")])
+        return [b"the metrics are at /metrics\n"]
+
+    return answer

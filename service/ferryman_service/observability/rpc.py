@@ -8,6 +8,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 
 _SECONDS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 _METHOD: Final = ("grpc_service", "grpc_method", "grpc_type")
+_UNKNOWN: Final = ("other", "other", "unary")
 
 
 class RpcMetrics:
@@ -31,6 +32,11 @@ class RpcMetrics:
         bound."""
         labels = (service, method, kind)
         return CallMetrics(self._started.labels(*labels), self._handled, self._seconds.labels(*labels), labels)
+
+    def unknown_method(self) -> None:
+        """Count a call of a method that does not exist, whatever its name, under "other"."""
+        self._started.labels(*_UNKNOWN).inc()
+        self._handled.labels(*_UNKNOWN, "UNIMPLEMENTED").inc()
 
 
 class CallMetrics:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -16,10 +16,12 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from ferryman_service.domain.errors import DiskFull, StoreUnavailable
 from ferryman_service.domain.records import Record, RunState, StateChange, StepMetrics, ValidationMetrics
-from ferryman_service.domain.runs import RunHead, TrainingRun
+from ferryman_service.domain.runs import RunFilter, TrainingRun
 
 _log = logging.getLogger(__name__)
 _READ_LIMIT: Final = 1000
+_OLDEST_FIRST: Final = RunFilter(oldest_first=True)
+_NEWEST_FIRST: Final = RunFilter()
 _STEP_SECONDS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 _STEP_GAUGES: Final[Mapping[str, str]] = {
     "step": "Updates done.",
@@ -47,30 +49,32 @@ class RunReader(Protocol):
         """Return all runs that are not terminal, oldest first."""
         ...
 
-    def records_after(self, run_id: str, after_sequence: int, limit: int) -> Sequence[Record]:
-        """Return records in order."""
+    def list_page(self, wanted: RunFilter, after: str | None, limit: int) -> Sequence[TrainingRun]:
+        """Return runs that follow the run `after` in the filter's order, at most `limit`."""
         ...
 
-    def heads(self, run_ids: Iterable[str]) -> Mapping[str, RunHead]:
-        """Return the heads of the runs that exist."""
+    def records_after(self, run_id: str, after_sequence: int, limit: int) -> Sequence[Record]:
+        """Return records in order, at most `limit`."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class ObserverConfig:
-    """How often to look, and how many runs may have gauges of their own."""
+    """How often to look, how many runs may have gauges of their own, and how many records of a run one look reads."""
 
     interval_s: float = 1.0
     max_runs: int = 50
+    max_records: int = 10_000
 
 
 class RunObserver:
-    """Follows the records of unfinished runs. `look` is called by one thread at a time."""
+    """Follows the records of all runs from the first look on. `look` is called by one thread at a time."""
 
     def __init__(self, runs: RunReader, registry: CollectorRegistry, config: ObserverConfig) -> None:
         self._runs = runs
         self._config = config
         self._cursors: dict[str, int] | None = None
+        self._newest: str | None = None
         self._shown: set[str] = set()
         self._steps = Counter("ferryman_training_steps_total", "Updates of all runs.", registry=registry)
         self._tokens = Counter("ferryman_training_target_tokens_total", "Target tokens trained on.", registry=registry)
@@ -98,27 +102,48 @@ class RunObserver:
     def look(self) -> None:
         """Read what is new. What was recorded before the first look is not counted: another process has done that."""
         unfinished = self._runs.unfinished()
+        if self._cursors is None:
+            self._begin(unfinished)
+        cursors = self._cursors
+        assert cursors is not None
         for state in (state for state in RunState if not state.is_terminal):
             self._states.labels(state.value).set(sum(run.state is state for run in unfinished))
-        if self._cursors is None:
-            self._cursors = {run.run_id: run.last_sequence for run in unfinished}
-            for run in unfinished:
-                self._show_last(run)
+        last_sequences = {run.run_id: run.last_sequence for run in unfinished}
+        # A run may be born and end between two looks.
+        for run_id in (*last_sequences, *self._new_runs()):
+            cursors.setdefault(run_id, 0)
+        for run_id in list(cursors):
+            if cursors[run_id] != last_sequences.get(run_id):
+                self._follow(run_id)
+
+    def _begin(self, unfinished: Sequence[TrainingRun]) -> None:
+        self._cursors = {run.run_id: run.last_sequence for run in unfinished}
         for run in unfinished:
-            self._cursors.setdefault(run.run_id, 0)
-        active = {run.run_id for run in unfinished}
-        for run_id in list(self._cursors):
-            self._follow(run_id)
-            if run_id not in active:
-                del self._cursors[run_id]
-                self._hide(run_id)
+            if run.progress.last_step is not None:
+                self._show(run.run_id, self._step_gauges, run.progress.last_step)
+        newest = self._runs.list_page(_NEWEST_FIRST, None, 1)
+        self._newest = newest[0].run_id if newest else None
+
+    def _new_runs(self) -> Sequence[str]:
+        """Return the runs that were created since the last look, as many as one page holds."""
+        runs = [run.run_id for run in self._runs.list_page(_OLDEST_FIRST, self._newest, _READ_LIMIT)]
+        self._newest = runs[-1] if runs else self._newest
+        return runs
 
     def _follow(self, run_id: str) -> None:
+        """Read a run's news, at most `max_records`; let go of the run when it has ended."""
         assert self._cursors is not None
-        while records := self._runs.records_after(run_id, self._cursors[run_id], _READ_LIMIT):
+        for _ in range(-(-self._config.max_records // _READ_LIMIT)):
+            records = self._runs.records_after(run_id, self._cursors[run_id], _READ_LIMIT)
             for record in records:
                 self._observe(run_id, record)
-            self._cursors[run_id] = records[-1].sequence
+                self._cursors[run_id] = record.sequence
+            if records and isinstance(end := records[-1].payload, StateChange) and end.state.is_terminal:
+                del self._cursors[run_id]
+                self._hide(run_id)
+                return
+            if len(records) < _READ_LIMIT:
+                return
 
     def _observe(self, run_id: str, record: Record) -> None:
         match record.payload:
@@ -131,10 +156,6 @@ class RunObserver:
                 self._show(run_id, self._validation_gauges, validation)
             case StateChange(state=state) if state.is_terminal:
                 self._ended.labels(state.value).inc()
-
-    def _show_last(self, run: TrainingRun) -> None:
-        if run.progress.last_step is not None:
-            self._show(run.run_id, self._step_gauges, run.progress.last_step)
 
     def _show(self, run_id: str, gauges: Mapping[str, Gauge], metrics: StepMetrics | ValidationMetrics) -> None:
         if run_id in self._shown or len(self._shown) < self._config.max_runs:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from typing import Any, TypeAlias
+import functools
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any, TypeAlias, TypeVar
 
 import grpc
 
@@ -16,6 +18,7 @@ from ferryman_service.domain.errors import InvalidRequest, Violation
 from ferryman_service.rpc import convert
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+T = TypeVar("T")
 
 
 class CorpusServicer(corpus_pb2_grpc.CorpusServiceServicer):
@@ -31,16 +34,14 @@ class CorpusServicer(corpus_pb2_grpc.CorpusServiceServicer):
         first = await anext(aiter(request_iterator), None)
         if first is None or first.WhichOneof("item") != "header":
             raise _violation("header", "is required, as the first message", "REQUIRED")
-        upload = await asyncio.to_thread(
-            self._use_cases.begin_upload, convert.header_from_wire(first.header), first.header.request_id
-        )
-        try:
+        header = convert.header_from_wire(first.header)
+        async with _opened(lambda: self._use_cases.begin_upload(header, first.header.request_id)) as upload:
             async for request in request_iterator:
-                await asyncio.to_thread(_add, upload, request)
-            corpus = await asyncio.to_thread(upload.finish)
-        finally:
-            # Also when the caller is gone: asyncio's cancellation passes here, and must not be swallowed.
-            await asyncio.shield(asyncio.to_thread(upload.abort))
+                await _to_its_end(functools.partial(_add, upload, request))
+            # The end of the messages is also what a call looks like whose caller has gone halfway; but then nothing can
+            # be sent any more: this raises, or the call's task is cancelled.
+            await context.send_initial_metadata(())
+            corpus = await _to_its_end(upload.finish)
         return corpus_pb2.UploadCorpusResponse(corpus=convert.corpus_to_wire(corpus))
 
     async def GetCorpus(self, request: corpus_pb2.GetCorpusRequest, context: Context) -> corpus_pb2.GetCorpusResponse:
@@ -56,6 +57,28 @@ class CorpusServicer(corpus_pb2_grpc.CorpusServiceServicer):
         return corpus_pb2.ListCorporaResponse(
             corpora=[convert.corpus_to_wire(corpus) for corpus in page.items], next_page_token=page.next_page_token
         )
+
+
+@asynccontextmanager
+async def _opened(begin: Callable[[], CorpusUpload]) -> AsyncIterator[CorpusUpload]:
+    """Begin an upload, and abort it in the end: harmless if it was finished."""
+    beginning = asyncio.ensure_future(asyncio.to_thread(begin))
+    try:
+        yield await asyncio.shield(beginning)
+    finally:
+        await asyncio.wait((beginning,))
+        if beginning.exception() is None:
+            await _to_its_end(beginning.result().abort)
+
+
+async def _to_its_end(step: Callable[[], T]) -> T:
+    """Do a step of an upload in a thread; when cancelled, wait for its end: an upload has one thread at a time."""
+    work = asyncio.ensure_future(asyncio.to_thread(step))
+    try:
+        return await asyncio.shield(work)
+    finally:
+        if not work.done():
+            await asyncio.wait((work,))
 
 
 def _add(upload: CorpusUpload, request: corpus_pb2.UploadCorpusRequest) -> None:

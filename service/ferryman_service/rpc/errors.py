@@ -14,9 +14,11 @@ from ferryman_service.domain import errors
 DOMAIN: Final = "ferryman.v1"
 INTERNAL_REASON: Final = "INTERNAL"
 _RETRY_SECONDS: Final = 5
-# Details travel in an HTTP/2 header; peers commonly refuse headers above 8 KiB.
-_MAX_VIOLATION_BYTES: Final = 4096
-_MAX_TEXT: Final = 1024
+# Message and details travel as HTTP/2 trailers, which many peers refuse above 8 KiB in all. In the worst case the
+# message takes three times its size there (percent-encoding) and the details four thirds of theirs (base64).
+_MAX_MESSAGE_BYTES: Final = 512
+_MAX_METADATA_BYTES: Final = 256
+_MAX_VIOLATIONS_BYTES: Final = 2560
 
 STATUS_CODES: Final[Mapping[type[errors.FerrymanError], grpc.StatusCode]] = {
     errors.InvalidArgument: grpc.StatusCode.INVALID_ARGUMENT,
@@ -43,8 +45,11 @@ def status_code(error: errors.FerrymanError) -> grpc.StatusCode:
 def to_status(error: errors.FerrymanError) -> status_pb2.Status:
     """Return the google.rpc.Status of an error: ErrorInfo always, and the details that fit its class."""
     info = error_details_pb2.ErrorInfo(
-        reason=error.reason, domain=DOMAIN, metadata={key: value[:_MAX_TEXT] for key, value in error.metadata.items()}
+        reason=error.reason,
+        domain=DOMAIN,
+        metadata={key: _cut(value, _MAX_METADATA_BYTES) for key, value in error.metadata.items()},
     )
+    text = _cut(error.message, _MAX_MESSAGE_BYTES)
     details: list[message.Message] = [info]
     match error:
         case errors.InvalidArgument():
@@ -52,13 +57,15 @@ def to_status(error: errors.FerrymanError) -> status_pb2.Status:
         case errors.NotFound():
             resource = type(error).__name__.removesuffix("NotFound").lower()
             name = next(iter(error.metadata.values()), "")
-            details.append(error_details_pb2.ResourceInfo(resource_type=resource, resource_name=name[:_MAX_TEXT]))
+            details.append(
+                error_details_pb2.ResourceInfo(resource_type=resource, resource_name=_cut(name, _MAX_METADATA_BYTES))
+            )
         case errors.ResourceExhausted():
-            violation = error_details_pb2.QuotaFailure.Violation(subject=error.reason, description=error.message)
+            violation = error_details_pb2.QuotaFailure.Violation(subject=error.reason, description=text)
             details.append(error_details_pb2.QuotaFailure(violations=[violation]))
     if isinstance(error, errors.Unavailable | errors.TooManyRuns):
         details.append(error_details_pb2.RetryInfo(retry_delay=duration_pb2.Duration(seconds=_RETRY_SECONDS)))
-    return _status(status_code(error), error.message, details)
+    return _status(status_code(error), text, details)
 
 
 def internal_status() -> status_pb2.Status:
@@ -68,13 +75,15 @@ def internal_status() -> status_pb2.Status:
 
 
 def _bad_request(error: errors.InvalidArgument, info: error_details_pb2.ErrorInfo) -> error_details_pb2.BadRequest:
-    """Return all violations, or as many as fit a header; the ErrorInfo then says how many there are."""
+    """Return all violations, or as many as fit; the ErrorInfo then says how many there are."""
     details = error_details_pb2.BadRequest()
     for violation in error.violations:
         details.field_violations.add(
-            field=violation.field, description=violation.description[:_MAX_TEXT], reason=violation.reason
+            field=_cut(violation.field, _MAX_METADATA_BYTES),
+            description=_cut(violation.description, _MAX_MESSAGE_BYTES),
+            reason=violation.reason,
         )
-        if details.ByteSize() > _MAX_VIOLATION_BYTES and len(details.field_violations) > 1:
+        if details.ByteSize() > _MAX_VIOLATIONS_BYTES:
             del details.field_violations[-1]
             info.metadata["violations_total"] = str(len(error.violations))
             info.metadata["violations_shown"] = str(len(details.field_violations))
@@ -83,9 +92,17 @@ def _bad_request(error: errors.InvalidArgument, info: error_details_pb2.ErrorInf
 
 
 def _status(code: grpc.StatusCode, text: str, details: list[message.Message]) -> status_pb2.Status:
-    status = status_pb2.Status(code=code_pb2.Code.Value(code.name), message=text[:_MAX_TEXT])
+    status = status_pb2.Status(code=code_pb2.Code.Value(code.name), message=text)
     for detail in details:
         packed = any_pb2.Any()
         packed.Pack(detail)
         status.details.append(packed)
     return status
+
+
+def _cut(text: str, max_bytes: int) -> str:
+    """Return the text, or as much of its beginning as fits, with an ellipsis."""
+    encoded = text.encode("utf-8", "replace")
+    if len(encoded) <= max_bytes:
+        return encoded.decode()
+    return encoded[: max_bytes - 3].decode("utf-8", "ignore") + "…"

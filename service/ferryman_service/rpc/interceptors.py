@@ -6,9 +6,9 @@ import asyncio
 import inspect
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import aclosing
-from typing import Any, NoReturn
+from typing import Any, Final, NoReturn, TypeAlias
 
 import grpc
 from grpc_status import rpc_status
@@ -18,11 +18,11 @@ from ferryman_service.observability.rpc import CallMetrics, RpcMetrics
 from ferryman_service.rpc.errors import internal_status, status_code, to_status
 
 _log = logging.getLogger(__name__)
-_Handler = grpc.RpcMethodHandler[Any, Any]
-_Context = grpc.aio.ServicerContext[Any, Any]
-_Behaviour = Callable[[Any, _Context], Any]
+_Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
+_Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+_Behaviour: TypeAlias = "Callable[[Any, _Context], Any]"
 
-_MAKERS: dict[str, Callable[..., _Handler]] = {
+_MAKERS: Final[Mapping[str, Callable[..., _Handler]]] = {
     "unary": grpc.unary_unary_rpc_method_handler,
     "client_stream": grpc.stream_unary_rpc_method_handler,
     "server_stream": grpc.unary_stream_rpc_method_handler,
@@ -48,7 +48,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             return None
         service, _, method = handler_call_details.method.lstrip("/").partition("/")
         kind = _kind(handler)
-        behaviour = handler.unary_unary or handler.stream_unary or handler.unary_stream or handler.stream_stream
+        behaviour: Any = handler.unary_unary or handler.stream_unary or handler.unary_stream or handler.stream_stream
         assert behaviour is not None, "a handler has a behaviour"
         respond = _streaming(behaviour) if handler.response_streaming else behaviour
         return _MAKERS[kind](
@@ -100,7 +100,7 @@ def _around(respond: _Behaviour, calls: CallMetrics, name: str) -> _Behaviour:
         except FerrymanError as error:
             code = status_code(error)
             await _abort_with_error(error, context, name)
-        except Exception:
+        except Exception:  # noqa: BLE001 (the outermost place: every error must become a status)
             code = grpc.StatusCode.INTERNAL
             _log.exception("%s failed with an error that is not its caller's", name)
             await context.abort_with_status(rpc_status.to_status(internal_status()))

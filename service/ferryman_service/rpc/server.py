@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -56,10 +56,26 @@ class RpcConfig:
             ("grpc.max_send_message_length", self.max_send_bytes),
             ("grpc.max_concurrent_streams", self.max_concurrent_streams),
             ("grpc.max_metadata_size", self.max_metadata_bytes),
+            # A caller whose machine is gone says no goodbye: its streams end after 60 s + 20 s.
+            ("grpc.keepalive_time_ms", 60_000),
+            ("grpc.keepalive_timeout_ms", 20_000),
             # Clients may ping every 10 s, which keeps quiet metrics streams alive through proxies.
             ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
             ("grpc.keepalive_permit_without_calls", 1),
         )
+
+
+class HealthServicer(health.aio.HealthServicer):  # type: ignore[misc]  # its package has no types
+    """grpc.health.v1, whose watchers do not hold up the end of the server."""
+
+    def __init__(self, shutdown: Shutdown) -> None:
+        super().__init__()
+        self._shutdown = shutdown
+
+    async def Watch(self, request: health_pb2.HealthCheckRequest, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+        """Tell the status of a service each time it changes."""
+        async with self._shutdown.ends_wait():
+            await super().Watch(request, context)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +96,7 @@ class RpcServer:
     ) -> None:
         self._config = config
         self._shutdown = shutdown
-        self._health = health.aio.HealthServicer()
+        self._health = HealthServicer(shutdown)
         self._server = grpc.aio.server(interceptors=(interceptor,), options=config.options())
         training_pb2_grpc.add_TrainingServiceServicer_to_server(servicers.training, self._server)
         corpus_pb2_grpc.add_CorpusServiceServicer_to_server(servicers.corpora, self._server)
@@ -93,16 +109,17 @@ class RpcServer:
 
     async def start(self) -> int:
         """Listen, and return the port; raises OSError if it cannot be had."""
-        address = f"{self._config.host}:{self._config.port}"
+        host = f"[{self._config.host}]" if ":" in self._config.host else self._config.host
+        address = f"{host}:{self._config.port}"
         try:
             port = self._server.add_insecure_port(address)
         except RuntimeError as error:
             raise OSError(f"cannot listen on {address}; is another server there?") from error
-        await self._server.start()
         for name in ("", *ALL_SERVICES):
             serving = not name or name in self._config.serving
             status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
             await self._health.set(name, status)
+        await self._server.start()
         return port
 
     async def stop(self, grace_s: float) -> None:

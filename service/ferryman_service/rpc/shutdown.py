@@ -4,44 +4,40 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from typing import Any, TypeVar
+from contextlib import asynccontextmanager
 
 from ferryman_service.domain.errors import ServerShuttingDown
-
-Item = TypeVar("Item")
 
 
 class Shutdown:
     """One per server; belongs to its event loop."""
 
     def __init__(self) -> None:
-        self._begun = asyncio.Event()
+        self._begun = False
+        self._waiting: set[asyncio.Timeout] = set()
 
     def begin(self) -> None:
-        """Cut all live streams short, and every later one at once."""
-        self._begun.set()
+        """End every wait, and every later one at once."""
+        self._begun = True
+        for scope in self._waiting:
+            scope.reschedule(asyncio.get_running_loop().time())
 
-    async def cut_short(self, items: AsyncIterator[Item]) -> AsyncIterator[Item]:
-        """Yield the items; raises ServerShuttingDown as soon as the shutdown begins."""
-        begun = asyncio.ensure_future(self._begun.wait())
+    @asynccontextmanager
+    async def ends_wait(self) -> AsyncIterator[None]:
+        """Run the block; cancel what it awaits and raise ServerShuttingDown as soon as the shutdown begins.
+
+        Put only waiting into it: what the block awaits is given up half done.
+        """
+        scope = asyncio.timeout(0 if self._begun else None)
         try:
-            while True:
-                item = asyncio.ensure_future(anext(items))
-                try:
-                    await asyncio.wait((item, begun), return_when=asyncio.FIRST_COMPLETED)
-                    if not item.done():
-                        raise ServerShuttingDown("the server is stopping; call again with the last sequence received")
-                    yield item.result()
-                except StopAsyncIteration:
-                    return
-                finally:
-                    await _end(item)
+            async with scope:
+                self._waiting.add(scope)
+                yield
+        except TimeoutError:
+            if scope.expired():
+                raise ServerShuttingDown(
+                    "the server is stopping: call again, another one or the next goes on"
+                ) from None
+            raise
         finally:
-            await _end(begun)
-
-
-async def _end(future: asyncio.Future[Any]) -> None:
-    """Cancel what still runs, and wait until it has cleaned up after itself."""
-    if not future.done():
-        future.cancel()
-        await asyncio.wait((future,))
+            self._waiting.discard(scope)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from typing import Any, TypeAlias
 
 import grpc
@@ -47,9 +48,13 @@ class TrainingServicer(training_pb2_grpc.TrainingServiceServicer):
     ) -> AsyncIterator[training_pb2.StreamMetricsResponse]:
         """Stream a run's records until its end, or the server's."""
         follow = not request.history_only
-        items = self._feed.stream(request.run_id, request.after_sequence, follow=follow)
-        async for item in self._shutdown.cut_short(items):
-            yield convert.stream_item_to_wire(item)
+        async with aclosing(self._feed.stream(request.run_id, request.after_sequence, follow=follow)) as items:
+            while True:
+                async with self._shutdown.ends_wait():
+                    item = await anext(items, None)
+                if item is None:
+                    return
+                yield convert.stream_item_to_wire(item)
 
     async def GetLRSchedule(
         self, request: training_pb2.GetLRScheduleRequest, context: Context

@@ -27,7 +27,7 @@ class TranslationServicer(translation_pb2_grpc.TranslationServiceServicer):
         """Translate sentences; the caller's deadline and cancellation end the work."""
         work = TranslateRequest(
             model=request.model,
-            sentences=request.sentences,
+            sentences=list(request.sentences),
             options=convert.options_from_wire(request.options),
             timeout_s=context.time_remaining(),
         )
