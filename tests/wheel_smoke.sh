@@ -9,6 +9,7 @@ trap 'rm -rf "$work"' EXIT
 
 "$python" -m pip --disable-pip-version-check wheel -q --no-deps -w "$work/dist" .
 wheel=$(echo "$work"/dist/ferryman-*.whl)
+"$python" -m tests.make_bundle "$work/bundle" # trained elsewhere: the environment below has no torch
 "$python" -m venv "$work/venv"
 constraints=$PWD/constraints.txt
 cd "$work" # so that nothing is imported from the checkout
@@ -49,4 +50,33 @@ import ferryman_service.bootstrap
 for name in ("torch", "onnx", "onnxscript", "safetensors", "sacrebleu"):
     assert name not in sys.modules, f"the server loads {name}"
 PYTHON
+
+echo "wheel smoke: a model that was trained elsewhere"
+"$bin/ferryman-service" import-model "$work/bundle" elsewhere --data-dir "$work/data" | grep -qx "published elsewhere/1"
+"$bin/ferryman-service" serve --roles translation --data-dir "$work/data" --port 0 --metrics-port 0 >"$work/log" 2>&1 &
+service=$!
+trap 'kill "$service" 2>/dev/null; rm -rf "$work"' EXIT
+for _ in {1..100}; do
+  grep -q "^serving on" "$work/log" && break
+  sleep 0.1
+done
+"$bin/python" - "$(sed -n 's/^serving on //p' "$work/log")" <<'PYTHON'
+import sys
+
+from ferryman import Client
+from ferryman.errors import RoleNotServed
+
+with Client(sys.argv[1]) as client:
+    answer = client.translate("elsewhere", ["ba de fi", ""])
+    assert answer.model == "elsewhere/1", answer
+    assert answer.translations[0].hypotheses and answer.translations[1].text == "", answer
+    try:
+        client.start_training("cor_x", "elsewhere")
+    except RoleNotServed:
+        pass
+    else:
+        raise AssertionError("a server without the training role trains")
+PYTHON
+kill -TERM "$service"
+wait "$service" || { cat "$work/log" >&2 && exit 1; }
 echo "wheel smoke: passed"

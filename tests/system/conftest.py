@@ -6,6 +6,7 @@ import random
 
 import grpc
 import pytest
+
 from ferryman.v1 import (
     corpus_pb2,
     corpus_pb2_grpc,
@@ -16,7 +17,6 @@ from ferryman.v1 import (
     training_pb2_grpc,
     translation_pb2_grpc,
 )
-
 from tests.system.service_process import ServiceProcess
 
 WORDS = ["ba", "ce", "di", "fo", "gu", "ka", "le", "mi", "no", "pu"]

@@ -2,12 +2,13 @@
 
 import os
 import signal
+import subprocess
 import time
 
 import grpc
 import pytest
-from ferryman.v1 import metrics_pb2, training_pb2
 
+from ferryman.v1 import metrics_pb2, training_pb2
 from tests.system.conftest import Stubs, small_recipe
 
 pytestmark = pytest.mark.system
@@ -128,3 +129,32 @@ def test_a_corpus_too_small_for_its_vocabulary_fails_with_the_cure(start_service
     error = stubs.run(run.run_id).error
     assert error.reason == "VOCABULARY_TOO_LARGE"
     assert "8000" in error.message
+
+
+SMALL_DISK = "mount -t tmpfs -o size=$0 tmpfs $1 && shift && exec \"$@\""
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """The start of a command line whose program sees a disk of 16 MiB at the returned folder, and nobody else does."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    own_mounts = ("unshare", "--user", "--map-root-user", "--mount")
+    if subprocess.run([*own_mounts, "true"], check=False).returncode and "CI" not in os.environ:
+        pytest.skip("this kernel does not allow mount namespaces to this user")
+    return folder, (*own_mounts, "sh", "-c", SMALL_DISK, "16m", str(folder))
+
+
+def test_a_full_disk_fails_the_run_and_leaves_the_service_alive(start_service, small_disk):
+    folder, wrapper = small_disk
+    stubs = Stubs(start_service(data_dir=folder, wrapper=wrapper).address)
+    corpus_id = stubs.upload().corpus_id
+    recipe = small_recipe(60)
+    recipe.model.d_model, recipe.model.ffn_dim = 512, 2048  # its first checkpoint is larger than the disk
+    run = stubs.start(corpus_id, recipe)
+    assert list(stubs.stream(run.run_id))[-1].state_change.state == metrics_pb2.RUN_STATE_FAILED
+    failed = stubs.run(run.run_id)
+    assert failed.error.reason == "DISK_FULL"
+    assert "space" in failed.error.message
+    again = stubs.start(corpus_id, small_recipe(60))
+    assert list(stubs.stream(again.run_id))[-1].state_change.state == metrics_pb2.RUN_STATE_SUCCEEDED

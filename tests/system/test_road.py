@@ -5,11 +5,11 @@ import urllib.request
 
 import grpc
 import pytest
-from ferryman.v1 import metrics_pb2, model_pb2, training_pb2, translation_pb2
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from ferryman.v1 import metrics_pb2, model_pb2, training_pb2, translation_pb2
 from tests.system.conftest import Stubs, reversal_corpus, small_recipe
 
 pytestmark = pytest.mark.system
