@@ -70,7 +70,7 @@ class Stubs:
     def run(self, run_id):
         return self.training.GetTrainingRun(training_pb2.GetTrainingRunRequest(run_id=run_id)).run
 
-    def stream(self, run_id, after_sequence=0, timeout_s=180):
+    def stream(self, run_id, after_sequence=0, timeout_s=90):
         """Yield the records, without the heartbeats."""
         request = training_pb2.StreamMetricsRequest(run_id=run_id, after_sequence=after_sequence)
         for response in self.training.StreamMetrics(request, timeout=timeout_s, wait_for_ready=True):

@@ -86,6 +86,8 @@ def _train_and_publish(ports: WorkerPorts, run: TrainingRun, run_dir: Path) -> N
     try:
         staged = _export(ports, run, trained, exporting)
     except BaseException:
+        # On a full disk the half-written bundle would leave no room to record what happened.
+        ports.models.discard_staging(run.run_id)
         _close_quietly(exporting)
         raise
     exporting.close()

@@ -146,6 +146,10 @@ class ModelStore(Protocol):
         """Return an empty folder, on the file system of the published models, to write a run's bundle into."""
         ...
 
+    def discard_staging(self, run_id: str) -> None:
+        """Remove the run's staging folder, if there is one."""
+        ...
+
     def publish(self, run_id: str, attempt: int, staged: Path) -> ModelVersion:
         """Publish the staged bundle as the next version of the run's model and make the run SUCCEEDED, together or
         not at all.

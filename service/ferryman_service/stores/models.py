@@ -64,6 +64,10 @@ class FileModelStore:
             path.mkdir(parents=True)
         return path
 
+    def discard_staging(self, run_id: str) -> None:
+        """Remove what was staged for the run."""
+        remove_folder(self._folder.staging_dir(run_id))
+
     def publish(self, run_id: str, attempt: int, staged: Path) -> ModelVersion:
         """Publish the staged bundle and make the run SUCCEEDED, together or not at all. Raises AttemptFenced."""
         with disk_errors(), ExitStack() as undo:

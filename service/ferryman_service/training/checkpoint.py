@@ -55,13 +55,12 @@ def save_checkpoint(folder: Path, model: Transformer, optimizer: Adam, position:
     partial = folder / f"partial-{final.name}"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
-    digests = {_WEIGHTS: _write(partial / _WEIGHTS, to_bytes(model.state_dict()))}
-    for moment in _MOMENTS:
-        data = to_bytes({name: optimizer.state[parameter][moment] for name, parameter in model.named_parameters()})
-        digests[f"{moment}.safetensors"] = _write(partial / f"{moment}.safetensors", data)
-    digests[_POSITION] = _write(partial / _POSITION, json.dumps(dataclasses.asdict(position)).encode())
-    write_durably(partial / _MANIFEST, json.dumps({"sha256": digests}).encode())
-    sync_folder(partial)
+    try:
+        _write_all(partial, model, optimizer, position)
+    except OSError:
+        # On a full disk the half-written files would leave no room to record what happened.
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     shutil.rmtree(final, ignore_errors=True)
     partial.rename(final)
     sync_folder(folder)
@@ -114,6 +113,16 @@ def prune_checkpoints(folder: Path, keep_last: int, best_step: int) -> None:
 def to_bytes(tensors: Mapping[str, Tensor]) -> bytes:
     """Return the tensors in the safetensors format."""
     return safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+
+
+def _write_all(folder: Path, model: Transformer, optimizer: Adam, position: Position) -> None:
+    digests = {_WEIGHTS: _write(folder / _WEIGHTS, to_bytes(model.state_dict()))}
+    for moment in _MOMENTS:
+        data = to_bytes({name: optimizer.state[parameter][moment] for name, parameter in model.named_parameters()})
+        digests[f"{moment}.safetensors"] = _write(folder / f"{moment}.safetensors", data)
+    digests[_POSITION] = _write(folder / _POSITION, json.dumps(dataclasses.asdict(position)).encode())
+    write_durably(folder / _MANIFEST, json.dumps({"sha256": digests}).encode())
+    sync_folder(folder)
 
 
 def _write(path: Path, data: bytes) -> str:

@@ -211,6 +211,7 @@ def test_a_model_that_translates_otherwise_is_not_published(house, new_run):
     _, run = house.work(new_run, exported=Echo(tokens=(5,)), reference=Echo(tokens=(6,), score=-2.0))
     assert run.failure.reason is FailureReason.EXPORT_MISMATCH
     assert house.models.list_page(None, 10) == []
+    assert list(house.folder.staging.iterdir()) == [], "half a bundle must not fill the disk"
 
 
 def test_a_tie_broken_the_other_way_is_no_mismatch(house, new_run):
