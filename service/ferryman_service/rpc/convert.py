@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Final, TypeVar
 
 from google.protobuf.duration_pb2 import Duration
@@ -65,15 +65,28 @@ def enum_to_wire(value: enum.StrEnum) -> Any:  # noqa: ANN401 - each enumeration
     return wrapper.Value(prefix + value.name)
 
 
-def enum_from_wire(kind: type[E], number: int, field: str) -> E | None:
-    """Return the member, None for 0; raises InvalidRequest for a number that the contract does not know."""
+def enum_from_wire(kind: type[E], number: int, field: str, violations: list[Violation]) -> E | None:
+    """Return the member, None for 0; also None, with a violation, for a number that the contract does not know."""
     if number == 0:
         return None
     wrapper, prefix = _ENUMS[kind]
     if number not in wrapper.values():
-        text = f"is {number}, must be one of {', '.join(wrapper.keys()[1:])}"
-        raise InvalidRequest([Violation(field=field, description=text, reason="UNKNOWN_ENUM_VALUE")])
+        violations.append(_not_one_of(wrapper.keys()[1:], number, field))
+        return None
     return kind[wrapper.Name(number).removeprefix(prefix)]
+
+
+def required_enum(kind: type[E], number: int, field: str, violations: list[Violation]) -> E | None:
+    """Return the member; None, with a violation, for 0 and for a number that the contract does not know."""
+    if number == 0:
+        names = ", ".join(_ENUMS[kind][0].keys()[1:])
+        violations.append(Violation(field=field, description=f"must be one of {names}", reason="REQUIRED"))
+    return enum_from_wire(kind, number, field, violations)
+
+
+def _not_one_of(names: Iterable[str], number: int, field: str) -> Violation:
+    text = f"is {number}, must be one of {', '.join(names)}"
+    return Violation(field=field, description=text, reason="UNKNOWN_ENUM_VALUE")
 
 
 def recipe_overrides(wire: Message, path: str = "recipe") -> dict[str, Any]:
@@ -95,10 +108,7 @@ def _set_fields(wire: Message, path: str, violations: list[Violation]) -> dict[s
         if descriptor.message_type is not None:
             found[descriptor.name] = _set_fields(value, field, violations)
         elif descriptor.enum_type is not None:
-            try:
-                found[descriptor.name] = enum_from_wire(_RECIPE_ENUMS[descriptor.name], value, field)
-            except InvalidRequest as error:
-                violations += error.violations
+            found[descriptor.name] = enum_from_wire(_RECIPE_ENUMS[descriptor.name], value, field, violations)
         else:
             found[descriptor.name] = value
     return found
@@ -315,28 +325,17 @@ def _duration(time_ns: int) -> Duration:
     return Duration(seconds=time_ns // 10**9, nanos=time_ns % 10**9)
 
 
-def all_enums(kind: type[E], numbers: Iterable[int], field: str, on_zero: Callable[[str], Violation]) -> list[E]:
-    """Return the members of a repeated enumeration; raises InvalidRequest with every bad element."""
-    members: list[E] = []
+def all_enums(kind: type[E], numbers: Iterable[int], field: str) -> list[E]:
+    """Return the different members of a repeated enumeration; raises InvalidRequest with every bad element."""
     violations: list[Violation] = []
-    for index, number in enumerate(numbers):
-        try:
-            member = enum_from_wire(kind, number, f"{field}[{index}]")
-        except InvalidRequest as error:
-            violations += error.violations
-            continue
-        if member is None:
-            violations.append(on_zero(f"{field}[{index}]"))
-        else:
-            members.append(member)
+    members = [required_enum(kind, number, f"{field}[{index}]", violations) for index, number in enumerate(numbers)]
     if violations:
         raise InvalidRequest(violations)
-    return members
+    return list(dict.fromkeys(member for member in members if member is not None))
 
 
 def known_number(wrapper: Any, number: int, field: str) -> int:  # noqa: ANN401 - protobuf has no common type
     """Return the number of an enumeration that has no domain type; raises InvalidRequest if it is unknown."""
     if number not in wrapper.values():
-        text = f"is {number}, must be one of {', '.join(wrapper.keys())}"
-        raise InvalidRequest([Violation(field=field, description=text, reason="UNKNOWN_ENUM_VALUE")])
+        raise InvalidRequest([_not_one_of(wrapper.keys(), number, field)])
     return number

@@ -82,23 +82,23 @@ async def _to_its_end(step: Callable[[], T]) -> T:
 
 
 def _add(upload: CorpusUpload, request: corpus_pb2.UploadCorpusRequest) -> None:
+    violations: list[Violation] = []
     match request.WhichOneof("item"):
         case "pairs":
-            split = convert.enum_from_wire(Split, request.pairs.split, "pairs.split")
-            if split is None:
-                raise _violation("pairs.split", "is required", "REQUIRED")
-            upload.add_pairs(split, convert.pairs_from_wire(request.pairs.pairs))
+            split = convert.required_enum(Split, request.pairs.split, "pairs.split", violations)
+            if split is not None:
+                upload.add_pairs(split, convert.pairs_from_wire(request.pairs.pairs))
         case "chunk":
-            split = convert.enum_from_wire(Split, request.chunk.split, "chunk.split")
-            side = convert.enum_from_wire(Side, request.chunk.side, "chunk.side")
-            if split is None or side is None:
-                field = "chunk.split" if split is None else "chunk.side"
-                raise _violation(field, "is required", "REQUIRED")
-            upload.add_chunk(split, side, request.chunk.data)
+            split = convert.required_enum(Split, request.chunk.split, "chunk.split", violations)
+            side = convert.required_enum(Side, request.chunk.side, "chunk.side", violations)
+            if split is not None and side is not None:
+                upload.add_chunk(split, side, request.chunk.data)
         case "header":
             raise _violation("header", "may only be the first message", "UNEXPECTED")
         case _:
             raise _violation("item", "is required: one of pairs and chunk", "REQUIRED")
+    if violations:
+        raise InvalidRequest(violations)
 
 
 def _violation(field: str, description: str, reason: str) -> InvalidRequest:

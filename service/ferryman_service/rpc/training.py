@@ -12,7 +12,6 @@ import grpc
 from ferryman.v1 import training_pb2, training_pb2_grpc
 from ferryman_service.application.metrics_feed import MetricsFeed
 from ferryman_service.application.training import CurveRequest, StartRequest, TrainingUseCases
-from ferryman_service.domain.errors import Violation
 from ferryman_service.domain.records import RunState
 from ferryman_service.domain.runs import RunFilter
 from ferryman_service.rpc import convert
@@ -85,7 +84,7 @@ class TrainingServicer(training_pb2_grpc.TrainingServiceServicer):
         """Return a page of runs."""
         order = convert.known_number(training_pb2.RunOrder, request.order, "order")
         wanted = RunFilter(
-            states=convert.all_enums(RunState, request.states, "states", _unspecified_state),
+            states=convert.all_enums(RunState, request.states, "states"),
             model_name=request.model_name,
             oldest_first=order == training_pb2.RUN_ORDER_OLDEST_FIRST,
         )
@@ -100,7 +99,3 @@ class TrainingServicer(training_pb2_grpc.TrainingServiceServicer):
         """Ask a run to stop."""
         run = await asyncio.to_thread(self._use_cases.cancel, request.run_id)
         return training_pb2.CancelTrainingResponse(run=convert.run_to_wire(run))
-
-
-def _unspecified_state(field: str) -> Violation:
-    return Violation(field=field, description="must be a state; leave the list empty for all", reason="REQUIRED")
