@@ -11,9 +11,10 @@ from contextlib import aclosing
 from typing import Any, Final, NoReturn, TypeAlias
 
 import grpc
+from google.protobuf.message import DecodeError
 from grpc_status import rpc_status
 
-from ferryman_service.domain.errors import Cancelled, FerrymanError
+from ferryman_service.domain.errors import Cancelled, FerrymanError, InvalidRequest, Violation
 from ferryman_service.observability.rpc import CallMetrics, RpcMetrics
 from ferryman_service.rpc.errors import internal_status, status_code, to_status
 
@@ -51,9 +52,13 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         behaviour: Any = handler.unary_unary or handler.stream_unary or handler.unary_stream or handler.stream_stream
         assert behaviour is not None, "a handler has a behaviour"
         respond = _streaming(behaviour) if handler.response_streaming else behaviour
+        # grpc answers a request that it cannot read with UNKNOWN and the parser's words, so a single one is read here.
+        read_here = None if handler.request_streaming else handler.request_deserializer
+        if read_here is not None:
+            respond = _reading(respond, read_here)
         return _MAKERS[kind](
             _around(respond, self._metrics.calls_of(service, method, kind), f"{service}/{method}"),
-            request_deserializer=handler.request_deserializer,
+            request_deserializer=None if read_here is not None else handler.request_deserializer,
             response_serializer=handler.response_serializer,
         )
 
@@ -80,6 +85,13 @@ def _streaming(behaviour: _Behaviour) -> _Behaviour:
     return respond
 
 
+def _reading(respond: _Behaviour, read: Callable[[bytes], Any]) -> _Behaviour:
+    async def read_and_respond(request: bytes, context: _Context) -> Any:  # noqa: ANN401 (any message)
+        return await respond(read(request), context)
+
+    return read_and_respond
+
+
 def _around(respond: _Behaviour, calls: CallMetrics, name: str) -> _Behaviour:
     async def call(request: Any, context: _Context) -> Any:  # noqa: ANN401 (any message)
         began_s = time.monotonic()
@@ -100,6 +112,9 @@ def _around(respond: _Behaviour, calls: CallMetrics, name: str) -> _Behaviour:
         except FerrymanError as error:
             code = status_code(error)
             await _abort_with_error(error, context, name)
+        except DecodeError:
+            code = grpc.StatusCode.INVALID_ARGUMENT
+            await _abort_with_error(_malformed(), context, name)
         except Exception:  # noqa: BLE001 (the outermost place: every error must become a status)
             code = grpc.StatusCode.INTERNAL
             _log.exception("%s failed with an error that is not its caller's", name)
@@ -108,6 +123,11 @@ def _around(respond: _Behaviour, calls: CallMetrics, name: str) -> _Behaviour:
             calls.handled(code.name, time.monotonic() - began_s)
 
     return call
+
+
+def _malformed() -> InvalidRequest:
+    text = "cannot be read as a message of this method: is its sender's contract the same as ours?"
+    return InvalidRequest([Violation(field="request", description=text, reason="MALFORMED")])
 
 
 async def _abort_with_error(error: FerrymanError, context: _Context, name: str) -> NoReturn:

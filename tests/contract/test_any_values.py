@@ -1,0 +1,106 @@
+"""Whatever values the fields of a request have, the answer is OK or the caller's error, never ours."""
+
+import grpc
+from ferryman.v1 import training_pb2, translation_pb2
+from google.protobuf.descriptor import FieldDescriptor as Field
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+ALLOWED = {grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND}
+INTERESTING = [0, 1, 2, 3, 4, 8, 64, 100, 512, 1000]
+NUMBERS = {
+    Field.CPPTYPE_INT32: st.sampled_from(INTERESTING) | st.integers(-(2**31), 2**31 - 1),
+    Field.CPPTYPE_INT64: st.sampled_from(INTERESTING) | st.integers(-(2**63), 2**63 - 1),
+    Field.CPPTYPE_DOUBLE: st.sampled_from([0.0, 0.1, 0.5, 1.0, 2.0]) | st.floats(),
+    Field.CPPTYPE_BOOL: st.just(True),
+    Field.CPPTYPE_ENUM: st.integers(0, 6) | st.integers(-(2**31), 2**31 - 1),
+}
+TEXTS = {
+    "model": st.sampled_from(["en-de", "en-de/1", "en-de/2", "nobody"]),
+    "sentences": st.sampled_from(["a dog", "", "word " * 9, "\x00", "\N{DOG FACE}"]),
+}
+
+
+def messages(descriptor, skip=()):
+    """Any message of the type: each field left out or with any value."""
+    fields = {field.name: values(field) for field in descriptor.fields if field.name not in skip}
+    return st.fixed_dictionaries({}, optional=fields).map(without_second_choices(descriptor))
+
+
+def values(field):
+    if field.message_type is not None:
+        return messages(field.message_type)
+    one = NUMBERS.get(field.cpp_type)
+    if one is None:
+        one = TEXTS.get(field.name, st.nothing()) | st.text(max_size=100)
+    return st.lists(one, max_size=5) if field.is_repeated else one
+
+
+def without_second_choices(descriptor):
+    """Keep one field of each oneof that a caller can choose in."""
+
+    def choose(found):
+        for oneof in descriptor.oneofs:
+            names = [field.name for field in oneof.fields if field.name in found]
+            for name in names[1:]:
+                del found[name]
+        return found
+
+    return choose
+
+
+def check(rpc, request):
+    try:
+        rpc(request, timeout=20)
+    except grpc.RpcError as error:
+        assert error.code() in ALLOWED, (error.code(), error.details(), request)
+
+
+any_values = settings(
+    max_examples=150,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+
+
+@any_values
+@given(messages(training_pb2.StartTrainingRequest.DESCRIPTOR, skip=["validate_only"]))
+def test_start_training(service, fields):
+    request = training_pb2.StartTrainingRequest(**fields, validate_only=True)
+    check(service.training_stub.StartTraining, request)
+    request.corpus_id = request.corpus_id and service.upload().corpus_id
+    check(service.training_stub.StartTraining, request)
+
+
+@any_values
+@given(messages(training_pb2.GetLRScheduleRequest.DESCRIPTOR))
+def test_get_lr_schedule(service, fields):
+    check(service.training_stub.GetLRSchedule, training_pb2.GetLRScheduleRequest(**fields))
+
+
+@any_values
+@given(messages(translation_pb2.TranslateRequest.DESCRIPTOR))
+def test_translate(service, fields):
+    check(service.translation_stub.Translate, translation_pb2.TranslateRequest(**fields))
+
+
+@any_values
+@given(messages(training_pb2.ListTrainingRunsRequest.DESCRIPTOR))
+def test_list_training_runs(service, fields):
+    check(service.training_stub.ListTrainingRuns, training_pb2.ListTrainingRunsRequest(**fields))
+
+
+@any_values
+@given(st.binary(max_size=200))
+def test_any_bytes(service, request_bytes):
+    check(service.channel.unary_unary("/ferryman.v1.TranslationService/Translate"), request_bytes)
+
+
+def test_bytes_that_are_no_message(service, refused):
+    """The details of a refusal say so, in a unary call as in a stream."""
+    unary = service.channel.unary_unary("/ferryman.v1.TranslationService/Translate")
+    stream = service.channel.stream_unary("/ferryman.v1.CorpusService/UploadCorpus")
+    for refusal in (refused(unary, b"\xff"), refused(stream, iter([b"\xff"]))):
+        assert (refusal.code, refusal.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_REQUEST")
+        assert refusal.violations == [("request", "MALFORMED")]

@@ -1,0 +1,335 @@
+"""Every bad input gets its status code, its reason, and all fields that are wrong."""
+
+import uuid
+
+import grpc
+import pytest
+from ferryman.v1 import corpus_pb2, model_pb2, recipe_pb2, training_pb2, translation_pb2
+
+from tests.fakes.loopback_service import upload_messages
+
+INVALID, NOT_FOUND = grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND
+NO_SUCH_RUN = "run_0000000000000000000000"
+NO_SUCH_CORPUS = "cor_0000000000000000000000"
+
+
+def chunk(data, split="SPLIT_TRAIN", side="SIDE_SOURCE"):
+    return corpus_pb2.UploadCorpusRequest(chunk=corpus_pb2.FileChunk(split=split, side=side, data=data))
+
+
+def files(*texts):
+    """Chunks of train source, train target, validation source, validation target."""
+    places = [(split, side) for split in ("SPLIT_TRAIN", "SPLIT_VALIDATION") for side in ("SIDE_SOURCE", "SIDE_TARGET")]
+    return [chunk(text, split, side) for text, (split, side) in zip(texts, places, strict=True)]
+
+
+HEADER, TRAIN_PAIRS, _ = upload_messages([("one", "eins")])
+UNSPECIFIED_PAIRS = corpus_pb2.UploadCorpusRequest(pairs=corpus_pb2.PairBatch())
+
+
+@pytest.mark.parametrize(
+    ("messages", "reason", "violations"),
+    [
+        ([], "INVALID_REQUEST", [("header", "REQUIRED")]),
+        ([TRAIN_PAIRS], "INVALID_REQUEST", [("header", "REQUIRED")]),
+        ([HEADER, HEADER], "INVALID_REQUEST", [("header", "UNEXPECTED")]),
+        ([HEADER, corpus_pb2.UploadCorpusRequest()], "INVALID_REQUEST", [("item", "REQUIRED")]),
+        ([HEADER, UNSPECIFIED_PAIRS], "INVALID_REQUEST", [("pairs.split", "REQUIRED")]),
+        ([HEADER, chunk(b"", 0, 1)], "INVALID_REQUEST", [("chunk.split", "REQUIRED")]),
+        ([HEADER, chunk(b"", 1, 0)], "INVALID_REQUEST", [("chunk.side", "REQUIRED")]),
+        ([HEADER, chunk(b"", 77, 1)], "INVALID_REQUEST", [("chunk.split", "UNKNOWN_ENUM_VALUE")]),
+        (
+            upload_messages([], request_id="no", display_name="x" * 201, source_language="", target_language="!"),
+            "INVALID_REQUEST",
+            [
+                ("header.request_id", "NOT_A_UUID"),
+                ("header.display_name", "TOO_LONG"),
+                ("header.source_language", "INVALID_LANGUAGE"),
+                ("header.target_language", "INVALID_LANGUAGE"),
+            ],
+        ),
+        ([HEADER], "INVALID_CORPUS", [("train", "EMPTY"), ("validation", "EMPTY")]),
+        (
+            [HEADER, *files(b"a\nb\n", b"a\n", b"a\n", b"a\n")],
+            "INVALID_CORPUS",
+            [("train.target", "LINE_COUNT_MISMATCH")],
+        ),
+        ([HEADER, *files(b"a\n\xff\n", b"a\nb\n", b"a\n", b"a\n")], "INVALID_CORPUS", [("train.source", None)]),
+        ([HEADER, *files(b"a" * 70_000, b"a\n", b"a\n", b"a\n")], "INVALID_CORPUS", [("train.source", None)]),
+        (
+            upload_messages([("a\nb", "a")]),
+            "INVALID_CORPUS",
+            [("train.source", "LINE_BREAK"), ("validation.source", "LINE_BREAK")],
+        ),
+        ([HEADER, TRAIN_PAIRS, chunk(b"a\n")], "INVALID_CORPUS", [("train", "MIXED_FORMS")]),
+    ],
+)
+def test_uploads(service, refused, messages, reason, violations):
+    refusal = refused(service.corpus_stub.UploadCorpus, iter(messages))
+    assert (refusal.code, refusal.reason) == (INVALID, reason)
+    assert [field for field, _ in refusal.violations] == [field for field, _ in violations]
+    for (_, found), (_, wanted) in zip(refusal.violations, violations, strict=True):
+        assert wanted in (found, None)
+    assert list(service.folder.incoming.iterdir()) == []
+
+
+def test_an_upload_over_the_limit(service, refused):
+    messages = [HEADER, *(chunk(b"x y z\n" * 10_000) for _ in range(20))]
+    refusal = refused(service.corpus_stub.UploadCorpus, iter(messages))
+    assert (refusal.code, refusal.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "CORPUS_TOO_LARGE")
+    assert refusal.details["QuotaFailure"].violations[0].description
+    assert list(service.folder.incoming.iterdir()) == []
+
+
+def start(**fields):
+    return training_pb2.StartTrainingRequest(**{"corpus_id": NO_SUCH_CORPUS, "model_name": "m", **fields})
+
+
+def recipe(**parts):
+    return start(recipe=recipe_pb2.Recipe(**parts))
+
+
+@pytest.mark.parametrize(
+    ("request_message", "reason", "violations"),
+    [
+        (
+            start(request_id="x", corpus_id="", model_name="../up"),
+            "INVALID_REQUEST",
+            [("request_id", "NOT_A_UUID"), ("corpus_id", "REQUIRED"), ("model_name", "INVALID_MODEL_NAME")],
+        ),
+        (
+            recipe(model={"heads": 3}, data={"vocabulary_size": 5}, schedule={"warmup_steps": 0}, seed=-1),
+            "INVALID_RECIPE",
+            [
+                ("recipe.data.vocabulary_size", "OUT_OF_RANGE"),
+                ("recipe.seed", "OUT_OF_RANGE"),
+                ("recipe.model.heads", "CONFLICT"),
+                ("recipe.schedule.warmup_steps", "OUT_OF_RANGE"),
+            ],
+        ),
+        (recipe(model={"dropout": -0.1}), "INVALID_RECIPE", [("recipe.model.dropout", "OUT_OF_RANGE")]),
+        (recipe(model={"dropout": float("nan")}), "INVALID_RECIPE", [("recipe.model.dropout", "OUT_OF_RANGE")]),
+        (
+            recipe(preset=9, model={"norm": 8}, data={"subword_algorithm": 7}),
+            "INVALID_RECIPE",
+            [
+                ("recipe.preset", "UNKNOWN_ENUM_VALUE"),
+                ("recipe.model.norm", "UNKNOWN_ENUM_VALUE"),
+                ("recipe.data.subword_algorithm", "UNKNOWN_ENUM_VALUE"),
+            ],
+        ),
+        (recipe(stop={"max_steps": 0}), "INVALID_RECIPE", [("recipe.stop", "CONFLICT")]),
+    ],
+)
+def test_starts(service, refused, request_message, reason, violations):
+    refusal = refused(service.training_stub.StartTraining, request_message)
+    assert (refusal.code, refusal.reason, refusal.violations) == (INVALID, reason, violations)
+
+
+def test_a_request_id_with_another_body(service, refused):
+    corpus_id = service.upload().corpus_id
+    request = start(corpus_id=corpus_id, request_id=str(uuid.uuid4()))
+    first = service.training_stub.StartTraining(request).run
+    assert service.training_stub.StartTraining(request).run.run_id == first.run_id
+    request.recipe.seed = 7
+    refusal = refused(service.training_stub.StartTraining, request)
+    assert (refusal.code, refusal.reason) == (grpc.StatusCode.ALREADY_EXISTS, "REQUEST_ID_REUSED")
+
+
+def test_an_upload_id_with_another_text(service, refused):
+    request_id = str(uuid.uuid4())
+    first = service.upload(request_id=request_id)
+    assert service.upload(request_id=request_id) == first
+    messages = upload_messages([("another", "text")], request_id=request_id)
+    refusal = refused(service.corpus_stub.UploadCorpus, iter(messages))
+    assert (refusal.code, refusal.reason) == (grpc.StatusCode.ALREADY_EXISTS, "REQUEST_ID_REUSED")
+
+
+@pytest.mark.parametrize(
+    ("request_message", "reason", "violations"),
+    [
+        ({}, "INVALID_REQUEST", [("subject", "REQUIRED")]),
+        ({"run_id": ""}, "INVALID_REQUEST", [("run_id", "REQUIRED")]),
+        ({"schedule": {"kind": 6}}, "INVALID_RECIPE", [("schedule.kind", "UNKNOWN_ENUM_VALUE")]),
+        ({"schedule": {"warmup_steps": 0}}, "INVALID_RECIPE", [("schedule.warmup_steps", "OUT_OF_RANGE")]),
+        ({"schedule": {"kind": "SCHEDULE_KIND_COSINE"}}, "INVALID_RECIPE", [("schedule.total_steps", "REQUIRED")]),
+        ({"schedule": {"peak_learning_rate": 1}}, "INVALID_RECIPE", [("schedule.peak_learning_rate", "CONFLICT")]),
+        (
+            {"schedule": {}, "first_step": -1, "last_step": 2**40, "max_points": 1},
+            "INVALID_REQUEST",
+            [("first_step", "OUT_OF_RANGE"), ("last_step", "OUT_OF_RANGE"), ("max_points", "OUT_OF_RANGE")],
+        ),
+        ({"schedule": {}, "first_step": 9, "last_step": 8}, "INVALID_REQUEST", [("last_step", "OUT_OF_RANGE")]),
+    ],
+)
+def test_curves(service, refused, request_message, reason, violations):
+    refusal = refused(service.training_stub.GetLRSchedule, training_pb2.GetLRScheduleRequest(**request_message))
+    assert (refusal.code, refusal.reason, refusal.violations) == (INVALID, reason, violations)
+
+
+def translate(model="en-de", sentences=("hello",), **options):
+    return translation_pb2.TranslateRequest(model=model, sentences=sentences, options=options)
+
+
+@pytest.mark.parametrize(
+    ("request_message", "reason", "violations"),
+    [
+        (translate(sentences=["x"] * 10_000), "INVALID_REQUEST", [("sentences", "OUT_OF_RANGE")]),
+        (
+            translate("EN/x", [], beam_size=0, n_best=50, length_penalty=9, max_length=-1),
+            "INVALID_REQUEST",
+            [
+                ("model", "INVALID_MODEL_REFERENCE"),
+                ("options.beam_size", "OUT_OF_RANGE"),
+                ("options.n_best", "OUT_OF_RANGE"),
+                ("options.length_penalty", "OUT_OF_RANGE"),
+                ("options.max_length", "OUT_OF_RANGE"),
+                ("sentences", "OUT_OF_RANGE"),
+            ],
+        ),
+        (translate(beam_size=2, n_best=3), "INVALID_REQUEST", [("options.n_best", "CONFLICT")]),
+        (
+            translate(sentences=["fine", "word " * 20, "too " * 9]),
+            "INVALID_SENTENCE",
+            [("sentences[1]", "SENTENCE_TOO_LONG"), ("sentences[2]", "SENTENCE_TOO_LONG")],
+        ),
+    ],
+)
+def test_translations(service, refused, request_message, reason, violations):
+    refusal = refused(service.translation_stub.Translate, request_message)
+    assert (refusal.code, refusal.reason, refusal.violations) == (INVALID, reason, violations)
+
+
+@pytest.mark.parametrize(
+    ("stub", "method", "request_message", "violations"),
+    [
+        ("corpus_stub", "GetCorpus", corpus_pb2.GetCorpusRequest(), [("corpus_id", "REQUIRED")]),
+        ("corpus_stub", "ListCorpora", corpus_pb2.ListCorporaRequest(page_size=-1), [("page_size", "OUT_OF_RANGE")]),
+        (
+            "corpus_stub",
+            "ListCorpora",
+            corpus_pb2.ListCorporaRequest(page_token="made-up"),
+            [("page_token", "INVALID_PAGE_TOKEN")],
+        ),
+        ("model_stub", "GetModel", model_pb2.GetModelRequest(model="x/0"), [("model", "INVALID_MODEL_REFERENCE")]),
+        ("model_stub", "ListModels", model_pb2.ListModelsRequest(page_size=-2), [("page_size", "OUT_OF_RANGE")]),
+        ("training_stub", "GetTrainingRun", training_pb2.GetTrainingRunRequest(), [("run_id", "REQUIRED")]),
+        ("training_stub", "CancelTraining", training_pb2.CancelTrainingRequest(), [("run_id", "REQUIRED")]),
+        (
+            "training_stub",
+            "StreamMetrics",
+            training_pb2.StreamMetricsRequest(after_sequence=-1),
+            [("run_id", "REQUIRED"), ("after_sequence", "OUT_OF_RANGE")],
+        ),
+        (
+            "training_stub",
+            "ListTrainingRuns",
+            training_pb2.ListTrainingRunsRequest(states=[1, 0, 99]),
+            [("states[1]", "REQUIRED"), ("states[2]", "UNKNOWN_ENUM_VALUE")],
+        ),
+        (
+            "training_stub",
+            "ListTrainingRuns",
+            training_pb2.ListTrainingRunsRequest(order=9),
+            [("order", "UNKNOWN_ENUM_VALUE")],
+        ),
+    ],
+)
+def test_other_requests(service, refused, stub, method, request_message, violations):
+    refusal = refused(getattr(getattr(service, stub), method), request_message)
+    assert (refusal.code, refusal.reason, refusal.violations) == (INVALID, "INVALID_REQUEST", violations)
+
+
+@pytest.mark.parametrize(
+    ("stub", "method", "request_message", "reason", "resource"),
+    [
+        (
+            "corpus_stub",
+            "GetCorpus",
+            corpus_pb2.GetCorpusRequest(corpus_id="../../etc/passwd"),
+            "CORPUS_NOT_FOUND",
+            ("corpus", "../../etc/passwd"),
+        ),
+        ("training_stub", "StartTraining", start(), "CORPUS_NOT_FOUND", ("corpus", NO_SUCH_CORPUS)),
+        (
+            "training_stub",
+            "GetTrainingRun",
+            training_pb2.GetTrainingRunRequest(run_id=NO_SUCH_RUN),
+            "RUN_NOT_FOUND",
+            ("run", NO_SUCH_RUN),
+        ),
+        (
+            "training_stub",
+            "CancelTraining",
+            training_pb2.CancelTrainingRequest(run_id="x" * 1_000_000),
+            "RUN_NOT_FOUND",
+            ("run", "x" * 80),
+        ),
+        (
+            "training_stub",
+            "StreamMetrics",
+            training_pb2.StreamMetricsRequest(run_id=NO_SUCH_RUN),
+            "RUN_NOT_FOUND",
+            ("run", NO_SUCH_RUN),
+        ),
+        (
+            "training_stub",
+            "GetLRSchedule",
+            training_pb2.GetLRScheduleRequest(run_id=NO_SUCH_RUN),
+            "RUN_NOT_FOUND",
+            ("run", NO_SUCH_RUN),
+        ),
+        ("model_stub", "GetModel", model_pb2.GetModelRequest(model="fr-it"), "MODEL_NOT_FOUND", ("model", "fr-it")),
+        ("translation_stub", "Translate", translate("en-de/99"), "MODEL_NOT_FOUND", ("model", "en-de/99")),
+    ],
+)
+def test_what_does_not_exist(service, refused, stub, method, request_message, reason, resource):
+    refusal = refused(getattr(getattr(service, stub), method), request_message)
+    assert (refusal.code, refusal.reason) == (NOT_FOUND, reason)
+    found = refusal.details["ResourceInfo"]
+    assert (found.resource_type, found.resource_name) == resource
+
+
+def test_a_position_beyond_the_end(service, refused):
+    run_id = service.claimed_run()
+    request = training_pb2.StreamMetricsRequest(run_id=run_id, after_sequence=4)
+    refusal = refused(service.training_stub.StreamMetrics, request)
+    assert (refusal.code, refusal.reason) == (grpc.StatusCode.OUT_OF_RANGE, "SEQUENCE_OUT_OF_RANGE")
+    assert refusal.details["ErrorInfo"].metadata["last_sequence"] == "3"
+
+
+def test_a_role_that_is_not_served(make_service, refused):
+    service = make_service(trains=False, translates=False)
+    calls = [
+        (service.training_stub.StartTraining, start()),
+        (service.training_stub.CancelTraining, training_pb2.CancelTrainingRequest(run_id=NO_SUCH_RUN)),
+        (service.translation_stub.Translate, translate()),
+    ]
+    for rpc, request in calls:
+        refusal = refused(rpc, request)
+        assert (refusal.code, refusal.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "ROLE_NOT_SERVED")
+
+
+def test_cancelling_what_has_ended(service, refused):
+    from ferryman_service.domain.records import RunState
+
+    run_id = service.claimed_run()
+    service.runs.change_state(run_id, 1, RunState.FAILED)
+    refusal = refused(service.training_stub.CancelTraining, training_pb2.CancelTrainingRequest(run_id=run_id))
+    assert (refusal.code, refusal.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "ILLEGAL_TRANSITION")
+
+
+def test_a_bug_tells_nothing_of_our_insides(service, refused, caplog):
+    refusal = refused(service.translation_stub.Translate, translate(sentences=["break"]))
+    assert (refusal.code, refusal.reason) == (grpc.StatusCode.INTERNAL, "INTERNAL")
+    assert "secret" not in refusal.message
+    assert "the secret of the house" in caplog.text
+
+
+def test_so_many_violations_that_they_do_not_fit(service, refused):
+    refusal = refused(service.translation_stub.Translate, translate(sentences=["слово " * 20] * 1000))
+    assert (refusal.code, refusal.reason) == (INVALID, "INVALID_SENTENCE")
+    told = refusal.details["ErrorInfo"].metadata
+    assert told["violations_total"] == "1000"
+    assert told["violations_shown"] == str(len(refusal.violations))
+    assert len(refusal.violations) > 10

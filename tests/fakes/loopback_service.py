@@ -1,0 +1,180 @@
+"""The whole service but for workers and models: real use cases, stores and gRPC server, in a thread of this process."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+
+import grpc
+from ferryman.v1 import (
+    corpus_pb2,
+    corpus_pb2_grpc,
+    model_pb2_grpc,
+    training_pb2,
+    training_pb2_grpc,
+    translation_pb2_grpc,
+)
+from ferryman_service.application.corpora import CorpusUseCases
+from ferryman_service.application.metrics_feed import FeedConfig, MetricsFeed
+from ferryman_service.application.models import ModelUseCases
+from ferryman_service.application.paging import Pager
+from ferryman_service.application.training import TrainingUseCases
+from ferryman_service.application.translating import TranslationLimits, TranslationUseCases
+from ferryman_service.bundle import manifest as bundles
+from ferryman_service.domain.models import ModelLineage, ModelScores
+from ferryman_service.domain.recipe import resolve_recipe
+from ferryman_service.domain.runs import ProcessIdentity
+from ferryman_service.observability.http import new_registry
+from ferryman_service.observability.rpc import RpcMetrics
+from ferryman_service.observability.translation import TranslationMetrics
+from ferryman_service.rpc import server as rpc
+from ferryman_service.rpc.corpora import CorpusServicer
+from ferryman_service.rpc.interceptors import CallInterceptor
+from ferryman_service.rpc.models import ModelServicer
+from ferryman_service.rpc.shutdown import Shutdown
+from ferryman_service.rpc.training import TrainingServicer
+from ferryman_service.rpc.translation import TranslationServicer
+from ferryman_service.stores.corpora import CorpusLimits, FileCorpusStore
+from ferryman_service.stores.database import open_database, upgrade
+from ferryman_service.stores.layout import DataFolder
+from ferryman_service.stores.models import FileModelStore
+from ferryman_service.stores.runs import SqlRunStore
+
+from tests.fakes.translator import FakeBundleLoader
+
+WORKER = ProcessIdentity(pid=4242, start_ticks=7, boot_id="boot")
+
+
+class LoopbackService:
+    """Serves on a free loopback port from construction to `stop`; its attributes are its parts and a stub each."""
+
+    def __init__(self, root, *, trains=True, translates=True, heartbeat_s=30.0, max_corpus_bytes=1_000_000, **config):
+        self.folder = DataFolder(root / "data")
+        self.folder.create()
+        self._database = open_database(self.folder.database)
+        upgrade(self._database)
+        self.runs = SqlRunStore(self._database)
+        self.corpora = FileCorpusStore(self._database, self.folder, CorpusLimits(max_bytes=max_corpus_bytes))
+        self.models = FileModelStore(self._database, self.folder)
+        self.loader = FakeBundleLoader()
+        self.registry = new_registry()
+        self._trains, self._translates, self._heartbeat_s = trains, translates, heartbeat_s
+        self._rpc_config = rpc.RpcConfig(
+            port=config.pop("port", 0),
+            serving=[rpc.CORPORA, rpc.MODELS, *[rpc.TRAINING] * trains, *[rpc.TRANSLATION] * translates],
+            **config,
+        )
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever)
+        self._thread.start()
+        try:
+            self.port = self.wait_for(self._start())
+        except BaseException:
+            self._end()
+            raise
+        self.channel = grpc.insecure_channel(f"127.0.0.1:{self.port}")
+        self.training_stub = training_pb2_grpc.TrainingServiceStub(self.channel)
+        self.corpus_stub = corpus_pb2_grpc.CorpusServiceStub(self.channel)
+        self.model_stub = model_pb2_grpc.ModelServiceStub(self.channel)
+        self.translation_stub = translation_pb2_grpc.TranslationServiceStub(self.channel)
+
+    def wait_for(self, coroutine):
+        """Run a coroutine in the service's event loop; return its result."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(timeout=30)
+
+    def stop(self, grace_s=5.0):
+        """Stop as SIGTERM does; return how many seconds it took."""
+        began_s = time.monotonic()
+        self.wait_for(self._server.stop(grace_s))
+        taken_s = time.monotonic() - began_s
+        self._translation.close()
+        self.channel.close()
+        self._end()
+        return taken_s
+
+    def metric(self, name, **labels):
+        """Return a sample of the service's registry, 0 if there is none."""
+        return self.registry.get_sample_value(name, labels) or 0
+
+    def upload(self, pairs=(("one two", "eins zwei"),), **header):
+        """Upload pairs for both splits; return the corpus."""
+        return self.corpus_stub.UploadCorpus(iter(upload_messages(pairs, **header))).corpus
+
+    def start_run(self, **fields):
+        """Start a run on a new corpus; return it."""
+        request = training_pb2.StartTrainingRequest(corpus_id=self.upload().corpus_id, model_name="en-de", **fields)
+        return self.training_stub.StartTraining(request).run
+
+    def claimed_run(self):
+        """Start a run and claim its attempt 1, as a worker would; return its id. It has three records."""
+        run_id = self.start_run().run_id
+        self.runs.begin_attempt(run_id, 0)
+        self.runs.claim_attempt(run_id, 1, WORKER)
+        return run_id
+
+    def import_model(self, name):
+        """Publish a bundle that nobody can translate with but the fake loader."""
+        bundle = self.folder.root / "elsewhere" / name
+        bundle.mkdir(parents=True)
+        for file in bundles.CONTENT_FILES:
+            (bundle / file).write_text(file)
+        bundles.seal(bundle, _HEADER)
+        return self.models.import_bundle(bundle, name)
+
+    async def _start(self):
+        pager = Pager(b"key")
+        shutdown = Shutdown()
+        training = TrainingUseCases(
+            runs=self.runs, corpora=self.corpora, pager=pager, served=self._trains, max_queued_runs=1000
+        )
+        self._translation = TranslationUseCases(
+            models=self.models,
+            loader=self.loader if self._translates else None,
+            limits=TranslationLimits(max_sentences=1024),
+        )
+        feed = MetricsFeed(self.runs, FeedConfig(heartbeat_s=self._heartbeat_s))
+        servicers = rpc.Servicers(
+            training=TrainingServicer(training, feed, shutdown),
+            corpora=CorpusServicer(CorpusUseCases(corpora=self.corpora, pager=pager)),
+            models=ModelServicer(ModelUseCases(models=self.models, pager=pager)),
+            translation=TranslationServicer(self._translation, TranslationMetrics(self.registry)),
+        )
+        self._server = rpc.RpcServer(servicers, CallInterceptor(RpcMetrics(self.registry)), shutdown, self._rpc_config)
+        return await self._server.start()
+
+    def _end(self):
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.run_until_complete(self._loop.shutdown_default_executor())
+        self._loop.close()
+        self._database.dispose()
+
+
+def upload_messages(pairs, **header):
+    """Return the messages of an upload of the same pairs for both splits."""
+    header = {"source_language": "en", "target_language": "de", **header}
+    wire = [corpus_pb2.SentencePair(source=source, target=target) for source, target in pairs]
+    return [
+        corpus_pb2.UploadCorpusRequest(header=corpus_pb2.UploadHeader(**header)),
+        *(
+            corpus_pb2.UploadCorpusRequest(pairs=corpus_pb2.PairBatch(split=split, pairs=wire))
+            for split in (corpus_pb2.SPLIT_TRAIN, corpus_pb2.SPLIT_VALIDATION)
+        ),
+    ]
+
+
+_HEADER = bundles.ManifestHeader(
+    lineage=ModelLineage(
+        run_id="run_0000000000000000000000",
+        corpus_id="cor_0000000000000000000000",
+        corpus_digest="00" * 32,
+        source_language="en",
+        target_language="de",
+        recipe=resolve_recipe({}),
+    ),
+    scores=ModelScores(bleu=30.5, chrf=60.25, nll_per_token=1.25, weights="best", step=100),
+    parameters=1000,
+    max_sentence_tokens=8,
+    architecture=bundles.Architecture(d_model=8, decoder_layers=1, heads=1, vocabulary_size=32),
+)
