@@ -7,6 +7,7 @@ import threading
 import time
 
 import grpc
+
 from ferryman.v1 import (
     corpus_pb2,
     corpus_pb2_grpc,
@@ -40,7 +41,6 @@ from ferryman_service.stores.database import open_database, upgrade
 from ferryman_service.stores.layout import DataFolder
 from ferryman_service.stores.models import FileModelStore
 from ferryman_service.stores.runs import SqlRunStore
-
 from tests.fakes.translator import FakeBundleLoader
 
 WORKER = ProcessIdentity(pid=4242, start_ticks=7, boot_id="boot")
@@ -49,7 +49,18 @@ WORKER = ProcessIdentity(pid=4242, start_ticks=7, boot_id="boot")
 class LoopbackService:
     """Serves on a free loopback port from construction to `stop`; its attributes are its parts and a stub each."""
 
-    def __init__(self, root, *, trains=True, translates=True, heartbeat_s=30.0, max_corpus_bytes=1_000_000, **config):
+    def __init__(
+        self,
+        root,
+        *,
+        trains=True,
+        translates=True,
+        heartbeat_s=30.0,
+        max_corpus_bytes=1_000_000,
+        max_queued_runs=1000,
+        loader=None,
+        **config,
+    ):
         self.folder = DataFolder(root / "data")
         self.folder.create()
         self._database = open_database(self.folder.database)
@@ -57,9 +68,10 @@ class LoopbackService:
         self.runs = SqlRunStore(self._database)
         self.corpora = FileCorpusStore(self._database, self.folder, CorpusLimits(max_bytes=max_corpus_bytes))
         self.models = FileModelStore(self._database, self.folder)
-        self.loader = FakeBundleLoader()
+        self.loader = loader or FakeBundleLoader()
         self.registry = new_registry()
         self._trains, self._translates, self._heartbeat_s = trains, translates, heartbeat_s
+        self._max_queued_runs = max_queued_runs
         self._rpc_config = rpc.RpcConfig(
             port=config.pop("port", 0),
             serving=[rpc.CORPORA, rpc.MODELS, *[rpc.TRAINING] * trains, *[rpc.TRANSLATION] * translates],
@@ -73,7 +85,8 @@ class LoopbackService:
         except BaseException:
             self._end()
             raise
-        self.channel = grpc.insecure_channel(f"127.0.0.1:{self.port}")
+        self.address = f"127.0.0.1:{self.port}"
+        self.channel = grpc.insecure_channel(self.address)
         self.training_stub = training_pb2_grpc.TrainingServiceStub(self.channel)
         self.corpus_stub = corpus_pb2_grpc.CorpusServiceStub(self.channel)
         self.model_stub = model_pb2_grpc.ModelServiceStub(self.channel)
@@ -126,7 +139,11 @@ class LoopbackService:
         pager = Pager(b"key")
         shutdown = Shutdown()
         training = TrainingUseCases(
-            runs=self.runs, corpora=self.corpora, pager=pager, served=self._trains, max_queued_runs=1000
+            runs=self.runs,
+            corpora=self.corpora,
+            pager=pager,
+            served=self._trains,
+            max_queued_runs=self._max_queued_runs,
         )
         self._translation = TranslationUseCases(
             models=self.models,
