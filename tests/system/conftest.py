@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 
 import grpc
 import pytest
@@ -104,12 +105,21 @@ def start_service(tmp_path):
 
 
 @pytest.fixture(scope="session")
-def road(tmp_path_factory):
+def ages_s():
+    """How old each record of the road was when it arrived, in seconds."""
+    return []
+
+
+@pytest.fixture(scope="session")
+def road(tmp_path_factory, ages_s):
     """A service that has trained, exported and published a small model: (service, stubs, finished run, its records)."""
     service = ServiceProcess(tmp_path_factory.mktemp("road") / "data")
     stubs = Stubs(service.address)
     run = stubs.start(stubs.upload().corpus_id, small_recipe(max_steps=300))
-    records = list(stubs.stream(run.run_id))
+    records = []
+    for record in stubs.stream(run.run_id):
+        records.append(record)
+        ages_s.append(time.time() - record.time.ToNanoseconds() / 1e9)
     assert records[-1].state_change.state == metrics_pb2.RUN_STATE_SUCCEEDED, stubs.run(run.run_id)
     yield service, stubs, stubs.run(run.run_id), records
     assert service.stop() == 0
