@@ -161,7 +161,7 @@ def _count_of_things(rng: Random) -> Pair:
 
 
 def _digits_as_words(rng: Random) -> Pair:
-    digits = [cardinal(rng.randint(0, 9)) for _ in range(4)]
+    digits = [cardinal(rng.randint(0, 9)) for _ in range(3)]
     return Pair(" ".join(digit.source for digit in digits), " ".join(digit.target for digit in digits))
 
 
@@ -170,7 +170,7 @@ def _small_price(rng: Random) -> Pair:
 
 
 def _large_price(rng: Random) -> Pair:
-    return price(rng.randint(10, 999) * 1000_00, rng.choice(("EUR", "CHF")))
+    return price(rng.randint(10, 99) * 1000_00, rng.choice(("EUR", "CHF")))
 
 
 def _percentage(rng: Random) -> Pair:
@@ -225,8 +225,8 @@ SLOTS: Final[Mapping[str, Slot]] = {
     "small": _number(decimal, 2, 24),
     "hundreds": _number(decimal, 101, 999),
     "thousands": lambda rng: decimal(rng.randint(20, 999) * 50),
-    "millions": lambda rng: decimal(rng.randint(20, 3999) * 1000),
-    "extension": _number(decimal, 10, 999),
+    "millions": lambda rng: decimal(rng.randint(10, 399) * 10_000),
+    "extension": _number(decimal, 10, 99),
     "few_words": _number(cardinal, 2, 12),
     "age_words": _number(cardinal, 18, 99),
     "page_words": _number(cardinal, 2, 999),
