@@ -12,6 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
+from bench import quality
+from bench.result import Result, publish
+from examples.parallel_text import TextMissing
 from ferryman_service.bundle.manifest import read_manifest
 from ferryman_service.domain.training import TrainedModel
 from ferryman_service.domain.translation import CancelToken, SearchOptions
@@ -21,10 +24,6 @@ from ferryman_service.training.export import OnnxExporter
 from ferryman_service.training.files import RunFiles
 from ferryman_service.translation.loader import OnnxBundleLoader
 from ferryman_service.translation.onnx_decoder import OnnxConfig
-
-from bench import quality
-from bench.result import Result, publish
-from examples.parallel_text import TextMissing
 
 SEARCHES: Final = {"greedy": SearchOptions(beam_size=1), "beam 5": SearchOptions(beam_size=5)}
 TARGET_SHARE: Final = 1.0

@@ -15,9 +15,6 @@ from pathlib import Path
 from typing import Final
 
 import sacrebleu
-from ferryman import Client
-from ferryman.cli.progress import follow
-from ferryman.types import MetricRecord, Recipe, RunState, StateChange, StopRecipe, TrainingRun, ValidationMetrics
 from rich.console import Console
 
 from bench.result import Peer, Result, publish
@@ -25,6 +22,9 @@ from examples import run_report
 from examples.local_service import local_service
 from examples.parallel_text import ParallelFiles, ParallelLines, TextMissing, find_files, read_lines
 from examples.translating import translate_all
+from ferryman import Client
+from ferryman.cli.progress import follow
+from ferryman.types import MetricRecord, Recipe, RunState, StateChange, StopRecipe, TrainingRun, ValidationMetrics
 
 OUTPUT: Final = Path("bench-output/quality")
 DEFAULT_DATA: Final = Path("../shared/data/multi30k")

@@ -15,6 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from sacrebleu import corpus_bleu, corpus_chrf
+
+from examples import phrases, run_report
+from examples.local_service import ServiceFailed, local_service
+from examples.parallel_text import ParallelLines, TextMissing, find_files, read_lines
+from examples.translating import translate_all
 from ferryman import Client
 from ferryman.cli.plot import draw_curve
 from ferryman.cli.progress import follow
@@ -32,15 +41,6 @@ from ferryman.types import (
     TrainingRun,
     ValidationRecipe,
 )
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
-from sacrebleu import corpus_bleu, corpus_chrf
-
-from examples import phrases, run_report
-from examples.local_service import ServiceFailed, local_service
-from examples.parallel_text import ParallelLines, TextMissing, find_files, read_lines
-from examples.translating import translate_all
 
 OUTPUT: Final = Path("demo-output")
 REQUIRED_SHARE: Final = 0.95

@@ -7,10 +7,11 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from ferryman.types import LearningRateCurve, MetricRecord, StepMetrics, ValidationMetrics
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+
+from ferryman.types import LearningRateCurve, MetricRecord, StepMetrics, ValidationMetrics
 
 
 def save_learning_rate(curve: LearningRateCurve, path: Path) -> None:

@@ -3,10 +3,10 @@
 from datetime import UTC, datetime, timedelta
 
 import pytest
-from ferryman.types import MetricRecord, RunState, StateChange, ValidationMetrics
 
 from bench import quality
 from examples.parallel_text import TextMissing
+from ferryman.types import MetricRecord, RunState, StateChange, ValidationMetrics
 
 
 def write_corpus(folder, test_name):

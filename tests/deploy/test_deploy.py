@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+
 from ferryman_service.config.service_config import ENVIRONMENT_PREFIX, ServiceConfig
 
 ROOT = Path(__file__).parents[2]

@@ -4,14 +4,14 @@ import argparse
 import io
 
 import pytest
-from ferryman import Client
-from ferryman.testing import FakeFerryman
-from ferryman.types import RunState, StateChange
 from rich.console import Console
 
 from examples import demo
 from examples.demo import DemoFailed, Task
 from examples.parallel_text import ParallelLines, TextMissing
+from ferryman import Client
+from ferryman.testing import FakeFerryman
+from ferryman.types import RunState, StateChange
 
 PAIRS = [("a", "A"), ("b", "B")]
 

@@ -1,10 +1,10 @@
 """A service for the length of a `with` block: the real program."""
 
 import pytest
-from ferryman import Client
-from ferryman.errors import FerrymanError
 
 from examples.local_service import ServiceFailed, local_service
+from ferryman import Client
+from ferryman.errors import FerrymanError
 
 pytestmark = pytest.mark.system
 

@@ -4,6 +4,8 @@ import csv
 from datetime import UTC, datetime
 
 import pytest
+
+from examples import run_report
 from ferryman.types import (
     LearningRateCurve,
     LearningRatePoint,
@@ -14,8 +16,6 @@ from ferryman.types import (
     StepMetrics,
     ValidationMetrics,
 )
-
-from examples import run_report
 
 PNG = b"\x89PNG\r\n\x1a\n"
 STEP = StepMetrics(

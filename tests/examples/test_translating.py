@@ -1,9 +1,8 @@
 """Translating many sentences."""
 
+from examples.translating import translate_all
 from ferryman import Client
 from ferryman.testing import FakeFerryman
-
-from examples.translating import translate_all
 
 
 def test_sentences_are_translated_in_batches_and_in_order():
