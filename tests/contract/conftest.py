@@ -1,5 +1,6 @@
 """A service on loopback, called with the generated stubs, and what its refusals say."""
 
+import time
 from dataclasses import dataclass
 
 import grpc
@@ -52,10 +53,13 @@ def refused(refusal_of):
     """Make a call that must fail; return its Refusal."""
 
     def call(rpc, request, **options):
-        with pytest.raises(grpc.RpcError) as caught:
+        def make():
             answer = rpc(request, **{"timeout": 10, **options})
             if hasattr(answer, "__next__"):
                 next(answer)
+
+        with pytest.raises(grpc.RpcError) as caught:
+            make()
         return refusal_of(caught.value)
 
     return call
@@ -67,7 +71,20 @@ def service(tmp_path_factory):
     service = LoopbackService(tmp_path_factory.mktemp("service"))
     service.import_model("en-de")
     yield service
-    service.stop()
+    service.close()
+
+
+@pytest.fixture(scope="session")
+def eventually():
+    """Wait until the condition holds: what the server does after its caller has the answer, or is gone."""
+
+    def wait(condition, timeout_s=10):
+        deadline_s = time.monotonic() + timeout_s
+        while not condition():
+            assert time.monotonic() < deadline_s, "it did not happen"
+            time.sleep(0.005)
+
+    return wait
 
 
 @pytest.fixture
@@ -81,4 +98,4 @@ def make_service(tmp_path):
 
     yield make
     for service in services:
-        service.stop(grace_s=0)
+        service.close()

@@ -1,12 +1,13 @@
 """Whatever values the fields of a request have, the answer is OK or the caller's error, never ours."""
 
 import grpc
-from ferryman.v1 import training_pb2, translation_pb2
 from google.protobuf.descriptor import FieldDescriptor as Field
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-ALLOWED = {grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND}
+from ferryman.v1 import training_pb2, translation_pb2
+
+ALLOWED = {grpc.StatusCode.OK, grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND}
 INTERESTING = [0, 1, 2, 3, 4, 8, 64, 100, 512, 1000]
 NUMBERS = {
     Field.CPPTYPE_INT32: st.sampled_from(INTERESTING) | st.integers(-(2**31), 2**31 - 1),
@@ -50,10 +51,8 @@ def without_second_choices(descriptor):
 
 
 def check(rpc, request):
-    try:
-        rpc(request, timeout=20)
-    except grpc.RpcError as error:
-        assert error.code() in ALLOWED, (error.code(), error.details(), request)
+    call = rpc.future(request, timeout=20)
+    assert call.code() in ALLOWED, (call.code(), call.details(), request)
 
 
 any_values = settings(

@@ -2,6 +2,8 @@
 
 import grpc
 import pytest
+from google.protobuf.descriptor import FieldDescriptor
+
 from ferryman.v1 import (
     corpus_pb2,
     metrics_pb2,
@@ -18,7 +20,6 @@ from ferryman_service.domain.records import (
     ValidationMetrics,
 )
 from ferryman_service.domain.runs import FailureReason, RunFailure, RunProgress
-from google.protobuf.descriptor import FieldDescriptor
 
 STEP = StepMetrics(
     step=1,

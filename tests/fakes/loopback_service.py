@@ -47,7 +47,7 @@ WORKER = ProcessIdentity(pid=4242, start_ticks=7, boot_id="boot")
 
 
 class LoopbackService:
-    """Serves on a free loopback port from construction to `stop`; its attributes are its parts and a stub each."""
+    """Serves on a free loopback port from construction to `close`; its attributes are its parts and a stub each."""
 
     def __init__(
         self,
@@ -97,14 +97,17 @@ class LoopbackService:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(timeout=30)
 
     def stop(self, grace_s=5.0):
-        """Stop as SIGTERM does; return how many seconds it took."""
+        """Stop as SIGTERM does; return how many seconds it took. Callers keep their channel."""
         began_s = time.monotonic()
         self.wait_for(self._server.stop(grace_s))
-        taken_s = time.monotonic() - began_s
+        return time.monotonic() - began_s
+
+    def close(self):
+        """End everything; harmless after stop."""
+        self.stop(grace_s=0)
         self._translation.close()
         self.channel.close()
         self._end()
-        return taken_s
 
     def metric(self, name, **labels):
         """Return a sample of the service's registry, 0 if there is none."""
@@ -163,6 +166,8 @@ class LoopbackService:
     def _end(self):
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
+        if tasks := asyncio.all_tasks(self._loop):
+            self._loop.run_until_complete(asyncio.wait(tasks, timeout=5))
         self._loop.run_until_complete(self._loop.shutdown_default_executor())
         self._loop.close()
         self._database.dispose()
