@@ -1,0 +1,101 @@
+"""Wire and domain know the same names."""
+
+import dataclasses
+
+import pytest
+
+from ferryman.v1 import corpus_pb2, metrics_pb2, model_pb2, recipe_pb2, translation_pb2
+from ferryman_service.domain import recipe as recipes
+from ferryman_service.domain.corpora import Side, Split
+from ferryman_service.domain.errors import InvalidRecipe
+from ferryman_service.domain.models import ModelScores
+from ferryman_service.domain.recipe import resolve_recipe, resolve_schedule
+from ferryman_service.domain.records import EventLevel, RunEvent, RunState, StateChange, StepMetrics, ValidationMetrics
+from ferryman_service.domain.schedule import LearningRateSchedule, ScheduleKind
+from ferryman_service.domain.translation import SearchOptions
+from ferryman_service.rpc import convert
+
+ENUMS = [
+    (recipes.Preset, recipe_pb2.Preset),
+    (recipes.NormPlacement, recipe_pb2.NormPlacement),
+    (recipes.SubwordAlgorithm, recipe_pb2.SubwordAlgorithm),
+    (recipes.SelectionMetric, recipe_pb2.SelectionMetric),
+    (ScheduleKind, recipe_pb2.ScheduleKind),
+    (RunState, metrics_pb2.RunState),
+    (EventLevel, metrics_pb2.EventLevel),
+    (Split, corpus_pb2.Split),
+    (Side, corpus_pb2.Side),
+]
+SAME_FIELDS = [
+    (recipes.Recipe, recipe_pb2.Recipe),
+    (recipes.ModelRecipe, recipe_pb2.ModelRecipe),
+    (recipes.DataRecipe, recipe_pb2.DataRecipe),
+    (recipes.OptimizationRecipe, recipe_pb2.OptimizationRecipe),
+    (recipes.StopRecipe, recipe_pb2.StopRecipe),
+    (recipes.ValidationRecipe, recipe_pb2.ValidationRecipe),
+    (LearningRateSchedule, recipe_pb2.LearningRateSchedule),
+    (StepMetrics, metrics_pb2.StepMetrics),
+    (ValidationMetrics, metrics_pb2.ValidationMetrics),
+    (StateChange, metrics_pb2.StateChange),
+    (RunEvent, metrics_pb2.RunEvent),
+    (ModelScores, model_pb2.ModelScores),
+    (SearchOptions, translation_pb2.TranslateOptions),
+]
+
+
+@pytest.mark.parametrize(("domain", "wire"), ENUMS)
+def test_enumerations_have_the_same_members(domain, wire):
+    numbers = {convert.enum_to_wire(member) for member in domain}
+    assert numbers == set(wire.values()) - {0}
+    violations = []
+    assert {convert.enum_from_wire(domain, number, "field", violations) for number in numbers} == set(domain)
+    assert violations == []
+
+
+@pytest.mark.parametrize(("domain", "wire"), SAME_FIELDS)
+def test_messages_have_the_fields_of_their_dataclass(domain, wire):
+    assert {field.name for field in dataclasses.fields(domain)} == {field.name for field in wire.DESCRIPTOR.fields}
+
+
+def test_nothing_set_is_nothing_overridden():
+    assert convert.recipe_overrides(recipe_pb2.Recipe()) == {}
+
+
+def test_zero_is_a_value_where_the_contract_lets_it_be_set():
+    wire = recipe_pb2.Recipe(
+        preset=recipe_pb2.PRESET_BIG,
+        model=recipe_pb2.ModelRecipe(dropout=0, norm=recipe_pb2.NORM_PLACEMENT_UNSPECIFIED),
+        stop=recipe_pb2.StopRecipe(max_steps=0, max_epochs=3),
+        seed=0,
+    )
+    assert convert.recipe_overrides(wire) == {
+        "preset": recipes.Preset.BIG,
+        "model": {"dropout": 0.0},
+        "stop": {"max_steps": 0, "max_epochs": 3},
+        "seed": 0,
+    }
+
+
+def test_unknown_numbers_are_named_by_their_path():
+    wire = recipe_pb2.Recipe(preset=4, schedule=recipe_pb2.LearningRateSchedule(kind=77))
+    with pytest.raises(InvalidRecipe) as caught:
+        convert.recipe_overrides(wire)
+    assert [(violation.field, violation.reason) for violation in caught.value.violations] == [
+        ("recipe.preset", "UNKNOWN_ENUM_VALUE"),
+        ("recipe.schedule.kind", "UNKNOWN_ENUM_VALUE"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [{"preset": preset, "schedule": {"kind": kind}} for preset in recipes.Preset for kind in ScheduleKind],
+)
+def test_a_resolved_recipe_survives_the_round_trip(overrides):
+    recipe = resolve_recipe(overrides)
+    wire = convert.recipe_to_wire(recipe)
+    assert resolve_recipe(convert.recipe_overrides(wire)) == recipe
+
+
+def test_a_schedule_survives_the_round_trip():
+    schedule = resolve_schedule({"kind": ScheduleKind.LINEAR, "total_steps": 9000, "peak_learning_rate": 0.1})
+    assert resolve_schedule(convert.recipe_overrides(convert.schedule_to_wire(schedule))) == schedule
