@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import functools
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any, TypeAlias, TypeVar
 
@@ -37,11 +36,11 @@ class CorpusServicer(corpus_pb2_grpc.CorpusServiceServicer):
         header = convert.header_from_wire(first.header)
         async with _opened(lambda: self._use_cases.begin_upload(header, first.header.request_id)) as upload:
             async for request in request_iterator:
-                await _to_its_end(functools.partial(_add, upload, request))
+                await _to_its_end(asyncio.to_thread(_add, upload, request))
             # The end of the messages is also what a call looks like whose caller has gone halfway; but then nothing can
             # be sent any more: this raises, or the call's task is cancelled.
             await context.send_initial_metadata(())
-            corpus = await _to_its_end(upload.finish)
+            corpus = await _to_its_end(asyncio.to_thread(upload.finish))
         return corpus_pb2.UploadCorpusResponse(corpus=convert.corpus_to_wire(corpus))
 
     async def GetCorpus(self, request: corpus_pb2.GetCorpusRequest, context: Context) -> corpus_pb2.GetCorpusResponse:
@@ -66,19 +65,28 @@ async def _opened(begin: Callable[[], CorpusUpload]) -> AsyncIterator[CorpusUplo
     try:
         yield await asyncio.shield(beginning)
     finally:
-        await asyncio.wait((beginning,))
-        if beginning.exception() is None:
-            await _to_its_end(beginning.result().abort)
+        await _to_its_end(_abort(beginning))
 
 
-async def _to_its_end(step: Callable[[], T]) -> T:
-    """Do a step of an upload in a thread; when cancelled, wait for its end: an upload has one thread at a time."""
-    work = asyncio.ensure_future(asyncio.to_thread(step))
-    try:
-        return await asyncio.shield(work)
-    finally:
-        if not work.done():
-            await asyncio.wait((work,))
+async def _abort(beginning: asyncio.Future[CorpusUpload]) -> None:
+    await asyncio.wait((beginning,))
+    if beginning.exception() is None:
+        await asyncio.to_thread(beginning.result().abort)
+
+
+async def _to_its_end(work: Coroutine[Any, Any, T]) -> T:
+    """Do the work; a cancellation, whenever it comes, takes effect after it: an upload has one thread at a time, and
+    the last thing that happens to it is its abort."""
+    task = asyncio.ensure_future(work)
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.wait((task,))
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is not None:
+        raise cancelled from task.exception()
+    return task.result()
 
 
 def _add(upload: CorpusUpload, request: corpus_pb2.UploadCorpusRequest) -> None:
