@@ -19,7 +19,9 @@ from ferryman_service.model.config import TransformerConfig
 from ferryman_service.model.layers import DecoderLayer, EncoderLayer
 from ferryman_service.model.positions import SinusoidalPositions
 
-_PACKED_BLOCKS = {"query_key_value": 3, "key_value": 2}
+# Queries and keys drawn wider than this make post-norm attention so sharp from the start that it never finds the source.
+_ATTENTION_GAIN = 2**-0.5
+_PACKED_BLOCKS = {"query_key_value": 3, "key_value": 2, "query": 1}
 
 
 class Transformer(nn.Module):
@@ -117,13 +119,14 @@ class Transformer(nn.Module):
     def _initialise(self) -> None:
         """Draw the weights: embedding N(0, d_model^-0.5), matrices Xavier uniform, biases 0, norms 1.
 
-        A packed matrix is drawn block by block: query, key and value are matrices of their own.
+        A packed matrix is drawn block by block: query, key and value are matrices of their own, with gain 1/sqrt(2).
         """
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
-                for block in module.weight.chunk(_PACKED_BLOCKS.get(name.rpartition(".")[2], 1)):
-                    nn.init.xavier_uniform_(block)
+                kind = name.rpartition(".")[2]
+                for block in module.weight.chunk(_PACKED_BLOCKS.get(kind, 1)):
+                    nn.init.xavier_uniform_(block, gain=_ATTENTION_GAIN if kind in _PACKED_BLOCKS else 1.0)
         nn.init.normal_(self.embedding.weight, std=self.config.d_model**-0.5)
 
 

@@ -18,7 +18,8 @@ from torch import Tensor
 from ferryman_service.domain.tokens import BOS, PAD
 from ferryman_service.training.pairs import TokenPairs
 
-_POOL_PAIRS: Final = 131_072
+# Larger pools pad less, but their batches are so alike inside and so unlike each other that a model learns slower.
+_POOL_BATCHES: Final = 40
 _MAX_SOURCE_SLACK: Final = 1.5
 _STRIPS: Final = 1.5  # measured: more pad the source, fewer the target
 
@@ -92,9 +93,10 @@ def plan_epoch(
     ratio = source_lengths_P.sum() / target_lengths_P.sum()
     limit = max(1, batch_target_tokens // ranks)
     limits = (limit, _MAX_SOURCE_SLACK * ratio * limit)
+    pool_pairs = max(1, round(_POOL_BATCHES * limit / target_lengths_P.mean()))
     updates: list[list[Index]] = []
-    for start in range(0, len(shuffled_P), _POOL_PAIRS):
-        pool = shuffled_P[start : start + _POOL_PAIRS]
+    for start in range(0, len(shuffled_P), pool_pairs):
+        pool = shuffled_P[start : start + pool_pairs]
         by_length = sort_by_length(pool, source_lengths_P, target_lengths_P, limit)
         batches = cut_batches(by_length, source_lengths_P, target_lengths_P, limits)
         updates += [batches[i : i + ranks] for i in range(0, len(batches), ranks)]

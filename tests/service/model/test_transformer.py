@@ -120,12 +120,13 @@ def test_initial_weights():
     embedding = transformer.embedding.weight
     assert embedding.std().item() == pytest.approx(128**-0.5, rel=0.01)
     assert embedding.mean().abs().item() < 1e-3
-    packed = {"query_key_value": 3, "key_value": 2}
+    packed = {"query_key_value": 3, "key_value": 2, "query": 1}
     for name, module in transformer.named_modules():
         if isinstance(module, nn.Linear):
             assert not module.bias.any()
-            for block in module.weight.chunk(packed.get(name.rpartition(".")[2], 1)):
-                bound = math.sqrt(6 / sum(block.shape))
+            kind = name.rpartition(".")[2]
+            for block in module.weight.chunk(packed.get(kind, 1)):
+                bound = math.sqrt(6 / sum(block.shape)) * (math.sqrt(0.5) if kind in packed else 1.0)
                 assert block.abs().max().item() == pytest.approx(bound, rel=0.01)
                 assert block.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.03)
         if isinstance(module, nn.LayerNorm):
