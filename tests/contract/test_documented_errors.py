@@ -1,0 +1,179 @@
+"""Every error that the comments of the contract's methods promise is had, with the status code they name."""
+
+import re
+import uuid
+from pathlib import Path
+
+import grpc
+import pytest
+
+from ferryman.v1 import corpus_pb2, model_pb2, training_pb2, translation_pb2
+from ferryman_service.domain.errors import DiskFull
+from ferryman_service.domain.records import RunState
+from ferryman_service.pipeline.translator import MicroBatchLimit
+from ferryman_service.translation.loader import OnnxBundleLoader
+from ferryman_service.translation.onnx_decoder import OnnxConfig
+from tests.fakes.loopback_service import upload_messages
+
+PROTOS = Path(__file__).parents[2] / "protos/ferryman/v1"
+CODES = {code.name for code in grpc.StatusCode}
+NO_RUN = "run_0000000000000000000000"
+PAIR = [("one", "eins")]
+
+
+def promises():
+    """Return {(method, reason): code}: in a comment the reasons follow the name of their status code."""
+    found = {}
+    for proto in PROTOS.glob("*.proto"):
+        for comment, method in re.findall(r"((?:  // .*\n)+)  rpc (\w+)\(", proto.read_text(encoding="utf-8")):
+            code = None
+            for word in re.findall(r"\b[A-Z]+(?:_[A-Z0-9]+)*\b", comment):
+                if word in CODES:
+                    code = word
+                elif "_" in word and code is not None:
+                    found[method, word] = code
+    return found
+
+
+def start(service, **fields):
+    return service.training_stub.StartTraining, training_pb2.StartTrainingRequest(
+        **{"corpus_id": service.upload().corpus_id, "model_name": "m", **fields}
+    )
+
+
+def upload(service, pairs=PAIR, **header):
+    return service.corpus_stub.UploadCorpus, iter(upload_messages(pairs, **header))
+
+
+def translate(service, *sentences, model="en-de", beam_size=1):
+    options = translation_pb2.TranslateOptions(beam_size=beam_size)
+    return service.translation_stub.Translate, translation_pb2.TranslateRequest(
+        model=model, sentences=sentences, options=options
+    )
+
+
+def stream(service, run_id, after_sequence=0):
+    request = training_pb2.StreamMetricsRequest(run_id=run_id, after_sequence=after_sequence)
+    return service.training_stub.StreamMetrics, request
+
+
+def curve(service, **fields):
+    return service.training_stub.GetLRSchedule, training_pb2.GetLRScheduleRequest(**fields)
+
+
+def cancel(service, run_id):
+    return service.training_stub.CancelTraining, training_pb2.CancelTrainingRequest(run_id=run_id)
+
+
+def reused_upload(service):
+    request_id = str(uuid.uuid4())
+    service.upload(request_id=request_id)
+    return upload(service, [("another", "text")], request_id=request_id)
+
+
+def reused_start(service):
+    request_id = str(uuid.uuid4())
+    service.start_run(request_id=request_id)
+    return start(service, request_id=request_id, model_name="another")
+
+
+def one_run_too_many(service):
+    service.start_run()
+    return start(service)
+
+
+def ended_run(service):
+    run_id = service.claimed_run()
+    service.runs.change_state(run_id, 1, RunState.FAILED)
+    return cancel(service, run_id)
+
+
+def full_disk(service):
+    def begin_upload(header, request_id):
+        raise DiskFull("the disk of the data folder is full")
+
+    service.corpora.begin_upload = begin_upload
+    return upload(service)
+
+
+def damaged_model(service):
+    version = service.import_model("damaged")
+    file = service.models.bundle_dir(version) / "decoder.onnx"
+    file.chmod(0o644)
+    file.write_bytes(b"not what was published")
+    return translate(service, "a", model="damaged")
+
+
+PROVOKED = {
+    ("UploadCorpus", "INVALID_REQUEST"): lambda service: upload(service, source_language=""),
+    ("UploadCorpus", "INVALID_CORPUS"): lambda service: upload(service, []),
+    ("UploadCorpus", "CORPUS_TOO_LARGE"): lambda service: upload(service, [("x" * 1000, "y")] * 100),
+    ("UploadCorpus", "DISK_FULL"): full_disk,
+    ("UploadCorpus", "REQUEST_ID_REUSED"): reused_upload,
+    ("GetCorpus", "CORPUS_NOT_FOUND"): lambda service: (
+        service.corpus_stub.GetCorpus,
+        corpus_pb2.GetCorpusRequest(corpus_id="nobody"),
+    ),
+    ("ListCorpora", "INVALID_REQUEST"): lambda service: (
+        service.corpus_stub.ListCorpora,
+        corpus_pb2.ListCorporaRequest(page_token="x"),
+    ),
+    ("ListModels", "INVALID_REQUEST"): lambda service: (
+        service.model_stub.ListModels,
+        model_pb2.ListModelsRequest(page_token="x"),
+    ),
+    ("GetModel", "MODEL_NOT_FOUND"): lambda service: (
+        service.model_stub.GetModel,
+        model_pb2.GetModelRequest(model="nobody"),
+    ),
+    ("GetModel", "INVALID_REQUEST"): lambda service: (
+        service.model_stub.GetModel,
+        model_pb2.GetModelRequest(model="a/b"),
+    ),
+    ("StartTraining", "CORPUS_NOT_FOUND"): lambda service: start(service, corpus_id="nobody"),
+    ("StartTraining", "INVALID_RECIPE"): lambda service: start(service, recipe={"seed": -1}),
+    ("StartTraining", "INVALID_REQUEST"): lambda service: start(service, model_name="/"),
+    ("StartTraining", "REQUEST_ID_REUSED"): reused_start,
+    ("StartTraining", "TOO_MANY_RUNS"): one_run_too_many,
+    ("StreamMetrics", "RUN_NOT_FOUND"): lambda service: stream(service, NO_RUN),
+    ("StreamMetrics", "SEQUENCE_OUT_OF_RANGE"): lambda service: stream(service, service.start_run().run_id, 2),
+    ("GetLRSchedule", "INVALID_RECIPE"): lambda service: curve(service, schedule={"warmup_steps": 0}),
+    ("GetLRSchedule", "INVALID_REQUEST"): lambda service: curve(service),
+    ("GetLRSchedule", "RUN_NOT_FOUND"): lambda service: curve(service, run_id=NO_RUN),
+    ("GetTrainingRun", "RUN_NOT_FOUND"): lambda service: (
+        service.training_stub.GetTrainingRun,
+        training_pb2.GetTrainingRunRequest(run_id=NO_RUN),
+    ),
+    ("ListTrainingRuns", "INVALID_REQUEST"): lambda service: (
+        service.training_stub.ListTrainingRuns,
+        training_pb2.ListTrainingRunsRequest(page_token="x"),
+    ),
+    ("CancelTraining", "RUN_NOT_FOUND"): lambda service: cancel(service, NO_RUN),
+    ("CancelTraining", "ILLEGAL_TRANSITION"): ended_run,
+    ("Translate", "MODEL_NOT_FOUND"): lambda service: translate(service, "a", model="nobody"),
+    ("Translate", "INVALID_REQUEST"): lambda service: translate(service),
+    ("Translate", "INVALID_SENTENCE"): lambda service: translate(service, "too many words " * 9),
+    ("Translate", "MODEL_DAMAGED"): damaged_model,
+    ("Translate", "ROLE_NOT_SERVED"): lambda service: translate(service, "a"),
+}
+SERVICES = {
+    "CORPUS_TOO_LARGE": {"max_corpus_bytes": 50_000},
+    "TOO_MANY_RUNS": {"max_queued_runs": 1},
+    "ROLE_NOT_SERVED": {"translates": False},
+    "MODEL_DAMAGED": {"loader": OnnxBundleLoader(OnnxConfig(), MicroBatchLimit())},
+}
+
+
+def test_the_comments_promise_what_is_provoked_here():
+    assert set(promises()) == set(PROVOKED)
+
+
+@pytest.mark.parametrize(("method", "reason"), PROVOKED)
+def test_the_promise_is_kept(make_service, refused, method, reason):
+    service = make_service(**SERVICES.get(reason, {}))
+    service.import_model("en-de")
+    refusal = refused(*PROVOKED[method, reason](service))
+    assert (refusal.code.name, refusal.reason) == (promises()[method, reason], reason)
+    expected = {"NOT_FOUND": "ResourceInfo", "INVALID_ARGUMENT": "BadRequest", "RESOURCE_EXHAUSTED": "QuotaFailure"}
+    assert expected.get(refusal.code.name, "ErrorInfo") in refusal.details
+    assert not list(service.folder.incoming.iterdir())
