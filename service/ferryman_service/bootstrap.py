@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Coroutine
+import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from ferryman_service.application.corpora import CorpusUseCases
 from ferryman_service.application.metrics_feed import FeedConfig, MetricsFeed
@@ -38,7 +38,9 @@ from ferryman_service.stores.lock import FolderLock
 from ferryman_service.stores.models import FileModelStore
 from ferryman_service.stores.runs import SqlRunStore
 
+_log = logging.getLogger(__name__)
 _HEALTH_TIMEOUT_S: Final = 5.0
+_RESTART_PAUSE_S: Final = 1.0
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ class Service:
         self.port = await self._server.start()
         if self._config.metrics_port:
             self.metrics_port = self._endpoint.start()
-        self._tasks = [_spawn(part.run()) for part in self._background]
+        self._tasks = [asyncio.create_task(_run_for_ever(part)) for part in self._background]
 
     async def stop(self) -> None:
         """Stop taking calls, let those in flight end, stop. Workers go on without us."""
@@ -216,5 +218,11 @@ def _build_server(
     return rpc.RpcServer(servicers, CallInterceptor(calls), shutdown, rpc_config)
 
 
-def _spawn(work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-    return asyncio.create_task(work)
+async def _run_for_ever(part: Supervisor | RunObserver) -> None:
+    """Run a part in the background; a bug in it is logged, and must not leave the runs without a supervisor."""
+    while True:
+        try:
+            await part.run()
+        except Exception:  # noqa: BLE001
+            _log.exception("%s failed, starting it again", type(part).__name__)
+            await asyncio.sleep(_RESTART_PAUSE_S)

@@ -1,6 +1,9 @@
 """Whatever values the fields of a request have, the answer is OK or the caller's error, never ours."""
 
+import contextlib
+
 import grpc
+import pytest
 from google.protobuf.descriptor import FieldDescriptor as Field
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -55,6 +58,12 @@ def check(rpc, request):
     assert call.code() in ALLOWED, (call.code(), call.details(), request)
 
 
+@pytest.fixture(scope="module")
+def a_run(service):
+    """The id of a run with three records."""
+    return service.claimed_run()
+
+
 any_values = settings(
     max_examples=150,
     deadline=None,
@@ -88,6 +97,21 @@ def test_translate(service, fields):
 @given(messages(training_pb2.ListTrainingRunsRequest.DESCRIPTOR))
 def test_list_training_runs(service, fields):
     check(service.training_stub.ListTrainingRuns, training_pb2.ListTrainingRunsRequest(**fields))
+
+
+@any_values
+@given(messages(training_pb2.StreamMetricsRequest.DESCRIPTOR, skip=["history_only"]))
+def test_stream_metrics(service, a_run, fields):
+    request = training_pb2.StreamMetricsRequest(**fields, history_only=True)
+    if "run_id" in fields and fields["run_id"] < "A":
+        request.run_id = a_run
+    call = service.training_stub.StreamMetrics(request, timeout=20)
+    sequences = []
+    with contextlib.suppress(grpc.RpcError):
+        sequences += [response.record.sequence for response in call]
+    assert call.code() in {grpc.StatusCode.OK, *ALLOWED}, (call.code(), call.details(), request)
+    if call.code() is grpc.StatusCode.OK:
+        assert sequences == list(range(request.after_sequence + 1, 4))
 
 
 @any_values

@@ -145,7 +145,7 @@ class SplitStatistics(_message.Message):
     """Output only. Pairs with an empty side; training leaves them out."""
     @_builtins.property
     def samples(self) -> _containers.RepeatedCompositeFieldContainer[Global___SentencePair]:
-        """Output only. The first pairs, at most 3."""
+        """Output only. The first pairs without an empty side, at most 3."""
 
     def __init__(
         self,

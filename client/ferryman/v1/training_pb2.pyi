@@ -193,8 +193,8 @@ class RunError(_message.Message):
     MESSAGE_FIELD_NUMBER: _builtins.int
     LOG_TAIL_FIELD_NUMBER: _builtins.int
     reason: _builtins.str
-    """Output only. A stable name, UPPER_SNAKE_CASE: WORKER_DIED, DISK_FULL, VOCABULARY_TOO_LARGE, NO_TRAINING_PAIRS,
-    EXPORT_MISMATCH, NON_FINITE_LOSS or CORPUS_DAMAGED.
+    """Output only. A stable name, UPPER_SNAKE_CASE: WORKER_DIED, DISK_FULL, VOCABULARY_TOO_LARGE, VOCABULARY_TOO_SMALL,
+    NO_TRAINING_PAIRS, NO_VALIDATION_PAIRS, EXPORT_MISMATCH or NON_FINITE_LOSS.
     """
     message: _builtins.str
     """Output only. What happened, and what to do about it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from alembic import context
+
 from ferryman_service.stores.tables import metadata
 
 context.configure(connection=context.config.attributes["connection"], target_metadata=metadata, render_as_batch=True)
