@@ -13,7 +13,6 @@ def trained_model(tmp_path_factory):
 @pytest.fixture(scope="session")
 def bundle_dir(tmp_path_factory, trained_model):
     from ferryman_service.training.export import OnnxExporter
-
     from tests.fakes.random_model import some_lineage
 
     folder = tmp_path_factory.mktemp("bundle")

@@ -5,7 +5,6 @@ import tempfile
 from pathlib import Path
 
 from ferryman_service.training.export import OnnxExporter
-
 from tests.fakes.random_model import random_trained_model, small_recipe, some_lineage
 
 

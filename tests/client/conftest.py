@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+
 from ferryman import Client, Corpus
 from ferryman.testing import FakeFerryman
 

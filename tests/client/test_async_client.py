@@ -6,6 +6,7 @@ import threading
 from collections.abc import AsyncIterator, Iterator
 
 import pytest
+
 from ferryman import AsyncClient, Client, LearningRateSchedule, Recipe, RunState, errors
 from ferryman.testing import FakeFerryman
 

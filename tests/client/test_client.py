@@ -4,6 +4,7 @@ import threading
 from uuid import uuid4
 
 import pytest
+
 from ferryman import (
     Client,
     LearningRateSchedule,

@@ -4,12 +4,13 @@ import dataclasses
 from datetime import UTC, datetime, timedelta
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from ferryman import _convert, errors, types
 from ferryman._mapping import fill_message, from_message
 from ferryman.testing import training_script
 from ferryman.v1 import metrics_pb2, model_pb2, recipe_pb2, training_pb2, translation_pb2
-from hypothesis import given
-from hypothesis import strategies as st
 
 INT32 = st.integers(-(2**31), 2**31 - 1)
 INT64 = st.integers(-(2**63), 2**63 - 1)

@@ -4,12 +4,13 @@ import re
 
 import grpc
 import pytest
-from ferryman import errors
-from ferryman._rpc_errors import error_from_rpc
-from ferryman_service.domain import errors as domain
 from google.protobuf.any_pb2 import Any
 from google.rpc.error_details_pb2 import ErrorInfo
 from google.rpc.status_pb2 import Status
+
+from ferryman import errors
+from ferryman._rpc_errors import error_from_rpc
+from ferryman_service.domain import errors as domain
 
 
 def descendants(root: type) -> list[type]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 
 import pytest
+
 from ferryman import AsyncClient, Client, errors
 from ferryman._tail import MetricsTail
 from ferryman.testing import FakeFerryman, training_script

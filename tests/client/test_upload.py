@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from uuid import uuid4
 
 import pytest
+
 from ferryman import errors
 from ferryman._upload import CHUNK_BYTES, read_pieces
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
+
 from ferryman_service.domain.tokens import EOS
 from ferryman_service.search.decoder import Candidates
 from ferryman_service.search.rows import SentenceRows
-from numpy.typing import NDArray
 
 NextLogProbs = Callable[[Sequence[int], Sequence[int]], NDArray[np.float32]]
 """(source, target prefix with BOS) -> log-probabilities of every next token."""

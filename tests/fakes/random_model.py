@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
+
 from ferryman_service.domain.models import ModelLineage, ModelScores
 from ferryman_service.domain.recipe import Recipe, SubwordAlgorithm, resolve_recipe
 from ferryman_service.domain.tokens import EOS
@@ -14,7 +16,6 @@ from ferryman_service.domain.training import TrainedModel
 from ferryman_service.model.config import TransformerConfig
 from ferryman_service.model.transformer import Transformer
 from ferryman_service.text.subwords import train_subwords
-from safetensors.torch import save_file
 
 SYLLABLES = ["ba", "de", "fi", "go", "hu", "ka", "le", "mi", "no", "pu", "ra", "se", "ti", "vo", "zu"]
 

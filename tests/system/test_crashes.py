@@ -131,7 +131,7 @@ def test_a_corpus_too_small_for_its_vocabulary_fails_with_the_cure(start_service
     assert "8000" in error.message
 
 
-SMALL_DISK = "mount -t tmpfs -o size=$0 tmpfs $1 && shift && exec \"$@\""
+SMALL_DISK = 'mount -t tmpfs -o size=$0 tmpfs $1 && shift && exec "$@"'
 
 
 @pytest.fixture

@@ -194,7 +194,7 @@ class RunError(_message.Message):
     LOG_TAIL_FIELD_NUMBER: _builtins.int
     reason: _builtins.str
     """Output only. A stable name, UPPER_SNAKE_CASE: WORKER_DIED, DISK_FULL, VOCABULARY_TOO_LARGE, VOCABULARY_TOO_SMALL,
-    NO_TRAINING_PAIRS, NO_VALIDATION_PAIRS, EXPORT_MISMATCH or NON_FINITE_LOSS.
+    NO_TRAINING_PAIRS, NO_VALIDATION_PAIRS, EXPORT_MISMATCH, NON_FINITE_LOSS or CORPUS_DAMAGED.
     """
     message: _builtins.str
     """Output only. What happened, and what to do about it."""

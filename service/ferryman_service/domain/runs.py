@@ -31,6 +31,7 @@ class FailureReason(enum.StrEnum):
     NO_VALIDATION_PAIRS = "NO_VALIDATION_PAIRS"
     EXPORT_MISMATCH = "EXPORT_MISMATCH"
     NON_FINITE_LOSS = "NON_FINITE_LOSS"
+    CORPUS_DAMAGED = "CORPUS_DAMAGED"
 
 
 @dataclass(frozen=True, kw_only=True)

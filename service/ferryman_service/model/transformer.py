@@ -19,7 +19,7 @@ from ferryman_service.model.config import TransformerConfig
 from ferryman_service.model.layers import DecoderLayer, EncoderLayer
 from ferryman_service.model.positions import SinusoidalPositions
 
-# Queries and keys drawn wider than this make post-norm attention so sharp from the start that it never finds the source.
+# Drawn wider than this, post-norm attention is so sharp from the start that it never finds the source.
 _ATTENTION_GAIN = 2**-0.5
 _PACKED_BLOCKS = {"query_key_value": 3, "key_value": 2, "query": 1}
 

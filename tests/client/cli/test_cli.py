@@ -7,10 +7,11 @@ import subprocess
 import sys
 
 import pytest
+from typer.testing import CliRunner
+
 from ferryman import RunState, StateChange, __version__, errors
 from ferryman.cli.app import app
 from ferryman.testing import noam_learning_rate, training_script
-from typer.testing import CliRunner
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+
 from ferryman import LearningRatePoint
 from ferryman.cli.plot import draw_curve
 from ferryman.testing import noam_learning_rate

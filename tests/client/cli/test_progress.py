@@ -4,10 +4,11 @@ import io
 from datetime import UTC, datetime, timedelta
 
 import pytest
+from rich.console import Console
+
 from ferryman import MetricRecord, Recipe, RunState, StateChange, StopRecipe
 from ferryman.cli.progress import RunView, follow, numbers
 from ferryman.testing import training_script
-from rich.console import Console
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
 SCRIPT = training_script(steps=4)

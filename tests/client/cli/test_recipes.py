@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+
 from ferryman import ModelRecipe, Recipe, StopRecipe
 from ferryman.cli.recipes import build_recipe
 from ferryman.errors import InvalidRecipe

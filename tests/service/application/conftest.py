@@ -3,6 +3,7 @@
 import time
 
 import pytest
+
 from ferryman_service.domain.ids import RUN_PREFIX, new_id
 from ferryman_service.domain.recipe import resolve_recipe
 from ferryman_service.domain.records import RunState

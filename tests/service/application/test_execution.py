@@ -3,6 +3,7 @@
 import errno
 
 import pytest
+
 from ferryman_service.application.execution import WorkerPorts, execute_attempt
 from ferryman_service.application.ports import TrainedModel
 from ferryman_service.application.reporting import ReporterConfig

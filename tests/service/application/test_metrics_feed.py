@@ -4,6 +4,7 @@ import asyncio
 import time
 
 import pytest
+
 from ferryman_service.application.metrics_feed import FeedConfig, Heartbeat, MetricsFeed
 from ferryman_service.domain.errors import InvalidRequest, RunNotFound, SequenceOutOfRange
 from ferryman_service.domain.records import EventLevel, RunEvent, RunState, StateChange

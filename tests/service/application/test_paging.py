@@ -3,10 +3,11 @@
 import base64
 
 import pytest
-from ferryman_service.application.paging import MAX_PAGE_SIZE, Pager
-from ferryman_service.domain.errors import InvalidRequest
 from hypothesis import given
 from hypothesis import strategies as st
+
+from ferryman_service.application.paging import MAX_PAGE_SIZE, Pager
+from ferryman_service.domain.errors import InvalidRequest
 
 ROWS = [f"row{n:04}" for n in range(1200)]
 

@@ -3,6 +3,7 @@
 import time
 
 import pytest
+
 from ferryman_service.application.ports import RunCancelled
 from ferryman_service.application.reporting import ReporterConfig, StoreReporter
 from ferryman_service.domain.errors import AttemptFenced, DiskFull

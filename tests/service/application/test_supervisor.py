@@ -1,11 +1,11 @@
 """The supervisor, over the real store, with workers that live and die at the test's word."""
 
 import pytest
+
 from ferryman_service.application.supervisor import Supervisor, SupervisorConfig
 from ferryman_service.domain.errors import AttemptFenced
 from ferryman_service.domain.records import RunState
 from ferryman_service.domain.runs import FailureReason
-
 from tests.fakes.launcher import FakeLauncher
 
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 
 import pytest
+
 from ferryman_service.bundle import manifest as bundles
 from ferryman_service.domain.errors import ModelDamaged
 from ferryman_service.domain.models import ModelLineage, ModelScores

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 import pytest
+
 from ferryman_service.config.service_config import Device, Role, ServiceConfig, add_arguments, config_from
 
 

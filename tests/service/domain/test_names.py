@@ -1,11 +1,12 @@
 """Ids, model names and references: what may become part of a path, and what may not."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from ferryman_service.domain.errors import InvalidRequest, RequestIdReused, RunNotFound
 from ferryman_service.domain.ids import CORPUS_PREFIX, RUN_PREFIX, is_id, is_model_name, new_id
 from ferryman_service.domain.models import ModelReference, parse_model_reference
-from hypothesis import given
-from hypothesis import strategies as st
 
 DANGEROUS = [
     "",

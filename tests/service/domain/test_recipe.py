@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import pytest
+
 from ferryman_service.domain.errors import InvalidRecipe
 from ferryman_service.domain.recipe import (
     NormPlacement,

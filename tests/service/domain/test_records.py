@@ -5,6 +5,9 @@ import json
 import math
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from ferryman_service.domain.records import (
     EventLevel,
     RunEvent,
@@ -15,8 +18,6 @@ from ferryman_service.domain.records import (
     payload_from_dict,
     payload_to_dict,
 )
-from hypothesis import given
-from hypothesis import strategies as st
 
 numbers = st.floats(allow_nan=False)
 

@@ -4,10 +4,11 @@ import itertools
 import math
 
 import pytest
-from ferryman_service.domain.recipe import resolve_schedule
-from ferryman_service.domain.schedule import LearningRateSchedule, ScheduleKind, learning_rate, sample_steps
 from hypothesis import given
 from hypothesis import strategies as st
+
+from ferryman_service.domain.recipe import resolve_schedule
+from ferryman_service.domain.schedule import LearningRateSchedule, ScheduleKind, learning_rate, sample_steps
 
 PAPER = resolve_schedule({"d_model": 512, "warmup_steps": 4000})
 

@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+
 from ferryman_service.launch.process import current_process_identity, is_alive, kill_process, process_identity
 
 PARENT = """

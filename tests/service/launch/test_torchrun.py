@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+
 from ferryman_service.launch.process import is_alive, process_identity
 from ferryman_service.launch.torchrun import LaunchConfig, TorchrunLauncher, read_log_tail, torchrun_command
 

@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from ferryman_service.domain.recipe import NormPlacement
 from ferryman_service.model.config import TransformerConfig
 from ferryman_service.model.transformer import Transformer

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+
 from ferryman_service.domain.tokens import BOS, EOS, PAD
 from ferryman_service.model.session import TorchDecoder
 from ferryman_service.search.beam import BeamOptions, search

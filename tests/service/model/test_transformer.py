@@ -6,12 +6,13 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
+
 from ferryman_service.domain.recipe import NormPlacement, resolve_recipe
 from ferryman_service.domain.tokens import BOS, EOS, PAD
 from ferryman_service.model.config import TransformerConfig
 from ferryman_service.model.positions import sinusoids
 from ferryman_service.model.transformer import Transformer, source_mask
-from torch import nn
 
 
 def sentences(batch, length, seed=1):

@@ -4,13 +4,13 @@ import math
 
 import numpy as np
 import pytest
+
 from ferryman_service.domain.errors import Cancelled, DeadlineExceeded, InvalidSentence
 from ferryman_service.domain.recipe import SubwordAlgorithm
 from ferryman_service.domain.tokens import EOS
 from ferryman_service.domain.translation import CancelToken, Hypothesis, SearchOptions
 from ferryman_service.pipeline.translator import MicroBatchLimit, TextTranslator
 from ferryman_service.text.subwords import train_subwords
-
 from tests.fakes.decoder import FakeDecoder
 
 LINES = ["one two three four five six seven eight nine ten"] * 3

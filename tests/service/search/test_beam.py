@@ -5,11 +5,11 @@ import math
 
 import numpy as np
 import pytest
-from ferryman_service.domain.tokens import BOS, EOS, PAD
-from ferryman_service.search.beam import BeamOptions, RawHypothesis, search
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ferryman_service.domain.tokens import BOS, EOS, PAD
+from ferryman_service.search.beam import BeamOptions, RawHypothesis, search
 from tests.fakes.decoder import FakeDecoder, random_model
 
 

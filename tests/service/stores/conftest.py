@@ -3,6 +3,8 @@
 import time
 
 import pytest
+from sqlalchemy import event
+
 from ferryman_service.bundle import manifest as bundles
 from ferryman_service.domain.ids import RUN_PREFIX, new_id
 from ferryman_service.domain.models import ModelLineage, ModelScores
@@ -12,7 +14,6 @@ from ferryman_service.domain.runs import ProcessIdentity, TrainingRun
 from ferryman_service.stores.database import open_database, upgrade
 from ferryman_service.stores.layout import DataFolder
 from ferryman_service.stores.runs import SqlRunStore
-from sqlalchemy import event
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import sys
 import threading
 
 import pytest
+
 from ferryman_service.domain.corpora import CorpusHeader, SentencePair, Side, Split
 from ferryman_service.domain.errors import CorpusNotFound, CorpusTooLarge, DiskFull, InvalidCorpus, RequestIdReused
 from ferryman_service.domain.ids import CORPUS_PREFIX, is_id, new_id

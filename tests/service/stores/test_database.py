@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
+from sqlalchemy import text
+from sqlalchemy.exc import IntegrityError, OperationalError
+
 from ferryman_service.domain.errors import DiskFull, StoreUnavailable
 from ferryman_service.stores.database import DatabaseTooNew, disk_errors, open_database, reading, upgrade, writing
 from ferryman_service.stores.tables import metadata
-from sqlalchemy import text
-from sqlalchemy.exc import IntegrityError, OperationalError
 
 UPGRADE = """
 import sys

@@ -4,6 +4,7 @@ import stat
 import threading
 
 import pytest
+
 from ferryman_service.domain.ids import CORPUS_PREFIX, RUN_PREFIX, new_id
 from ferryman_service.stores.folders import HeldFolder, remove_abandoned
 

@@ -6,12 +6,13 @@ import subprocess
 import sys
 
 import pytest
+from sqlalchemy import event
+
 from ferryman_service.bundle import manifest as bundles
 from ferryman_service.domain.errors import AttemptFenced, DiskFull, InvalidRequest, ModelDamaged, ModelNotFound
 from ferryman_service.domain.models import ModelReference
 from ferryman_service.domain.records import RunState, StateChange
 from ferryman_service.stores.models import FileModelStore
-from sqlalchemy import event
 
 CRASH = """
 import os, sys

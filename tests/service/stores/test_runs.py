@@ -8,6 +8,7 @@ import threading
 import time
 
 import pytest
+
 from ferryman_service.domain.errors import (
     AttemptFenced,
     DiskFull,

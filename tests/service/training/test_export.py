@@ -5,7 +5,6 @@ import dataclasses
 import numpy as np
 import onnx
 import pytest
-from tests.fakes.random_model import random_sentences, random_trained_model, small_recipe, some_lineage
 
 from ferryman_service.bundle.manifest import CONTENT_FILES, DECODER_FILE, ENCODER_FILE, MANIFEST_FILE, verify
 from ferryman_service.domain.recipe import NormPlacement
@@ -16,6 +15,7 @@ from ferryman_service.pipeline.translator import MicroBatchLimit
 from ferryman_service.training.export import OPSET_VERSION, PRODUCER, OnnxExporter, load_transformer
 from ferryman_service.translation.loader import OnnxBundleLoader
 from ferryman_service.translation.onnx_decoder import OnnxConfig, OnnxDecoder
+from tests.fakes.random_model import random_sentences, random_trained_model, small_recipe, some_lineage
 
 
 def load(bundle):

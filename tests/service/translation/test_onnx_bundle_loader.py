@@ -7,13 +7,13 @@ import threading
 
 import onnxruntime
 import pytest
+
 from ferryman_service.bundle.manifest import DECODER_FILE, SUBWORDS_FILE, read_manifest, seal
 from ferryman_service.domain.errors import ModelDamaged
 from ferryman_service.domain.translation import CancelToken, SearchOptions
 from ferryman_service.pipeline.translator import MicroBatchLimit
 from ferryman_service.translation.loader import OnnxBundleLoader
 from ferryman_service.translation.onnx_decoder import OnnxConfig
-
 from tests.fakes.random_model import random_sentences
 
 
