@@ -18,7 +18,7 @@ def service(tmp_path_factory, bundle_dir):
     service = LoopbackService(tmp_path_factory.mktemp("service"), loader=loader)
     service.models.import_bundle(bundle_dir, "small")
     yield service
-    service.stop()
+    service.close()
 
 
 def request(*sentences, **options):
