@@ -78,7 +78,7 @@ class LoopbackService:
             **config,
         )
         self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever)
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
         try:
             self.port = self.wait_for(self._start())

@@ -254,7 +254,9 @@ class ModelRecipe(_message.Message):
     ffn_dim: _builtins.int
     """Optional. Inner width of the feed-forward sublayers, 8 to 65536. Default: 256 (tiny), 2048 (base), 4096 (big)."""
     dropout: _builtins.float
-    """Optional. Dropout on each sublayer's output and on embeddings, 0 <= p < 1. Default: 0.1 (tiny, base), 0.3 (big)."""
+    """Optional. Dropout on each sublayer's output and on embeddings, 0 <= p < 1. Default: 0.15 (tiny), 0.1
+    (base), 0.3 (big).
+    """
     attention_dropout: _builtins.float
     """Optional. Dropout on attention weights, 0 <= p < 1. Default: 0."""
     activation_dropout: _builtins.float
@@ -469,7 +471,7 @@ class OptimizationRecipe(_message.Message):
     """
     batch_target_tokens: _builtins.int
     """Optional. Target tokens of an update, padding not counted, 64 to 10^7, and at least `max_sentence_tokens`.
-    Default: 2048 (tiny), 25000 (base, big).
+    Default: 1024 (tiny), 25000 (base, big).
     """
     def __init__(
         self,

@@ -125,7 +125,7 @@ _TINY: Final[dict[str, Any]] = {
         "decoder_layers": 4,
         "heads": 4,
         "ffn_dim": 256,
-        "dropout": 0.1,
+        "dropout": 0.15,
         "attention_dropout": 0.0,
         "activation_dropout": 0.0,
         "norm": NormPlacement.POST,
@@ -144,7 +144,7 @@ _TINY: Final[dict[str, Any]] = {
         "adam_epsilon": 1e-9,
         "clip_norm": 1.0,
         "label_smoothing": 0.1,
-        "batch_target_tokens": 2048,
+        "batch_target_tokens": 1024,
     },
     "stop": {"max_steps": 10_000, "max_epochs": 0, "max_time_seconds": 0.0, "patience": 0},
     "validation": {
@@ -156,7 +156,7 @@ _TINY: Final[dict[str, Any]] = {
     "seed": 1,
 }
 _BASE_CHANGES: Final[dict[str, Any]] = {
-    "model": {"d_model": 512, "encoder_layers": 6, "decoder_layers": 6, "heads": 8, "ffn_dim": 2048},
+    "model": {"d_model": 512, "encoder_layers": 6, "decoder_layers": 6, "heads": 8, "ffn_dim": 2048, "dropout": 0.1},
     "data": {"vocabulary_size": 32_000},
     "schedule": {"warmup_steps": 4000},
     "optimization": {"clip_norm": 0.0, "batch_target_tokens": 25_000},
