@@ -61,7 +61,7 @@ def test_there_is_little_padding_and_batches_are_full(limit):
     assert 1 - lengths.sum() / padded < 0.17  # lengths of news; image captions are less diverse and pad half as much
     target_tokens = [lengths[index, 1].sum() for (index,) in updates]
     assert np.mean(target_tokens) > 0.9 * limit
-    assert np.quantile(target_tokens, 0.02) > 0.5 * limit
+    assert np.quantile(target_tokens, 0.02) > 0.4 * limit
 
 
 def test_a_batch_holds_the_target_shifted_right():
