@@ -97,6 +97,6 @@ def test_pauses_grow_to_a_bound_and_a_sign_of_life_starts_them_over():
     tail.accept(Heartbeat(last_sequence=0, state=RunState.RUNNING, interval_s=1))
     now_s += 1000
     assert tail.pause_s(gone) <= 0.1
-    now_s += 60
+    now_s += 61
     with pytest.raises(errors.Unavailable):
         tail.pause_s(gone)
