@@ -3,17 +3,18 @@
     torchrun --standalone --nproc-per-node=1 -m ferryman_service.worker --data-dir D --run-id R --attempt N
 
 It takes its task from the data folder's database and writes its records, checkpoints and model there; it needs no
-service to be alive.
+service to be alive. Rank 0 claims the attempt, reports and publishes; the others train beside it.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from pathlib import Path
 
-from ferryman_service.application.execution import WorkerPorts, execute_attempt
+from ferryman_service.application.execution import WorkerPorts, execute_attempt, follow_attempt
 from ferryman_service.application.reporting import ReporterConfig
 from ferryman_service.config.service_config import Device
 from ferryman_service.domain.ids import RUN_PREFIX, is_id
@@ -42,6 +43,9 @@ def main() -> int:
     ports = _build(folder, arguments.device)
     run_dir = folder.run_dir(arguments.run_id)
     _log.info("attempt %d of %s", arguments.attempt, arguments.run_id)
+    if int(os.environ.get("RANK", "0")):
+        follow_attempt(ports, arguments.run_id, arguments.attempt, run_dir)
+        return 0
     succeeded = execute_attempt(ports, arguments.run_id, arguments.attempt, current_process_identity(), run_dir)
     _log.info("the model is published" if succeeded else "nothing was published")
     return 0

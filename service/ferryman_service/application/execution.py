@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from ferryman_service.application.ports import (
     BundleLoader,
@@ -19,7 +22,7 @@ from ferryman_service.application.ports import (
     TrainingEngine,
     TrainingJob,
 )
-from ferryman_service.application.reporting import ReporterConfig, StoreReporter
+from ferryman_service.application.reporting import ReporterConfig, SilentReporter, StoreReporter
 from ferryman_service.application.verification import check_export
 from ferryman_service.domain.errors import AttemptFenced, DiskFull
 from ferryman_service.domain.models import ModelLineage
@@ -27,6 +30,7 @@ from ferryman_service.domain.records import EventLevel, RunState
 from ferryman_service.domain.runs import FailureReason, ProcessIdentity, RunFailure, TrainingFailed, TrainingRun
 
 _log = logging.getLogger(__name__)
+_CLAIM_POLL_S: Final = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,12 +74,29 @@ def execute_attempt(ports: WorkerPorts, run_id: str, attempt: int, worker: Proce
     return False
 
 
+def follow_attempt(ports: WorkerPorts, run_id: str, attempt: int, run_dir: Path) -> None:
+    """Train beside rank 0, which alone claims, reports and publishes; return at once if the attempt is over."""
+    while True:
+        run = ports.runs.get(run_id)
+        if run.attempt != attempt or run.state.is_terminal:
+            return
+        if run.state is RunState.RUNNING:
+            break
+        time.sleep(_CLAIM_POLL_S)
+    with contextlib.suppress(RunCancelled):
+        ports.engine.train(_job(ports, run, run_dir), SilentReporter())
+
+
+def _job(ports: WorkerPorts, run: TrainingRun, run_dir: Path) -> TrainingJob:
+    corpus = ports.corpora.files(run.corpus_id)
+    return TrainingJob(run_id=run.run_id, recipe=run.recipe, corpus=corpus, run_dir=run_dir)
+
+
 def _train_and_publish(ports: WorkerPorts, run: TrainingRun, run_dir: Path) -> None:
     reporter = StoreReporter(ports.runs, run.run_id, run.attempt, run.recipe.stop, ports.reporter)
     reporter.start()
-    job = TrainingJob(run_id=run.run_id, recipe=run.recipe, corpus=ports.corpora.files(run.corpus_id), run_dir=run_dir)
     try:
-        trained = ports.engine.train(job, reporter)
+        trained = ports.engine.train(_job(ports, run, run_dir), reporter)
     except BaseException:
         _close_quietly(reporter)
         raise

@@ -111,6 +111,22 @@ class StoreReporter:
                 time.sleep(self._config.ack_interval_s)
 
 
+class SilentReporter:
+    """The reporter of the processes that train beside rank 0: rank 0 speaks for all."""
+
+    def step(self, metrics: StepMetrics) -> None:
+        """Say nothing."""
+
+    def validation(self, metrics: ValidationMetrics) -> None:
+        """Say nothing."""
+
+    def event(self, level: EventLevel, code: str, message: str) -> None:
+        """Say nothing."""
+
+    def check(self) -> None:
+        """Go on: rank 0 tells the others when to stop."""
+
+
 class _ProgressMeter:
     """Sums up the records into a RunProgress."""
 
