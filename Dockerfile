@@ -5,7 +5,7 @@
 #
 # PIP_EXTRA_INDEX_URL names the index of PyTorch's CPU wheels. Without it the cpu target works too, but is gigabytes
 # larger, since the default build of torch brings the CUDA libraries along.
-ARG PYTHON_VERSION=3.12
+ARG PYTHON_VERSION=3.11
 
 FROM python:${PYTHON_VERSION}-slim-bookworm AS builder
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 \
@@ -47,7 +47,7 @@ ENV PATH=/opt/ferryman/bin:$PATH \
     FERRYMAN_DATA_DIR=/data
 EXPOSE 50051 9464
 VOLUME ["/data"]
-HEALTHCHECK --interval=10s --timeout=5s --start-period=30s CMD ["ferryman-service", "health"]
+HEALTHCHECK --interval=10s --timeout=15s --start-period=30s CMD ["ferryman-service", "health"]
 ENTRYPOINT ["ferryman-service"]
 CMD ["serve"]
 

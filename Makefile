@@ -98,9 +98,9 @@ bench-quality: $(READY) ## BLEU after a fixed time of training: [DATA= SOURCE= T
 	  $(if $(TARGET),--target "$(TARGET)") $(if $(MINUTES),--minutes "$(MINUTES)") \
 	  $(if $(PRESET),--preset "$(PRESET)") $(if $(QUICK),--quick)
 
-bench-export: $(READY) ## does the exported model translate as the PyTorch model does, after bench-quality: [DATA= QUICK=1]
+bench-export: $(READY) ## does the exported model translate as the PyTorch model does, after bench-quality: [DATA= SOURCE= TARGET= QUICK=1]
 	@$(BIN)/python -m bench.export $(if $(DATA),--data "$(DATA)") $(if $(SOURCE),--source "$(SOURCE)") \
-	  $(if $(QUICK),--quick)
+	  $(if $(TARGET),--target "$(TARGET)") $(if $(QUICK),--quick)
 
 clean: ## remove caches, builds, and what demo and benchmarks left; the virtual environment stays
 	rm -rf build dist demo-output bench-output .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -177,7 +177,8 @@ def summary(task: Task, translations: Sequence[str], share: float) -> str:
     references = [task.test.target]
     bleu = corpus_bleu(translations, references).score
     chrf = corpus_chrf(translations, references).score
-    return f"BLEU {bleu:.1f}, chrF {chrf:.1f} on {len(translations)} held-out sentences"
+    scores = f"BLEU {bleu:.1f}, chrF {chrf:.1f}, {100 * share:.1f} % exactly right"
+    return f"{scores} on {len(translations)} held-out sentences"
 
 
 def show_what_is_left(model: str, console: Console) -> None:

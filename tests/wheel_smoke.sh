@@ -55,7 +55,7 @@ echo "wheel smoke: a model that was trained elsewhere"
 "$bin/ferryman-service" import-model "$work/bundle" elsewhere --data-dir "$work/data" | grep -qx "published elsewhere/1"
 "$bin/ferryman-service" serve --roles translation --data-dir "$work/data" --port 0 --metrics-port 0 >"$work/log" 2>&1 &
 service=$!
-trap 'kill "$service" 2>/dev/null; rm -rf "$work"' EXIT
+trap 'kill "$service" 2>/dev/null || true; rm -rf "$work"' EXIT
 for _ in {1..100}; do
   grep -q "^serving on" "$work/log" && break
   sleep 0.1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib.util
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,6 +111,7 @@ def build_service(config: ServiceConfig) -> Service:
 
     Raises OSError if the folder cannot be used, DatabaseTooNew if a newer version has written it.
     """
+    _require_packages(config)
     trains = Role.TRAINING in config.roles
     folder = DataFolder(config.data_dir)
     folder.create()
@@ -181,13 +183,28 @@ def _build_use_cases(stores: _Stores, config: ServiceConfig) -> _UseCases:
     )
 
 
+def _require_packages(config: ServiceConfig) -> None:
+    """Refuse to start without what the roles need, instead of failing each run or call. Loads nothing."""
+    needed = {Role.TRANSLATION: ("onnxruntime",), Role.TRAINING: ("torch", "onnx", "onnxscript", "onnxruntime")}
+    for role in sorted(config.roles):
+        missing = [name for name in needed[role] if importlib.util.find_spec(name) is None]
+        if missing:
+            extras = "train and cpu (or gpu)" if role is Role.TRAINING else "cpu (or gpu)"
+            raise OSError(
+                f"the role {role.value} needs {', '.join(missing)}: install the extras {extras}, "
+                "or leave the role out of --roles"
+            )
+
+
 def _build_loader(config: ServiceConfig) -> BundleLoader:
-    """Import ONNX Runtime only where it is used: a service that only trains need not have it."""
+    """Import ONNX Runtime only where it is used: a service without the translation role starts sooner."""
     from ferryman_service.pipeline.translator import MicroBatchLimit
     from ferryman_service.translation.loader import OnnxBundleLoader
     from ferryman_service.translation.onnx_decoder import OnnxConfig, cuda_is_available
 
-    cuda = config.device is Device.CUDA or (config.device is Device.AUTO and cuda_is_available())
+    if config.device is Device.CUDA and not cuda_is_available():
+        raise OSError("--device cuda: ONNX Runtime here has no CUDA; install onnxruntime-gpu, or choose --device cpu")
+    cuda = config.device is not Device.CPU and cuda_is_available()
     return OnnxBundleLoader(OnnxConfig(cuda=cuda), MicroBatchLimit())
 
 

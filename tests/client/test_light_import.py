@@ -31,5 +31,5 @@ def test_the_command_says_what_it_needs_where_it_is_missing(tmp_path: Path):
         cwd=tmp_path,
     )  # fmt: skip
     assert result.returncode == 1
-    assert result.stderr == "ferryman: the command line needs typer and rich: pip install 'ferryman[cli]'\n"
+    assert result.stderr == "ferryman: the command line needs typer and rich: install the extra ferryman[cli]\n"
     assert result.stdout == ""

@@ -54,8 +54,12 @@ UNSPECIFIED_PAIRS = corpus_pb2.UploadCorpusRequest(pairs=corpus_pb2.PairBatch())
             "INVALID_CORPUS",
             [("train.target", "LINE_COUNT_MISMATCH")],
         ),
-        ([HEADER, *files(b"a\n\xff\n", b"a\nb\n", b"a\n", b"a\n")], "INVALID_CORPUS", [("train.source", None)]),
-        ([HEADER, *files(b"a" * 70_000, b"a\n", b"a\n", b"a\n")], "INVALID_CORPUS", [("train.source", None)]),
+        ([HEADER, *files(b"a\n\xff\n", b"a\nb\n", b"a\n", b"a\n")], "INVALID_CORPUS", [("train.source", "NOT_UTF8")]),
+        (
+            [HEADER, *files(b"a" * 70_000, b"a\n", b"a\n", b"a\n")],
+            "INVALID_CORPUS",
+            [("train.source", "LINE_TOO_LONG")],
+        ),
         (
             upload_messages([("a\nb", "a")]),
             "INVALID_CORPUS",

@@ -1,6 +1,7 @@
 """The whole road through the real service: corpus → training → metrics → ONNX → translation."""
 
 import math
+import socket
 import urllib.request
 
 import grpc
@@ -178,7 +179,10 @@ def _pool_from_reflection(channel, symbol):
 
 
 def test_prometheus_can_scrape(start_service):
-    service = start_service("--metrics-port", "0", "--metrics-port", "29464")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        free_port = probe.getsockname()[1]
+    service = start_service("--metrics-port", str(free_port))
     stubs = Stubs(service.address)
     stubs.training.ListTrainingRuns(training_pb2.ListTrainingRunsRequest())
     with urllib.request.urlopen(service.metrics_url()) as answer:

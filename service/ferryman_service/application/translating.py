@@ -93,9 +93,16 @@ class TranslationUseCases:
         Raises RoleNotServed, InvalidRequest, ModelNotFound, InvalidSentence, ModelDamaged, DeadlineExceeded.
         """
         arrived_ns = time.monotonic_ns()
+        if self._loaded is None:
+            raise RoleNotServed(
+                "this server does not translate; start one with --roles translation", role="translation"
+            )
+        self._check(request)
         deadline_s = None if request.timeout_s is None else time.monotonic() + request.timeout_s
         token = CancelToken(deadline_s)
-        work = asyncio.get_running_loop().run_in_executor(self._threads, self._work, request, token, arrived_ns)
+        work = asyncio.get_running_loop().run_in_executor(
+            self._threads, self._work, self._loaded, request, token, arrived_ns
+        )
         try:
             return await work
         except asyncio.CancelledError:
@@ -106,16 +113,13 @@ class TranslationUseCases:
         """Wait for the work in hand."""
         self._threads.shutdown(wait=True, cancel_futures=True)
 
-    def _work(self, request: TranslateRequest, token: CancelToken, arrived_ns: int) -> TranslateResult:
+    def _work(
+        self, loaded: LoadedModels, request: TranslateRequest, token: CancelToken, arrived_ns: int
+    ) -> TranslateResult:
         started_ns = time.monotonic_ns()
-        if self._loaded is None:
-            raise RoleNotServed(
-                "this server does not translate; start one with --roles translation", role="translation"
-            )
         token.check()
-        self._check(request)
         version = self._models.resolve(parse_model_reference(request.model))
-        translator = self._loaded.get(version)
+        translator = loaded.get(version)
         translations, timings = translator.translate(request.sentences, request.options, token)
         return TranslateResult(
             version=version,
