@@ -66,6 +66,7 @@ def test_annealing_reaches_its_minimum_and_stays(kind):
         {"kind": kind, "warmup_steps": 10, "total_steps": 110, "peak_learning_rate": 1.0, "minimum_learning_rate": 0.1}
     )
     assert learning_rate(schedule, 10) == 1.0
+    assert learning_rate(schedule, 11) == pytest.approx(1.0, abs=0.01), "no jump at the end of warmup"
     assert learning_rate(schedule, 60) == pytest.approx(0.55)
     assert learning_rate(schedule, 110) == pytest.approx(0.1)
     assert learning_rate(schedule, 10_000) == pytest.approx(0.1)
