@@ -113,7 +113,7 @@ class TorchrunLauncher:
         # torchrun would choose one thread for several workers.
         environment.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
         # OpenMP's threads spin while they wait for each other. Left alone they spin so long that one other busy process
-        # makes training 50 times slower; this bound costs nothing on a quiet machine (docs/lab-log.md).
+        # makes training 45 times slower; this bound costs nothing on a quiet machine (docs/lab-log.md).
         if "OMP_WAIT_POLICY" not in environment:
             environment.setdefault("GOMP_SPINCOUNT", "10000")
         return environment
