@@ -64,6 +64,7 @@ def _build(folder: DataFolder, device: Device) -> WorkerPorts:
         loader=OnnxBundleLoader(OnnxConfig(), MicroBatchLimit()),
         log_tail=lambda run_id, attempt: read_log_tail(folder.worker_log(run_id, attempt)),
         reporter=ReporterConfig(),
+        prepared_dir=folder.prepared,
     )
 
 

@@ -45,6 +45,7 @@ class WorkerPorts:
     loader: BundleLoader
     log_tail: Callable[[str, int], str]
     reporter: ReporterConfig
+    prepared_dir: Path
 
 
 def execute_attempt(ports: WorkerPorts, run_id: str, attempt: int, worker: ProcessIdentity, run_dir: Path) -> bool:
@@ -88,8 +89,15 @@ def follow_attempt(ports: WorkerPorts, run_id: str, attempt: int, run_dir: Path)
 
 
 def _job(ports: WorkerPorts, run: TrainingRun, run_dir: Path) -> TrainingJob:
-    corpus = ports.corpora.files(run.corpus_id)
-    return TrainingJob(run_id=run.run_id, recipe=run.recipe, corpus=corpus, run_dir=run_dir)
+    return TrainingJob(
+        run_id=run.run_id,
+        recipe=run.recipe,
+        corpus=ports.corpora.files(run.corpus_id),
+        corpus_digest=ports.corpora.get(run.corpus_id).digest,
+        run_dir=run_dir,
+        prepared_dir=ports.prepared_dir,
+        reported_step=run.progress.step,
+    )
 
 
 def _train_and_publish(ports: WorkerPorts, run: TrainingRun, run_dir: Path) -> None:

@@ -7,7 +7,7 @@ import enum
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from ferryman_service.domain.errors import InvalidRecipe, Violation
 from ferryman_service.domain.schedule import LearningRateSchedule, ScheduleKind
@@ -17,15 +17,50 @@ class Preset(enum.StrEnum):
     """Named starting points."""
 
     TINY = "tiny"
+    SMALL = "small"
     BASE = "base"
     BIG = "big"
+    DEEP_SHALLOW = "deep_shallow"
 
 
 class NormPlacement(enum.StrEnum):
-    """POST: LayerNorm(x + Sublayer(x)), the paper's form. PRE: x + Sublayer(LayerNorm(x))."""
+    """POST: LayerNorm(x + Sublayer(x)), the paper's form. PRE: x + Sublayer(LayerNorm(x)). DEEP: LayerNorm(alpha x +
+    Sublayer(x)) with initial weights scaled by beta, which keeps tens of layers stable (Wang et al., 2022)."""
 
     POST = "post"
     PRE = "pre"
+    DEEP = "deep"
+
+
+class Activation(enum.StrEnum):
+    """What stands between the two maps of a feed-forward sublayer. SWIGLU gates (Shazeer, 2020): a third map."""
+
+    RELU = "relu"
+    GELU = "gelu"
+    SWIGLU = "swiglu"
+
+
+class Positions(enum.StrEnum):
+    """SINUSOIDAL: added to the embeddings. ROPE: queries and keys of self-attention are rotated (Su et al., 2021)."""
+
+    SINUSOIDAL = "sinusoidal"
+    ROPE = "rope"
+
+
+class Precision(enum.StrEnum):
+    """What matrix products are computed in. Weights and moments are FP32 in each."""
+
+    FP32 = "fp32"
+    BF16 = "bf16"
+    FP16 = "fp16"
+
+
+class Averaging(enum.StrEnum):
+    """Which checkpoints are averaged at the end: the last ones, the best ones, none."""
+
+    LAST = "last"
+    BEST = "best"
+    NONE = "none"
 
 
 class SubwordAlgorithm(enum.StrEnum):
@@ -56,22 +91,34 @@ class ModelRecipe:
     attention_dropout: float
     activation_dropout: float
     norm: NormPlacement
+    activation: Activation = Activation.RELU
+    positions: Positions = Positions.SINUSOIDAL
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataRecipe:
-    """Subwords, and which training pairs are used."""
+    """Subwords, and which training pairs are used.
+
+    `sampling_alpha` (unigram) and `bpe_dropout` (BPE) segment the training pairs anew in each epoch; 0 is off.
+    """
 
     vocabulary_size: int
     subword_algorithm: SubwordAlgorithm
     character_coverage: float
     max_sentence_tokens: int
     max_length_ratio: float
+    sampling_alpha: float = 0.0
+    bpe_dropout: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizationRecipe:
-    """Adam, clipping (0: off), label smoothing (epsilon / K over all K subwords), target tokens per update."""
+    """Adam, decoupled weight decay, clipping (0: off), label smoothing (epsilon / K over all K subwords), target tokens
+    per update and the micro-batches that they come in, R-Drop (0: off), moving average of the weights (0: off).
+
+    Up to `max_skipped_updates` non-finite updates in a row are skipped; one more is a divergence, which rolls back to
+    the last checkpoint, `max_rollbacks` times, each time multiplying the learning rate by `rollback_rate_scale`.
+    """
 
     adam_beta1: float
     adam_beta2: float
@@ -79,6 +126,14 @@ class OptimizationRecipe:
     clip_norm: float
     label_smoothing: float
     batch_target_tokens: int
+    accumulation_steps: int = 1
+    weight_decay: float = 0.0
+    r_drop_alpha: float = 0.0
+    ema_decay: float = 0.0
+    precision: Precision = Precision.FP32
+    max_skipped_updates: int = 10
+    max_rollbacks: int = 2
+    rollback_rate_scale: float = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,12 +148,17 @@ class StopRecipe:
 
 @dataclass(frozen=True, kw_only=True)
 class ValidationRecipe:
-    """Validation, checkpoints and the choice of the published weights."""
+    """Validation, checkpoints and the choice of the published weights.
+
+    A checkpoint follows each validation, and also every `checkpoint_interval_steps` unless that is 0.
+    """
 
     interval_steps: int
     max_translated_pairs: int
     metric: SelectionMetric
     keep_last: int
+    averaging: Averaging = Averaging.LAST
+    checkpoint_interval_steps: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +175,17 @@ class Recipe:
     seed: int
 
 
+_Part = TypeVar("_Part")
+_ENUMS: Final[Mapping[str, type[enum.StrEnum]]] = {
+    "norm": NormPlacement,
+    "activation": Activation,
+    "positions": Positions,
+    "subword_algorithm": SubwordAlgorithm,
+    "precision": Precision,
+    "metric": SelectionMetric,
+    "averaging": Averaging,
+}
+
 Overrides = Mapping[str, Any]
 """Set fields of a recipe, nested as in the proto: {"preset": Preset.TINY, "model": {"d_model": 64}, "seed": 7}."""
 
@@ -129,6 +200,8 @@ _TINY: Final[dict[str, Any]] = {
         "attention_dropout": 0.0,
         "activation_dropout": 0.0,
         "norm": NormPlacement.POST,
+        "activation": Activation.RELU,
+        "positions": Positions.SINUSOIDAL,
     },
     "data": {
         "vocabulary_size": 8000,
@@ -136,6 +209,8 @@ _TINY: Final[dict[str, Any]] = {
         "character_coverage": 1.0,
         "max_sentence_tokens": 256,
         "max_length_ratio": 9.0,
+        "sampling_alpha": 0.0,
+        "bpe_dropout": 0.0,
     },
     "schedule": {"kind": ScheduleKind.NOAM, "warmup_steps": 800},
     "optimization": {
@@ -145,6 +220,14 @@ _TINY: Final[dict[str, Any]] = {
         "clip_norm": 1.0,
         "label_smoothing": 0.1,
         "batch_target_tokens": 1024,
+        "accumulation_steps": 1,
+        "weight_decay": 0.0,
+        "r_drop_alpha": 0.0,
+        "ema_decay": 0.0,
+        "precision": Precision.FP32,
+        "max_skipped_updates": 10,
+        "max_rollbacks": 2,
+        "rollback_rate_scale": 0.5,
     },
     "stop": {"max_steps": 10_000, "max_epochs": 0, "max_time_seconds": 0.0, "patience": 0},
     "validation": {
@@ -152,8 +235,18 @@ _TINY: Final[dict[str, Any]] = {
         "max_translated_pairs": 500,
         "metric": SelectionMetric.BLEU,
         "keep_last": 5,
+        "averaging": Averaging.LAST,
+        "checkpoint_interval_steps": 0,
     },
     "seed": 1,
+}
+_SMALL_CHANGES: Final[dict[str, Any]] = {
+    "model": {"d_model": 256, "encoder_layers": 6, "decoder_layers": 6, "ffn_dim": 1024, "dropout": 0.2},
+    "data": {"vocabulary_size": 16_000},
+    "schedule": {"warmup_steps": 2000},
+    "optimization": {"batch_target_tokens": 4096},
+    "stop": {"max_steps": 30_000},
+    "validation": {"interval_steps": 1000, "max_translated_pairs": 1000},
 }
 _BASE_CHANGES: Final[dict[str, Any]] = {
     "model": {"d_model": 512, "encoder_layers": 6, "decoder_layers": 6, "heads": 8, "ffn_dim": 2048, "dropout": 0.1},
@@ -167,6 +260,9 @@ _BIG_CHANGES: Final[dict[str, Any]] = {
     "model": {"d_model": 1024, "ffn_dim": 4096, "heads": 16, "dropout": 0.3},
     "stop": {"max_steps": 300_000},
 }
+_DEEP_SHALLOW_CHANGES: Final[dict[str, Any]] = {
+    "model": {"encoder_layers": 12, "decoder_layers": 2, "norm": NormPlacement.PRE},
+}
 
 
 def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
@@ -178,8 +274,10 @@ def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
 
 PRESETS: Final[Mapping[Preset, Mapping[str, Any]]] = {
     Preset.TINY: _TINY,
+    Preset.SMALL: _merge(_TINY, _SMALL_CHANGES),
     Preset.BASE: _merge(_TINY, _BASE_CHANGES),
     Preset.BIG: _merge(_merge(_TINY, _BASE_CHANGES), _BIG_CHANGES),
+    Preset.DEEP_SHALLOW: _merge(_merge(_TINY, _BASE_CHANGES), _DEEP_SHALLOW_CHANGES),
 }
 
 
@@ -217,12 +315,21 @@ _RANGES: Final[Mapping[str, _Range]] = {
     "data.character_coverage": _Range(0.9, 1),
     "data.max_sentence_tokens": _Range(4, 4096),
     "data.max_length_ratio": _Range(1, 1000),
+    "data.sampling_alpha": _Range(0, 1),
+    "data.bpe_dropout": _Range(0, 1, open_high=True),
     "optimization.adam_beta1": _Range(0, 1, open_high=True),
     "optimization.adam_beta2": _Range(0, 1, open_high=True),
     "optimization.adam_epsilon": _Range(0, 1, open_low=True),
     "optimization.clip_norm": _Range(0, 1e9),
     "optimization.label_smoothing": _Range(0, 1, open_high=True),
     "optimization.batch_target_tokens": _Range(64, 1e7),
+    "optimization.accumulation_steps": _Range(1, 1024),
+    "optimization.weight_decay": _Range(0, 1),
+    "optimization.r_drop_alpha": _Range(0, 100),
+    "optimization.ema_decay": _Range(0, 1, open_high=True),
+    "optimization.max_skipped_updates": _Range(0, 1000),
+    "optimization.max_rollbacks": _Range(0, 100),
+    "optimization.rollback_rate_scale": _Range(0, 1, open_low=True),
     "stop.max_steps": _Range(0, 1e9),
     "stop.max_epochs": _Range(0, 1e6),
     "stop.max_time_seconds": _Range(0, 1e9),
@@ -230,6 +337,7 @@ _RANGES: Final[Mapping[str, _Range]] = {
     "validation.interval_steps": _STEPS,
     "validation.max_translated_pairs": _Range(1, 1e6),
     "validation.keep_last": _Range(1, 100),
+    "validation.checkpoint_interval_steps": _Range(0, 1e9),
     "seed": _Range(0, 2**63 - 1),
 }
 _SCHEDULE_RANGES: Final[Mapping[str, _Range]] = {
@@ -303,20 +411,21 @@ def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
 
 def recipe_from_dict(values: Mapping[str, Any]) -> Recipe:
     """Return the recipe that `recipe_to_dict` wrote; its rules are not checked again."""
-    schedule = values["schedule"] | {"kind": ScheduleKind(values["schedule"]["kind"])}
-    data = values["data"] | {"subword_algorithm": SubwordAlgorithm(values["data"]["subword_algorithm"])}
     return Recipe(
         preset=Preset(values["preset"]),
-        model=ModelRecipe(**values["model"] | {"norm": NormPlacement(values["model"]["norm"])}),
-        data=DataRecipe(**data),
-        schedule=LearningRateSchedule(**schedule),
-        optimization=OptimizationRecipe(**values["optimization"]),
-        stop=StopRecipe(**values["stop"]),
-        validation=ValidationRecipe(
-            **values["validation"] | {"metric": SelectionMetric(values["validation"]["metric"])}
-        ),
+        model=_part(ModelRecipe, values["model"]),
+        data=_part(DataRecipe, values["data"]),
+        schedule=LearningRateSchedule(**values["schedule"] | {"kind": ScheduleKind(values["schedule"]["kind"])}),
+        optimization=_part(OptimizationRecipe, values["optimization"]),
+        stop=_part(StopRecipe, values["stop"]),
+        validation=_part(ValidationRecipe, values["validation"]),
         seed=values["seed"],
     )
+
+
+def _part(cls: type[_Part], values: Mapping[str, Any]) -> _Part:
+    enums = {name: _ENUMS[name](values[name]) for name in values if name in _ENUMS}
+    return cls(**{**values, **enums})
 
 
 def _has_other_limit(stop: Mapping[str, Any]) -> bool:
@@ -340,6 +449,10 @@ def _conflicts(values: Mapping[str, Any], path: str) -> Iterator[Violation]:
 
     if model["heads"] > 0 and model["d_model"] % model["heads"]:
         yield conflict("model.heads", f"{model['heads']} does not divide model.d_model, which is {model['d_model']}")
+    yield from _sampling_conflicts(data, path)
+    if model["positions"] is Positions.ROPE and model["heads"] > 0 and model["d_model"] // model["heads"] % 2:
+        width = model["d_model"] // model["heads"]
+        yield conflict("model.heads", f"makes heads of width {width}, which must be even: ROPE rotates pairs")
     if model["d_model"] % 2:
         yield conflict("model.d_model", f"is {model['d_model']}, must be even (sines and cosines come in pairs)")
     if optimization["batch_target_tokens"] < data["max_sentence_tokens"]:
@@ -348,8 +461,21 @@ def _conflicts(values: Mapping[str, Any], path: str) -> Iterator[Violation]:
             f"is {optimization['batch_target_tokens']}, must be at least data.max_sentence_tokens, "
             f"which is {data['max_sentence_tokens']}, so that every sentence fits a batch",
         )
+    if optimization["batch_target_tokens"] < optimization["accumulation_steps"] * data["max_sentence_tokens"]:
+        yield conflict(
+            "optimization.accumulation_steps",
+            f"is {optimization['accumulation_steps']}: a micro-batch would have fewer tokens than "
+            f"data.max_sentence_tokens, which is {data['max_sentence_tokens']}",
+        )
     if not (stop["max_steps"] or _has_other_limit(stop)):
         yield conflict("stop", "must set max_steps, max_epochs or max_time_seconds, else training never ends")
+
+
+def _sampling_conflicts(data: Mapping[str, Any], path: str) -> Iterator[Violation]:
+    for name, algorithm in (("sampling_alpha", SubwordAlgorithm.UNIGRAM), ("bpe_dropout", SubwordAlgorithm.BPE)):
+        if data[name] > 0 and data["subword_algorithm"] is not algorithm:
+            text = f"is {data[name]:g}, but belongs to subword_algorithm {algorithm.name}"
+            yield Violation(field=f"{path}.data.{name}", description=text, reason="CONFLICT")
 
 
 def _resolve_schedule(

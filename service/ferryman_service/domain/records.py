@@ -10,12 +10,13 @@ from typing import Any, Final
 
 
 class RunState(enum.StrEnum):
-    """Where a run stands."""
+    """Where a run stands. A PAUSED run waits for ResumeTraining; a run that waits for its restart is QUEUED."""
 
     QUEUED = "queued"
     STARTING = "starting"
     RUNNING = "running"
     EXPORTING = "exporting"
+    PAUSED = "paused"
     SUCCEEDED = "succeeded"
     FAILED = "failed"
     CANCELLED = "cancelled"
@@ -33,11 +34,13 @@ class RunState(enum.StrEnum):
 _TERMINAL: Final = frozenset({RunState.SUCCEEDED, RunState.FAILED, RunState.CANCELLED})
 _ENDS: Final = frozenset({RunState.FAILED, RunState.CANCELLED})
 _TRANSITIONS: Final[Mapping[RunState, frozenset[RunState]]] = {
-    RunState.QUEUED: _ENDS | {RunState.STARTING},
+    RunState.QUEUED: _ENDS | {RunState.STARTING, RunState.PAUSED},
     # STARTING -> STARTING: the service died between recording the attempt and starting its worker, and tries again.
-    RunState.STARTING: _ENDS | {RunState.STARTING, RunState.RUNNING},
-    RunState.RUNNING: _ENDS | {RunState.EXPORTING},
-    RunState.EXPORTING: _ENDS | {RunState.SUCCEEDED},
+    # To QUEUED from here on: the worker died or was told to stop, and another will take over.
+    RunState.STARTING: _ENDS | {RunState.STARTING, RunState.QUEUED, RunState.RUNNING, RunState.PAUSED},
+    RunState.RUNNING: _ENDS | {RunState.EXPORTING, RunState.QUEUED, RunState.PAUSED},
+    RunState.EXPORTING: _ENDS | {RunState.SUCCEEDED, RunState.QUEUED, RunState.PAUSED},
+    RunState.PAUSED: _ENDS | {RunState.QUEUED},
     RunState.SUCCEEDED: frozenset(),
     RunState.FAILED: frozenset(),
     RunState.CANCELLED: frozenset(),
@@ -55,7 +58,11 @@ class EventLevel(enum.StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class StepMetrics:
-    """One update of the weights. Losses in nats per target token; padding is never counted as a token."""
+    """One update of the weights. Losses in nats per target token; padding is never counted as a token.
+
+    `skipped`: the gradient was not finite and the weights were left alone. `model_flops_utilization` is the share of
+    the device's peak, 0 where that is unknown.
+    """
 
     step: int
     epoch: int
@@ -69,6 +76,8 @@ class StepMetrics:
     step_seconds: float
     padding_share: float
     memory_bytes: int
+    skipped: bool = False
+    model_flops_utilization: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,6 +32,8 @@ class FailureReason(enum.StrEnum):
     EXPORT_MISMATCH = "EXPORT_MISMATCH"
     NON_FINITE_LOSS = "NON_FINITE_LOSS"
     CORPUS_DAMAGED = "CORPUS_DAMAGED"
+    OUT_OF_MEMORY = "OUT_OF_MEMORY"
+    INITIAL_MODEL_UNUSABLE = "INITIAL_MODEL_UNUSABLE"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +56,11 @@ class TrainingFailed(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class RunProgress:
-    """How far a run is: a summary of its records, kept beside them."""
+    """How far a run is: a summary of its records, kept beside them.
+
+    `reports` counts the records of the series (steps, validations, and the events that belong to them), which a resumed
+    worker makes again; `skipped_updates` counts the steps whose update was skipped.
+    """
 
     step: int = 0
     epoch: int = 0
@@ -64,11 +70,17 @@ class RunProgress:
     remaining_seconds: float | None = None
     last_step: StepMetrics | None = None
     best_validation: ValidationMetrics | None = None
+    reports: int = 0
+    skipped_updates: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingRun:
-    """A training run as the store holds it. Times are nanoseconds since 1970, UTC."""
+    """A training run as the store holds it. Times are nanoseconds since 1970, UTC.
+
+    `restarts` counts the workers that died since the last one that got further; the next attempt starts no earlier than
+    `not_before_ns`. `initial_model` is "" or the version, "name/7", whose weights training starts from.
+    """
 
     run_id: str
     state: RunState
@@ -85,6 +97,12 @@ class TrainingRun:
     worker: ProcessIdentity | None = None
     start_time_ns: int | None = None
     end_time_ns: int | None = None
+    pause_requested: bool = False
+    restarts: int = 0
+    not_before_ns: int = 0
+    processes: int = 1
+    initial_model: str = ""
+    keep_optimizer: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,3 +136,18 @@ class AppendAck:
 
     last_sequence: int
     cancel_requested: bool
+    pause_requested: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointInfo:
+    """A complete checkpoint of a run. `scores` are there if the weights were validated at its step."""
+
+    step: int
+    epoch: int
+    create_time_ns: int
+    size_bytes: int
+    is_best: bool
+    bleu: float | None = None
+    chrf: float | None = None
+    nll_per_token: float | None = None

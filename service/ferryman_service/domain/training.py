@@ -15,14 +15,45 @@ class RunCancelled(Exception):
     """Raised by Reporter.check: somebody called CancelTraining."""
 
 
+class PauseRequested(Exception):
+    """Raised by Reporter.check: somebody called PauseTraining. A checkpoint is left before it is passed on."""
+
+
+class StopRequested(Exception):
+    """Raised by Reporter.check: this process was told to end. A checkpoint is left before it is passed on."""
+
+
+class DiskIsFull(Exception):
+    """The disk has no room for the run's files. The last checkpoint is intact; the run can go on from it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InitialWeights:
+    """What fine-tuning starts from: weights (safetensors), their subword model, and the checkpoint whose optimizer
+    moments are kept (None: fresh ones)."""
+
+    weights: Path
+    subwords: Path
+    checkpoint: Path | None = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainingJob:
-    """What a training engine is given. `run_dir` is its own; it exists and may hold an earlier attempt's files."""
+    """What a training engine is given.
+
+    `run_dir` is its own; it exists and may hold an earlier attempt's files. `prepared_dir` is shared by all runs and
+    keeps tokenised corpora. `reported_step` is the last step that an earlier attempt made durable. `corpus_digest`
+    names the corpus's content.
+    """
 
     run_id: str
     recipe: Recipe
     corpus: CorpusFiles
     run_dir: Path
+    prepared_dir: Path
+    corpus_digest: str = ""
+    reported_step: int = 0
+    initial: InitialWeights | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

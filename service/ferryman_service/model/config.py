@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ferryman_service.domain.recipe import NormPlacement, Recipe
+from ferryman_service.domain.recipe import Activation, NormPlacement, Positions, Recipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +27,8 @@ class TransformerConfig:
     activation_dropout: float
     norm: NormPlacement
     vocabulary_size: int
+    activation: Activation = Activation.RELU
+    positions: Positions = Positions.SINUSOIDAL
 
     def __post_init__(self) -> None:
         assert self.d_model % self.heads == 0, f"{self.heads} heads do not divide d_model {self.d_model}"
@@ -50,4 +52,5 @@ class TransformerConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TransformerConfig:
         """Return the config that `to_dict` wrote."""
-        return cls(**{**values, "norm": NormPlacement(values["norm"])})
+        enums = {"norm": NormPlacement, "activation": Activation, "positions": Positions}
+        return cls(**{**values, **{name: kind(values[name]) for name, kind in enums.items() if name in values}})

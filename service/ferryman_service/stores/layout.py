@@ -4,6 +4,7 @@ ferryman.db                   runs, records, and the rows of corpora and models
 page-token.key                secret, signs page tokens
 corpora/<corpus_id>/          the four files of a corpus
 corpora/.incoming/            uploads in progress
+prepared/<key>/               subwords and tokens of a corpus, for every run that wants them so
 runs/<run_id>/                a run's checkpoints and logs
 models/<name>/<version>/      published bundles
 models/.staging/              bundles in the making
@@ -52,6 +53,11 @@ class DataFolder:
     def runs(self) -> Path:
         """The parent of all run folders."""
         return self.root / "runs"
+
+    @property
+    def prepared(self) -> Path:
+        """The parent of all tokenised corpora, which runs share."""
+        return self.root / "prepared"
 
     @property
     def models(self) -> Path:

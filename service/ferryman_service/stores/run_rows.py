@@ -83,6 +83,12 @@ def run_from_row(row: Row[Any]) -> TrainingRun:
         worker=worker,
         start_time_ns=row.start_time_ns,
         end_time_ns=row.end_time_ns,
+        pause_requested=row.pause_requested,
+        restarts=row.restarts,
+        not_before_ns=row.not_before_ns,
+        processes=row.processes,
+        initial_model=row.initial_model,
+        keep_optimizer=row.keep_optimizer,
     )
 
 

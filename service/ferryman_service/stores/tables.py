@@ -20,6 +20,7 @@ from sqlalchemy import (
     Table,
     Text,
     TypeDecorator,
+    false,
 )
 
 
@@ -69,6 +70,12 @@ runs: Final = Table(
     Column("end_time_ns", BigInteger),
     Column("request_id", Text, unique=True),
     Column("body_digest", Text),
+    Column("pause_requested", Boolean, nullable=False, server_default=false()),
+    Column("restarts", Integer, nullable=False, server_default="0"),
+    Column("not_before_ns", BigInteger, nullable=False, server_default="0"),
+    Column("processes", Integer, nullable=False, server_default="1"),
+    Column("initial_model", Text, nullable=False, server_default=""),
+    Column("keep_optimizer", Boolean, nullable=False, server_default=false()),
     Index(None, "create_time_ns", "run_id"),
     Index(None, "state"),
 )

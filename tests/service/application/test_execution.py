@@ -123,6 +123,7 @@ class House:
             exporter=exporter,
             loader=exporter,
             log_tail=lambda run_id, attempt: f"tail {attempt}",
+            prepared_dir=run_dir / "prepared",
             reporter=ReporterConfig(flush_interval_s=0.001, ack_interval_s=0.005),
         )
         succeeded = execute_attempt(ports, run.run_id, 1, self.worker, run_dir)
@@ -190,6 +191,7 @@ def test_an_attempt_that_was_overtaken_does_nothing(house, new_run):
         exporter=PlayedExporter(Echo(), Echo()),
         loader=PlayedExporter(Echo(), Echo()),
         log_tail=lambda run_id, attempt: "",
+        prepared_dir=house.folder.prepared,
         reporter=ReporterConfig(),
     )
     assert not execute_attempt(ports, run.run_id, 1, house.worker, house.folder.run_dir(run.run_id))

@@ -107,6 +107,8 @@ def job(tmp_path, reverse_corpus):
     def make(recipe, corpus=reverse_corpus):
         run_dir = tmp_path / "run"
         run_dir.mkdir(exist_ok=True)
-        return TrainingJob(run_id="run_1", recipe=recipe, corpus=corpus, run_dir=run_dir)
+        return TrainingJob(
+            run_id="run_1", recipe=recipe, corpus=corpus, run_dir=run_dir, prepared_dir=tmp_path / "prepared"
+        )
 
     return make

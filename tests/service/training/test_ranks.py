@@ -96,7 +96,8 @@ RUN_ENGINE = """
     reporter = RecordingReporter()
     if rank == 0 and "CANCEL" in os.environ:
         reporter.checks_left, reporter.error = 30, RunCancelled()
-    job = TrainingJob(run_id="run_1", recipe=make_small_recipe(stop={"max_steps": 30}), corpus=corpus, run_dir=run_dir)
+    job = TrainingJob(run_id="run_1", recipe=make_small_recipe(stop={"max_steps": 30}), corpus=corpus, run_dir=run_dir,
+        prepared_dir=run_dir / "prepared")
     try:
         trained = TorchTrainingEngine(EngineConfig(device="cpu", threads=1)).train(job, reporter)
         print(trained.scores, len(reporter.steps), len(reporter.validations))
