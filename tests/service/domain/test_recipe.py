@@ -8,8 +8,10 @@ import pytest
 from ferryman_service.domain.errors import InvalidRecipe
 from ferryman_service.domain.recipe import (
     NormPlacement,
+    Positions,
     Preset,
     SelectionMetric,
+    SubwordAlgorithm,
     recipe_from_dict,
     recipe_to_dict,
     resolve_recipe,
@@ -29,14 +31,17 @@ def violations_of(overrides):
     ("preset", "shape"),
     [
         (Preset.TINY, (4, 4, 128, 256, 4)),
+        (Preset.SMALL, (6, 6, 256, 1024, 4)),
         (Preset.BASE, (6, 6, 512, 2048, 8)),
         (Preset.BIG, (6, 6, 1024, 4096, 16)),
+        (Preset.DEEP_SHALLOW, (12, 2, 512, 2048, 8)),
     ],
 )
 def test_presets_have_their_published_shapes(preset, shape):
     model = resolve_recipe({"preset": preset}).model
     assert (model.encoder_layers, model.decoder_layers, model.d_model, model.ffn_dim, model.heads) == shape
-    assert model.norm is NormPlacement.POST
+    # Twelve layers of the paper's form would not train without more care.
+    assert model.norm is (NormPlacement.PRE if preset is Preset.DEEP_SHALLOW else NormPlacement.POST)
 
 
 def test_the_defaults_are_the_papers_recipe():
@@ -71,14 +76,24 @@ OUT_OF_RANGE = [
     ("model", "attention_dropout", float("nan")),
     ("data", "vocabulary_size", 31),
     ("data", "character_coverage", 1.01),
+    ("data", "sampling_alpha", 1.01),
+    ("data", "bpe_dropout", 1.0),
     ("schedule", "warmup_steps", 0),
     ("schedule", "factor", 0.0),
+    ("optimization", "accumulation_steps", 0),
+    ("optimization", "weight_decay", -0.1),
+    ("optimization", "r_drop_alpha", 101.0),
+    ("optimization", "ema_decay", 1.0),
+    ("optimization", "max_skipped_updates", -1),
+    ("optimization", "max_rollbacks", 101),
+    ("optimization", "rollback_rate_scale", 0.0),
     ("optimization", "label_smoothing", 1.0),
     ("optimization", "clip_norm", -1.0),
     ("optimization", "adam_epsilon", 0.0),
     ("stop", "max_steps", -1),
     ("validation", "interval_steps", 0),
     ("validation", "keep_last", 0),
+    ("validation", "checkpoint_interval_steps", -1),
 ]
 
 
@@ -90,7 +105,14 @@ def test_values_out_of_range_are_named(part, name, value):
 CONFLICTS = [
     ({"model": {"heads": 3}}, "recipe.model.heads"),
     ({"model": {"d_model": 129, "heads": 3}}, "recipe.model.d_model"),
+    ({"model": {"d_model": 36, "heads": 4, "positions": Positions.ROPE}}, "recipe.model.heads"),
+    ({"data": {"bpe_dropout": 0.1}}, "recipe.data.bpe_dropout"),
+    (
+        {"data": {"subword_algorithm": SubwordAlgorithm.BPE, "sampling_alpha": 0.1}},
+        "recipe.data.sampling_alpha",
+    ),
     ({"optimization": {"batch_target_tokens": 100}}, "recipe.optimization.batch_target_tokens"),
+    ({"optimization": {"accumulation_steps": 5}}, "recipe.optimization.accumulation_steps"),
     ({"stop": {"max_steps": 0}}, "recipe.stop"),
     ({"schedule": {"d_model": 64}}, "recipe.schedule.d_model"),
     ({"schedule": {"peak_learning_rate": 0.1}}, "recipe.schedule.peak_learning_rate"),
@@ -131,6 +153,19 @@ def test_a_recipe_survives_json(preset):
     again = recipe_from_dict(json.loads(json.dumps(recipe_to_dict(recipe))))
     assert again == recipe
     assert all(type(a) is type(b) for a, b in zip(_leaves(again), _leaves(recipe), strict=True))
+
+
+def test_a_recipe_of_an_earlier_release_means_what_it_meant():
+    recipe = resolve_recipe({})
+    values = recipe_to_dict(recipe)
+    for part, names in {
+        "model": ("activation", "positions"),
+        "data": ("sampling_alpha", "bpe_dropout"),
+        "optimization": ("accumulation_steps", "weight_decay", "r_drop_alpha", "ema_decay", "precision"),
+        "validation": ("averaging", "checkpoint_interval_steps"),
+    }.items():
+        values[part] = {name: value for name, value in values[part].items() if name not in names}
+    assert recipe_from_dict(values) == recipe
 
 
 def _leaves(value):
