@@ -77,7 +77,6 @@ OUT_OF_RANGE = [
     ("data", "vocabulary_size", 31),
     ("data", "character_coverage", 1.01),
     ("data", "sampling_alpha", 1.01),
-    ("data", "bpe_dropout", 1.0),
     ("schedule", "warmup_steps", 0),
     ("schedule", "factor", 0.0),
     ("optimization", "accumulation_steps", 0),
@@ -100,6 +99,11 @@ OUT_OF_RANGE = [
 @pytest.mark.parametrize(("part", "name", "value"), OUT_OF_RANGE)
 def test_values_out_of_range_are_named(part, name, value):
     assert violations_of({part: {name: value}})[f"recipe.{part}.{name}"] == "OUT_OF_RANGE"
+
+
+def test_bpe_dropout_leaves_something_of_the_subwords():
+    overrides = {"data": {"subword_algorithm": SubwordAlgorithm.BPE, "bpe_dropout": 1.0}}
+    assert violations_of(overrides) == {"recipe.data.bpe_dropout": "OUT_OF_RANGE"}
 
 
 CONFLICTS = [
