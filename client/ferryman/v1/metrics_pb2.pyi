@@ -28,7 +28,9 @@ class _RunStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_RunState.Val
     RUN_STATE_UNSPECIFIED: _RunState.ValueType  # 0
     """Never returned."""
     RUN_STATE_QUEUED: _RunState.ValueType  # 1
-    """Accepted, waiting for a free worker."""
+    """Accepted, waiting for a free worker; or waiting to go on from its last checkpoint after its worker died or was told
+    to stop.
+    """
     RUN_STATE_STARTING: _RunState.ValueType  # 2
     """A worker is being started."""
     RUN_STATE_RUNNING: _RunState.ValueType  # 3
@@ -41,6 +43,8 @@ class _RunStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_RunState.Val
     """The run ended with an error, see TrainingRun.error."""
     RUN_STATE_CANCELLED: _RunState.ValueType  # 7
     """The run was cancelled."""
+    RUN_STATE_PAUSED: _RunState.ValueType  # 8
+    """At rest, by PauseTraining or because the disk was full; ResumeTraining lets it go on from its last checkpoint."""
 
 class RunState(_RunState, metaclass=_RunStateEnumTypeWrapper):
     """Where a training run stands. SUCCEEDED, FAILED and CANCELLED are terminal."""
@@ -48,7 +52,9 @@ class RunState(_RunState, metaclass=_RunStateEnumTypeWrapper):
 RUN_STATE_UNSPECIFIED: RunState.ValueType  # 0
 """Never returned."""
 RUN_STATE_QUEUED: RunState.ValueType  # 1
-"""Accepted, waiting for a free worker."""
+"""Accepted, waiting for a free worker; or waiting to go on from its last checkpoint after its worker died or was told
+to stop.
+"""
 RUN_STATE_STARTING: RunState.ValueType  # 2
 """A worker is being started."""
 RUN_STATE_RUNNING: RunState.ValueType  # 3
@@ -61,6 +67,8 @@ RUN_STATE_FAILED: RunState.ValueType  # 6
 """The run ended with an error, see TrainingRun.error."""
 RUN_STATE_CANCELLED: RunState.ValueType  # 7
 """The run was cancelled."""
+RUN_STATE_PAUSED: RunState.ValueType  # 8
+"""At rest, by PauseTraining or because the disk was full; ResumeTraining lets it go on from its last checkpoint."""
 Global___RunState: _TypeAlias = RunState  # noqa: Y015
 
 class _EventLevel:
@@ -147,7 +155,9 @@ Global___MetricRecord: _TypeAlias = MetricRecord  # noqa: Y015
 
 @_typing.final
 class StepMetrics(_message.Message):
-    """One update of the weights."""
+    """One update of the weights. A run that goes back to a checkpoint after a divergence (event ROLLED_BACK) reports the
+    steps that it does again; a run that resumes after its worker's end does not.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -163,6 +173,8 @@ class StepMetrics(_message.Message):
     STEP_SECONDS_FIELD_NUMBER: _builtins.int
     PADDING_SHARE_FIELD_NUMBER: _builtins.int
     MEMORY_BYTES_FIELD_NUMBER: _builtins.int
+    SKIPPED_FIELD_NUMBER: _builtins.int
+    MODEL_FLOPS_UTILIZATION_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     """Output only. The update's number, from 1."""
     epoch: _builtins.int
@@ -174,7 +186,9 @@ class StepMetrics(_message.Message):
     perplexity: _builtins.float
     """Output only. exp(nll_per_token)."""
     learning_rate: _builtins.float
-    """Output only. The learning rate of this update, equal to GetLRSchedule's to the last bit."""
+    """Output only. The learning rate of this update, equal to GetLRSchedule's to the last bit, times
+    `rollback_rate_scale` for each ROLLED_BACK before it.
+    """
     gradient_norm: _builtins.float
     """Output only. Global L2 norm of the gradient before clipping."""
     target_tokens: _builtins.int
@@ -187,6 +201,12 @@ class StepMetrics(_message.Message):
     """Output only. Share of padding among the batch's source and target positions, 0 to 1."""
     memory_bytes: _builtins.int
     """Output only. The worker's resident memory, or on a GPU the device memory allocated to it, bytes."""
+    skipped: _builtins.bool
+    """Output only. The update was not applied, because its gradient was not finite."""
+    model_flops_utilization: _builtins.float
+    """Output only. Share of the device's peak rate that the model's own multiplications reached, 0 to 1; 0 where the peak
+    is not known, as on a CPU.
+    """
     def __init__(
         self,
         *,
@@ -202,10 +222,12 @@ class StepMetrics(_message.Message):
         step_seconds: _builtins.float = ...,
         padding_share: _builtins.float = ...,
         memory_bytes: _builtins.int = ...,
+        skipped: _builtins.bool = ...,
+        model_flops_utilization: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "gradient_norm", b"gradient_norm", "learning_rate", b"learning_rate", "loss", b"loss", "memory_bytes", b"memory_bytes", "nll_per_token", b"nll_per_token", "padding_share", b"padding_share", "perplexity", b"perplexity", "step", b"step", "step_seconds", b"step_seconds", "target_tokens", b"target_tokens", "target_tokens_per_second", b"target_tokens_per_second"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "gradient_norm", b"gradient_norm", "learning_rate", b"learning_rate", "loss", b"loss", "memory_bytes", b"memory_bytes", "model_flops_utilization", b"model_flops_utilization", "nll_per_token", b"nll_per_token", "padding_share", b"padding_share", "perplexity", b"perplexity", "skipped", b"skipped", "step", b"step", "step_seconds", b"step_seconds", "target_tokens", b"target_tokens", "target_tokens_per_second", b"target_tokens_per_second"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -31,6 +31,10 @@ class _PresetEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Preset.ValueTy
     """6 + 6 layers, d_model 512, feed-forward 2048, 8 heads: the paper's base model."""
     PRESET_BIG: _Preset.ValueType  # 3
     """6 + 6 layers, d_model 1024, feed-forward 4096, 16 heads: the paper's big model."""
+    PRESET_SMALL: _Preset.ValueType  # 4
+    """6 + 6 layers, d_model 256, feed-forward 1024, 4 heads: between tiny and base."""
+    PRESET_DEEP_SHALLOW: _Preset.ValueType  # 5
+    """12 + 2 layers, pre-norm, widths of base: nearly the quality of base, much faster to translate with."""
 
 class Preset(_Preset, metaclass=_PresetEnumTypeWrapper):
     """Named starting points of a recipe. Every field of the recipe that is set overrides the preset's value."""
@@ -43,6 +47,10 @@ PRESET_BASE: Preset.ValueType  # 2
 """6 + 6 layers, d_model 512, feed-forward 2048, 8 heads: the paper's base model."""
 PRESET_BIG: Preset.ValueType  # 3
 """6 + 6 layers, d_model 1024, feed-forward 4096, 16 heads: the paper's big model."""
+PRESET_SMALL: Preset.ValueType  # 4
+"""6 + 6 layers, d_model 256, feed-forward 1024, 4 heads: between tiny and base."""
+PRESET_DEEP_SHALLOW: Preset.ValueType  # 5
+"""12 + 2 layers, pre-norm, widths of base: nearly the quality of base, much faster to translate with."""
 Global___Preset: _TypeAlias = Preset  # noqa: Y015
 
 class _NormPlacement:
@@ -57,6 +65,10 @@ class _NormPlacementEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_NormPla
     """LayerNorm(x + Sublayer(x)), the form of "Attention Is All You Need"."""
     NORM_PLACEMENT_PRE: _NormPlacement.ValueType  # 2
     """x + Sublayer(LayerNorm(x)), with one more normalisation after the last layer."""
+    NORM_PLACEMENT_DEEP: _NormPlacement.ValueType  # 3
+    """LayerNorm(alpha * x + Sublayer(x)) with smaller initial weights, so that tens of layers train stably (DeepNorm:
+    Wang et al., 2022).
+    """
 
 class NormPlacement(_NormPlacement, metaclass=_NormPlacementEnumTypeWrapper):
     """Where layer normalisation stands in a residual block."""
@@ -67,7 +79,119 @@ NORM_PLACEMENT_POST: NormPlacement.ValueType  # 1
 """LayerNorm(x + Sublayer(x)), the form of "Attention Is All You Need"."""
 NORM_PLACEMENT_PRE: NormPlacement.ValueType  # 2
 """x + Sublayer(LayerNorm(x)), with one more normalisation after the last layer."""
+NORM_PLACEMENT_DEEP: NormPlacement.ValueType  # 3
+"""LayerNorm(alpha * x + Sublayer(x)) with smaller initial weights, so that tens of layers train stably (DeepNorm:
+Wang et al., 2022).
+"""
 Global___NormPlacement: _TypeAlias = NormPlacement  # noqa: Y015
+
+class _Activation:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ActivationEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Activation.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    ACTIVATION_UNSPECIFIED: _Activation.ValueType  # 0
+    """The preset's value."""
+    ACTIVATION_RELU: _Activation.ValueType  # 1
+    """max(x, 0), the form of "Attention Is All You Need"."""
+    ACTIVATION_GELU: _Activation.ValueType  # 2
+    """x * Phi(x), with Phi the normal distribution function (Hendrycks and Gimpel, 2016)."""
+    ACTIVATION_SWIGLU: _Activation.ValueType  # 3
+    """silu(gate) * x, with a third map for the gate (Shazeer, 2020)."""
+
+class Activation(_Activation, metaclass=_ActivationEnumTypeWrapper):
+    """What stands between the two maps of a feed-forward sublayer."""
+
+ACTIVATION_UNSPECIFIED: Activation.ValueType  # 0
+"""The preset's value."""
+ACTIVATION_RELU: Activation.ValueType  # 1
+"""max(x, 0), the form of "Attention Is All You Need"."""
+ACTIVATION_GELU: Activation.ValueType  # 2
+"""x * Phi(x), with Phi the normal distribution function (Hendrycks and Gimpel, 2016)."""
+ACTIVATION_SWIGLU: Activation.ValueType  # 3
+"""silu(gate) * x, with a third map for the gate (Shazeer, 2020)."""
+Global___Activation: _TypeAlias = Activation  # noqa: Y015
+
+class _Positions:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _PositionsEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Positions.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    POSITIONS_UNSPECIFIED: _Positions.ValueType  # 0
+    """The preset's value."""
+    POSITIONS_SINUSOIDAL: _Positions.ValueType  # 1
+    """Sines and cosines added to the embeddings, the form of "Attention Is All You Need"."""
+    POSITIONS_ROPE: _Positions.ValueType  # 2
+    """Queries and keys of self-attention rotated by the position (Su et al., 2021)."""
+
+class Positions(_Positions, metaclass=_PositionsEnumTypeWrapper):
+    """How the network knows where a token stands."""
+
+POSITIONS_UNSPECIFIED: Positions.ValueType  # 0
+"""The preset's value."""
+POSITIONS_SINUSOIDAL: Positions.ValueType  # 1
+"""Sines and cosines added to the embeddings, the form of "Attention Is All You Need"."""
+POSITIONS_ROPE: Positions.ValueType  # 2
+"""Queries and keys of self-attention rotated by the position (Su et al., 2021)."""
+Global___Positions: _TypeAlias = Positions  # noqa: Y015
+
+class _Precision:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _PrecisionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Precision.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    PRECISION_UNSPECIFIED: _Precision.ValueType  # 0
+    """The preset's value."""
+    PRECISION_FP32: _Precision.ValueType  # 1
+    """32-bit floating point."""
+    PRECISION_BF16: _Precision.ValueType  # 2
+    """bfloat16."""
+    PRECISION_FP16: _Precision.ValueType  # 3
+    """16-bit floating point, with a loss scale that adapts itself."""
+
+class Precision(_Precision, metaclass=_PrecisionEnumTypeWrapper):
+    """What matrix products are computed in while training. Weights and Adam's moments are FP32 in each."""
+
+PRECISION_UNSPECIFIED: Precision.ValueType  # 0
+"""The preset's value."""
+PRECISION_FP32: Precision.ValueType  # 1
+"""32-bit floating point."""
+PRECISION_BF16: Precision.ValueType  # 2
+"""bfloat16."""
+PRECISION_FP16: Precision.ValueType  # 3
+"""16-bit floating point, with a loss scale that adapts itself."""
+Global___Precision: _TypeAlias = Precision  # noqa: Y015
+
+class _Averaging:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _AveragingEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Averaging.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    AVERAGING_UNSPECIFIED: _Averaging.ValueType  # 0
+    """The preset's value."""
+    AVERAGING_LAST: _Averaging.ValueType  # 1
+    """The last `keep_last`."""
+    AVERAGING_BEST: _Averaging.ValueType  # 2
+    """The `keep_last` with the best validation scores."""
+    AVERAGING_NONE: _Averaging.ValueType  # 3
+    """None: the best checkpoint is published as it is."""
+
+class Averaging(_Averaging, metaclass=_AveragingEnumTypeWrapper):
+    """Which checkpoints are averaged at the end of training."""
+
+AVERAGING_UNSPECIFIED: Averaging.ValueType  # 0
+"""The preset's value."""
+AVERAGING_LAST: Averaging.ValueType  # 1
+"""The last `keep_last`."""
+AVERAGING_BEST: Averaging.ValueType  # 2
+"""The `keep_last` with the best validation scores."""
+AVERAGING_NONE: Averaging.ValueType  # 3
+"""None: the best checkpoint is published as it is."""
+Global___Averaging: _TypeAlias = Averaging  # noqa: Y015
 
 class _SubwordAlgorithm:
     ValueType = _typing.NewType("ValueType", _builtins.int)
@@ -226,9 +350,7 @@ Global___Recipe: _TypeAlias = Recipe  # noqa: Y015
 
 @_typing.final
 class ModelRecipe(_message.Message):
-    """The network: an encoder-decoder Transformer with sinusoidal positions and one embedding matrix shared by source,
-    target and output layer.
-    """
+    """The network: an encoder-decoder Transformer with one embedding matrix shared by source, target and output layer."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -241,28 +363,40 @@ class ModelRecipe(_message.Message):
     ATTENTION_DROPOUT_FIELD_NUMBER: _builtins.int
     ACTIVATION_DROPOUT_FIELD_NUMBER: _builtins.int
     NORM_FIELD_NUMBER: _builtins.int
+    ACTIVATION_FIELD_NUMBER: _builtins.int
+    POSITIONS_FIELD_NUMBER: _builtins.int
     d_model: _builtins.int
-    """Optional. Width of the residual stream, 8 to 8192, even and divisible by `heads`. Default: 128 (tiny), 512 (base),
-    1024 (big).
+    """Optional. Width of the residual stream, 8 to 8192, even and divisible by `heads`. Default: 128 (tiny), 256
+    (small), 512 (base, deep_shallow), 1024 (big).
     """
     encoder_layers: _builtins.int
-    """Optional. Encoder layers, 1 to 64. Default: 4 (tiny), 6 (base, big)."""
+    """Optional. Encoder layers, 1 to 64. Default: 4 (tiny), 6 (small, base, big), 12 (deep_shallow)."""
     decoder_layers: _builtins.int
-    """Optional. Decoder layers, 1 to 64. Default: 4 (tiny), 6 (base, big)."""
+    """Optional. Decoder layers, 1 to 64. Default: 4 (tiny), 6 (small, base, big), 2 (deep_shallow)."""
     heads: _builtins.int
-    """Optional. Attention heads, 1 to 128. Default: 4 (tiny), 8 (base), 16 (big)."""
+    """Optional. Attention heads, 1 to 128. With POSITIONS_ROPE, d_model / heads must be even. Default: 4 (tiny, small), 8
+    (base, deep_shallow), 16 (big).
+    """
     ffn_dim: _builtins.int
-    """Optional. Inner width of the feed-forward sublayers, 8 to 65536. Default: 256 (tiny), 2048 (base), 4096 (big)."""
+    """Optional. Inner width of the feed-forward sublayers, 8 to 65536. Default: 256 (tiny), 1024 (small), 2048 (base,
+    deep_shallow), 4096 (big).
+    """
     dropout: _builtins.float
-    """Optional. Dropout on each sublayer's output and on embeddings, 0 <= p < 1. Default: 0.15 (tiny), 0.1
-    (base), 0.3 (big).
+    """Optional. Dropout on each sublayer's output and on embeddings, 0 <= p < 1. Default: 0.15 (tiny), 0.2
+    (small), 0.1 (base, deep_shallow), 0.3 (big).
     """
     attention_dropout: _builtins.float
     """Optional. Dropout on attention weights, 0 <= p < 1. Default: 0."""
     activation_dropout: _builtins.float
-    """Optional. Dropout after the feed-forward activation (ReLU), 0 <= p < 1. Default: 0."""
+    """Optional. Dropout after the feed-forward activation, 0 <= p < 1. Default: 0."""
     norm: Global___NormPlacement.ValueType
-    """Optional. Where layer normalisation stands. Default: NORM_PLACEMENT_POST."""
+    """Optional. Where layer normalisation stands. Default: NORM_PLACEMENT_POST, NORM_PLACEMENT_PRE
+    (deep_shallow).
+    """
+    activation: Global___Activation.ValueType
+    """Optional. The activation of the feed-forward sublayers. Default: ACTIVATION_RELU."""
+    positions: Global___Positions.ValueType
+    """Optional. The form of positions. Default: POSITIONS_SINUSOIDAL."""
     def __init__(
         self,
         *,
@@ -275,10 +409,12 @@ class ModelRecipe(_message.Message):
         attention_dropout: _builtins.float | None = ...,
         activation_dropout: _builtins.float | None = ...,
         norm: Global___NormPlacement.ValueType = ...,
+        activation: Global___Activation.ValueType = ...,
+        positions: Global___Positions.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_activation_dropout", b"_activation_dropout", "_attention_dropout", b"_attention_dropout", "_d_model", b"_d_model", "_decoder_layers", b"_decoder_layers", "_dropout", b"_dropout", "_encoder_layers", b"_encoder_layers", "_ffn_dim", b"_ffn_dim", "_heads", b"_heads", "activation_dropout", b"activation_dropout", "attention_dropout", b"attention_dropout", "d_model", b"d_model", "decoder_layers", b"decoder_layers", "dropout", b"dropout", "encoder_layers", b"encoder_layers", "ffn_dim", b"ffn_dim", "heads", b"heads"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_activation_dropout", b"_activation_dropout", "_attention_dropout", b"_attention_dropout", "_d_model", b"_d_model", "_decoder_layers", b"_decoder_layers", "_dropout", b"_dropout", "_encoder_layers", b"_encoder_layers", "_ffn_dim", b"_ffn_dim", "_heads", b"_heads", "activation_dropout", b"activation_dropout", "attention_dropout", b"attention_dropout", "d_model", b"d_model", "decoder_layers", b"decoder_layers", "dropout", b"dropout", "encoder_layers", b"encoder_layers", "ffn_dim", b"ffn_dim", "heads", b"heads", "norm", b"norm"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_activation_dropout", b"_activation_dropout", "_attention_dropout", b"_attention_dropout", "_d_model", b"_d_model", "_decoder_layers", b"_decoder_layers", "_dropout", b"_dropout", "_encoder_layers", b"_encoder_layers", "_ffn_dim", b"_ffn_dim", "_heads", b"_heads", "activation", b"activation", "activation_dropout", b"activation_dropout", "attention_dropout", b"attention_dropout", "d_model", b"d_model", "decoder_layers", b"decoder_layers", "dropout", b"dropout", "encoder_layers", b"encoder_layers", "ffn_dim", b"ffn_dim", "heads", b"heads", "norm", b"norm", "positions", b"positions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__activation_dropout: _TypeAlias = _typing.Literal["activation_dropout"]  # noqa: Y015
     _WhichOneofArgType__activation_dropout: _TypeAlias = _typing.Literal["_activation_dropout", b"_activation_dropout"]  # noqa: Y015
@@ -326,9 +462,12 @@ class DataRecipe(_message.Message):
     CHARACTER_COVERAGE_FIELD_NUMBER: _builtins.int
     MAX_SENTENCE_TOKENS_FIELD_NUMBER: _builtins.int
     MAX_LENGTH_RATIO_FIELD_NUMBER: _builtins.int
+    SAMPLING_ALPHA_FIELD_NUMBER: _builtins.int
+    BPE_DROPOUT_FIELD_NUMBER: _builtins.int
     vocabulary_size: _builtins.int
     """Optional. Subwords in the joint vocabulary, special symbols included, 32 to 256000. The corpus must be able to
-    fill it, else the run fails with reason VOCABULARY_TOO_LARGE. Default: 8000 (tiny), 32000 (base, big).
+    fill it, else the run fails with reason VOCABULARY_TOO_LARGE. Default: 8000 (tiny), 16000 (small), 32000
+    (base, big, deep_shallow).
     """
     subword_algorithm: Global___SubwordAlgorithm.ValueType
     """Optional. How subwords are learnt. Default: SUBWORD_ALGORITHM_UNIGRAM."""
@@ -340,6 +479,14 @@ class DataRecipe(_message.Message):
     """
     max_length_ratio: _builtins.float
     """Optional. Training pairs with a subword length ratio above it are dropped and counted; 1 to 1000. Default: 9."""
+    sampling_alpha: _builtins.float
+    """Optional. SUBWORD_ALGORITHM_UNIGRAM only: the training pairs are segmented anew in each epoch, each segmentation
+    drawn with its probability to the power of this (Kudo, 2018), 0 to 1; 0 turns it off. Default: 0.
+    """
+    bpe_dropout: _builtins.float
+    """Optional. SUBWORD_ALGORITHM_BPE only: the training pairs are segmented anew in each epoch, each merge left out with
+    this probability (Provilkov et al., 2020), 0 <= p < 1; 0 turns it off. Default: 0.
+    """
     def __init__(
         self,
         *,
@@ -348,25 +495,35 @@ class DataRecipe(_message.Message):
         character_coverage: _builtins.float | None = ...,
         max_sentence_tokens: _builtins.int | None = ...,
         max_length_ratio: _builtins.float | None = ...,
+        sampling_alpha: _builtins.float | None = ...,
+        bpe_dropout: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_character_coverage", b"_character_coverage", "_max_length_ratio", b"_max_length_ratio", "_max_sentence_tokens", b"_max_sentence_tokens", "_vocabulary_size", b"_vocabulary_size", "character_coverage", b"character_coverage", "max_length_ratio", b"max_length_ratio", "max_sentence_tokens", b"max_sentence_tokens", "vocabulary_size", b"vocabulary_size"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_bpe_dropout", b"_bpe_dropout", "_character_coverage", b"_character_coverage", "_max_length_ratio", b"_max_length_ratio", "_max_sentence_tokens", b"_max_sentence_tokens", "_sampling_alpha", b"_sampling_alpha", "_vocabulary_size", b"_vocabulary_size", "bpe_dropout", b"bpe_dropout", "character_coverage", b"character_coverage", "max_length_ratio", b"max_length_ratio", "max_sentence_tokens", b"max_sentence_tokens", "sampling_alpha", b"sampling_alpha", "vocabulary_size", b"vocabulary_size"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_character_coverage", b"_character_coverage", "_max_length_ratio", b"_max_length_ratio", "_max_sentence_tokens", b"_max_sentence_tokens", "_vocabulary_size", b"_vocabulary_size", "character_coverage", b"character_coverage", "max_length_ratio", b"max_length_ratio", "max_sentence_tokens", b"max_sentence_tokens", "subword_algorithm", b"subword_algorithm", "vocabulary_size", b"vocabulary_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_bpe_dropout", b"_bpe_dropout", "_character_coverage", b"_character_coverage", "_max_length_ratio", b"_max_length_ratio", "_max_sentence_tokens", b"_max_sentence_tokens", "_sampling_alpha", b"_sampling_alpha", "_vocabulary_size", b"_vocabulary_size", "bpe_dropout", b"bpe_dropout", "character_coverage", b"character_coverage", "max_length_ratio", b"max_length_ratio", "max_sentence_tokens", b"max_sentence_tokens", "sampling_alpha", b"sampling_alpha", "subword_algorithm", b"subword_algorithm", "vocabulary_size", b"vocabulary_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__bpe_dropout: _TypeAlias = _typing.Literal["bpe_dropout"]  # noqa: Y015
+    _WhichOneofArgType__bpe_dropout: _TypeAlias = _typing.Literal["_bpe_dropout", b"_bpe_dropout"]  # noqa: Y015
     _WhichOneofReturnType__character_coverage: _TypeAlias = _typing.Literal["character_coverage"]  # noqa: Y015
     _WhichOneofArgType__character_coverage: _TypeAlias = _typing.Literal["_character_coverage", b"_character_coverage"]  # noqa: Y015
     _WhichOneofReturnType__max_length_ratio: _TypeAlias = _typing.Literal["max_length_ratio"]  # noqa: Y015
     _WhichOneofArgType__max_length_ratio: _TypeAlias = _typing.Literal["_max_length_ratio", b"_max_length_ratio"]  # noqa: Y015
     _WhichOneofReturnType__max_sentence_tokens: _TypeAlias = _typing.Literal["max_sentence_tokens"]  # noqa: Y015
     _WhichOneofArgType__max_sentence_tokens: _TypeAlias = _typing.Literal["_max_sentence_tokens", b"_max_sentence_tokens"]  # noqa: Y015
+    _WhichOneofReturnType__sampling_alpha: _TypeAlias = _typing.Literal["sampling_alpha"]  # noqa: Y015
+    _WhichOneofArgType__sampling_alpha: _TypeAlias = _typing.Literal["_sampling_alpha", b"_sampling_alpha"]  # noqa: Y015
     _WhichOneofReturnType__vocabulary_size: _TypeAlias = _typing.Literal["vocabulary_size"]  # noqa: Y015
     _WhichOneofArgType__vocabulary_size: _TypeAlias = _typing.Literal["_vocabulary_size", b"_vocabulary_size"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__bpe_dropout) -> _WhichOneofReturnType__bpe_dropout | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__character_coverage) -> _WhichOneofReturnType__character_coverage | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_length_ratio) -> _WhichOneofReturnType__max_length_ratio | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_sentence_tokens) -> _WhichOneofReturnType__max_sentence_tokens | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__sampling_alpha) -> _WhichOneofReturnType__sampling_alpha | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__vocabulary_size) -> _WhichOneofReturnType__vocabulary_size | None: ...
 
@@ -388,7 +545,9 @@ class LearningRateSchedule(_message.Message):
     kind: Global___ScheduleKind.ValueType
     """Optional. The shape. Default: the preset's, which is SCHEDULE_KIND_NOAM."""
     warmup_steps: _builtins.int
-    """Optional. Steps of linear warmup, 1 to 10^9. Default: 800 (tiny), 4000 (base, big, and without a preset)."""
+    """Optional. Steps of linear warmup, 1 to 10^9. Default: 800 (tiny), 2000 (small), 4000 (base, big,
+    deep_shallow, and without a preset).
+    """
     factor: _builtins.float
     """Optional. NOAM only: the factor, above 0 to 1000. Default: 1."""
     d_model: _builtins.int
@@ -400,8 +559,8 @@ class LearningRateSchedule(_message.Message):
     minimum_learning_rate: _builtins.float
     """Optional. COSINE and LINEAR only: the learning rate at `total_steps`, 0 to the peak. Default: 0."""
     total_steps: _builtins.int
-    """Optional. COSINE and LINEAR only: the step at which the minimum is reached, above `warmup_steps`. Default: the
-    recipe's `stop.max_steps`; required where that is not set.
+    """Optional. COSINE and LINEAR only: the step at which the minimum is reached, above `warmup_steps` to 10^9. Default:
+    the recipe's `stop.max_steps`; required where that is not set.
     """
     def __init__(
         self,
@@ -447,7 +606,7 @@ Global___LearningRateSchedule: _TypeAlias = LearningRateSchedule  # noqa: Y015
 
 @_typing.final
 class OptimizationRecipe(_message.Message):
-    """Adam, gradient clipping, loss and batch."""
+    """Adam, gradient clipping, loss, batch, and what happens when a gradient is not finite."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -457,6 +616,14 @@ class OptimizationRecipe(_message.Message):
     CLIP_NORM_FIELD_NUMBER: _builtins.int
     LABEL_SMOOTHING_FIELD_NUMBER: _builtins.int
     BATCH_TARGET_TOKENS_FIELD_NUMBER: _builtins.int
+    ACCUMULATION_STEPS_FIELD_NUMBER: _builtins.int
+    WEIGHT_DECAY_FIELD_NUMBER: _builtins.int
+    R_DROP_ALPHA_FIELD_NUMBER: _builtins.int
+    EMA_DECAY_FIELD_NUMBER: _builtins.int
+    PRECISION_FIELD_NUMBER: _builtins.int
+    MAX_SKIPPED_UPDATES_FIELD_NUMBER: _builtins.int
+    MAX_ROLLBACKS_FIELD_NUMBER: _builtins.int
+    ROLLBACK_RATE_SCALE_FIELD_NUMBER: _builtins.int
     adam_beta1: _builtins.float
     """Optional. Adam's decay of the first moment, 0 <= beta1 < 1. Default: 0.9."""
     adam_beta2: _builtins.float
@@ -464,15 +631,45 @@ class OptimizationRecipe(_message.Message):
     adam_epsilon: _builtins.float
     """Optional. Adam's epsilon, above 0 to 1. Default: 1e-9."""
     clip_norm: _builtins.float
-    """Optional. Largest global gradient norm; 0 turns clipping off. Default: 1 (tiny), 0 (base, big)."""
+    """Optional. Largest global gradient norm, 0 to 10^9; 0 turns clipping off. Default: 1 (tiny, small), 0 (base, big,
+    deep_shallow).
+    """
     label_smoothing: _builtins.float
     """Optional. Label smoothing, 0 <= epsilon < 1: the target distribution is (1 - epsilon) on the label plus
     epsilon / K on each of all K subwords, the label included. Default: 0.1.
     """
     batch_target_tokens: _builtins.int
     """Optional. Target tokens of an update, padding not counted, 64 to 10^7, and at least `max_sentence_tokens`.
-    Default: 1024 (tiny), 25000 (base, big).
+    Default: 1024 (tiny), 4096 (small), 25000 (base, big, deep_shallow).
     """
+    accumulation_steps: _builtins.int
+    """Optional. Micro-batches that an update's tokens are split into, 1 to 1024; a micro-batch must still hold
+    `max_sentence_tokens`. The update is the same but for rounding; memory shrinks. Default: 1.
+    """
+    weight_decay: _builtins.float
+    """Optional. Decoupled weight decay (AdamW: Loshchilov and Hutter, 2019) of matrices and embeddings, not of biases and
+    norms, 0 to 1. Default: 0.
+    """
+    r_drop_alpha: _builtins.float
+    """Optional. Weight of the symmetric Kullback-Leibler divergence between two passes with different dropout (R-Drop:
+    Liang et al., 2021), 0 to 100; 0 turns it off. It doubles the work of an update. Default: 0.
+    """
+    ema_decay: _builtins.float
+    """Optional. Decay of the moving average of the weights, 0 <= d < 1; 0 turns it off. If it is on, the average is what
+    is validated, kept as the best, and published. Default: 0.
+    """
+    precision: Global___Precision.ValueType
+    """Optional. What matrix products are computed in. Default: PRECISION_FP32."""
+    max_skipped_updates: _builtins.int
+    """Optional. Updates in a row that are skipped because their gradient is not finite, 0 to 1000; one more and training
+    has diverged. Default: 10.
+    """
+    max_rollbacks: _builtins.int
+    """Optional. How often a run that has diverged goes back to its last checkpoint, 0 to 100; after that it fails with
+    reason NON_FINITE_LOSS. Default: 2.
+    """
+    rollback_rate_scale: _builtins.float
+    """Optional. What the learning rate is multiplied by from each such return on, above 0 to 1. Default: 0.5."""
     def __init__(
         self,
         *,
@@ -482,11 +679,21 @@ class OptimizationRecipe(_message.Message):
         clip_norm: _builtins.float | None = ...,
         label_smoothing: _builtins.float | None = ...,
         batch_target_tokens: _builtins.int | None = ...,
+        accumulation_steps: _builtins.int | None = ...,
+        weight_decay: _builtins.float | None = ...,
+        r_drop_alpha: _builtins.float | None = ...,
+        ema_decay: _builtins.float | None = ...,
+        precision: Global___Precision.ValueType = ...,
+        max_skipped_updates: _builtins.int | None = ...,
+        max_rollbacks: _builtins.int | None = ...,
+        rollback_rate_scale: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_adam_beta1", b"_adam_beta1", "_adam_beta2", b"_adam_beta2", "_adam_epsilon", b"_adam_epsilon", "_batch_target_tokens", b"_batch_target_tokens", "_clip_norm", b"_clip_norm", "_label_smoothing", b"_label_smoothing", "adam_beta1", b"adam_beta1", "adam_beta2", b"adam_beta2", "adam_epsilon", b"adam_epsilon", "batch_target_tokens", b"batch_target_tokens", "clip_norm", b"clip_norm", "label_smoothing", b"label_smoothing"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_accumulation_steps", b"_accumulation_steps", "_adam_beta1", b"_adam_beta1", "_adam_beta2", b"_adam_beta2", "_adam_epsilon", b"_adam_epsilon", "_batch_target_tokens", b"_batch_target_tokens", "_clip_norm", b"_clip_norm", "_ema_decay", b"_ema_decay", "_label_smoothing", b"_label_smoothing", "_max_rollbacks", b"_max_rollbacks", "_max_skipped_updates", b"_max_skipped_updates", "_r_drop_alpha", b"_r_drop_alpha", "_rollback_rate_scale", b"_rollback_rate_scale", "_weight_decay", b"_weight_decay", "accumulation_steps", b"accumulation_steps", "adam_beta1", b"adam_beta1", "adam_beta2", b"adam_beta2", "adam_epsilon", b"adam_epsilon", "batch_target_tokens", b"batch_target_tokens", "clip_norm", b"clip_norm", "ema_decay", b"ema_decay", "label_smoothing", b"label_smoothing", "max_rollbacks", b"max_rollbacks", "max_skipped_updates", b"max_skipped_updates", "r_drop_alpha", b"r_drop_alpha", "rollback_rate_scale", b"rollback_rate_scale", "weight_decay", b"weight_decay"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_adam_beta1", b"_adam_beta1", "_adam_beta2", b"_adam_beta2", "_adam_epsilon", b"_adam_epsilon", "_batch_target_tokens", b"_batch_target_tokens", "_clip_norm", b"_clip_norm", "_label_smoothing", b"_label_smoothing", "adam_beta1", b"adam_beta1", "adam_beta2", b"adam_beta2", "adam_epsilon", b"adam_epsilon", "batch_target_tokens", b"batch_target_tokens", "clip_norm", b"clip_norm", "label_smoothing", b"label_smoothing"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_accumulation_steps", b"_accumulation_steps", "_adam_beta1", b"_adam_beta1", "_adam_beta2", b"_adam_beta2", "_adam_epsilon", b"_adam_epsilon", "_batch_target_tokens", b"_batch_target_tokens", "_clip_norm", b"_clip_norm", "_ema_decay", b"_ema_decay", "_label_smoothing", b"_label_smoothing", "_max_rollbacks", b"_max_rollbacks", "_max_skipped_updates", b"_max_skipped_updates", "_r_drop_alpha", b"_r_drop_alpha", "_rollback_rate_scale", b"_rollback_rate_scale", "_weight_decay", b"_weight_decay", "accumulation_steps", b"accumulation_steps", "adam_beta1", b"adam_beta1", "adam_beta2", b"adam_beta2", "adam_epsilon", b"adam_epsilon", "batch_target_tokens", b"batch_target_tokens", "clip_norm", b"clip_norm", "ema_decay", b"ema_decay", "label_smoothing", b"label_smoothing", "max_rollbacks", b"max_rollbacks", "max_skipped_updates", b"max_skipped_updates", "precision", b"precision", "r_drop_alpha", b"r_drop_alpha", "rollback_rate_scale", b"rollback_rate_scale", "weight_decay", b"weight_decay"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__accumulation_steps: _TypeAlias = _typing.Literal["accumulation_steps"]  # noqa: Y015
+    _WhichOneofArgType__accumulation_steps: _TypeAlias = _typing.Literal["_accumulation_steps", b"_accumulation_steps"]  # noqa: Y015
     _WhichOneofReturnType__adam_beta1: _TypeAlias = _typing.Literal["adam_beta1"]  # noqa: Y015
     _WhichOneofArgType__adam_beta1: _TypeAlias = _typing.Literal["_adam_beta1", b"_adam_beta1"]  # noqa: Y015
     _WhichOneofReturnType__adam_beta2: _TypeAlias = _typing.Literal["adam_beta2"]  # noqa: Y015
@@ -497,8 +704,22 @@ class OptimizationRecipe(_message.Message):
     _WhichOneofArgType__batch_target_tokens: _TypeAlias = _typing.Literal["_batch_target_tokens", b"_batch_target_tokens"]  # noqa: Y015
     _WhichOneofReturnType__clip_norm: _TypeAlias = _typing.Literal["clip_norm"]  # noqa: Y015
     _WhichOneofArgType__clip_norm: _TypeAlias = _typing.Literal["_clip_norm", b"_clip_norm"]  # noqa: Y015
+    _WhichOneofReturnType__ema_decay: _TypeAlias = _typing.Literal["ema_decay"]  # noqa: Y015
+    _WhichOneofArgType__ema_decay: _TypeAlias = _typing.Literal["_ema_decay", b"_ema_decay"]  # noqa: Y015
     _WhichOneofReturnType__label_smoothing: _TypeAlias = _typing.Literal["label_smoothing"]  # noqa: Y015
     _WhichOneofArgType__label_smoothing: _TypeAlias = _typing.Literal["_label_smoothing", b"_label_smoothing"]  # noqa: Y015
+    _WhichOneofReturnType__max_rollbacks: _TypeAlias = _typing.Literal["max_rollbacks"]  # noqa: Y015
+    _WhichOneofArgType__max_rollbacks: _TypeAlias = _typing.Literal["_max_rollbacks", b"_max_rollbacks"]  # noqa: Y015
+    _WhichOneofReturnType__max_skipped_updates: _TypeAlias = _typing.Literal["max_skipped_updates"]  # noqa: Y015
+    _WhichOneofArgType__max_skipped_updates: _TypeAlias = _typing.Literal["_max_skipped_updates", b"_max_skipped_updates"]  # noqa: Y015
+    _WhichOneofReturnType__r_drop_alpha: _TypeAlias = _typing.Literal["r_drop_alpha"]  # noqa: Y015
+    _WhichOneofArgType__r_drop_alpha: _TypeAlias = _typing.Literal["_r_drop_alpha", b"_r_drop_alpha"]  # noqa: Y015
+    _WhichOneofReturnType__rollback_rate_scale: _TypeAlias = _typing.Literal["rollback_rate_scale"]  # noqa: Y015
+    _WhichOneofArgType__rollback_rate_scale: _TypeAlias = _typing.Literal["_rollback_rate_scale", b"_rollback_rate_scale"]  # noqa: Y015
+    _WhichOneofReturnType__weight_decay: _TypeAlias = _typing.Literal["weight_decay"]  # noqa: Y015
+    _WhichOneofArgType__weight_decay: _TypeAlias = _typing.Literal["_weight_decay", b"_weight_decay"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__accumulation_steps) -> _WhichOneofReturnType__accumulation_steps | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__adam_beta1) -> _WhichOneofReturnType__adam_beta1 | None: ...
     @_typing.overload
@@ -510,7 +731,19 @@ class OptimizationRecipe(_message.Message):
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__clip_norm) -> _WhichOneofReturnType__clip_norm | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__ema_decay) -> _WhichOneofReturnType__ema_decay | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__label_smoothing) -> _WhichOneofReturnType__label_smoothing | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_rollbacks) -> _WhichOneofReturnType__max_rollbacks | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_skipped_updates) -> _WhichOneofReturnType__max_skipped_updates | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__r_drop_alpha) -> _WhichOneofReturnType__r_drop_alpha | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__rollback_rate_scale) -> _WhichOneofReturnType__rollback_rate_scale | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__weight_decay) -> _WhichOneofReturnType__weight_decay | None: ...
 
 Global___OptimizationRecipe: _TypeAlias = OptimizationRecipe  # noqa: Y015
 
@@ -527,17 +760,19 @@ class StopRecipe(_message.Message):
     MAX_TIME_SECONDS_FIELD_NUMBER: _builtins.int
     PATIENCE_FIELD_NUMBER: _builtins.int
     max_steps: _builtins.int
-    """Optional. Updates, 1 to 10^9; 0 is no limit. Default: 10000 (tiny), 100000 (base), 300000 (big); no limit where
-    another limit is set.
+    """Optional. Updates, 0 to 10^9; 0 is no limit. Default: 10000 (tiny), 30000 (small), 100000 (base,
+    deep_shallow), 300000 (big); no limit where another limit is set.
     """
     max_epochs: _builtins.int
-    """Optional. Passes over the training pairs, 1 to 10^6; 0 is no limit. Default: 0."""
+    """Optional. Passes over the training pairs, 0 to 10^6; 0 is no limit. Default: 0."""
     max_time_seconds: _builtins.float
-    """Optional. Seconds of training, subword learning and validation included, start of the worker and export not; 0 is
-    no limit. Default: 0.
+    """Optional. Seconds of training, 0 to 10^9, subword learning and validation included, start of the worker and export
+    not; 0 is no limit. Time between a worker's death and the next one's start does not count. Default: 0.
     """
     patience: _builtins.int
-    """Optional. Validations in a row without a better score after which training stops; 0 is never. Default: 0."""
+    """Optional. Validations in a row without a better score after which training stops, 0 to 10^6; 0 is never.
+    Default: 0.
+    """
     def __init__(
         self,
         *,
@@ -579,19 +814,27 @@ class ValidationRecipe(_message.Message):
     MAX_TRANSLATED_PAIRS_FIELD_NUMBER: _builtins.int
     METRIC_FIELD_NUMBER: _builtins.int
     KEEP_LAST_FIELD_NUMBER: _builtins.int
+    AVERAGING_FIELD_NUMBER: _builtins.int
+    CHECKPOINT_INTERVAL_STEPS_FIELD_NUMBER: _builtins.int
     interval_steps: _builtins.int
-    """Optional. Steps between two validations, each followed by a checkpoint, 1 to 10^9. Default: 500 (tiny), 2000
-    (base, big).
+    """Optional. Steps between two validations, each followed by a checkpoint, 1 to 10^9. Default: 500 (tiny), 1000
+    (small), 2000 (base, big, deep_shallow).
     """
     max_translated_pairs: _builtins.int
     """Optional. Validation pairs translated for BLEU and chrF, the first ones, 1 to 10^6; the loss is always that of all
-    pairs. Default: 500 (tiny), 3000 (base, big).
+    pairs. Default: 500 (tiny), 1000 (small), 3000 (base, big, deep_shallow).
     """
     metric: Global___SelectionMetric.ValueType
     """Optional. The score that decides. Default: SELECTION_METRIC_BLEU."""
     keep_last: _builtins.int
     """Optional. Checkpoints kept beside the best one, and averaged at the end, 1 to 100. The average or the best single
     checkpoint is published, whichever has the better score. Default: 5.
+    """
+    averaging: Global___Averaging.ValueType
+    """Optional. Which checkpoints are averaged. Default: AVERAGING_LAST."""
+    checkpoint_interval_steps: _builtins.int
+    """Optional. Steps between two further checkpoints, without validation, 0 to 10^9: what a worker's death can cost. 0
+    leaves it at those that follow validations. They are kept until the next validation. Default: 0.
     """
     def __init__(
         self,
@@ -600,17 +843,23 @@ class ValidationRecipe(_message.Message):
         max_translated_pairs: _builtins.int | None = ...,
         metric: Global___SelectionMetric.ValueType = ...,
         keep_last: _builtins.int | None = ...,
+        averaging: Global___Averaging.ValueType = ...,
+        checkpoint_interval_steps: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_interval_steps", b"_interval_steps", "_keep_last", b"_keep_last", "_max_translated_pairs", b"_max_translated_pairs", "interval_steps", b"interval_steps", "keep_last", b"keep_last", "max_translated_pairs", b"max_translated_pairs"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_checkpoint_interval_steps", b"_checkpoint_interval_steps", "_interval_steps", b"_interval_steps", "_keep_last", b"_keep_last", "_max_translated_pairs", b"_max_translated_pairs", "checkpoint_interval_steps", b"checkpoint_interval_steps", "interval_steps", b"interval_steps", "keep_last", b"keep_last", "max_translated_pairs", b"max_translated_pairs"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_interval_steps", b"_interval_steps", "_keep_last", b"_keep_last", "_max_translated_pairs", b"_max_translated_pairs", "interval_steps", b"interval_steps", "keep_last", b"keep_last", "max_translated_pairs", b"max_translated_pairs", "metric", b"metric"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_checkpoint_interval_steps", b"_checkpoint_interval_steps", "_interval_steps", b"_interval_steps", "_keep_last", b"_keep_last", "_max_translated_pairs", b"_max_translated_pairs", "averaging", b"averaging", "checkpoint_interval_steps", b"checkpoint_interval_steps", "interval_steps", b"interval_steps", "keep_last", b"keep_last", "max_translated_pairs", b"max_translated_pairs", "metric", b"metric"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__checkpoint_interval_steps: _TypeAlias = _typing.Literal["checkpoint_interval_steps"]  # noqa: Y015
+    _WhichOneofArgType__checkpoint_interval_steps: _TypeAlias = _typing.Literal["_checkpoint_interval_steps", b"_checkpoint_interval_steps"]  # noqa: Y015
     _WhichOneofReturnType__interval_steps: _TypeAlias = _typing.Literal["interval_steps"]  # noqa: Y015
     _WhichOneofArgType__interval_steps: _TypeAlias = _typing.Literal["_interval_steps", b"_interval_steps"]  # noqa: Y015
     _WhichOneofReturnType__keep_last: _TypeAlias = _typing.Literal["keep_last"]  # noqa: Y015
     _WhichOneofArgType__keep_last: _TypeAlias = _typing.Literal["_keep_last", b"_keep_last"]  # noqa: Y015
     _WhichOneofReturnType__max_translated_pairs: _TypeAlias = _typing.Literal["max_translated_pairs"]  # noqa: Y015
     _WhichOneofArgType__max_translated_pairs: _TypeAlias = _typing.Literal["_max_translated_pairs", b"_max_translated_pairs"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__checkpoint_interval_steps) -> _WhichOneofReturnType__checkpoint_interval_steps | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__interval_steps) -> _WhichOneofReturnType__interval_steps | None: ...
     @_typing.overload

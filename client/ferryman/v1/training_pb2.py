@@ -28,47 +28,65 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x66\x65rryman/v1/training.proto\x12\x0b\x66\x65rryman.v1\x1a\x19\x66\x65rryman/v1/metrics.proto\x1a\x18\x66\x65rryman/v1/recipe.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xc9\x03\n\x0bTrainingRun\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12$\n\x05state\x18\x02 \x01(\x0e\x32\x15.ferryman.v1.RunState\x12\x11\n\tcorpus_id\x18\x03 \x01(\t\x12\x12\n\nmodel_name\x18\x04 \x01(\t\x12\x15\n\rmodel_version\x18\x05 \x01(\x03\x12#\n\x06recipe\x18\x06 \x01(\x0b\x32\x13.ferryman.v1.Recipe\x12*\n\x08progress\x18\x07 \x01(\x0b\x32\x18.ferryman.v1.RunProgress\x12$\n\x05\x65rror\x18\x08 \x01(\x0b\x32\x15.ferryman.v1.RunError\x12\x18\n\x10\x63\x61ncel_requested\x18\t \x01(\x08\x12\x0f\n\x07\x61ttempt\x18\n \x01(\x05\x12\x15\n\rlast_sequence\x18\x0b \x01(\x03\x12/\n\x0b\x63reate_time\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nstart_time\x18\r \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\x0e \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xdc\x01\n\x0bRunProgress\x12\x0c\n\x04step\x18\x01 \x01(\x03\x12\r\n\x05\x65poch\x18\x02 \x01(\x05\x12\x15\n\rtarget_tokens\x18\x03 \x01(\x03\x12 \n\x18target_tokens_per_second\x18\x04 \x01(\x01\x12\x10\n\x08\x66raction\x18\x05 \x01(\x01\x12,\n\tremaining\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x37\n\x0f\x62\x65st_validation\x18\x07 \x01(\x0b\x32\x1e.ferryman.v1.ValidationMetrics\"=\n\x08RunError\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x10\n\x08log_tail\x18\x03 \x01(\t\"\x8d\x01\n\x14StartTrainingRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\tcorpus_id\x18\x02 \x01(\t\x12\x12\n\nmodel_name\x18\x03 \x01(\t\x12#\n\x06recipe\x18\x04 \x01(\x0b\x32\x13.ferryman.v1.Recipe\x12\x15\n\rvalidate_only\x18\x05 \x01(\x08\">\n\x15StartTrainingResponse\x12%\n\x03run\x18\x01 \x01(\x0b\x32\x18.ferryman.v1.TrainingRun\"T\n\x14StreamMetricsRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x16\n\x0e\x61\x66ter_sequence\x18\x02 \x01(\x03\x12\x14\n\x0chistory_only\x18\x03 \x01(\x08\"y\n\x15StreamMetricsResponse\x12+\n\x06record\x18\x01 \x01(\x0b\x32\x19.ferryman.v1.MetricRecordH\x00\x12+\n\theartbeat\x18\x02 \x01(\x0b\x32\x16.ferryman.v1.HeartbeatH\x00\x42\x06\n\x04item\"\xcc\x01\n\x14GetLRScheduleRequest\x12\x35\n\x08schedule\x18\x01 \x01(\x0b\x32!.ferryman.v1.LearningRateScheduleH\x00\x12%\n\x06recipe\x18\x02 \x01(\x0b\x32\x13.ferryman.v1.RecipeH\x00\x12\x10\n\x06run_id\x18\x03 \x01(\tH\x00\x12\x12\n\nfirst_step\x18\x04 \x01(\x03\x12\x11\n\tlast_step\x18\x05 \x01(\x03\x12\x12\n\nmax_points\x18\x06 \x01(\x05\x42\t\n\x07subject\"\xaa\x01\n\x15GetLRScheduleResponse\x12.\n\x06points\x18\x01 \x03(\x0b\x32\x1e.ferryman.v1.LearningRatePoint\x12\x33\n\x08schedule\x18\x02 \x01(\x0b\x32!.ferryman.v1.LearningRateSchedule\x12,\n\x04peak\x18\x03 \x01(\x0b\x32\x1e.ferryman.v1.LearningRatePoint\"8\n\x11LearningRatePoint\x12\x0c\n\x04step\x18\x01 \x01(\x03\x12\x15\n\rlearning_rate\x18\x02 \x01(\x01\"\'\n\x15GetTrainingRunRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\"?\n\x16GetTrainingRunResponse\x12%\n\x03run\x18\x01 \x01(\x0b\x32\x18.ferryman.v1.TrainingRun\"\xa1\x01\n\x17ListTrainingRunsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\x12%\n\x06states\x18\x03 \x03(\x0e\x32\x15.ferryman.v1.RunState\x12\x12\n\nmodel_name\x18\x04 \x01(\t\x12$\n\x05order\x18\x05 \x01(\x0e\x32\x15.ferryman.v1.RunOrder\"[\n\x18ListTrainingRunsResponse\x12&\n\x04runs\x18\x01 \x03(\x0b\x32\x18.ferryman.v1.TrainingRun\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\'\n\x15\x43\x61ncelTrainingRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\"?\n\x16\x43\x61ncelTrainingResponse\x12%\n\x03run\x18\x01 \x01(\x0b\x32\x18.ferryman.v1.TrainingRun*]\n\x08RunOrder\x12\x19\n\x15RUN_ORDER_UNSPECIFIED\x10\x00\x12\x1a\n\x16RUN_ORDER_NEWEST_FIRST\x10\x01\x12\x1a\n\x16RUN_ORDER_OLDEST_FIRST\x10\x02\x32\xb2\x04\n\x0fTrainingService\x12V\n\rStartTraining\x12!.ferryman.v1.StartTrainingRequest\x1a\".ferryman.v1.StartTrainingResponse\x12X\n\rStreamMetrics\x12!.ferryman.v1.StreamMetricsRequest\x1a\".ferryman.v1.StreamMetricsResponse0\x01\x12V\n\rGetLRSchedule\x12!.ferryman.v1.GetLRScheduleRequest\x1a\".ferryman.v1.GetLRScheduleResponse\x12Y\n\x0eGetTrainingRun\x12\".ferryman.v1.GetTrainingRunRequest\x1a#.ferryman.v1.GetTrainingRunResponse\x12_\n\x10ListTrainingRuns\x12$.ferryman.v1.ListTrainingRunsRequest\x1a%.ferryman.v1.ListTrainingRunsResponse\x12Y\n\x0e\x43\x61ncelTraining\x12\".ferryman.v1.CancelTrainingRequest\x1a#.ferryman.v1.CancelTrainingResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x66\x65rryman/v1/training.proto\x12\x0b\x66\x65rryman.v1\x1a\x19\x66\x65rryman/v1/metrics.proto\x1a\x18\x66\x65rryman/v1/recipe.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x9e\x04\n\x0bTrainingRun\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12$\n\x05state\x18\x02 \x01(\x0e\x32\x15.ferryman.v1.RunState\x12\x11\n\tcorpus_id\x18\x03 \x01(\t\x12\x12\n\nmodel_name\x18\x04 \x01(\t\x12\x15\n\rmodel_version\x18\x05 \x01(\x03\x12#\n\x06recipe\x18\x06 \x01(\x0b\x32\x13.ferryman.v1.Recipe\x12*\n\x08progress\x18\x07 \x01(\x0b\x32\x18.ferryman.v1.RunProgress\x12$\n\x05\x65rror\x18\x08 \x01(\x0b\x32\x15.ferryman.v1.RunError\x12\x18\n\x10\x63\x61ncel_requested\x18\t \x01(\x08\x12\x0f\n\x07\x61ttempt\x18\n \x01(\x05\x12\x15\n\rlast_sequence\x18\x0b \x01(\x03\x12/\n\x0b\x63reate_time\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nstart_time\x18\r \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\x0e \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x17\n\x0fpause_requested\x18\x0f \x01(\x08\x12\x10\n\x08restarts\x18\x10 \x01(\x05\x12\x15\n\rinitial_model\x18\x11 \x01(\t\x12\x11\n\tprocesses\x18\x12 \x01(\x05\"\xf5\x01\n\x0bRunProgress\x12\x0c\n\x04step\x18\x01 \x01(\x03\x12\r\n\x05\x65poch\x18\x02 \x01(\x05\x12\x15\n\rtarget_tokens\x18\x03 \x01(\x03\x12 \n\x18target_tokens_per_second\x18\x04 \x01(\x01\x12\x10\n\x08\x66raction\x18\x05 \x01(\x01\x12,\n\tremaining\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x37\n\x0f\x62\x65st_validation\x18\x07 \x01(\x0b\x32\x1e.ferryman.v1.ValidationMetrics\x12\x17\n\x0fskipped_updates\x18\x08 \x01(\x03\"=\n\x08RunError\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x10\n\x08log_tail\x18\x03 \x01(\t\"\xcf\x01\n\x14StartTrainingRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\tcorpus_id\x18\x02 \x01(\t\x12\x12\n\nmodel_name\x18\x03 \x01(\t\x12#\n\x06recipe\x18\x04 \x01(\x0b\x32\x13.ferryman.v1.Recipe\x12\x15\n\rvalidate_only\x18\x05 \x01(\x08\x12\x15\n\rinitial_model\x18\x06 \x01(\t\x12\x16\n\x0ekeep_optimizer\x18\x07 \x01(\x08\x12\x11\n\tprocesses\x18\x08 \x01(\x05\">\n\x15StartTrainingResponse\x12%\n\x03run\x18\x01 \x01(\x0b\x32\x18.ferryman.v1.TrainingRun\"T\n\x14StreamMetricsRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x16\n\x0e\x61\x66ter_sequence\x18\x02 \x01(\x03\x12\x14\n\x0chistory_only\x18\x03 \x01(\x08\"y\n\x15StreamMetricsResponse\x12+\n\x06record\x18\x01 \x01(\x0b\x32\x19.ferryman.v1.MetricRecordH\x00\x12+\n\theartbeat\x18\x02 \x01(\x0b\x32\x16.ferryman.v1.HeartbeatH\x00\x42\x06\n\x04item\"\xcc\x01\n\x14GetLRScheduleRequest\x12\x35\n\x08schedule\x18\x01 \x01(\x0b\x32!.ferryman.v1.LearningRateScheduleH\x00\x12%\n\x06recipe\x18\x02 \x01(\x0b\x32\x13.ferryman.v1.RecipeH\x00\x12\x10\n\x06run_id\x18\x03 \x01(\tH\x00\x12\x12\n\nfirst_step\x18\x04 \x01(\x03\x12\x11\n\tlast_step\x18\x05 \x01(\x03\x12\x12\n\nmax_points\x18\x06 \x01(\x05\x42\t\n\x07subject\"\xaa\x01\n\x15GetLRScheduleResponse\x12.\n\x06points\x18\x01 \x03(\x0b\x32\x1e.ferryman.v1.LearningRatePoint\x12\x33\n\x08schedule\x18\x02 \x01(\x0b\x32!.ferryman.v1.LearningRateSchedule\x12,\n\x04peak\x18\x03 \x01(\x0b\x32\x1e.ferryman.v1.LearningRatePoint\"8\n\x11LearningRatePoint\x12\x0c\n\x04step\x18\x01 \x01(\x03\x12\x15\n\rlearning_rate\x18\x02 \x01(\x01\"\'\n\x15GetTrainingRunRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\"?\n\x16GetTrainingRunResponse\x12%\n\x03run\x18\x01 \x01(\x0b\x32\x18.ferryman.v1.TrainingRun\"\xa1\x01\n\x17ListTrainingRunsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\x12%\n\x06states\x18\x03 \x03(\x0e\x32\x15.ferryman.v1.RunState\x12\x12\n\nmodel_name\x18\x04 \x01(\t\x12$\n\x05order\x18\x05 \x01(\x0e\x32\x15.ferryman.v1.RunOrder\"[\n\x18ListTrainingRunsResponse\x12&\n\x04runs\x18\x01 \x03(\x0b\x32\x18.ferryman.v1.TrainingRun\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\'\n\x15\x43\x61ncelTrainingRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\"?\n\x16\x43\x61ncelTrainingResponse\x12%\n\x03run\x18\x01 \x01(\x0b\x32\x18.ferryman.v1.TrainingRun\"&\n\x14PauseTrainingRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\">\n\x15PauseTrainingResponse\x12%\n\x03run\x18\x01 \x01(\x0b\x32\x18.ferryman.v1.TrainingRun\"\'\n\x15ResumeTrainingRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\"?\n\x16ResumeTrainingResponse\x12%\n\x03run\x18\x01 \x01(\x0b\x32\x18.ferryman.v1.TrainingRun\"\xe2\x01\n\nCheckpoint\x12\x0c\n\x04step\x18\x01 \x01(\x03\x12\r\n\x05\x65poch\x18\x02 \x01(\x05\x12/\n\x0b\x63reate_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x12\n\nsize_bytes\x18\x04 \x01(\x03\x12\x0c\n\x04\x62\x65st\x18\x05 \x01(\x08\x12\x11\n\x04\x62leu\x18\x06 \x01(\x01H\x00\x88\x01\x01\x12\x11\n\x04\x63hrf\x18\x07 \x01(\x01H\x01\x88\x01\x01\x12\x1a\n\rnll_per_token\x18\x08 \x01(\x01H\x02\x88\x01\x01\x42\x07\n\x05_bleuB\x07\n\x05_chrfB\x10\n\x0e_nll_per_token\"(\n\x16ListCheckpointsRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\"G\n\x17ListCheckpointsResponse\x12,\n\x0b\x63heckpoints\x18\x01 \x03(\x0b\x32\x17.ferryman.v1.Checkpoint\"*\n\x18\x44\x65leteTrainingRunRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\"\x1b\n\x19\x44\x65leteTrainingRunResponse*]\n\x08RunOrder\x12\x19\n\x15RUN_ORDER_UNSPECIFIED\x10\x00\x12\x1a\n\x16RUN_ORDER_NEWEST_FIRST\x10\x01\x12\x1a\n\x16RUN_ORDER_OLDEST_FIRST\x10\x02\x32\xa7\x07\n\x0fTrainingService\x12V\n\rStartTraining\x12!.ferryman.v1.StartTrainingRequest\x1a\".ferryman.v1.StartTrainingResponse\x12X\n\rStreamMetrics\x12!.ferryman.v1.StreamMetricsRequest\x1a\".ferryman.v1.StreamMetricsResponse0\x01\x12V\n\rGetLRSchedule\x12!.ferryman.v1.GetLRScheduleRequest\x1a\".ferryman.v1.GetLRScheduleResponse\x12Y\n\x0eGetTrainingRun\x12\".ferryman.v1.GetTrainingRunRequest\x1a#.ferryman.v1.GetTrainingRunResponse\x12_\n\x10ListTrainingRuns\x12$.ferryman.v1.ListTrainingRunsRequest\x1a%.ferryman.v1.ListTrainingRunsResponse\x12Y\n\x0e\x43\x61ncelTraining\x12\".ferryman.v1.CancelTrainingRequest\x1a#.ferryman.v1.CancelTrainingResponse\x12V\n\rPauseTraining\x12!.ferryman.v1.PauseTrainingRequest\x1a\".ferryman.v1.PauseTrainingResponse\x12Y\n\x0eResumeTraining\x12\".ferryman.v1.ResumeTrainingRequest\x1a#.ferryman.v1.ResumeTrainingResponse\x12\\\n\x0fListCheckpoints\x12#.ferryman.v1.ListCheckpointsRequest\x1a$.ferryman.v1.ListCheckpointsResponse\x12\x62\n\x11\x44\x65leteTrainingRun\x12%.ferryman.v1.DeleteTrainingRunRequest\x1a&.ferryman.v1.DeleteTrainingRunResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'ferryman.v1.training_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_RUNORDER']._serialized_start=2231
-  _globals['_RUNORDER']._serialized_end=2324
+  _globals['_RUNORDER']._serialized_start=3034
+  _globals['_RUNORDER']._serialized_end=3127
   _globals['_TRAININGRUN']._serialized_start=162
-  _globals['_TRAININGRUN']._serialized_end=619
-  _globals['_RUNPROGRESS']._serialized_start=622
-  _globals['_RUNPROGRESS']._serialized_end=842
-  _globals['_RUNERROR']._serialized_start=844
-  _globals['_RUNERROR']._serialized_end=905
-  _globals['_STARTTRAININGREQUEST']._serialized_start=908
-  _globals['_STARTTRAININGREQUEST']._serialized_end=1049
-  _globals['_STARTTRAININGRESPONSE']._serialized_start=1051
-  _globals['_STARTTRAININGRESPONSE']._serialized_end=1113
-  _globals['_STREAMMETRICSREQUEST']._serialized_start=1115
-  _globals['_STREAMMETRICSREQUEST']._serialized_end=1199
-  _globals['_STREAMMETRICSRESPONSE']._serialized_start=1201
-  _globals['_STREAMMETRICSRESPONSE']._serialized_end=1322
-  _globals['_GETLRSCHEDULEREQUEST']._serialized_start=1325
-  _globals['_GETLRSCHEDULEREQUEST']._serialized_end=1529
-  _globals['_GETLRSCHEDULERESPONSE']._serialized_start=1532
-  _globals['_GETLRSCHEDULERESPONSE']._serialized_end=1702
-  _globals['_LEARNINGRATEPOINT']._serialized_start=1704
-  _globals['_LEARNINGRATEPOINT']._serialized_end=1760
-  _globals['_GETTRAININGRUNREQUEST']._serialized_start=1762
-  _globals['_GETTRAININGRUNREQUEST']._serialized_end=1801
-  _globals['_GETTRAININGRUNRESPONSE']._serialized_start=1803
-  _globals['_GETTRAININGRUNRESPONSE']._serialized_end=1866
-  _globals['_LISTTRAININGRUNSREQUEST']._serialized_start=1869
-  _globals['_LISTTRAININGRUNSREQUEST']._serialized_end=2030
-  _globals['_LISTTRAININGRUNSRESPONSE']._serialized_start=2032
-  _globals['_LISTTRAININGRUNSRESPONSE']._serialized_end=2123
-  _globals['_CANCELTRAININGREQUEST']._serialized_start=2125
-  _globals['_CANCELTRAININGREQUEST']._serialized_end=2164
-  _globals['_CANCELTRAININGRESPONSE']._serialized_start=2166
-  _globals['_CANCELTRAININGRESPONSE']._serialized_end=2229
-  _globals['_TRAININGSERVICE']._serialized_start=2327
-  _globals['_TRAININGSERVICE']._serialized_end=2889
+  _globals['_TRAININGRUN']._serialized_end=704
+  _globals['_RUNPROGRESS']._serialized_start=707
+  _globals['_RUNPROGRESS']._serialized_end=952
+  _globals['_RUNERROR']._serialized_start=954
+  _globals['_RUNERROR']._serialized_end=1015
+  _globals['_STARTTRAININGREQUEST']._serialized_start=1018
+  _globals['_STARTTRAININGREQUEST']._serialized_end=1225
+  _globals['_STARTTRAININGRESPONSE']._serialized_start=1227
+  _globals['_STARTTRAININGRESPONSE']._serialized_end=1289
+  _globals['_STREAMMETRICSREQUEST']._serialized_start=1291
+  _globals['_STREAMMETRICSREQUEST']._serialized_end=1375
+  _globals['_STREAMMETRICSRESPONSE']._serialized_start=1377
+  _globals['_STREAMMETRICSRESPONSE']._serialized_end=1498
+  _globals['_GETLRSCHEDULEREQUEST']._serialized_start=1501
+  _globals['_GETLRSCHEDULEREQUEST']._serialized_end=1705
+  _globals['_GETLRSCHEDULERESPONSE']._serialized_start=1708
+  _globals['_GETLRSCHEDULERESPONSE']._serialized_end=1878
+  _globals['_LEARNINGRATEPOINT']._serialized_start=1880
+  _globals['_LEARNINGRATEPOINT']._serialized_end=1936
+  _globals['_GETTRAININGRUNREQUEST']._serialized_start=1938
+  _globals['_GETTRAININGRUNREQUEST']._serialized_end=1977
+  _globals['_GETTRAININGRUNRESPONSE']._serialized_start=1979
+  _globals['_GETTRAININGRUNRESPONSE']._serialized_end=2042
+  _globals['_LISTTRAININGRUNSREQUEST']._serialized_start=2045
+  _globals['_LISTTRAININGRUNSREQUEST']._serialized_end=2206
+  _globals['_LISTTRAININGRUNSRESPONSE']._serialized_start=2208
+  _globals['_LISTTRAININGRUNSRESPONSE']._serialized_end=2299
+  _globals['_CANCELTRAININGREQUEST']._serialized_start=2301
+  _globals['_CANCELTRAININGREQUEST']._serialized_end=2340
+  _globals['_CANCELTRAININGRESPONSE']._serialized_start=2342
+  _globals['_CANCELTRAININGRESPONSE']._serialized_end=2405
+  _globals['_PAUSETRAININGREQUEST']._serialized_start=2407
+  _globals['_PAUSETRAININGREQUEST']._serialized_end=2445
+  _globals['_PAUSETRAININGRESPONSE']._serialized_start=2447
+  _globals['_PAUSETRAININGRESPONSE']._serialized_end=2509
+  _globals['_RESUMETRAININGREQUEST']._serialized_start=2511
+  _globals['_RESUMETRAININGREQUEST']._serialized_end=2550
+  _globals['_RESUMETRAININGRESPONSE']._serialized_start=2552
+  _globals['_RESUMETRAININGRESPONSE']._serialized_end=2615
+  _globals['_CHECKPOINT']._serialized_start=2618
+  _globals['_CHECKPOINT']._serialized_end=2844
+  _globals['_LISTCHECKPOINTSREQUEST']._serialized_start=2846
+  _globals['_LISTCHECKPOINTSREQUEST']._serialized_end=2886
+  _globals['_LISTCHECKPOINTSRESPONSE']._serialized_start=2888
+  _globals['_LISTCHECKPOINTSRESPONSE']._serialized_end=2959
+  _globals['_DELETETRAININGRUNREQUEST']._serialized_start=2961
+  _globals['_DELETETRAININGRUNREQUEST']._serialized_end=3003
+  _globals['_DELETETRAININGRUNRESPONSE']._serialized_start=3005
+  _globals['_DELETETRAININGRUNRESPONSE']._serialized_end=3032
+  _globals['_TRAININGSERVICE']._serialized_start=3130
+  _globals['_TRAININGSERVICE']._serialized_end=4065
 # @@protoc_insertion_point(module_scope)

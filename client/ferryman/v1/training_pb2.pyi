@@ -67,6 +67,10 @@ class TrainingRun(_message.Message):
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     START_TIME_FIELD_NUMBER: _builtins.int
     END_TIME_FIELD_NUMBER: _builtins.int
+    PAUSE_REQUESTED_FIELD_NUMBER: _builtins.int
+    RESTARTS_FIELD_NUMBER: _builtins.int
+    INITIAL_MODEL_FIELD_NUMBER: _builtins.int
+    PROCESSES_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     """Output only. Server-made id, such as "run_01jd…"."""
     state: _metrics_pb2.RunState.ValueType
@@ -83,6 +87,14 @@ class TrainingRun(_message.Message):
     """Output only. How often a worker was started for it."""
     last_sequence: _builtins.int
     """Output only. The last sequence number of its records."""
+    pause_requested: _builtins.bool
+    """Output only. Whether PauseTraining was called and the worker has not come to rest yet."""
+    restarts: _builtins.int
+    """Output only. Workers that died in a row without getting further; one too many and the run is FAILED (WORKER_DIED)."""
+    initial_model: _builtins.str
+    """Output only. The version whose weights it starts from, "name/7"; empty if it starts from random ones."""
+    processes: _builtins.int
+    """Output only. Processes that train it together."""
     @_builtins.property
     def recipe(self) -> _recipe_pb2.Recipe:
         """Output only. The resolved recipe: every field is set."""
@@ -124,10 +136,14 @@ class TrainingRun(_message.Message):
         create_time: _timestamp_pb2.Timestamp | None = ...,
         start_time: _timestamp_pb2.Timestamp | None = ...,
         end_time: _timestamp_pb2.Timestamp | None = ...,
+        pause_requested: _builtins.bool = ...,
+        restarts: _builtins.int = ...,
+        initial_model: _builtins.str = ...,
+        processes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "end_time", b"end_time", "error", b"error", "progress", b"progress", "recipe", b"recipe", "start_time", b"start_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "cancel_requested", b"cancel_requested", "corpus_id", b"corpus_id", "create_time", b"create_time", "end_time", b"end_time", "error", b"error", "last_sequence", b"last_sequence", "model_name", b"model_name", "model_version", b"model_version", "progress", b"progress", "recipe", b"recipe", "run_id", b"run_id", "start_time", b"start_time", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "cancel_requested", b"cancel_requested", "corpus_id", b"corpus_id", "create_time", b"create_time", "end_time", b"end_time", "error", b"error", "initial_model", b"initial_model", "last_sequence", b"last_sequence", "model_name", b"model_name", "model_version", b"model_version", "pause_requested", b"pause_requested", "processes", b"processes", "progress", b"progress", "recipe", b"recipe", "restarts", b"restarts", "run_id", b"run_id", "start_time", b"start_time", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -146,6 +162,7 @@ class RunProgress(_message.Message):
     FRACTION_FIELD_NUMBER: _builtins.int
     REMAINING_FIELD_NUMBER: _builtins.int
     BEST_VALIDATION_FIELD_NUMBER: _builtins.int
+    SKIPPED_UPDATES_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     """Output only. Updates done."""
     epoch: _builtins.int
@@ -156,6 +173,8 @@ class RunProgress(_message.Message):
     """Output only. Target tokens per second over the last steps."""
     fraction: _builtins.float
     """Output only. Share of the nearest limit (steps, epochs, time) that is used up, 0 to 1."""
+    skipped_updates: _builtins.int
+    """Output only. Updates that were skipped because their gradient was not finite."""
     @_builtins.property
     def remaining(self) -> _duration_pb2.Duration:
         """Output only. Estimated time until the nearest limit; unset while unknown."""
@@ -174,10 +193,11 @@ class RunProgress(_message.Message):
         fraction: _builtins.float = ...,
         remaining: _duration_pb2.Duration | None = ...,
         best_validation: _metrics_pb2.ValidationMetrics | None = ...,
+        skipped_updates: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["best_validation", b"best_validation", "remaining", b"remaining"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["best_validation", b"best_validation", "epoch", b"epoch", "fraction", b"fraction", "remaining", b"remaining", "step", b"step", "target_tokens", b"target_tokens", "target_tokens_per_second", b"target_tokens_per_second"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["best_validation", b"best_validation", "epoch", b"epoch", "fraction", b"fraction", "remaining", b"remaining", "skipped_updates", b"skipped_updates", "step", b"step", "target_tokens", b"target_tokens", "target_tokens_per_second", b"target_tokens_per_second"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -194,7 +214,8 @@ class RunError(_message.Message):
     LOG_TAIL_FIELD_NUMBER: _builtins.int
     reason: _builtins.str
     """Output only. A stable name, UPPER_SNAKE_CASE: WORKER_DIED, DISK_FULL, VOCABULARY_TOO_LARGE, VOCABULARY_TOO_SMALL,
-    NO_TRAINING_PAIRS, NO_VALIDATION_PAIRS, EXPORT_MISMATCH, NON_FINITE_LOSS or CORPUS_DAMAGED.
+    NO_TRAINING_PAIRS, NO_VALIDATION_PAIRS, EXPORT_MISMATCH, NON_FINITE_LOSS, CORPUS_DAMAGED, OUT_OF_MEMORY or
+    INITIAL_MODEL_UNUSABLE.
     """
     message: _builtins.str
     """Output only. What happened, and what to do about it."""
@@ -226,6 +247,9 @@ class StartTrainingRequest(_message.Message):
     MODEL_NAME_FIELD_NUMBER: _builtins.int
     RECIPE_FIELD_NUMBER: _builtins.int
     VALIDATE_ONLY_FIELD_NUMBER: _builtins.int
+    INITIAL_MODEL_FIELD_NUMBER: _builtins.int
+    KEEP_OPTIMIZER_FIELD_NUMBER: _builtins.int
+    PROCESSES_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Optional. A UUID made by the caller. The same id with the same body returns the run of the first call, for ever;
     with another body ALREADY_EXISTS (REQUEST_ID_REUSED).
@@ -236,6 +260,20 @@ class StartTrainingRequest(_message.Message):
     """Required. The model to publish a version of: 1 to 64 of a-z, 0-9, "-", "_", "."; starts with a letter or digit."""
     validate_only: _builtins.bool
     """Optional. True: check everything and start nothing; the response holds the run that would start, without an id."""
+    initial_model: _builtins.str
+    """Optional. Fine-tuning: the published version to start from, "name" (its newest) or "name/7". Its network and its
+    subwords are used: `recipe.model` (but for the dropouts), `recipe.data.vocabulary_size` and
+    `recipe.data.subword_algorithm` default to the version's and must equal them, else INVALID_ARGUMENT with every
+    mismatch (reason CONFLICT). The rest is the recipe's. Default: random weights.
+    """
+    keep_optimizer: _builtins.bool
+    """Optional. With initial_model: start with Adam's moments of the last checkpoint of the run that made it, instead of
+    fresh ones; without it INVALID_ARGUMENT. The schedule begins at step 1 either way. Default: false.
+    """
+    processes: _builtins.int
+    """Optional. Processes that train together, each on a GPU or a share of the cores: 0 to the server's
+    --max-processes-per-run, else INVALID_ARGUMENT; 0 is the server's --processes-per-run. Default: 0.
+    """
     @_builtins.property
     def recipe(self) -> _recipe_pb2.Recipe:
         """Optional. What to train and how. Default: the preset "tiny"."""
@@ -248,10 +286,13 @@ class StartTrainingRequest(_message.Message):
         model_name: _builtins.str = ...,
         recipe: _recipe_pb2.Recipe | None = ...,
         validate_only: _builtins.bool = ...,
+        initial_model: _builtins.str = ...,
+        keep_optimizer: _builtins.bool = ...,
+        processes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["recipe", b"recipe"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["corpus_id", b"corpus_id", "model_name", b"model_name", "recipe", b"recipe", "request_id", b"request_id", "validate_only", b"validate_only"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["corpus_id", b"corpus_id", "initial_model", b"initial_model", "keep_optimizer", b"keep_optimizer", "model_name", b"model_name", "processes", b"processes", "recipe", b"recipe", "request_id", b"request_id", "validate_only", b"validate_only"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -360,7 +401,9 @@ class GetLRScheduleRequest(_message.Message):
     first_step: _builtins.int
     """Optional. First step of the curve, from 1. Default: 1."""
     last_step: _builtins.int
-    """Optional. Last step of the curve, at most 10^9. Default: the schedule's total_steps, else the recipe's max_steps, else 50,000."""
+    """Optional. Last step of the curve, at most 10^9. Default: the schedule's total_steps, else the recipe's max_steps,
+    else 50,000.
+    """
     max_points: _builtins.int
     """Optional. Points to return, 2 to 100,000: the first step, the last step, the end of warmup and others at equal
     distances between them; every step if there are no more than that. Default: 1,000.
@@ -614,3 +657,243 @@ class CancelTrainingResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CancelTrainingResponse: _TypeAlias = CancelTrainingResponse  # noqa: Y015
+
+@_typing.final
+class PauseTrainingRequest(_message.Message):
+    """Request of PauseTraining."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_ID_FIELD_NUMBER: _builtins.int
+    run_id: _builtins.str
+    """Required. The run."""
+    def __init__(
+        self,
+        *,
+        run_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["run_id", b"run_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PauseTrainingRequest: _TypeAlias = PauseTrainingRequest  # noqa: Y015
+
+@_typing.final
+class PauseTrainingResponse(_message.Message):
+    """Response of PauseTraining."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def run(self) -> Global___TrainingRun:
+        """The run: PAUSED, or with pause_requested set."""
+
+    def __init__(
+        self,
+        *,
+        run: Global___TrainingRun | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["run", b"run"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["run", b"run"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PauseTrainingResponse: _TypeAlias = PauseTrainingResponse  # noqa: Y015
+
+@_typing.final
+class ResumeTrainingRequest(_message.Message):
+    """Request of ResumeTraining."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_ID_FIELD_NUMBER: _builtins.int
+    run_id: _builtins.str
+    """Required. The run."""
+    def __init__(
+        self,
+        *,
+        run_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["run_id", b"run_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ResumeTrainingRequest: _TypeAlias = ResumeTrainingRequest  # noqa: Y015
+
+@_typing.final
+class ResumeTrainingResponse(_message.Message):
+    """Response of ResumeTraining."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def run(self) -> Global___TrainingRun:
+        """The run: QUEUED, or in its present state if it was not paused."""
+
+    def __init__(
+        self,
+        *,
+        run: Global___TrainingRun | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["run", b"run"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["run", b"run"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ResumeTrainingResponse: _TypeAlias = ResumeTrainingResponse  # noqa: Y015
+
+@_typing.final
+class Checkpoint(_message.Message):
+    """A complete checkpoint of a run."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STEP_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    CREATE_TIME_FIELD_NUMBER: _builtins.int
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    BEST_FIELD_NUMBER: _builtins.int
+    BLEU_FIELD_NUMBER: _builtins.int
+    CHRF_FIELD_NUMBER: _builtins.int
+    NLL_PER_TOKEN_FIELD_NUMBER: _builtins.int
+    step: _builtins.int
+    """Output only. Updates done."""
+    epoch: _builtins.int
+    """Output only. The pass over the training pairs, from 1."""
+    size_bytes: _builtins.int
+    """Output only. Size of its files, bytes."""
+    best: _builtins.bool
+    """Output only. Whether it has the best validation score so far."""
+    bleu: _builtins.float
+    """Output only. sacreBLEU of its validation; unset if it was not validated."""
+    chrf: _builtins.float
+    """Output only. chrF2 of its validation; unset if it was not validated."""
+    nll_per_token: _builtins.float
+    """Output only. Negative log-likelihood per target token of its validation, nats; unset if it was not validated."""
+    @_builtins.property
+    def create_time(self) -> _timestamp_pb2.Timestamp:
+        """Output only. When it was written, UTC."""
+
+    def __init__(
+        self,
+        *,
+        step: _builtins.int = ...,
+        epoch: _builtins.int = ...,
+        create_time: _timestamp_pb2.Timestamp | None = ...,
+        size_bytes: _builtins.int = ...,
+        best: _builtins.bool = ...,
+        bleu: _builtins.float | None = ...,
+        chrf: _builtins.float | None = ...,
+        nll_per_token: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_bleu", b"_bleu", "_chrf", b"_chrf", "_nll_per_token", b"_nll_per_token", "bleu", b"bleu", "chrf", b"chrf", "create_time", b"create_time", "nll_per_token", b"nll_per_token"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_bleu", b"_bleu", "_chrf", b"_chrf", "_nll_per_token", b"_nll_per_token", "best", b"best", "bleu", b"bleu", "chrf", b"chrf", "create_time", b"create_time", "epoch", b"epoch", "nll_per_token", b"nll_per_token", "size_bytes", b"size_bytes", "step", b"step"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__bleu: _TypeAlias = _typing.Literal["bleu"]  # noqa: Y015
+    _WhichOneofArgType__bleu: _TypeAlias = _typing.Literal["_bleu", b"_bleu"]  # noqa: Y015
+    _WhichOneofReturnType__chrf: _TypeAlias = _typing.Literal["chrf"]  # noqa: Y015
+    _WhichOneofArgType__chrf: _TypeAlias = _typing.Literal["_chrf", b"_chrf"]  # noqa: Y015
+    _WhichOneofReturnType__nll_per_token: _TypeAlias = _typing.Literal["nll_per_token"]  # noqa: Y015
+    _WhichOneofArgType__nll_per_token: _TypeAlias = _typing.Literal["_nll_per_token", b"_nll_per_token"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__bleu) -> _WhichOneofReturnType__bleu | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__chrf) -> _WhichOneofReturnType__chrf | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__nll_per_token) -> _WhichOneofReturnType__nll_per_token | None: ...
+
+Global___Checkpoint: _TypeAlias = Checkpoint  # noqa: Y015
+
+@_typing.final
+class ListCheckpointsRequest(_message.Message):
+    """Request of ListCheckpoints."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_ID_FIELD_NUMBER: _builtins.int
+    run_id: _builtins.str
+    """Required. The run."""
+    def __init__(
+        self,
+        *,
+        run_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["run_id", b"run_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListCheckpointsRequest: _TypeAlias = ListCheckpointsRequest  # noqa: Y015
+
+@_typing.final
+class ListCheckpointsResponse(_message.Message):
+    """Response of ListCheckpoints."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHECKPOINTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def checkpoints(self) -> _containers.RepeatedCompositeFieldContainer[Global___Checkpoint]:
+        """By rising step; at most a few dozen, see `recipe.validation.keep_last`."""
+
+    def __init__(
+        self,
+        *,
+        checkpoints: _abc.Iterable[Global___Checkpoint] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoints", b"checkpoints"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListCheckpointsResponse: _TypeAlias = ListCheckpointsResponse  # noqa: Y015
+
+@_typing.final
+class DeleteTrainingRunRequest(_message.Message):
+    """Request of DeleteTrainingRun."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_ID_FIELD_NUMBER: _builtins.int
+    run_id: _builtins.str
+    """Required. The run."""
+    def __init__(
+        self,
+        *,
+        run_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["run_id", b"run_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteTrainingRunRequest: _TypeAlias = DeleteTrainingRunRequest  # noqa: Y015
+
+@_typing.final
+class DeleteTrainingRunResponse(_message.Message):
+    """Response of DeleteTrainingRun."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteTrainingRunResponse: _TypeAlias = DeleteTrainingRunResponse  # noqa: Y015

@@ -28,7 +28,8 @@ if _version_not_supported:
 class TrainingServiceStub:
     """Trains models. Every error carries google.rpc.ErrorInfo (domain "ferryman.v1"); INVALID_ARGUMENT also carries
     google.rpc.BadRequest with all violations at once. A server that does not serve the training role answers
-    FAILED_PRECONDITION, reason ROLE_NOT_SERVED, to StartTraining and CancelTraining.
+    FAILED_PRECONDITION, reason ROLE_NOT_SERVED, to StartTraining, CancelTraining, PauseTraining, ResumeTraining and
+    DeleteTrainingRun.
     """
 
     def __init__(self, channel):
@@ -67,18 +68,41 @@ class TrainingServiceStub:
                 request_serializer=ferryman_dot_v1_dot_training__pb2.CancelTrainingRequest.SerializeToString,
                 response_deserializer=ferryman_dot_v1_dot_training__pb2.CancelTrainingResponse.FromString,
                 _registered_method=True)
+        self.PauseTraining = channel.unary_unary(
+                '/ferryman.v1.TrainingService/PauseTraining',
+                request_serializer=ferryman_dot_v1_dot_training__pb2.PauseTrainingRequest.SerializeToString,
+                response_deserializer=ferryman_dot_v1_dot_training__pb2.PauseTrainingResponse.FromString,
+                _registered_method=True)
+        self.ResumeTraining = channel.unary_unary(
+                '/ferryman.v1.TrainingService/ResumeTraining',
+                request_serializer=ferryman_dot_v1_dot_training__pb2.ResumeTrainingRequest.SerializeToString,
+                response_deserializer=ferryman_dot_v1_dot_training__pb2.ResumeTrainingResponse.FromString,
+                _registered_method=True)
+        self.ListCheckpoints = channel.unary_unary(
+                '/ferryman.v1.TrainingService/ListCheckpoints',
+                request_serializer=ferryman_dot_v1_dot_training__pb2.ListCheckpointsRequest.SerializeToString,
+                response_deserializer=ferryman_dot_v1_dot_training__pb2.ListCheckpointsResponse.FromString,
+                _registered_method=True)
+        self.DeleteTrainingRun = channel.unary_unary(
+                '/ferryman.v1.TrainingService/DeleteTrainingRun',
+                request_serializer=ferryman_dot_v1_dot_training__pb2.DeleteTrainingRunRequest.SerializeToString,
+                response_deserializer=ferryman_dot_v1_dot_training__pb2.DeleteTrainingRunResponse.FromString,
+                _registered_method=True)
 
 
 class TrainingServiceServicer:
     """Trains models. Every error carries google.rpc.ErrorInfo (domain "ferryman.v1"); INVALID_ARGUMENT also carries
     google.rpc.BadRequest with all violations at once. A server that does not serve the training role answers
-    FAILED_PRECONDITION, reason ROLE_NOT_SERVED, to StartTraining and CancelTraining.
+    FAILED_PRECONDITION, reason ROLE_NOT_SERVED, to StartTraining, CancelTraining, PauseTraining, ResumeTraining and
+    DeleteTrainingRun.
     """
 
     def StartTraining(self, request, context):
         """Checks everything that can be checked, records the run and returns at once; a worker starts as soon as one is free.
         NOT_FOUND (CORPUS_NOT_FOUND), INVALID_ARGUMENT (INVALID_RECIPE, INVALID_REQUEST), ALREADY_EXISTS
-        (REQUEST_ID_REUSED: the same request_id came with another body), RESOURCE_EXHAUSTED (TOO_MANY_RUNS).
+        (REQUEST_ID_REUSED: the same request_id came with another body), RESOURCE_EXHAUSTED (TOO_MANY_RUNS). With
+        initial_model also NOT_FOUND (MODEL_NOT_FOUND), FAILED_PRECONDITION (MODEL_HAS_NO_WEIGHTS: it was published by an
+        earlier release; OPTIMIZER_NOT_KEPT: the checkpoints of the run that made it are gone).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -116,9 +140,42 @@ class TrainingServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def CancelTraining(self, request, context):
-        """Asks a run to stop. A queued run is CANCELLED at once, a running one after its current step; nothing is published.
-        Cancelling a cancelled run is no error. NOT_FOUND (RUN_NOT_FOUND), FAILED_PRECONDITION (ILLEGAL_TRANSITION: it has
-        succeeded or failed).
+        """Asks a run to stop. A queued or paused run is CANCELLED at once, a running one after its current step; nothing is
+        published. Cancelling a cancelled run is no error. NOT_FOUND (RUN_NOT_FOUND), FAILED_PRECONDITION
+        (ILLEGAL_TRANSITION: it has succeeded or failed).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PauseTraining(self, request, context):
+        """Asks a run to rest. A queued run is PAUSED at once, a running one after its current step and a checkpoint; it holds
+        no worker while it rests. Pausing a paused run is no error. NOT_FOUND (RUN_NOT_FOUND), FAILED_PRECONDITION
+        (ILLEGAL_TRANSITION: it exports or has ended).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ResumeTraining(self, request, context):
+        """Lets a paused run go on from its last checkpoint, as if it had never rested: it is QUEUED until a worker is free. A
+        pause that has not taken effect yet is withdrawn. Resuming a run that is not paused is no error. NOT_FOUND
+        (RUN_NOT_FOUND), FAILED_PRECONDITION (ILLEGAL_TRANSITION: it has ended).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListCheckpoints(self, request, context):
+        """The complete checkpoints of a run, by rising step. NOT_FOUND (RUN_NOT_FOUND).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteTrainingRun(self, request, context):
+        """Removes a run that has ended, with its records and checkpoints. What it published stays, its request_id is free
+        again. NOT_FOUND (RUN_NOT_FOUND), FAILED_PRECONDITION (RUN_NOT_FINISHED).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -157,6 +214,26 @@ def add_TrainingServiceServicer_to_server(servicer, server):
                     request_deserializer=ferryman_dot_v1_dot_training__pb2.CancelTrainingRequest.FromString,
                     response_serializer=ferryman_dot_v1_dot_training__pb2.CancelTrainingResponse.SerializeToString,
             ),
+            'PauseTraining': grpc.unary_unary_rpc_method_handler(
+                    servicer.PauseTraining,
+                    request_deserializer=ferryman_dot_v1_dot_training__pb2.PauseTrainingRequest.FromString,
+                    response_serializer=ferryman_dot_v1_dot_training__pb2.PauseTrainingResponse.SerializeToString,
+            ),
+            'ResumeTraining': grpc.unary_unary_rpc_method_handler(
+                    servicer.ResumeTraining,
+                    request_deserializer=ferryman_dot_v1_dot_training__pb2.ResumeTrainingRequest.FromString,
+                    response_serializer=ferryman_dot_v1_dot_training__pb2.ResumeTrainingResponse.SerializeToString,
+            ),
+            'ListCheckpoints': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListCheckpoints,
+                    request_deserializer=ferryman_dot_v1_dot_training__pb2.ListCheckpointsRequest.FromString,
+                    response_serializer=ferryman_dot_v1_dot_training__pb2.ListCheckpointsResponse.SerializeToString,
+            ),
+            'DeleteTrainingRun': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteTrainingRun,
+                    request_deserializer=ferryman_dot_v1_dot_training__pb2.DeleteTrainingRunRequest.FromString,
+                    response_serializer=ferryman_dot_v1_dot_training__pb2.DeleteTrainingRunResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'ferryman.v1.TrainingService', rpc_method_handlers)
@@ -168,7 +245,8 @@ def add_TrainingServiceServicer_to_server(servicer, server):
 class TrainingService:
     """Trains models. Every error carries google.rpc.ErrorInfo (domain "ferryman.v1"); INVALID_ARGUMENT also carries
     google.rpc.BadRequest with all violations at once. A server that does not serve the training role answers
-    FAILED_PRECONDITION, reason ROLE_NOT_SERVED, to StartTraining and CancelTraining.
+    FAILED_PRECONDITION, reason ROLE_NOT_SERVED, to StartTraining, CancelTraining, PauseTraining, ResumeTraining and
+    DeleteTrainingRun.
     """
 
     @staticmethod
@@ -323,6 +401,114 @@ class TrainingService:
             '/ferryman.v1.TrainingService/CancelTraining',
             ferryman_dot_v1_dot_training__pb2.CancelTrainingRequest.SerializeToString,
             ferryman_dot_v1_dot_training__pb2.CancelTrainingResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PauseTraining(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/ferryman.v1.TrainingService/PauseTraining',
+            ferryman_dot_v1_dot_training__pb2.PauseTrainingRequest.SerializeToString,
+            ferryman_dot_v1_dot_training__pb2.PauseTrainingResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ResumeTraining(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/ferryman.v1.TrainingService/ResumeTraining',
+            ferryman_dot_v1_dot_training__pb2.ResumeTrainingRequest.SerializeToString,
+            ferryman_dot_v1_dot_training__pb2.ResumeTrainingResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListCheckpoints(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/ferryman.v1.TrainingService/ListCheckpoints',
+            ferryman_dot_v1_dot_training__pb2.ListCheckpointsRequest.SerializeToString,
+            ferryman_dot_v1_dot_training__pb2.ListCheckpointsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteTrainingRun(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/ferryman.v1.TrainingService/DeleteTrainingRun',
+            ferryman_dot_v1_dot_training__pb2.DeleteTrainingRunRequest.SerializeToString,
+            ferryman_dot_v1_dot_training__pb2.DeleteTrainingRunResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -29,7 +29,8 @@ GRPC_VERSION: str
 class TrainingServiceStub:
     """Trains models. Every error carries google.rpc.ErrorInfo (domain "ferryman.v1"); INVALID_ARGUMENT also carries
     google.rpc.BadRequest with all violations at once. A server that does not serve the training role answers
-    FAILED_PRECONDITION, reason ROLE_NOT_SERVED, to StartTraining and CancelTraining.
+    FAILED_PRECONDITION, reason ROLE_NOT_SERVED, to StartTraining, CancelTraining, PauseTraining, ResumeTraining and
+    DeleteTrainingRun.
     """
 
     @_typing.overload
@@ -39,7 +40,9 @@ class TrainingServiceStub:
     StartTraining: _grpc.UnaryUnaryMultiCallable[_training_pb2.StartTrainingRequest, _training_pb2.StartTrainingResponse]
     """Checks everything that can be checked, records the run and returns at once; a worker starts as soon as one is free.
     NOT_FOUND (CORPUS_NOT_FOUND), INVALID_ARGUMENT (INVALID_RECIPE, INVALID_REQUEST), ALREADY_EXISTS
-    (REQUEST_ID_REUSED: the same request_id came with another body), RESOURCE_EXHAUSTED (TOO_MANY_RUNS).
+    (REQUEST_ID_REUSED: the same request_id came with another body), RESOURCE_EXHAUSTED (TOO_MANY_RUNS). With
+    initial_model also NOT_FOUND (MODEL_NOT_FOUND), FAILED_PRECONDITION (MODEL_HAS_NO_WEIGHTS: it was published by an
+    earlier release; OPTIMIZER_NOT_KEPT: the checkpoints of the run that made it are gone).
     """
     StreamMetrics: _grpc.UnaryStreamMultiCallable[_training_pb2.StreamMetricsRequest, _training_pb2.StreamMetricsResponse]
     """The run's records after `after_sequence`, then live, without gap or duplicate; ends with OK after the record of the
@@ -55,23 +58,42 @@ class TrainingServiceStub:
     ListTrainingRuns: _grpc.UnaryUnaryMultiCallable[_training_pb2.ListTrainingRunsRequest, _training_pb2.ListTrainingRunsResponse]
     """Runs, page by page. INVALID_ARGUMENT (INVALID_REQUEST: a page token that is not ours or belongs to another filter)."""
     CancelTraining: _grpc.UnaryUnaryMultiCallable[_training_pb2.CancelTrainingRequest, _training_pb2.CancelTrainingResponse]
-    """Asks a run to stop. A queued run is CANCELLED at once, a running one after its current step; nothing is published.
-    Cancelling a cancelled run is no error. NOT_FOUND (RUN_NOT_FOUND), FAILED_PRECONDITION (ILLEGAL_TRANSITION: it has
-    succeeded or failed).
+    """Asks a run to stop. A queued or paused run is CANCELLED at once, a running one after its current step; nothing is
+    published. Cancelling a cancelled run is no error. NOT_FOUND (RUN_NOT_FOUND), FAILED_PRECONDITION
+    (ILLEGAL_TRANSITION: it has succeeded or failed).
+    """
+    PauseTraining: _grpc.UnaryUnaryMultiCallable[_training_pb2.PauseTrainingRequest, _training_pb2.PauseTrainingResponse]
+    """Asks a run to rest. A queued run is PAUSED at once, a running one after its current step and a checkpoint; it holds
+    no worker while it rests. Pausing a paused run is no error. NOT_FOUND (RUN_NOT_FOUND), FAILED_PRECONDITION
+    (ILLEGAL_TRANSITION: it exports or has ended).
+    """
+    ResumeTraining: _grpc.UnaryUnaryMultiCallable[_training_pb2.ResumeTrainingRequest, _training_pb2.ResumeTrainingResponse]
+    """Lets a paused run go on from its last checkpoint, as if it had never rested: it is QUEUED until a worker is free. A
+    pause that has not taken effect yet is withdrawn. Resuming a run that is not paused is no error. NOT_FOUND
+    (RUN_NOT_FOUND), FAILED_PRECONDITION (ILLEGAL_TRANSITION: it has ended).
+    """
+    ListCheckpoints: _grpc.UnaryUnaryMultiCallable[_training_pb2.ListCheckpointsRequest, _training_pb2.ListCheckpointsResponse]
+    """The complete checkpoints of a run, by rising step. NOT_FOUND (RUN_NOT_FOUND)."""
+    DeleteTrainingRun: _grpc.UnaryUnaryMultiCallable[_training_pb2.DeleteTrainingRunRequest, _training_pb2.DeleteTrainingRunResponse]
+    """Removes a run that has ended, with its records and checkpoints. What it published stays, its request_id is free
+    again. NOT_FOUND (RUN_NOT_FOUND), FAILED_PRECONDITION (RUN_NOT_FINISHED).
     """
 
 @_typing.type_check_only
 class TrainingServiceAsyncStub(TrainingServiceStub):
     """Trains models. Every error carries google.rpc.ErrorInfo (domain "ferryman.v1"); INVALID_ARGUMENT also carries
     google.rpc.BadRequest with all violations at once. A server that does not serve the training role answers
-    FAILED_PRECONDITION, reason ROLE_NOT_SERVED, to StartTraining and CancelTraining.
+    FAILED_PRECONDITION, reason ROLE_NOT_SERVED, to StartTraining, CancelTraining, PauseTraining, ResumeTraining and
+    DeleteTrainingRun.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     StartTraining: _aio.UnaryUnaryMultiCallable[_training_pb2.StartTrainingRequest, _training_pb2.StartTrainingResponse]  # type: ignore[assignment]
     """Checks everything that can be checked, records the run and returns at once; a worker starts as soon as one is free.
     NOT_FOUND (CORPUS_NOT_FOUND), INVALID_ARGUMENT (INVALID_RECIPE, INVALID_REQUEST), ALREADY_EXISTS
-    (REQUEST_ID_REUSED: the same request_id came with another body), RESOURCE_EXHAUSTED (TOO_MANY_RUNS).
+    (REQUEST_ID_REUSED: the same request_id came with another body), RESOURCE_EXHAUSTED (TOO_MANY_RUNS). With
+    initial_model also NOT_FOUND (MODEL_NOT_FOUND), FAILED_PRECONDITION (MODEL_HAS_NO_WEIGHTS: it was published by an
+    earlier release; OPTIMIZER_NOT_KEPT: the checkpoints of the run that made it are gone).
     """
     StreamMetrics: _aio.UnaryStreamMultiCallable[_training_pb2.StreamMetricsRequest, _training_pb2.StreamMetricsResponse]  # type: ignore[assignment]
     """The run's records after `after_sequence`, then live, without gap or duplicate; ends with OK after the record of the
@@ -87,15 +109,32 @@ class TrainingServiceAsyncStub(TrainingServiceStub):
     ListTrainingRuns: _aio.UnaryUnaryMultiCallable[_training_pb2.ListTrainingRunsRequest, _training_pb2.ListTrainingRunsResponse]  # type: ignore[assignment]
     """Runs, page by page. INVALID_ARGUMENT (INVALID_REQUEST: a page token that is not ours or belongs to another filter)."""
     CancelTraining: _aio.UnaryUnaryMultiCallable[_training_pb2.CancelTrainingRequest, _training_pb2.CancelTrainingResponse]  # type: ignore[assignment]
-    """Asks a run to stop. A queued run is CANCELLED at once, a running one after its current step; nothing is published.
-    Cancelling a cancelled run is no error. NOT_FOUND (RUN_NOT_FOUND), FAILED_PRECONDITION (ILLEGAL_TRANSITION: it has
-    succeeded or failed).
+    """Asks a run to stop. A queued or paused run is CANCELLED at once, a running one after its current step; nothing is
+    published. Cancelling a cancelled run is no error. NOT_FOUND (RUN_NOT_FOUND), FAILED_PRECONDITION
+    (ILLEGAL_TRANSITION: it has succeeded or failed).
+    """
+    PauseTraining: _aio.UnaryUnaryMultiCallable[_training_pb2.PauseTrainingRequest, _training_pb2.PauseTrainingResponse]  # type: ignore[assignment]
+    """Asks a run to rest. A queued run is PAUSED at once, a running one after its current step and a checkpoint; it holds
+    no worker while it rests. Pausing a paused run is no error. NOT_FOUND (RUN_NOT_FOUND), FAILED_PRECONDITION
+    (ILLEGAL_TRANSITION: it exports or has ended).
+    """
+    ResumeTraining: _aio.UnaryUnaryMultiCallable[_training_pb2.ResumeTrainingRequest, _training_pb2.ResumeTrainingResponse]  # type: ignore[assignment]
+    """Lets a paused run go on from its last checkpoint, as if it had never rested: it is QUEUED until a worker is free. A
+    pause that has not taken effect yet is withdrawn. Resuming a run that is not paused is no error. NOT_FOUND
+    (RUN_NOT_FOUND), FAILED_PRECONDITION (ILLEGAL_TRANSITION: it has ended).
+    """
+    ListCheckpoints: _aio.UnaryUnaryMultiCallable[_training_pb2.ListCheckpointsRequest, _training_pb2.ListCheckpointsResponse]  # type: ignore[assignment]
+    """The complete checkpoints of a run, by rising step. NOT_FOUND (RUN_NOT_FOUND)."""
+    DeleteTrainingRun: _aio.UnaryUnaryMultiCallable[_training_pb2.DeleteTrainingRunRequest, _training_pb2.DeleteTrainingRunResponse]  # type: ignore[assignment]
+    """Removes a run that has ended, with its records and checkpoints. What it published stays, its request_id is free
+    again. NOT_FOUND (RUN_NOT_FOUND), FAILED_PRECONDITION (RUN_NOT_FINISHED).
     """
 
 class TrainingServiceServicer(metaclass=_abc_1.ABCMeta):
     """Trains models. Every error carries google.rpc.ErrorInfo (domain "ferryman.v1"); INVALID_ARGUMENT also carries
     google.rpc.BadRequest with all violations at once. A server that does not serve the training role answers
-    FAILED_PRECONDITION, reason ROLE_NOT_SERVED, to StartTraining and CancelTraining.
+    FAILED_PRECONDITION, reason ROLE_NOT_SERVED, to StartTraining, CancelTraining, PauseTraining, ResumeTraining and
+    DeleteTrainingRun.
     """
 
     @_abc_1.abstractmethod
@@ -106,7 +145,9 @@ class TrainingServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_training_pb2.StartTrainingResponse, _abc.Awaitable[_training_pb2.StartTrainingResponse]]:
         """Checks everything that can be checked, records the run and returns at once; a worker starts as soon as one is free.
         NOT_FOUND (CORPUS_NOT_FOUND), INVALID_ARGUMENT (INVALID_RECIPE, INVALID_REQUEST), ALREADY_EXISTS
-        (REQUEST_ID_REUSED: the same request_id came with another body), RESOURCE_EXHAUSTED (TOO_MANY_RUNS).
+        (REQUEST_ID_REUSED: the same request_id came with another body), RESOURCE_EXHAUSTED (TOO_MANY_RUNS). With
+        initial_model also NOT_FOUND (MODEL_NOT_FOUND), FAILED_PRECONDITION (MODEL_HAS_NO_WEIGHTS: it was published by an
+        earlier release; OPTIMIZER_NOT_KEPT: the checkpoints of the run that made it are gone).
         """
 
     @_abc_1.abstractmethod
@@ -152,9 +193,49 @@ class TrainingServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _training_pb2.CancelTrainingRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_training_pb2.CancelTrainingResponse, _abc.Awaitable[_training_pb2.CancelTrainingResponse]]:
-        """Asks a run to stop. A queued run is CANCELLED at once, a running one after its current step; nothing is published.
-        Cancelling a cancelled run is no error. NOT_FOUND (RUN_NOT_FOUND), FAILED_PRECONDITION (ILLEGAL_TRANSITION: it has
-        succeeded or failed).
+        """Asks a run to stop. A queued or paused run is CANCELLED at once, a running one after its current step; nothing is
+        published. Cancelling a cancelled run is no error. NOT_FOUND (RUN_NOT_FOUND), FAILED_PRECONDITION
+        (ILLEGAL_TRANSITION: it has succeeded or failed).
+        """
+
+    @_abc_1.abstractmethod
+    def PauseTraining(
+        self,
+        request: _training_pb2.PauseTrainingRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_training_pb2.PauseTrainingResponse, _abc.Awaitable[_training_pb2.PauseTrainingResponse]]:
+        """Asks a run to rest. A queued run is PAUSED at once, a running one after its current step and a checkpoint; it holds
+        no worker while it rests. Pausing a paused run is no error. NOT_FOUND (RUN_NOT_FOUND), FAILED_PRECONDITION
+        (ILLEGAL_TRANSITION: it exports or has ended).
+        """
+
+    @_abc_1.abstractmethod
+    def ResumeTraining(
+        self,
+        request: _training_pb2.ResumeTrainingRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_training_pb2.ResumeTrainingResponse, _abc.Awaitable[_training_pb2.ResumeTrainingResponse]]:
+        """Lets a paused run go on from its last checkpoint, as if it had never rested: it is QUEUED until a worker is free. A
+        pause that has not taken effect yet is withdrawn. Resuming a run that is not paused is no error. NOT_FOUND
+        (RUN_NOT_FOUND), FAILED_PRECONDITION (ILLEGAL_TRANSITION: it has ended).
+        """
+
+    @_abc_1.abstractmethod
+    def ListCheckpoints(
+        self,
+        request: _training_pb2.ListCheckpointsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_training_pb2.ListCheckpointsResponse, _abc.Awaitable[_training_pb2.ListCheckpointsResponse]]:
+        """The complete checkpoints of a run, by rising step. NOT_FOUND (RUN_NOT_FOUND)."""
+
+    @_abc_1.abstractmethod
+    def DeleteTrainingRun(
+        self,
+        request: _training_pb2.DeleteTrainingRunRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_training_pb2.DeleteTrainingRunResponse, _abc.Awaitable[_training_pb2.DeleteTrainingRunResponse]]:
+        """Removes a run that has ended, with its records and checkpoints. What it published stays, its request_id is free
+        again. NOT_FOUND (RUN_NOT_FOUND), FAILED_PRECONDITION (RUN_NOT_FINISHED).
         """
 
 def add_TrainingServiceServicer_to_server(servicer: TrainingServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -18,7 +18,11 @@ from ferryman_service.domain.corpora import Corpus, CorpusHeader, SentencePair, 
 from ferryman_service.domain.errors import InvalidRecipe, InvalidRequest, Violation
 from ferryman_service.domain.models import Model, ModelVersion
 from ferryman_service.domain.recipe import (
+    Activation,
+    Averaging,
     NormPlacement,
+    Positions,
+    Precision,
     Preset,
     Recipe,
     SelectionMetric,
@@ -33,7 +37,7 @@ from ferryman_service.domain.records import (
     StepMetrics,
     ValidationMetrics,
 )
-from ferryman_service.domain.runs import RunProgress, TrainingRun
+from ferryman_service.domain.runs import CheckpointInfo, RunProgress, TrainingRun
 from ferryman_service.domain.schedule import LearningRateSchedule, ScheduleKind
 from ferryman_service.domain.translation import Hypothesis, SearchOptions, Translation
 
@@ -45,6 +49,10 @@ _ENUMS: Final[Mapping[type[enum.StrEnum], tuple[Any, str]]] = {
     SubwordAlgorithm: (recipe_pb2.SubwordAlgorithm, "SUBWORD_ALGORITHM_"),
     ScheduleKind: (recipe_pb2.ScheduleKind, "SCHEDULE_KIND_"),
     SelectionMetric: (recipe_pb2.SelectionMetric, "SELECTION_METRIC_"),
+    Activation: (recipe_pb2.Activation, "ACTIVATION_"),
+    Positions: (recipe_pb2.Positions, "POSITIONS_"),
+    Precision: (recipe_pb2.Precision, "PRECISION_"),
+    Averaging: (recipe_pb2.Averaging, "AVERAGING_"),
     RunState: (metrics_pb2.RunState, "RUN_STATE_"),
     EventLevel: (metrics_pb2.EventLevel, "EVENT_LEVEL_"),
     Split: (corpus_pb2.Split, "SPLIT_"),
@@ -56,6 +64,10 @@ _RECIPE_ENUMS: Final[Mapping[str, type[enum.StrEnum]]] = {
     "subword_algorithm": SubwordAlgorithm,
     "kind": ScheduleKind,
     "metric": SelectionMetric,
+    "activation": Activation,
+    "positions": Positions,
+    "precision": Precision,
+    "averaging": Averaging,
 }
 
 
@@ -194,6 +206,10 @@ def run_to_wire(run: TrainingRun) -> training_pb2.TrainingRun:
         create_time=_timestamp(run.create_time_ns),
         start_time=None if run.start_time_ns is None else _timestamp(run.start_time_ns),
         end_time=None if run.end_time_ns is None else _timestamp(run.end_time_ns),
+        pause_requested=run.pause_requested,
+        restarts=run.restarts,
+        initial_model=run.initial_model,
+        processes=run.processes,
     )
     if run.failure is not None:
         wire.error.CopyFrom(
@@ -214,6 +230,21 @@ def _progress_to_wire(progress: RunProgress) -> training_pb2.RunProgress:
         fraction=progress.fraction,
         remaining=None if remaining is None else _duration(round(remaining * 1e9)),
         best_validation=None if best is None else metrics_pb2.ValidationMetrics(**_plain(best)),
+        skipped_updates=progress.skipped_updates,
+    )
+
+
+def checkpoint_to_wire(checkpoint: CheckpointInfo) -> training_pb2.Checkpoint:
+    """Return a checkpoint."""
+    return training_pb2.Checkpoint(
+        step=checkpoint.step,
+        epoch=checkpoint.epoch,
+        create_time=_timestamp(checkpoint.create_time_ns),
+        size_bytes=checkpoint.size_bytes,
+        best=checkpoint.is_best,
+        bleu=checkpoint.bleu,
+        chrf=checkpoint.chrf,
+        nll_per_token=checkpoint.nll_per_token,
     )
 
 
