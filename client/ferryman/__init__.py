@@ -15,6 +15,9 @@ from ferryman import errors
 from ferryman._async_client import AsyncClient
 from ferryman._client import Client
 from ferryman.types import (
+    Activation,
+    Averaging,
+    Checkpoint,
     Corpus,
     DataRecipe,
     EventLevel,
@@ -32,6 +35,8 @@ from ferryman.types import (
     ModelVersion,
     NormPlacement,
     OptimizationRecipe,
+    Positions,
+    Precision,
     Preset,
     Recipe,
     RunError,
@@ -58,7 +63,10 @@ from ferryman.types import (
 __version__ = version("ferryman")
 
 __all__ = [
+    "Activation",
     "AsyncClient",
+    "Averaging",
+    "Checkpoint",
     "Client",
     "Corpus",
     "DataRecipe",
@@ -77,6 +85,8 @@ __all__ = [
     "ModelVersion",
     "NormPlacement",
     "OptimizationRecipe",
+    "Positions",
+    "Precision",
     "Preset",
     "Recipe",
     "RunError",

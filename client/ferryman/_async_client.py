@@ -67,9 +67,19 @@ class AsyncClient:
         *,
         request_id: str | None = None,
         validate_only: bool = False,
+        initial_model: str | None = None,
+        keep_optimizer: bool = False,
+        processes: int | None = None,
     ) -> types.TrainingRun:
         """See `Client.start_training`."""
-        return await self._call(_convert.start_training(corpus_id, model_name, recipe, request_id, validate_only))
+        options = _convert.StartOptions(
+            request_id=request_id,
+            validate_only=validate_only,
+            initial_model=initial_model,
+            keep_optimizer=keep_optimizer,
+            processes=processes,
+        )
+        return await self._call(_convert.start_training(corpus_id, model_name, recipe, options))
 
     async def get_training_run(self, run_id: str) -> types.TrainingRun:
         """See `Client.get_training_run`."""
@@ -88,6 +98,22 @@ class AsyncClient:
     async def cancel_training(self, run_id: str) -> types.TrainingRun:
         """See `Client.cancel_training`."""
         return await self._call(_convert.cancel_training(run_id))
+
+    async def pause_training(self, run_id: str) -> types.TrainingRun:
+        """See `Client.pause_training`."""
+        return await self._call(_convert.pause_training(run_id))
+
+    async def resume_training(self, run_id: str) -> types.TrainingRun:
+        """See `Client.resume_training`."""
+        return await self._call(_convert.resume_training(run_id))
+
+    async def list_checkpoints(self, run_id: str) -> list[types.Checkpoint]:
+        """See `Client.list_checkpoints`."""
+        return await self._call(_convert.list_checkpoints(run_id))
+
+    async def delete_training_run(self, run_id: str) -> None:
+        """See `Client.delete_training_run`."""
+        await self._call(_convert.delete_training_run(run_id))
 
     @overload
     def stream_metrics(

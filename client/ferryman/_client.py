@@ -71,14 +71,26 @@ class Client:
         *,
         request_id: str | None = None,
         validate_only: bool = False,
+        initial_model: str | None = None,
+        keep_optimizer: bool = False,
+        processes: int | None = None,
     ) -> types.TrainingRun:
         """Start a run that publishes the next version of `model_name`; returns at once.
 
         `request_id` is a UUID: the same one with the same arguments returns the same run, for ever. By default a new
-        one is made. `validate_only` checks everything and starts nothing.
-        Raises CorpusNotFound, InvalidRecipe, InvalidRequest, RequestIdReused, TooManyRuns, RoleNotServed.
+        one is made. `validate_only` checks everything and starts nothing. `initial_model` ("en-de" or "en-de/7") is
+        fine-tuned, with `keep_optimizer` from Adam's moments of the run that made it. `processes` train it together.
+        Raises CorpusNotFound, InvalidRecipe, InvalidRequest, RequestIdReused, TooManyRuns, RoleNotServed,
+        ModelNotFound, ModelHasNoWeights, OptimizerNotKept.
         """
-        return self._call(_convert.start_training(corpus_id, model_name, recipe, request_id, validate_only))
+        options = _convert.StartOptions(
+            request_id=request_id,
+            validate_only=validate_only,
+            initial_model=initial_model,
+            keep_optimizer=keep_optimizer,
+            processes=processes,
+        )
+        return self._call(_convert.start_training(corpus_id, model_name, recipe, options))
 
     def get_training_run(self, run_id: str) -> types.TrainingRun:
         """Return the run. Raises RunNotFound."""
@@ -97,6 +109,22 @@ class Client:
     def cancel_training(self, run_id: str) -> types.TrainingRun:
         """Ask the run to stop; it is CANCELLED, or `cancel_requested` is set. Raises RunNotFound, IllegalTransition."""
         return self._call(_convert.cancel_training(run_id))
+
+    def pause_training(self, run_id: str) -> types.TrainingRun:
+        """Ask the run to rest; it is PAUSED, or `pause_requested` is set. Raises RunNotFound, IllegalTransition."""
+        return self._call(_convert.pause_training(run_id))
+
+    def resume_training(self, run_id: str) -> types.TrainingRun:
+        """Let the run go on from its last checkpoint. Raises RunNotFound, IllegalTransition."""
+        return self._call(_convert.resume_training(run_id))
+
+    def list_checkpoints(self, run_id: str) -> list[types.Checkpoint]:
+        """Return the complete checkpoints of the run, by rising step. Raises RunNotFound."""
+        return self._call(_convert.list_checkpoints(run_id))
+
+    def delete_training_run(self, run_id: str) -> None:
+        """Remove a run that has ended; what it published stays. Raises RunNotFound, RunNotFinished."""
+        self._call(_convert.delete_training_run(run_id))
 
     @overload
     def stream_metrics(

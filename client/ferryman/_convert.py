@@ -59,16 +59,27 @@ def encode(message: Message) -> bytes:
 # --- Training ---------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, kw_only=True)
+class StartOptions:
+    """What StartTraining may be told beside corpus, model and recipe; the names are those of StartTrainingRequest."""
+
+    request_id: str | None
+    validate_only: bool
+    initial_model: str | None
+    keep_optimizer: bool
+    processes: int | None
+
+
 def start_training(
-    corpus_id: str, model_name: str, recipe: types.Recipe | None, request_id: str | None, validate_only: bool
+    corpus_id: str, model_name: str, recipe: types.Recipe | None, options: StartOptions
 ) -> Call[types.TrainingRun]:
-    """StartTraining. Without a request_id one is made, so that the channel may retry. Raises InvalidRecipe."""
-    request = training_pb2.StartTrainingRequest(
-        request_id=request_id or str(uuid4()),
-        corpus_id=corpus_id,
-        model_name=model_name,
-        validate_only=validate_only,
-    )
+    """StartTraining. Without a request_id one is made, so that the channel may retry.
+
+    Raises InvalidRecipe, InvalidRequest.
+    """
+    request = training_pb2.StartTrainingRequest(corpus_id=corpus_id, model_name=model_name)
+    _fill(options, request, "", InvalidRequest)
+    request.request_id = request.request_id or str(uuid4())
     if recipe is not None:
         request.recipe.SetInParent()
         _fill(recipe, request.recipe, "recipe", InvalidRecipe)
@@ -90,6 +101,42 @@ def cancel_training(run_id: str) -> Call[types.TrainingRun]:
     request = training_pb2.CancelTrainingRequest(run_id=run_id)
     return Call(
         path=TRAINING + "CancelTraining", request=request, response_type=training_pb2.CancelTrainingResponse, read=_run
+    )
+
+
+def pause_training(run_id: str) -> Call[types.TrainingRun]:
+    """PauseTraining."""
+    request = training_pb2.PauseTrainingRequest(run_id=run_id)
+    return Call(
+        path=TRAINING + "PauseTraining", request=request, response_type=training_pb2.PauseTrainingResponse, read=_run
+    )
+
+
+def resume_training(run_id: str) -> Call[types.TrainingRun]:
+    """ResumeTraining."""
+    request = training_pb2.ResumeTrainingRequest(run_id=run_id)
+    return Call(
+        path=TRAINING + "ResumeTraining", request=request, response_type=training_pb2.ResumeTrainingResponse, read=_run
+    )
+
+
+def list_checkpoints(run_id: str) -> Call[list[types.Checkpoint]]:
+    """ListCheckpoints."""
+    return Call(
+        path=TRAINING + "ListCheckpoints",
+        request=training_pb2.ListCheckpointsRequest(run_id=run_id),
+        response_type=training_pb2.ListCheckpointsResponse,
+        read=lambda response: [from_message(types.Checkpoint, message) for message in response.checkpoints],
+    )
+
+
+def delete_training_run(run_id: str) -> Call[None]:
+    """DeleteTrainingRun."""
+    return Call(
+        path=TRAINING + "DeleteTrainingRun",
+        request=training_pb2.DeleteTrainingRunRequest(run_id=run_id),
+        response_type=training_pb2.DeleteTrainingRunResponse,
+        read=lambda _: None,
     )
 
 

@@ -8,8 +8,9 @@
         assert client.translate("en-de", "hallo").translations[0].text == "HALLO"
 
 Corpora are kept in memory; a run "trains" at once, along a script of records; a run that succeeds publishes a model;
-every model translates with your function. It checks no more of a request than it needs, resolves no recipe, and answers
-GetLRSchedule with one and the same function of the step whatever the schedule.
+every model translates with your function. A run that `hold_after` holds can be paused, resumed and cancelled. It checks
+no more of a request than it needs, resolves no recipe, and answers GetLRSchedule with one and the same function of the
+step whatever the schedule.
 """
 
 # ruff: noqa: N802  (gRPC names the methods of a servicer)
@@ -123,7 +124,7 @@ class FakeFerryman:
 
         `translate` translates a sentence. `script` is what every run records, by default `training_script()`.
         `hold_after`: runs stand still after so many records, until `release` or CancelTraining. `learning_rate` is the
-        curve that GetLRSchedule answers with.
+        curve that GetLRSchedule answers with. A held run that is paused and resumed is still held.
         """
         self.translate = translate
         self.script = list(script) if script is not None else training_script(learning_rate=learning_rate)
@@ -195,6 +196,26 @@ class _FakeRun:
     run: types.TrainingRun
     pending: deque[types.MetricPayload]
     records: list[types.MetricRecord] = field(default_factory=list)
+    paused_in: RunState = RunState.QUEUED
+
+    def back_to_work(self) -> None:
+        """Bring a resumed run, with a new attempt, back to the state that it was paused in."""
+        states = [RunState.STARTING, RunState.RUNNING]
+        if self.paused_in not in states:
+            return
+        script = [
+            dataclasses.replace(payload, attempt=payload.attempt + 1)
+            if isinstance(payload, types.StateChange)
+            else payload
+            for payload in self.pending
+        ]
+        changes = [
+            types.StateChange(state=state, attempt=self.run.attempt + 1)
+            for state in states[: states.index(self.paused_in) + 1]
+        ]
+        self.pending = deque([*changes, *script])
+        for _ in changes:
+            self.advance()
 
     def advance(self) -> None:
         """Record the next payload and change the run by it."""
@@ -212,21 +233,25 @@ class _FakeRun:
                     epoch=payload.epoch,
                     target_tokens=self.run.progress.target_tokens + payload.target_tokens,
                     target_tokens_per_second=payload.target_tokens_per_second,
+                    skipped_updates=self.run.progress.skipped_updates + payload.skipped,
                 )
-                self.run = dataclasses.replace(self.run, progress=progress)
+                self.run = dataclasses.replace(self.run, progress=progress, restarts=0)
             case types.ValidationMetrics(best=True):
                 progress = dataclasses.replace(self.run.progress, best_validation=payload)
                 self.run = dataclasses.replace(self.run, progress=progress)
 
     def _change_state(self, change: types.StateChange, now: datetime) -> None:
-        state = change.state
+        state, before = change.state, self.run.state
+        # Who waits again although nobody rested it has lost its worker.
+        died = state is RunState.QUEUED and before not in (RunState.QUEUED, RunState.PAUSED)
         failed = types.RunError(reason="WORKER_DIED", message=change.message) if state is RunState.FAILED else None
         self.run = dataclasses.replace(
             self.run,
             state=state,
             attempt=change.attempt,
             error=failed,
-            start_time=now if state is RunState.RUNNING else self.run.start_time,
+            restarts=self.run.restarts + died,
+            start_time=self.run.start_time or (now if state is RunState.RUNNING else None),
             end_time=now if state.is_terminal else None,
         )
 
@@ -279,8 +304,22 @@ class _Backend:
             model_name=request.model_name,
             recipe=from_message(types.Recipe, request.recipe),
             create_time=datetime.now(UTC),
+            initial_model=self._initial_model(request),
+            processes=request.processes or 1,
         )
         return _FakeRun(run, deque(self._fake.script))
+
+    def _initial_model(self, request: training_pb2.StartTrainingRequest) -> str | None:
+        """Return the version to start from, "name/7", None for none; raises what StartTraining does without it."""
+        if not request.initial_model:
+            if request.keep_optimizer:
+                violation = errors.Violation(field="keep_optimizer", description="needs initial_model")
+                raise errors.InvalidRequest("keep_optimizer: needs initial_model", violations=[violation])
+            return None
+        version = self.version(request.initial_model)
+        if request.keep_optimizer and version.run_id not in self.runs:
+            raise errors.OptimizerNotKept(f"the run that made {version.reference} is gone")
+        return version.reference
 
     def add_run(self, request: training_pb2.StartTrainingRequest) -> str:
         run = self.new_run(request)
@@ -300,9 +339,59 @@ class _Backend:
             if run.run.state is not RunState.CANCELLED:
                 if run.run.state.is_terminal:
                     raise errors.IllegalTransition(f"run {run_id} is {run.run.state}: it cannot be cancelled")
-                run.pending = deque([types.StateChange(state=RunState.CANCELLED, attempt=run.run.attempt)])
-                self._advance(run, 1)
+                self._record(run, RunState.CANCELLED, run.run.attempt)
             return run.run
+
+    def pause(self, run_id: str) -> types.TrainingRun:
+        with self.changed:
+            run = self.run(run_id)
+            state = run.run.state
+            if state is RunState.EXPORTING or state.is_terminal:
+                raise errors.IllegalTransition(f"run {run_id} is {state}: it cannot be paused")
+            if state is not RunState.PAUSED:
+                run.paused_in = state
+                self._record(run, RunState.PAUSED, run.run.attempt)
+            return run.run
+
+    def resume(self, run_id: str) -> types.TrainingRun:
+        with self.changed:
+            run = self.run(run_id)
+            if run.run.state.is_terminal:
+                raise errors.IllegalTransition(f"run {run_id} is {run.run.state}: it cannot be resumed")
+            if run.run.state is RunState.PAUSED:
+                self._record(run, RunState.QUEUED, run.run.attempt)
+                queued = run.run
+                run.back_to_work()
+                self.changed.notify_all()
+                return queued
+            return run.run
+
+    def delete(self, run_id: str) -> None:
+        with self.changed:
+            state = self.run(run_id).run.state
+            if not state.is_terminal:
+                raise errors.RunNotFinished(f"run {run_id} is {state}: it cannot be deleted")
+            del self.runs[run_id]
+            self.requests = {key: made for key, made in self.requests.items() if made[1] != run_id}
+
+    def checkpoints(self, run_id: str) -> list[types.Checkpoint]:
+        """Return a checkpoint for each validation: one follows each."""
+        run = self.run(run_id)
+        best = run.run.progress.best_validation
+        return [
+            types.Checkpoint(
+                step=payload.step,
+                epoch=payload.epoch,
+                create_time=record.time,
+                size_bytes=12_000_000,
+                best=payload == best,
+                bleu=payload.bleu,
+                chrf=payload.chrf,
+                nll_per_token=payload.nll_per_token,
+            )
+            for record in run.records
+            if isinstance(payload := record.payload, types.ValidationMetrics)
+        ]
 
     def run(self, run_id: str) -> _FakeRun:
         return _found(self.runs, run_id, errors.RunNotFound, "training run")
@@ -338,6 +427,10 @@ class _Backend:
             if number in ("", str(version.version)):
                 return version
         raise errors.ModelNotFound(f"no version {number} of model {name}")
+
+    def _record(self, run: _FakeRun, state: RunState, attempt: int) -> None:
+        run.pending.appendleft(types.StateChange(state=state, attempt=attempt))
+        self._advance(run, 1)
 
     def _advance(self, run: _FakeRun, count: int) -> None:
         for _ in range(min(count, len(run.pending))):
@@ -468,6 +561,34 @@ class _Training(_Servicer, training_pb2_grpc.TrainingServiceServicer):
         self, request: training_pb2.CancelTrainingRequest, context: grpc.ServicerContext
     ) -> training_pb2.CancelTrainingResponse:
         return _filled(training_pb2.CancelTrainingResponse(), "run", self.backend.cancel(request.run_id))
+
+    @_rpc
+    def PauseTraining(
+        self, request: training_pb2.PauseTrainingRequest, context: grpc.ServicerContext
+    ) -> training_pb2.PauseTrainingResponse:
+        return _filled(training_pb2.PauseTrainingResponse(), "run", self.backend.pause(request.run_id))
+
+    @_rpc
+    def ResumeTraining(
+        self, request: training_pb2.ResumeTrainingRequest, context: grpc.ServicerContext
+    ) -> training_pb2.ResumeTrainingResponse:
+        return _filled(training_pb2.ResumeTrainingResponse(), "run", self.backend.resume(request.run_id))
+
+    @_rpc
+    def ListCheckpoints(
+        self, request: training_pb2.ListCheckpointsRequest, context: grpc.ServicerContext
+    ) -> training_pb2.ListCheckpointsResponse:
+        response = training_pb2.ListCheckpointsResponse()
+        for checkpoint in self.backend.checkpoints(request.run_id):
+            _checked(fill_message(checkpoint, response.checkpoints.add()))
+        return response
+
+    @_rpc
+    def DeleteTrainingRun(
+        self, request: training_pb2.DeleteTrainingRunRequest, context: grpc.ServicerContext
+    ) -> training_pb2.DeleteTrainingRunResponse:
+        self.backend.delete(request.run_id)
+        return training_pb2.DeleteTrainingRunResponse()
 
 
 class _Corpora(_Servicer, corpus_pb2_grpc.CorpusServiceServicer):

@@ -17,15 +17,50 @@ class Preset(enum.StrEnum):
     """Named starting points of a recipe."""
 
     TINY = "tiny"
+    SMALL = "small"
     BASE = "base"
     BIG = "big"
+    DEEP_SHALLOW = "deep_shallow"
 
 
 class NormPlacement(enum.StrEnum):
-    """POST: LayerNorm(x + Sublayer(x)), the paper's form. PRE: x + Sublayer(LayerNorm(x))."""
+    """POST: LayerNorm(x + Sublayer(x)), the paper's form. PRE: x + Sublayer(LayerNorm(x)). DEEP: POST for tens of
+    layers (DeepNorm)."""
 
     POST = "post"
     PRE = "pre"
+    DEEP = "deep"
+
+
+class Activation(enum.StrEnum):
+    """What stands between the maps of a feed-forward sublayer."""
+
+    RELU = "relu"
+    GELU = "gelu"
+    SWIGLU = "swiglu"
+
+
+class Positions(enum.StrEnum):
+    """How the network knows where a token stands."""
+
+    SINUSOIDAL = "sinusoidal"
+    ROPE = "rope"
+
+
+class Precision(enum.StrEnum):
+    """What matrix products are computed in while training."""
+
+    FP32 = "fp32"
+    BF16 = "bf16"
+    FP16 = "fp16"
+
+
+class Averaging(enum.StrEnum):
+    """Which checkpoints are averaged at the end of training."""
+
+    LAST = "last"
+    BEST = "best"
+    NONE = "none"
 
 
 class SubwordAlgorithm(enum.StrEnum):
@@ -66,6 +101,8 @@ class ModelRecipe:
     attention_dropout: float | None = None
     activation_dropout: float | None = None
     norm: NormPlacement | str | None = None
+    activation: Activation | str | None = None
+    positions: Positions | str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +114,8 @@ class DataRecipe:
     character_coverage: float | None = None
     max_sentence_tokens: int | None = None
     max_length_ratio: float | None = None
+    sampling_alpha: float | None = None
+    bpe_dropout: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +137,8 @@ class LearningRateSchedule:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizationRecipe:
-    """Adam, clipping by global norm (0: off), label smoothing, target tokens per update."""
+    """Adam, weight decay, clipping by global norm (0: off), label smoothing, target tokens per update, R-Drop, moving
+    average of the weights, precision, and what happens when a gradient is not finite."""
 
     adam_beta1: float | None = None
     adam_beta2: float | None = None
@@ -106,6 +146,14 @@ class OptimizationRecipe:
     clip_norm: float | None = None
     label_smoothing: float | None = None
     batch_target_tokens: int | None = None
+    accumulation_steps: int | None = None
+    weight_decay: float | None = None
+    r_drop_alpha: float | None = None
+    ema_decay: float | None = None
+    precision: Precision | str | None = None
+    max_skipped_updates: int | None = None
+    max_rollbacks: int | None = None
+    rollback_rate_scale: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,6 +174,8 @@ class ValidationRecipe:
     max_translated_pairs: int | None = None
     metric: SelectionMetric | str | None = None
     keep_last: int | None = None
+    averaging: Averaging | str | None = None
+    checkpoint_interval_steps: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,13 +249,17 @@ class Corpus:
 
 
 class RunState(enum.StrEnum):
-    """Where a run stands. SUCCEEDED, FAILED and CANCELLED are terminal; UNKNOWN is a state newer than this client."""
+    """Where a run stands. SUCCEEDED, FAILED and CANCELLED are terminal; UNKNOWN is a state newer than this client.
+
+    A PAUSED run waits for `resume_training`. A run that waits for a new worker after the death of one is QUEUED.
+    """
 
     UNKNOWN = "unknown"
     QUEUED = "queued"
     STARTING = "starting"
     RUNNING = "running"
     EXPORTING = "exporting"
+    PAUSED = "paused"
     SUCCEEDED = "succeeded"
     FAILED = "failed"
     CANCELLED = "cancelled"
@@ -229,7 +283,8 @@ class EventLevel(enum.StrEnum):
 class StepMetrics:
     """One update of the weights. Losses in nats per target token; padding is never counted as a token.
 
-    `padding_share` is 0 to 1; `gradient_norm` is the global L2 norm before clipping.
+    `padding_share` is 0 to 1; `gradient_norm` is the global L2 norm before clipping. `skipped`: the update was not
+    applied, its gradient was not finite. `model_flops_utilization` is 0 to 1, 0 where the device's peak is not known.
     """
 
     step: int
@@ -244,6 +299,8 @@ class StepMetrics:
     step_seconds: float
     padding_share: float
     memory_bytes: int
+    skipped: bool = False
+    model_flops_utilization: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -323,6 +380,7 @@ class RunProgress:
     fraction: float = 0.0
     remaining_s: float | None = None
     best_validation: ValidationMetrics | None = None
+    skipped_updates: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -336,7 +394,11 @@ class RunError:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingRun:
-    """A training run. Of a run that was only validated `run_id` is empty and `create_time` None."""
+    """A training run. Of a run that was only validated `run_id` is empty and `create_time` None.
+
+    `restarts` counts the workers that died in a row without getting further; `initial_model` is None or the version,
+    "name/7", whose weights it starts from.
+    """
 
     run_id: str
     state: RunState
@@ -352,6 +414,24 @@ class TrainingRun:
     create_time: datetime | None = None
     start_time: datetime | None = None
     end_time: datetime | None = None
+    pause_requested: bool = False
+    restarts: int = 0
+    initial_model: str | None = None
+    processes: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A complete checkpoint of a run; the scores are None if its weights were not validated."""
+
+    step: int
+    epoch: int
+    create_time: datetime
+    size_bytes: int
+    best: bool
+    bleu: float | None = None
+    chrf: float | None = None
+    nll_per_token: float | None = None
 
 
 # --- Models -----------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from ferryman_service.application.models import ModelUseCases
 from ferryman_service.application.paging import Pager
 from ferryman_service.application.ports import BundleLoader
 from ferryman_service.application.supervisor import Supervisor, SupervisorConfig
-from ferryman_service.application.training import TrainingUseCases
+from ferryman_service.application.training import RunLimits, TrainingUseCases
 from ferryman_service.application.translating import TranslationLimits, TranslationUseCases
 from ferryman_service.config.service_config import Device, Role, ServiceConfig
 from ferryman_service.domain.models import ModelVersion
@@ -37,6 +37,7 @@ from ferryman_service.stores.database import open_database, upgrade
 from ferryman_service.stores.layout import DataFolder
 from ferryman_service.stores.lock import FolderLock
 from ferryman_service.stores.models import FileModelStore
+from ferryman_service.stores.run_folders import FileRunFolders
 from ferryman_service.stores.runs import SqlRunStore
 
 _log = logging.getLogger(__name__)
@@ -48,6 +49,7 @@ _RESTART_PAUSE_S: Final = 1.0
 class _Stores:
     folder: DataFolder
     runs: SqlRunStore
+    folders: FileRunFolders
     corpora: FileCorpusStore
     models: FileModelStore
 
@@ -122,6 +124,7 @@ def build_service(config: ServiceConfig) -> Service:
     if trains:
         stores.corpora.recover()
         stores.models.recover()
+        stores.folders.delete_orphans(stores.runs.ids())
     registry = new_registry()
     use_cases = _build_use_cases(stores, config)
     observer = RunObserver(stores.runs, registry, ObserverConfig())
@@ -153,6 +156,7 @@ def _open_stores(folder: DataFolder, config: ServiceConfig) -> _Stores:
     return _Stores(
         folder=folder,
         runs=SqlRunStore(database),
+        folders=FileRunFolders(folder),
         corpora=FileCorpusStore(database, folder, CorpusLimits(max_bytes=config.max_corpus_bytes)),
         models=FileModelStore(database, folder),
     )
@@ -163,10 +167,16 @@ def _build_use_cases(stores: _Stores, config: ServiceConfig) -> _UseCases:
     return _UseCases(
         training=TrainingUseCases(
             runs=stores.runs,
+            folders=stores.folders,
             corpora=stores.corpora,
+            models=stores.models,
             pager=pager,
             served=Role.TRAINING in config.roles,
-            max_queued_runs=config.max_queued_runs,
+            limits=RunLimits(
+                max_queued=config.max_queued_runs,
+                processes=config.processes_per_run,
+                max_processes=config.max_processes_per_run,
+            ),
         ),
         feed=MetricsFeed(stores.runs, FeedConfig(heartbeat_s=config.heartbeat_s)),
         corpora=CorpusUseCases(corpora=stores.corpora, pager=pager),
@@ -209,10 +219,12 @@ def _build_loader(config: ServiceConfig) -> BundleLoader:
 
 
 def _build_supervisor(stores: _Stores, config: ServiceConfig) -> Supervisor:
-    command = (*torchrun_command(), "--device", config.device.value, "--log-level", config.log_level)
-    launch = LaunchConfig(data_dir=stores.folder.root, worker_command=command)
-    launcher = TorchrunLauncher(launch, stores.folder.worker_log)
-    return Supervisor(stores.runs, launcher, SupervisorConfig(max_concurrent_runs=config.max_concurrent_runs))
+    def command(processes: int) -> tuple[str, ...]:
+        return (*torchrun_command(processes), "--device", config.device.value, "--log-level", config.log_level)
+
+    launcher = TorchrunLauncher(LaunchConfig(data_dir=stores.folder.root, command=command), stores.folder.worker_log)
+    supervisor = SupervisorConfig(max_concurrent_runs=config.max_concurrent_runs, max_restarts=config.max_restarts)
+    return Supervisor(stores.runs, launcher, supervisor)
 
 
 def _build_server(

@@ -11,10 +11,12 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
 import sys
+import threading
 from pathlib import Path
 
-from ferryman_service.application.execution import WorkerPorts, execute_attempt, follow_attempt
+from ferryman_service.application.execution import WorkerPorts, execute_attempt, follow_attempt, initial_weights
 from ferryman_service.application.reporting import ReporterConfig
 from ferryman_service.config.service_config import Device
 from ferryman_service.domain.ids import RUN_PREFIX, is_id
@@ -25,6 +27,7 @@ from ferryman_service.stores.corpora import CorpusLimits, FileCorpusStore
 from ferryman_service.stores.database import open_database
 from ferryman_service.stores.layout import DataFolder
 from ferryman_service.stores.models import FileModelStore
+from ferryman_service.stores.run_folders import FileRunFolders
 from ferryman_service.stores.runs import SqlRunStore
 from ferryman_service.training.engine import EngineConfig, TorchTrainingEngine
 from ferryman_service.training.export import OnnxExporter
@@ -39,8 +42,11 @@ def main() -> int:
     arguments = _parse(sys.argv[1:])
     die_with_parent()
     logging.basicConfig(level=arguments.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    stop = threading.Event()
+    # torchrun passes SIGTERM on to all of its processes. The first leaves a checkpoint and ends; the others follow it.
+    signal.signal(signal.SIGTERM, lambda number, frame: stop.set())
     folder = DataFolder(arguments.data_dir)
-    ports = _build(folder, arguments.device)
+    ports = _build(folder, arguments.device, stop)
     run_dir = folder.run_dir(arguments.run_id)
     _log.info("attempt %d of %s", arguments.attempt, arguments.run_id)
     if int(os.environ.get("RANK", "0")):
@@ -51,20 +57,22 @@ def main() -> int:
     return 0
 
 
-def _build(folder: DataFolder, device: Device) -> WorkerPorts:
+def _build(folder: DataFolder, device: Device, stop: threading.Event) -> WorkerPorts:
     """The composition root of the worker."""
     database = open_database(folder.database)
-    runs = SqlRunStore(database)
+    models = FileModelStore(database, folder)
     return WorkerPorts(
-        runs=runs,
+        runs=SqlRunStore(database),
         corpora=FileCorpusStore(database, folder, CorpusLimits()),
-        models=FileModelStore(database, folder),
+        models=models,
         engine=TorchTrainingEngine(EngineConfig(device=device.value)),
         exporter=OnnxExporter(),
         loader=OnnxBundleLoader(OnnxConfig(), MicroBatchLimit()),
         log_tail=lambda run_id, attempt: read_log_tail(folder.worker_log(run_id, attempt)),
         reporter=ReporterConfig(),
         prepared_dir=folder.prepared,
+        initial=lambda run: initial_weights(models, FileRunFolders(folder), run),
+        stop_requested=stop.is_set,
     )
 
 

@@ -13,7 +13,7 @@ class FakeLauncher:
         self.how = "exit status 1"
         self.fail_with = None
 
-    def start(self, run_id, attempt):
+    def start(self, run_id, attempt, processes):
         if self.fail_with is not None:
             raise self.fail_with
         self.started.append((run_id, attempt))

@@ -20,7 +20,7 @@ from ferryman_service.application.corpora import CorpusUseCases
 from ferryman_service.application.metrics_feed import FeedConfig, MetricsFeed
 from ferryman_service.application.models import ModelUseCases
 from ferryman_service.application.paging import Pager
-from ferryman_service.application.training import TrainingUseCases
+from ferryman_service.application.training import RunLimits, TrainingUseCases
 from ferryman_service.application.translating import TranslationLimits, TranslationUseCases
 from ferryman_service.bundle import manifest as bundles
 from ferryman_service.domain.models import ModelLineage, ModelScores
@@ -40,6 +40,7 @@ from ferryman_service.stores.corpora import CorpusLimits, FileCorpusStore
 from ferryman_service.stores.database import open_database, upgrade
 from ferryman_service.stores.layout import DataFolder
 from ferryman_service.stores.models import FileModelStore
+from ferryman_service.stores.run_folders import FileRunFolders
 from ferryman_service.stores.runs import SqlRunStore
 from tests.fakes.translator import FakeBundleLoader
 
@@ -143,10 +144,12 @@ class LoopbackService:
         shutdown = Shutdown()
         training = TrainingUseCases(
             runs=self.runs,
+            folders=FileRunFolders(self.folder),
             corpora=self.corpora,
+            models=self.models,
             pager=pager,
             served=self._trains,
-            max_queued_runs=self._max_queued_runs,
+            limits=RunLimits(max_queued=self._max_queued_runs, max_processes=4),
         )
         self._translation = TranslationUseCases(
             models=self.models,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from datetime import datetime
+from typing import Final
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
@@ -22,12 +23,20 @@ from ferryman import (
     ValidationMetrics,
 )
 
+# Before the export, in which a run is done with its limits.
+_BEFORE_EXPORT: Final = (RunState.QUEUED, RunState.STARTING, RunState.RUNNING, RunState.PAUSED)
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunView:
-    """What a person wants to know of a run: a fold over its records. Times are those of the records."""
+    """What a person wants to know of a run: a fold over its records. Times are those of the records.
+
+    A run may rest or lose its worker and go on: `worked_s` is the time of its earlier workers, seconds, and
+    `start_time` is when the present one began; None between two.
+    """
 
     state: RunState = RunState.QUEUED
+    worked_s: float = 0.0
     start_time: datetime | None = None
     time: datetime | None = None
     step: StepMetrics | None = None
@@ -40,7 +49,7 @@ class RunView:
             case StateChange(state=RunState.RUNNING):
                 return replace(view, state=RunState.RUNNING, start_time=record.time)
             case StateChange(state=state):
-                return replace(view, state=state)
+                return replace(view, state=state, worked_s=view.elapsed_s(), start_time=None)
             case StepMetrics() as step:
                 return replace(view, step=step)
             case ValidationMetrics() as validation:
@@ -49,12 +58,13 @@ class RunView:
                 return view
 
     def elapsed_s(self) -> float:
-        """Return the time since the worker began, seconds."""
-        return (self.time - self.start_time).total_seconds() if self.time and self.start_time else 0.0
+        """Return the time that workers have worked, seconds."""
+        running_s = (self.time - self.start_time).total_seconds() if self.time and self.start_time else 0.0
+        return self.worked_s + running_s
 
     def fraction(self, stop: StopRecipe) -> float:
         """Return the used share of the nearest limit, 0 to 1."""
-        if self.state not in (RunState.QUEUED, RunState.STARTING, RunState.RUNNING):
+        if self.state not in _BEFORE_EXPORT:
             return 1.0
         step, epoch = (self.step.step, self.step.epoch) if self.step else (0, 1)
         used = [
@@ -84,6 +94,8 @@ def follow(client: Client, run_id: str, console: Console) -> TrainingRun:
             view = view.after(record)
             if (line := describe(record)) is not None:
                 progress.console.print(line, soft_wrap=True)
+            if view.state is RunState.PAUSED and isinstance(record.payload, StateChange):
+                progress.console.print(f"to let it go on: ferryman runs resume {run_id}", soft_wrap=True)
             _update(progress, task, view, stop)
     run = client.get_training_run(run_id)
     console.print(describe_end(run), soft_wrap=True)

@@ -30,11 +30,25 @@ def train(
     request_id: Annotated[str | None, typer.Option(help="A UUID that makes the start repeatable.")] = None,
     validate_only: Annotated[bool, typer.Option("--validate-only", help="Check everything, start nothing.")] = False,
     watch: Annotated[bool, typer.Option("--watch", help="Follow the run to its end.")] = False,
+    initial_model: Annotated[str | None, typer.Option(help="The model to fine-tune, such as en-de or en-de/7.")] = None,
+    keep_optimizer: Annotated[
+        bool, typer.Option("--keep-optimizer", help="Fine-tune with the optimizer's moments of the run that made it.")
+    ] = False,
+    processes: Annotated[int | None, typer.Option(help="Processes that train together.")] = None,
 ) -> None:
     """Start a training run; prints its id on the first line."""
     wanted = build_recipe(recipe, preset, overrides or [])
     with connect(context) as client:
-        run = client.start_training(corpus_id, model_name, wanted, request_id=request_id, validate_only=validate_only)
+        run = client.start_training(
+            corpus_id,
+            model_name,
+            wanted,
+            request_id=request_id,
+            validate_only=validate_only,
+            initial_model=initial_model,
+            keep_optimizer=keep_optimizer,
+            processes=processes,
+        )
         if validate_only:
             print("valid")
             _print_recipe(run)
@@ -83,13 +97,14 @@ def show(context: typer.Context, run_id: RunArgument) -> None:
     version = f"/{run.model_version}" if run.model_version else ""
     fields: list[tuple[str, object]] = [
         ("run", run.run_id),
-        ("state", f"{run.state}, cancel requested" if run.cancel_requested else run.state),
+        ("state", f"{run.state}{_requested(run)}"),
         ("corpus", run.corpus_id),
         ("model", f"{run.model_name}{version}"),
         ("step", f"{run.progress.step:,} (epoch {run.progress.epoch}, {run.progress.fraction:.0%})"),
         ("target tokens", f"{run.progress.target_tokens:,}"),
         ("best BLEU", _best_bleu(run)),
         ("attempt", run.attempt),
+        ("starts from", run.initial_model or "random weights"),
         ("accepted", _time(run)),
     ]
     if run.error is not None:
@@ -104,6 +119,54 @@ def cancel(context: typer.Context, run_id: RunArgument) -> None:
     with connect(context) as client:
         run = client.cancel_training(run_id)
     print("cancel requested" if run.cancel_requested else str(run.state))
+
+
+@app.command()
+def pause(context: typer.Context, run_id: RunArgument) -> None:
+    """Ask a run to rest; `runs resume` lets it go on."""
+    with connect(context) as client:
+        run = client.pause_training(run_id)
+    print("pause requested" if run.pause_requested else str(run.state))
+
+
+@app.command()
+def resume(context: typer.Context, run_id: RunArgument) -> None:
+    """Let a paused run go on from its last checkpoint."""
+    with connect(context) as client:
+        run = client.resume_training(run_id)
+    print(str(run.state))
+
+
+@app.command()
+def delete(context: typer.Context, run_id: RunArgument) -> None:
+    """Remove a run that has ended, with its records and checkpoints; what it published stays."""
+    with connect(context) as client:
+        client.delete_training_run(run_id)
+    print("deleted")
+
+
+@app.command()
+def checkpoints(context: typer.Context, run_id: RunArgument) -> None:
+    """List the checkpoints of a run."""
+    with connect(context) as client:
+        rows = [
+            (
+                f"{item.step:,}",
+                item.epoch,
+                "-" if item.bleu is None else f"{item.bleu:.1f}",
+                "best" if item.best else "",
+                f"{item.size_bytes / 1e6:.1f} MB",
+                item.create_time.isoformat(timespec="seconds"),
+            )
+            for item in client.list_checkpoints(run_id)
+        ]
+    print_table(("step", "epoch", "BLEU", "", "size", "written"), rows)
+
+
+def _requested(run: TrainingRun) -> str:
+    if run.cancel_requested:
+        return ", cancel requested"
+    return ", pause requested" if run.pause_requested else ""
 
 
 def _best_bleu(run: TrainingRun) -> str:

@@ -16,7 +16,14 @@ from ferryman_service.domain.corpora import CorpusFiles as CorpusFiles
 from ferryman_service.domain.models import Model, ModelLineage, ModelReference, ModelVersion
 from ferryman_service.domain.records import EventLevel, Payload, Record, RunState, StepMetrics, ValidationMetrics
 from ferryman_service.domain.runs import AppendAck as AppendAck
-from ferryman_service.domain.runs import ProcessIdentity, RunFailure, RunFilter, RunProgress, TrainingRun
+from ferryman_service.domain.runs import (
+    CheckpointInfo,
+    ProcessIdentity,
+    RunFailure,
+    RunFilter,
+    RunProgress,
+    TrainingRun,
+)
 from ferryman_service.domain.runs import RequestKey as RequestKey
 from ferryman_service.domain.runs import RunHead as RunHead
 from ferryman_service.domain.training import RunCancelled as RunCancelled
@@ -66,21 +73,48 @@ class RunStore(Protocol):
         """Append records in order, durably, all or none; also store the progress if given. An empty sequence only
         asks for the ack.
 
-        Raises AttemptFenced if the run is terminal or has another attempt. StateChange payloads are not allowed here.
+        Raises AttemptFenced if the run has another attempt or has given this one up (terminal, PAUSED, QUEUED again).
+        A StepMetrics clears `restarts`. StateChange payloads are not allowed here.
         """
         ...
 
     def change_state(
         self, run_id: str, attempt: int, state: RunState, message: str = "", failure: RunFailure | None = None
     ) -> TrainingRun:
-        """Change the state; a terminal state sets the end time and clears cancel_requested.
+        """Change the state; a terminal state sets the end time and clears cancel_requested, PAUSED the worker.
 
-        Raises AttemptFenced (other attempt, or terminal already), IllegalTransition.
+        Raises AttemptFenced (other attempt, or given up already), IllegalTransition.
         """
         ...
 
+    def requeue(self, run_id: str, attempt: int, message: str, *, restarts: int, not_before_ns: int) -> TrainingRun:
+        """Give the attempt up and make the run QUEUED, so that another goes on from its last checkpoint, no earlier
+        than `not_before_ns`.
+
+        Raises AttemptFenced.
+        """
+        ...
+
+    def request_pause(self, run_id: str) -> TrainingRun:
+        """Make a QUEUED run PAUSED, set pause_requested on a STARTING or RUNNING one, leave a PAUSED one alone.
+
+        Raises RunNotFound, IllegalTransition (EXPORTING or terminal).
+        """
+        ...
+
+    def request_resume(self, run_id: str) -> TrainingRun:
+        """Make a PAUSED run QUEUED, withdraw a pause_requested, leave any other unfinished run alone.
+
+        Raises RunNotFound, IllegalTransition (terminal).
+        """
+        ...
+
+    def delete(self, run_id: str) -> None:
+        """Remove a terminal run with its records; raises RunNotFound, RunNotFinished."""
+        ...
+
     def request_cancel(self, run_id: str) -> TrainingRun:
-        """Make a QUEUED run CANCELLED, set cancel_requested on an active one, leave a CANCELLED one alone.
+        """Make a QUEUED or PAUSED run CANCELLED, set cancel_requested on an active one, leave a CANCELLED one alone.
 
         Raises RunNotFound, IllegalTransition (SUCCEEDED or FAILED).
         """
@@ -92,6 +126,26 @@ class RunStore(Protocol):
 
     def heads(self, run_ids: Iterable[str]) -> Mapping[str, RunHead]:
         """Return the heads of the runs that exist. Cheap: called several times a second."""
+        ...
+
+
+class RunFolders(Protocol):
+    """What training keeps of a run beside its records."""
+
+    def checkpoints(self, run_id: str) -> Sequence[CheckpointInfo]:
+        """Return the complete checkpoints, by rising step; none if there is no folder."""
+        ...
+
+    def last_checkpoint(self, run_id: str) -> Path | None:
+        """Return the folder of the newest complete checkpoint."""
+        ...
+
+    def delete(self, run_id: str) -> None:
+        """Remove the run's folder, if there is one."""
+        ...
+
+    def delete_orphans(self, run_ids: Iterable[str]) -> None:
+        """Remove the folders of all runs but these."""
         ...
 
 
@@ -177,6 +231,17 @@ class ModelStore(Protocol):
         """Return at most `limit` models that follow the one named `after`, by name."""
         ...
 
+    def has_weights(self, version: ModelVersion) -> bool:
+        """Tell whether the bundle holds the weights that training can start from."""
+        ...
+
+    def weights(self, version: ModelVersion) -> tuple[Path, Path]:
+        """Return the weights and the subword model that training can start from, both checked.
+
+        Raises ModelDamaged, also if the bundle holds no weights.
+        """
+        ...
+
     def bundle_dir(self, version: ModelVersion) -> Path:
         """Return the folder of the published bundle."""
         ...
@@ -185,8 +250,8 @@ class ModelStore(Protocol):
 class Launcher(Protocol):
     """Starts workers as programs of their own, which outlive this one."""
 
-    def start(self, run_id: str, attempt: int) -> None:
-        """Start a worker; raises OSError if the program cannot be started at all."""
+    def start(self, run_id: str, attempt: int, processes: int) -> None:
+        """Start a worker of so many processes; raises OSError if the program cannot be started at all."""
         ...
 
     def is_running(self, run_id: str, attempt: int, worker: ProcessIdentity | None) -> bool:
@@ -218,13 +283,25 @@ class Reporter(Protocol):
         """Report a validation."""
         ...
 
-    def event(self, level: EventLevel, code: str, message: str) -> None:
-        """Make a remark."""
+    def event(self, level: EventLevel, code: str, message: str, *, repeats: bool = False) -> None:
+        """Make a remark. With `repeats` it belongs to the series, like every step and validation."""
+        ...
+
+    def resume(self, reports: int) -> None:
+        """Say that the work goes on from a point before which the series had this many reports.
+
+        The series is a function of recipe, corpus and seed, so what was reported after that point by an earlier attempt
+        will be reported again; the reporter drops as many reports of the series as are durable already.
+        """
+        ...
+
+    def flush(self) -> None:
+        """Wait until everything that was reported is durable. Raises what `check` does if it cannot be."""
         ...
 
     def check(self) -> None:
-        """Raise RunCancelled or AttemptFenced if the work is no longer wanted, TrainingFailed if reports cannot be
-        stored. Call it between steps and in every long loop."""
+        """Raise RunCancelled or AttemptFenced if the work is no longer wanted, PauseRequested or StopRequested if it is
+        not wanted for now, TrainingFailed if reports cannot be stored. Call it between steps and in every long loop."""
         ...
 
 
@@ -232,7 +309,11 @@ class TrainingEngine(Protocol):
     """Trains."""
 
     def train(self, job: TrainingJob, reporter: Reporter) -> TrainedModel:
-        """Train until the recipe's limit. Raises TrainingFailed, and what Reporter.check raises."""
+        """Train until the recipe's limit, from the newest checkpoint in the job's folder if there is one.
+
+        Raises TrainingFailed, DiskIsFull, and what Reporter.check raises; a checkpoint is left before PauseRequested
+        and StopRequested are passed on.
+        """
         ...
 
 

@@ -6,14 +6,15 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from ferryman_service.application.ports import AppendAck, RunCancelled, RunStore
 from ferryman_service.domain.errors import AttemptFenced, DiskFull, StoreUnavailable
 from ferryman_service.domain.recipe import StopRecipe
 from ferryman_service.domain.records import EventLevel, Payload, RunEvent, StepMetrics, ValidationMetrics
-from ferryman_service.domain.runs import FailureReason, RunProgress, TrainingFailed
+from ferryman_service.domain.runs import FailureReason, RunProgress, TrainingFailed, TrainingRun
+from ferryman_service.domain.training import DiskIsFull, PauseRequested, StopRequested
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,17 +27,30 @@ class ReporterConfig:
     retry_s: float = 60.0
 
 
-class StoreReporter:
-    """Reports to a RunStore. `step`, `validation`, `event` and `check` belong to the training thread."""
+_Report = tuple[Payload, RunProgress | None]
+_Item = _Report | threading.Event
+"""What the background thread takes: a report, or a flag to raise once all before it is durable."""
 
-    def __init__(self, runs: RunStore, run_id: str, attempt: int, stop: StopRecipe, config: ReporterConfig) -> None:
-        """Store everything; `start` begins to write."""
+
+class StoreReporter:
+    """Reports to a RunStore. `step`, `validation`, `event`, `resume` and `check` belong to the training thread."""
+
+    def __init__(
+        self,
+        runs: RunStore,
+        run: TrainingRun,
+        config: ReporterConfig,
+        stop_requested: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Store everything; `start` begins to write. `stop_requested` tells whether this process was told to end."""
         self._runs = runs
-        self._run_id = run_id
-        self._attempt = attempt
+        self._run_id = run.run_id
+        self._attempt = run.attempt
         self._config = config
-        self._meter = _ProgressMeter(stop)
-        self._queue: queue.Queue[tuple[Payload, RunProgress | None] | None] = queue.Queue()
+        self._stop_requested = stop_requested
+        self._meter = _ProgressMeter(run.recipe.stop, run.progress)
+        self._known_reports = 0
+        self._queue: queue.Queue[_Item | None] = queue.Queue()
         self._ack = AppendAck(last_sequence=0, cancel_requested=False)
         self._error: Exception | None = None
         self._thread = threading.Thread(target=self._write_all, name="reporter", daemon=True)
@@ -47,45 +61,79 @@ class StoreReporter:
 
     def step(self, metrics: StepMetrics) -> None:
         """Report an update."""
-        self._queue.put((metrics, self._meter.after_step(metrics)))
+        if self._is_news():
+            self._queue.put((metrics, self._meter.after_step(metrics)))
 
     def validation(self, metrics: ValidationMetrics) -> None:
         """Report a validation."""
-        self._queue.put((metrics, self._meter.after_validation(metrics)))
+        if self._is_news():
+            self._queue.put((metrics, self._meter.after_validation(metrics)))
 
-    def event(self, level: EventLevel, code: str, message: str) -> None:
+    def event(self, level: EventLevel, code: str, message: str, *, repeats: bool = False) -> None:
         """Make a remark."""
-        self._queue.put((RunEvent(level=level, code=code, message=message), None))
+        remark = RunEvent(level=level, code=code, message=message)
+        if not repeats:
+            self._queue.put((remark, None))
+        elif self._is_news():
+            self._queue.put((remark, self._meter.after_event()))
+
+    def resume(self, reports: int) -> None:
+        """Drop what follows `reports` reports of the series, as far as it is durable already."""
+        self._known_reports = self._meter.reports - reports
+        assert self._known_reports >= 0, "a checkpoint knows of reports that were never made"
+
+    def flush(self) -> None:
+        """Wait until everything that was reported is durable; raises what keeps it from being so."""
+        durable = threading.Event()
+        self._queue.put(durable)
+        while not durable.wait(self._config.flush_interval_s):
+            if self._error is not None:
+                raise self._error
 
     def check(self) -> None:
-        """Raise RunCancelled, AttemptFenced, or TrainingFailed if the reports cannot be stored."""
+        """Raise RunCancelled, PauseRequested, StopRequested, AttemptFenced, or TrainingFailed if the reports cannot be
+        stored."""
         if self._error is not None:
             raise self._error
         if self._ack.cancel_requested:
             raise RunCancelled(self._run_id)
+        if self._ack.pause_requested:
+            raise PauseRequested(self._run_id)
+        if self._stop_requested():
+            raise StopRequested(self._run_id)
 
     def close(self) -> None:
-        """Wait until every report is durable, then check once more. Nothing may be reported after it."""
+        """Wait until every report is durable; raises what keeps them from it. Nothing may be reported after it."""
         self._queue.put(None)
         self._thread.join()
-        self.check()
+        if self._error is not None:
+            raise self._error
+
+    def _is_news(self) -> bool:
+        if self._known_reports == 0:
+            return True
+        self._known_reports -= 1
+        return False
 
     def _write_all(self) -> None:
         more = True
         try:
             while more:
                 more, batch = self._next_batch()
-                self._write(batch)
-        except (AttemptFenced, TrainingFailed) as error:
+                self._write([item for item in batch if not isinstance(item, threading.Event)])
+                for item in batch:
+                    if isinstance(item, threading.Event):
+                        item.set()
+        except (AttemptFenced, DiskIsFull, TrainingFailed) as error:
             self._error = error
 
-    def _next_batch(self) -> tuple[bool, list[tuple[Payload, RunProgress | None]]]:
+    def _next_batch(self) -> tuple[bool, list[_Item]]:
         """Wait for a report, then take all that have gathered; (False, …) after close."""
         try:
             items = [self._queue.get(timeout=self._config.ack_interval_s)]
         except queue.Empty:
             return True, []
-        if items[0] is not None:
+        if isinstance(items[0], tuple):
             time.sleep(self._config.flush_interval_s)
         while True:
             try:
@@ -94,8 +142,7 @@ class StoreReporter:
                 break
         return None not in items, [item for item in items if item is not None]
 
-    def _write(self, batch: Iterable[tuple[Payload, RunProgress | None]]) -> None:
-        batch = list(batch)
+    def _write(self, batch: Sequence[_Report]) -> None:
         payloads = [payload for payload, _ in batch]
         progress = next((progress for _, progress in reversed(batch) if progress is not None), None)
         give_up_s = time.monotonic() + self._config.retry_s
@@ -104,7 +151,7 @@ class StoreReporter:
                 self._ack = self._runs.append(self._run_id, self._attempt, payloads, progress)
                 return
             except DiskFull as error:
-                raise TrainingFailed(FailureReason.DISK_FULL, f"the records cannot be stored: {error}") from error
+                raise DiskIsFull(f"the records cannot be stored: {error}") from error
             except StoreUnavailable as error:
                 if time.monotonic() > give_up_s:
                     raise TrainingFailed(FailureReason.WORKER_DIED, f"the store is out of reach: {error}") from error
@@ -120,21 +167,34 @@ class SilentReporter:
     def validation(self, metrics: ValidationMetrics) -> None:
         """Say nothing."""
 
-    def event(self, level: EventLevel, code: str, message: str) -> None:
+    def event(self, level: EventLevel, code: str, message: str, *, repeats: bool = False) -> None:
         """Say nothing."""
+
+    def resume(self, reports: int) -> None:
+        """Nothing was said."""
+
+    def flush(self) -> None:
+        """Nothing was said."""
 
     def check(self) -> None:
         """Go on: rank 0 tells the others when to stop."""
 
 
 class _ProgressMeter:
-    """Sums up the records into a RunProgress."""
+    """Sums up the records into a RunProgress, from what earlier attempts left."""
 
-    def __init__(self, stop: StopRecipe) -> None:
+    def __init__(self, stop: StopRecipe, progress: RunProgress) -> None:
         self._stop = stop
+        self._progress = progress
+        self._rate = progress.target_tokens_per_second
+        # What came before this attempt took a time that only its share of the limit tells.
+        self._fraction_before = progress.fraction
         self._began_s = time.monotonic()
-        self._progress = RunProgress()
-        self._rate = 0.0
+
+    @property
+    def reports(self) -> int:
+        """How many reports of the series were made, by earlier attempts too."""
+        return self._progress.reports
 
     def after_step(self, metrics: StepMetrics) -> RunProgress:
         rate = metrics.target_tokens_per_second
@@ -148,15 +208,24 @@ class _ProgressMeter:
             target_tokens=self._progress.target_tokens + metrics.target_tokens,
             target_tokens_per_second=self._rate,
             fraction=fraction,
-            remaining_seconds=elapsed_s * (1 - fraction) / fraction if fraction > 0 else None,
+            remaining_seconds=self._remaining_s(fraction, elapsed_s),
             last_step=metrics,
+            skipped_updates=self._progress.skipped_updates + metrics.skipped,
         )
-        return self._progress
+        return self.after_event()
 
     def after_validation(self, metrics: ValidationMetrics) -> RunProgress:
         if metrics.best:
             self._progress = replace(self._progress, best_validation=metrics)
+        return self.after_event()
+
+    def after_event(self) -> RunProgress:
+        self._progress = replace(self._progress, reports=self._progress.reports + 1)
         return self._progress
+
+    def _remaining_s(self, fraction: float, elapsed_s: float) -> float | None:
+        done = fraction - self._fraction_before
+        return elapsed_s * (1 - fraction) / done if done > 0 else None
 
     def _fraction(self, metrics: StepMetrics) -> float:
         """Share of the nearest limit; finished epochs count, the present one does not."""
@@ -166,5 +235,10 @@ class _ProgressMeter:
         if self._stop.max_epochs:
             shares.append((metrics.epoch - 1) / self._stop.max_epochs)
         if self._stop.max_time_seconds:
-            shares.append((time.monotonic() - self._began_s) / self._stop.max_time_seconds)
+            elapsed_s = time.monotonic() - self._began_s
+            shares.append(self._time_before() + elapsed_s / self._stop.max_time_seconds)
         return min(1.0, max(shares))
+
+    def _time_before(self) -> float:
+        limited_by_time = not (self._stop.max_steps or self._stop.max_epochs)
+        return self._fraction_before if limited_by_time else 0.0

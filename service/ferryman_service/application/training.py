@@ -5,18 +5,26 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from ferryman_service.application.paging import Page, Pager
-from ferryman_service.application.ports import CorpusStore, RequestKey, RunStore
+from ferryman_service.application.ports import CorpusStore, ModelStore, RequestKey, RunFolders, RunStore
 from ferryman_service.application.requests import request_id_violations, required
-from ferryman_service.domain.errors import InvalidRecipe, InvalidRequest, RoleNotServed, Violation
+from ferryman_service.domain.errors import (
+    InvalidRecipe,
+    InvalidRequest,
+    ModelHasNoWeights,
+    OptimizerNotKept,
+    RoleNotServed,
+    Violation,
+)
 from ferryman_service.domain.ids import RUN_PREFIX, is_model_name, new_id
+from ferryman_service.domain.models import ModelVersion, parse_model_reference
 from ferryman_service.domain.recipe import Overrides, Recipe, resolve_recipe, resolve_schedule
 from ferryman_service.domain.records import RunState
-from ferryman_service.domain.runs import RunFilter, TrainingRun
+from ferryman_service.domain.runs import CheckpointInfo, RunFilter, TrainingRun
 from ferryman_service.domain.schedule import LearningRateSchedule, curve, learning_rate, sample_steps
 
 _DEFAULT_CURVE_STEPS: Final = 50_000
@@ -34,6 +42,18 @@ class StartRequest:
     model_name: str
     recipe: Overrides
     validate_only: bool
+    initial_model: str = ""
+    keep_optimizer: bool = False
+    processes: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunLimits:
+    """How many runs may wait, and how many processes train one: what a caller gets who does not say, and the most."""
+
+    max_queued: int = 100
+    processes: int = 1
+    max_processes: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,20 +81,33 @@ class TrainingUseCases:
     """What TrainingService does, but for StreamMetrics, which is the MetricsFeed's."""
 
     def __init__(
-        self, *, runs: RunStore, corpora: CorpusStore, pager: Pager, served: bool, max_queued_runs: int
+        self,
+        *,
+        runs: RunStore,
+        folders: RunFolders,
+        corpora: CorpusStore,
+        models: ModelStore,
+        pager: Pager,
+        served: bool,
+        limits: RunLimits,
     ) -> None:
-        """Store the ports; `served` tells whether this process may start and cancel runs."""
+        """Store the ports; `served` tells whether this process may start, stop and delete runs."""
         self._runs = runs
+        self._folders = folders
         self._corpora = corpora
+        self._models = models
         self._pager = pager
         self._served = served
-        self._max_queued_runs = max_queued_runs
+        self._limits = limits
 
     def start(self, request: StartRequest) -> TrainingRun:
         """Check everything, then record the run; see StartTraining in the contract."""
         self._require_role()
-        recipe = self._check(request)
+        initial = self._initial_model(request)
+        recipe = self._check(request, initial)
         self._corpora.get(request.corpus_id)
+        if initial is not None:
+            self._check_files(initial, keep_optimizer=request.keep_optimizer)
         run = TrainingRun(
             run_id="" if request.validate_only else new_id(RUN_PREFIX),
             state=RunState.QUEUED,
@@ -82,10 +115,13 @@ class TrainingUseCases:
             model_name=request.model_name,
             recipe=recipe,
             create_time_ns=time.time_ns(),
+            processes=request.processes or self._limits.processes,
+            initial_model="" if initial is None else initial.reference,
+            keep_optimizer=request.keep_optimizer,
         )
         if request.validate_only:
             return run
-        return self._runs.create(run, _request_key(request), self._max_queued_runs)
+        return self._runs.create(run, _request_key(request), self._limits.max_queued)
 
     def get(self, run_id: str) -> TrainingRun:
         """Return a run; raises InvalidRequest (empty id), RunNotFound."""
@@ -108,6 +144,33 @@ class TrainingUseCases:
         self._require_role()
         _require(run_id, "run_id")
         return self._runs.request_cancel(run_id)
+
+    def pause(self, run_id: str) -> TrainingRun:
+        """Ask a run to rest; raises RunNotFound, IllegalTransition."""
+        self._require_role()
+        _require(run_id, "run_id")
+        return self._runs.request_pause(run_id)
+
+    def resume(self, run_id: str) -> TrainingRun:
+        """Let a paused run go on; raises RunNotFound, IllegalTransition."""
+        self._require_role()
+        _require(run_id, "run_id")
+        return self._runs.request_resume(run_id)
+
+    def checkpoints(self, run_id: str) -> Sequence[CheckpointInfo]:
+        """Return the complete checkpoints of a run, by rising step; raises RunNotFound."""
+        run = self.get(run_id)
+        return self._folders.checkpoints(run.run_id)
+
+    def delete(self, run_id: str) -> None:
+        """Remove a run that has ended; raises RunNotFound, RunNotFinished.
+
+        The row goes first: a folder without one is an orphan, which the next start of the service removes.
+        """
+        self._require_role()
+        _require(run_id, "run_id")
+        self._runs.delete(run_id)
+        self._folders.delete(run_id)
 
     def learning_rate_curve(self, request: CurveRequest) -> Curve:
         """Return the curve that the trainer follows, to the last bit."""
@@ -146,26 +209,88 @@ class TrainingUseCases:
         if not self._served:
             raise RoleNotServed("this server does not train; start one with --roles training", role="training")
 
-    def _check(self, request: StartRequest) -> Recipe:
+    def _initial_model(self, request: StartRequest) -> ModelVersion | None:
+        if not request.initial_model:
+            return None
+        return self._models.resolve(parse_model_reference(request.initial_model, "initial_model"))
+
+    def _check_files(self, initial: ModelVersion, *, keep_optimizer: bool) -> None:
+        if not self._models.has_weights(initial):
+            raise ModelHasNoWeights(
+                f"{initial.reference} was published without the weights that training starts from: train and publish "
+                "it again, or leave initial_model out",
+                model=initial.reference,
+            )
+        if keep_optimizer and self._folders.last_checkpoint(initial.lineage.run_id) is None:
+            raise OptimizerNotKept(
+                f"the checkpoints of run {initial.lineage.run_id}, which made {initial.reference}, are gone: leave "
+                "keep_optimizer out",
+                model=initial.reference,
+            )
+
+    def _check(self, request: StartRequest, initial: ModelVersion | None) -> Recipe:
         violations = [*request_id_violations(request.request_id), *required(request.corpus_id, "corpus_id")]
+        violations += self._process_violations(request)
+        overrides = request.recipe
+        if initial is not None:
+            overrides, mismatches = _on_top_of(initial, overrides)
+            violations += mismatches
         if not is_model_name(request.model_name):
             legal = '1 to 64 of a-z, 0-9, "-", "_" and ".", the first a letter or digit'
             text = f"is {request.model_name[:80]!r}, must be {legal}"
             violations.append(Violation(field="model_name", description=text, reason="INVALID_MODEL_NAME"))
         try:
-            recipe = resolve_recipe(request.recipe)
+            recipe = resolve_recipe(overrides)
         except InvalidRecipe as error:
             raise InvalidRecipe([*violations, *error.violations]) from None
         if violations:
             raise InvalidRequest(violations)
         return recipe
 
+    def _process_violations(self, request: StartRequest) -> Iterator[Violation]:
+        most = self._limits.max_processes
+        if not 0 <= request.processes <= most:
+            text = f"is {request.processes}, must be from 0 to {most}, which is this server's --max-processes-per-run"
+            yield Violation(field="processes", description=text, reason="OUT_OF_RANGE")
+        if request.keep_optimizer and not request.initial_model:
+            text = "needs initial_model: there is no optimizer to keep without one"
+            yield Violation(field="keep_optimizer", description=text, reason="CONFLICT")
+
+
+def _on_top_of(initial: ModelVersion, overrides: Overrides) -> tuple[Overrides, list[Violation]]:
+    """Return the overrides with the model's own network and subwords below them, and where the two differ."""
+    recipe = initial.lineage.recipe
+    fixed: dict[str, dict[str, Any]] = {
+        "model": {name: value for name, value in vars(recipe.model).items() if "dropout" not in name},
+        "data": {
+            "vocabulary_size": recipe.data.vocabulary_size,
+            "subword_algorithm": recipe.data.subword_algorithm,
+        },
+    }
+    mismatches = [
+        Violation(
+            field=f"recipe.{part}.{name}",
+            description=f"is {wanted}, but {initial.reference} has {values[name]}: leave it out",
+            reason="CONFLICT",
+        )
+        for part, values in fixed.items()
+        for name, wanted in overrides.get(part, {}).items()
+        if name in values and wanted != values[name]
+    ]
+    return {**overrides, **{part: {**overrides.get(part, {}), **values} for part, values in fixed.items()}}, mismatches
+
 
 def _request_key(request: StartRequest) -> RequestKey | None:
     if not request.request_id:
         return None
-    body = json.dumps([request.corpus_id, request.model_name, request.recipe], sort_keys=True)
+    body = json.dumps([request.corpus_id, request.model_name, request.recipe, *_later_fields(request)], sort_keys=True)
     return RequestKey(request_id=request.request_id.lower(), body_digest=hashlib.sha256(body.encode()).hexdigest())
+
+
+def _later_fields(request: StartRequest) -> list[object]:
+    """Return the fields that an earlier release did not know, if one is set: keys that it has stored stay valid."""
+    later = [request.initial_model, request.keep_optimizer, request.processes]
+    return later if any(later) else []
 
 
 def _require(value: str, field: str) -> None:

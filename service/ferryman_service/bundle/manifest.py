@@ -18,15 +18,18 @@ from ferryman_service.domain.errors import ModelDamaged
 from ferryman_service.domain.models import ModelLineage, ModelScores
 from ferryman_service.domain.recipe import recipe_from_dict, recipe_to_dict
 
-FORMAT_VERSION: Final = 1
-"""Rises when a reader of the version before could not use the bundle."""
+FORMAT_VERSION: Final = 2
+"""Rises when a reader of the version before could not use the bundle. 2: weights.safetensors."""
+_READABLE_VERSIONS: Final = (1, FORMAT_VERSION)
 
 ENCODER_FILE: Final = "encoder.onnx"
 DECODER_FILE: Final = "decoder.onnx"
 SUBWORDS_FILE: Final = "subwords.model"
 MANIFEST_FILE: Final = "manifest.json"
 CONTENT_FILES: Final = (ENCODER_FILE, DECODER_FILE, SUBWORDS_FILE)
-"""What a bundle holds beside its manifest."""
+"""What a bundle holds beside its manifest, and what translating needs."""
+WEIGHTS_FILE: Final = "weights.safetensors"
+"""The weights as training left them, for fine-tuning; a bundle may lack them."""
 
 _MAX_MANIFEST_BYTES: Final = 1 << 20
 
@@ -75,7 +78,8 @@ def seal(bundle: Path, header: ManifestHeader) -> Manifest:
     Raises OSError if a file is missing or the disk fails.
     """
     files = {}
-    for name in CONTENT_FILES:
+    weights = (WEIGHTS_FILE,) if (bundle / WEIGHTS_FILE).exists() else ()
+    for name in (*CONTENT_FILES, *weights):
         _fsync(bundle / name)
         files[name] = _digest(bundle / name)
     manifest = Manifest(format_version=FORMAT_VERSION, header=header, files=files)
@@ -91,7 +95,7 @@ def read_manifest(bundle: Path) -> Manifest:
     """Return the manifest; raises ModelDamaged if there is none that this version can read. Digests are not checked."""
     try:
         values = json.loads(_read_manifest_bytes(bundle))
-        if values["format_version"] != FORMAT_VERSION:
+        if values["format_version"] not in _READABLE_VERSIONS:
             raise ModelDamaged(
                 f"{MANIFEST_FILE} has format version {values['format_version']!r}, this server reads {FORMAT_VERSION}: "
                 "use a server of the version that wrote it, or export the model again",
@@ -100,16 +104,21 @@ def read_manifest(bundle: Path) -> Manifest:
         manifest = _from_dict(values)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelDamaged(f"{MANIFEST_FILE} is not a manifest: {error!r}", file=MANIFEST_FILE) from error
-    if set(manifest.files) != set(CONTENT_FILES):
+    if set(manifest.files) - {WEIGHTS_FILE} != set(CONTENT_FILES):
         found = ", ".join(sorted(manifest.files))
         raise ModelDamaged(f"{MANIFEST_FILE} names {found}, not {', '.join(CONTENT_FILES)}", file=MANIFEST_FILE)
     return manifest
 
 
-def verify(bundle: Path) -> Manifest:
-    """Check size and digest of every file and return the manifest; raises ModelDamaged naming the first bad file."""
+def verify(bundle: Path, *, to_translate: bool = False) -> Manifest:
+    """Check size and digest of every file and return the manifest; raises ModelDamaged naming the first bad file.
+
+    With `to_translate` the weights are left alone: only training reads them.
+    """
     manifest = read_manifest(bundle)
     for name, published in manifest.files.items():
+        if to_translate and name == WEIGHTS_FILE:
+            continue
         try:
             found = _digest(bundle / name)
         except OSError as error:

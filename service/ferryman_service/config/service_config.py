@@ -40,6 +40,9 @@ class ServiceConfig:
     reflection: bool = True
     max_concurrent_runs: int = 1
     max_queued_runs: int = 100
+    max_restarts: int = 5
+    processes_per_run: int = 1
+    max_processes_per_run: int = 8
     max_corpus_bytes: int = 4 * 2**30
     translation_threads: int = 2
     max_sentences: int = 1024
@@ -56,6 +59,9 @@ class ServiceConfig:
             "metrics_port": (0, 65_535),
             "max_concurrent_runs": (1, 64),
             "max_queued_runs": (1, 100_000),
+            "max_restarts": (0, 1000),
+            "processes_per_run": (1, 1024),
+            "max_processes_per_run": (1, 1024),
             "max_corpus_bytes": (1, 2**50),
             "translation_threads": (1, 256),
             "max_sentences": (1, 100_000),
@@ -67,6 +73,11 @@ class ServiceConfig:
             value = getattr(self, name)
             if not low <= value <= high:
                 raise ValueError(f"{_flag(name)} is {value:g}, must be from {low:g} to {high:g}")
+        if self.processes_per_run > self.max_processes_per_run:
+            raise ValueError(
+                f"--processes-per-run is {self.processes_per_run}, must not be above --max-processes-per-run, which is "
+                f"{self.max_processes_per_run}"
+            )
         if not self.roles:
             raise ValueError("--roles must name training, translation or both")
 
@@ -81,6 +92,9 @@ _HELP: Final[Mapping[str, str]] = {
     "reflection": "serve gRPC reflection, which grpcurl and its like need",
     "max_concurrent_runs": "runs that train at the same time",
     "max_queued_runs": "runs that may wait; more are refused",
+    "max_restarts": "workers of a run that may die one after another without getting further before it fails",
+    "processes_per_run": "processes that train one run together, unless its caller says otherwise",
+    "max_processes_per_run": "most processes that a caller may ask for",
     "max_corpus_bytes": "largest corpus that may be uploaded, bytes",
     "translation_threads": "requests that are translated at the same time, each on one core",
     "max_sentences": "most sentences in one Translate call",

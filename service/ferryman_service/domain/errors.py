@@ -14,6 +14,9 @@
     │   └── RequestIdReused
     ├── FailedPrecondition
     │   ├── IllegalTransition
+    │   ├── RunNotFinished
+    │   ├── ModelHasNoWeights
+    │   ├── OptimizerNotKept
     │   └── RoleNotServed
     ├── OutOfRange
     │   └── SequenceOutOfRange
@@ -125,6 +128,18 @@ class FailedPrecondition(FerrymanError):
 
 class IllegalTransition(FailedPrecondition):
     """The run's state does not allow it."""
+
+
+class RunNotFinished(FailedPrecondition):
+    """A run that has not ended cannot be deleted."""
+
+
+class ModelHasNoWeights(FailedPrecondition):
+    """The bundle holds no weights to start training from."""
+
+
+class OptimizerNotKept(FailedPrecondition):
+    """The checkpoints of the run that made the model are gone, and with them Adam's moments."""
 
 
 class RoleNotServed(FailedPrecondition):

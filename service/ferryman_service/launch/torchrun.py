@@ -34,12 +34,13 @@ def torchrun_command(processes_per_node: int = 1) -> tuple[str, ...]:
 class LaunchConfig:
     """How a worker is started.
 
-    `worker_command` gets "--data-dir D --run-id R --attempt N" appended. `environment` is added to this process's own.
-    `threads_per_worker` None: OMP_NUM_THREADS if it is set, else every core that this process may use.
+    `command(processes)` begins the command line of a worker of so many processes; "--data-dir D --run-id R --attempt N"
+    is appended. `environment` is added to this process's own. `threads_per_worker` None: OMP_NUM_THREADS if it is set,
+    else a fair share of the cores that this process may use.
     """
 
     data_dir: Path
-    worker_command: Sequence[str] = field(default_factory=torchrun_command)
+    command: Callable[[int], Sequence[str]] = torchrun_command
     environment: Mapping[str, str] = field(default_factory=dict)
     threads_per_worker: int | None = None
 
@@ -54,19 +55,19 @@ class TorchrunLauncher:
         self._agents: dict[tuple[str, int], subprocess.Popen[bytes]] = {}
         self._lock = threading.Lock()
 
-    def start(self, run_id: str, attempt: int) -> None:
-        """Start a worker; raises OSError if the program cannot be started at all."""
+    def start(self, run_id: str, attempt: int, processes: int) -> None:
+        """Start a worker of so many processes; raises OSError if the program cannot be started at all."""
         data_dir = self._config.data_dir.resolve()
         task = ("--data-dir", str(data_dir), "--run-id", run_id, "--attempt", str(attempt))
         log_path = self._log_path(run_id, attempt)
         log_path.parent.mkdir(parents=True, exist_ok=True)
         with log_path.open("ab") as log:
             agent = subprocess.Popen(  # noqa: S603
-                [*self._config.worker_command, *task],
+                [*self._config.command(processes), *task],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=self._environment(),
+                env=self._environment(processes),
                 close_fds=True,
                 start_new_session=True,
             )
@@ -106,12 +107,12 @@ class TorchrunLauncher:
         """Return the last lines of the attempt's log, at most 8 KiB."""
         return read_log_tail(self._log_path(run_id, attempt))
 
-    def _environment(self) -> dict[str, str]:
+    def _environment(self, processes: int) -> dict[str, str]:
         environment = {**os.environ, **self._config.environment, "PYTHONUNBUFFERED": "1"}
         if self._config.threads_per_worker is not None:
             environment["OMP_NUM_THREADS"] = str(self._config.threads_per_worker)
         # torchrun would choose one thread for several workers.
-        environment.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
         # OpenMP's threads spin while they wait for each other. Left alone they spin so long that one other busy process
         # makes training 45 times slower; this bound costs nothing on a quiet machine (docs/lab-log.md).
         if "OMP_WAIT_POLICY" not in environment:

@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ferryman_service.domain.recipe import Positions
 from ferryman_service.model.config import TransformerConfig
+from ferryman_service.model.positions import SinusoidalPositions, rotate
 
 
 class KeysValues(NamedTuple):
@@ -31,6 +33,7 @@ class SelfAttention(nn.Module):
         self._dropout = config.attention_dropout
         self.query_key_value = nn.Linear(config.d_model, 3 * config.d_model)
         self.output = nn.Linear(config.d_model, config.d_model)
+        self.rotation = SinusoidalPositions(config.head_dim) if config.positions is Positions.ROPE else None
 
     def forward(self, x_BTD: Tensor, mask_B11T: Tensor | None) -> Tensor:
         """Return the attended x_BTD; every position sees all positions that the mask allows (None: all)."""
@@ -51,15 +54,18 @@ class SelfAttention(nn.Module):
 
     def forward_step(self, x_B1D: Tensor, past: KeysValues) -> tuple[Tensor, KeysValues]:
         """Return the attended x_B1D of one new position, and the keys and values with its own appended."""
-        query_BH1E, new = self.project(x_B1D)
+        query_BH1E, new = self.project(x_B1D, first_position=past.keys_BHSE.shape[2])
         present = KeysValues(*(torch.cat(pair, dim=2) for pair in zip(past, new, strict=True)))
         return self._leave(F.scaled_dot_product_attention(query_BH1E, *present)), present
 
-    def project(self, x_BTD: Tensor) -> tuple[Tensor, KeysValues]:
-        """Return query_BHTE with the keys and values of the same positions."""
+    def project(self, x_BTD: Tensor, first_position: int = 0) -> tuple[Tensor, KeysValues]:
+        """Return query_BHTE with the keys and values of the same positions, rotated if the recipe says so."""
         batch, length, d_model = x_BTD.shape
         packed = self.query_key_value(x_BTD).view(batch, length, 3, self._heads, d_model // self._heads)
         query_BHTE, keys_BHTE, values_BHTE = packed.permute(2, 0, 3, 1, 4).unbind(0)
+        if self.rotation is not None:
+            sinusoids_TE = self.rotation(first_position, length)
+            query_BHTE, keys_BHTE = rotate(query_BHTE, sinusoids_TE), rotate(keys_BHTE, sinusoids_TE)
         return query_BHTE, KeysValues(keys_BHTE, values_BHTE)
 
     def _leave(self, attended_BHTE: Tensor) -> Tensor:

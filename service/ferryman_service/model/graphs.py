@@ -9,9 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ferryman_service.domain.recipe import Positions
 from ferryman_service.domain.tokens import PAD
 from ferryman_service.model.attention import CrossAttention, SelfAttention, join_heads
 from ferryman_service.model.layers import DecoderLayer
+from ferryman_service.model.positions import SinusoidalPositions, rotate, sinusoids
 from ferryman_service.model.transformer import Transformer
 
 
@@ -21,7 +23,9 @@ class EncoderGraph(nn.Module):
     def __init__(self, transformer: Transformer, max_length: int) -> None:
         super().__init__()
         self.transformer = transformer
-        transformer.positions(0, max_length)  # a table that had to grow later would be a decision in the graph
+        for module in transformer.modules():
+            if isinstance(module, SinusoidalPositions):
+                module(0, max_length)  # a table that had to grow later would be a decision in the graph
 
     def forward(self, source_SL: Tensor) -> tuple[Tensor, ...]:
         """Return bias_S11L (0, at padding -inf), then keys_SHEL and values_SHLE of each decoder layer in turn."""
@@ -37,11 +41,17 @@ class DecoderGraph(nn.Module):
     """Takes one of at most `max_length` steps with all rows."""
 
     positions_TD: Tensor
+    rotation_TE: Tensor
 
     def __init__(self, transformer: Transformer, max_length: int) -> None:
         super().__init__()
         self.transformer = transformer
-        self.register_buffer("positions_TD", transformer.positions(0, max_length).clone())
+        config = transformer.config
+        self._rotates = config.positions is Positions.ROPE
+        if self._rotates:
+            self.register_buffer("rotation_TE", sinusoids(max_length, config.head_dim))
+        else:
+            self.register_buffer("positions_TD", sinusoids(max_length, config.d_model))
 
     def forward(
         self,
@@ -59,14 +69,17 @@ class DecoderGraph(nn.Module):
         """
         transformer = self.transformer
         x_RD = transformer.embedding(token_SW.flatten()) * transformer.config.d_model**0.5
-        x_RD = x_RD + self.positions_TD.index_select(0, position_1)
+        rotation_1E = self.rotation_TE.index_select(0, position_1) if self._rotates else None
+        if not self._rotates:
+            x_RD = x_RD + self.positions_TD.index_select(0, position_1)
         parent_R = parent_SW.flatten()
         present: list[Tensor] = []
         for index, layer in enumerate(transformer.decoder_layers):
             assert isinstance(layer, DecoderLayer)
             keys, values = past[2 * index : 2 * index + 2]
             residual = layer.self_attention_residual
-            answer_RD, *cache = _self_attention(layer.self_attention, residual.enter(x_RD), parent_R, keys, values)
+            entered_RD = residual.enter(x_RD)
+            answer_RD, *cache = _self_attention(layer.self_attention, entered_RD, parent_R, keys, values, rotation_1E)
             present += cache
             x_RD = residual.leave(x_RD, answer_RD)
             residual = layer.cross_attention_residual
@@ -81,13 +94,21 @@ class DecoderGraph(nn.Module):
 
 
 def _self_attention(
-    attention: SelfAttention, x_RD: Tensor, parent_R: Tensor, keys_PHTE: Tensor, values_PHTE: Tensor
+    attention: SelfAttention,
+    x_RD: Tensor,
+    parent_R: Tensor,
+    keys_PHTE: Tensor,
+    values_PHTE: Tensor,
+    rotation_1E: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the answer_RD, and keys_RHTE and values_RHTE with the new position at their end."""
     _, heads, _, head_dim = keys_PHTE.shape
     query_RD, key_RD, value_RD = attention.query_key_value(x_RD).chunk(3, dim=-1)
     query_RH1E = (query_RD * head_dim**-0.5).reshape(-1, heads, 1, head_dim)
-    keys_RHTE = torch.cat((keys_PHTE.index_select(0, parent_R), key_RD.reshape(-1, heads, 1, head_dim)), dim=2)
+    key_RH1E = key_RD.reshape(-1, heads, 1, head_dim)
+    if rotation_1E is not None:
+        query_RH1E, key_RH1E = rotate(query_RH1E, rotation_1E), rotate(key_RH1E, rotation_1E)
+    keys_RHTE = torch.cat((keys_PHTE.index_select(0, parent_R), key_RH1E), dim=2)
     values_RHTE = torch.cat((values_PHTE.index_select(0, parent_R), value_RD.reshape(-1, heads, 1, head_dim)), dim=2)
     weights_RH1T = (query_RH1E @ keys_RHTE.transpose(2, 3)).softmax(dim=-1)
     attended_RD = (weights_RH1T @ values_RHTE).reshape(-1, heads * head_dim)

@@ -6,37 +6,81 @@ Masks are True where a position may be attended to.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ferryman_service.domain.recipe import NormPlacement
+from ferryman_service.domain.recipe import Activation, NormPlacement
 from ferryman_service.model.attention import CrossAttention, KeysValues, SelfAttention
 from ferryman_service.model.config import TransformerConfig
+from ferryman_service.model.dropout import Dropout
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeepNorm:
+    """What the residual is multiplied by, and the gain of feed-forward, value and output matrices at the start."""
+
+    encoder_alpha: float = 1.0
+    encoder_beta: float = 1.0
+    decoder_alpha: float = 1.0
+    decoder_beta: float = 1.0
+
+
+def deep_norm(config: TransformerConfig) -> DeepNorm:
+    """Return the constants of an encoder-decoder (Wang et al., 2022, figure 2); all 1 unless the norm is DEEP."""
+    if config.norm is not NormPlacement.DEEP:
+        return DeepNorm()
+    encoder, decoder = config.encoder_layers, config.decoder_layers
+    product = (encoder**4 * decoder) ** (1 / 16)
+    return DeepNorm(
+        encoder_alpha=0.81 * product,
+        encoder_beta=0.87 / product,
+        decoder_alpha=(3 * decoder) ** 0.25,
+        decoder_beta=(12 * decoder) ** -0.25,
+    )
 
 
 class FeedForward(nn.Module):
-    """Two linear maps with a ReLU between them, at every position."""
+    """Two linear maps with an activation between them, at every position.
+
+    With SWIGLU the first map is twice as wide: gate, then what is gated.
+    """
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        self.inner = nn.Linear(config.d_model, config.ffn_dim)
+        self._activation = config.activation
+        maps = 2 if config.activation is Activation.SWIGLU else 1
+        self.inner = nn.Linear(config.d_model, maps * config.ffn_dim)
         self.outer = nn.Linear(config.ffn_dim, config.d_model)
-        self.dropout = nn.Dropout(config.activation_dropout)
+        self.dropout = Dropout(config.activation_dropout)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """Return x_BTD."""
-        answer_BTD: Tensor = self.outer(self.dropout(F.relu(self.inner(x_BTD))))
+        answer_BTD: Tensor = self.outer(self.dropout(self._activate(self.inner(x_BTD))))
         return answer_BTD
+
+    def _activate(self, inner: Tensor) -> Tensor:
+        match self._activation:
+            case Activation.RELU:
+                return F.relu(inner)
+            case Activation.GELU:
+                return F.gelu(inner)
+            case Activation.SWIGLU:
+                gate, gated = inner.chunk(2, dim=-1)
+                return F.silu(gate) * gated
 
 
 class Residual(nn.Module):
-    """A sublayer's shell. POST: LayerNorm(x + Dropout(sublayer(x))). PRE: x + Dropout(sublayer(LayerNorm(x)))."""
+    """A sublayer's shell. POST: LayerNorm(x + Dropout(sublayer(x))). PRE: x + Dropout(sublayer(LayerNorm(x))). DEEP:
+    LayerNorm(alpha x + Dropout(sublayer(x)))."""
 
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, config: TransformerConfig, alpha: float) -> None:
         super().__init__()
         self._pre = config.norm is NormPlacement.PRE
+        self._alpha = alpha
         self.norm = nn.LayerNorm(config.d_model)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def enter(self, x_BTD: Tensor) -> Tensor:
         """Return what the sublayer is given."""
@@ -44,6 +88,8 @@ class Residual(nn.Module):
 
     def leave(self, x_BTD: Tensor, answer_BTD: Tensor) -> Tensor:
         """Return x_BTD joined with the sublayer's answer."""
+        if self._alpha != 1.0:
+            x_BTD = self._alpha * x_BTD
         sum_BTD: Tensor = x_BTD + self.dropout(answer_BTD)
         return sum_BTD if self._pre else self._normalised(sum_BTD)
 
@@ -57,10 +103,11 @@ class EncoderLayer(nn.Module):
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
+        alpha = deep_norm(config).encoder_alpha
         self.self_attention = SelfAttention(config)
-        self.self_attention_residual = Residual(config)
+        self.self_attention_residual = Residual(config, alpha)
         self.feed_forward = FeedForward(config)
-        self.feed_forward_residual = Residual(config)
+        self.feed_forward_residual = Residual(config, alpha)
 
     def forward(self, x_BSD: Tensor, mask_B11S: Tensor | None) -> Tensor:
         """Return x_BSD."""
@@ -75,12 +122,13 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
+        alpha = deep_norm(config).decoder_alpha
         self.self_attention = SelfAttention(config)
-        self.self_attention_residual = Residual(config)
+        self.self_attention_residual = Residual(config, alpha)
         self.cross_attention = CrossAttention(config)
-        self.cross_attention_residual = Residual(config)
+        self.cross_attention_residual = Residual(config, alpha)
         self.feed_forward = FeedForward(config)
-        self.feed_forward_residual = Residual(config)
+        self.feed_forward_residual = Residual(config, alpha)
 
     def forward(self, x_BTD: Tensor, source: KeysValues, mask_B11S: Tensor | None) -> Tensor:
         """Return x_BTD of whole sequences."""

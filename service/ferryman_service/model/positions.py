@@ -1,6 +1,6 @@
-"""Sinusoidal positions (Vaswani et al., 2017, section 3.5).
+"""Sinusoidal positions (Vaswani et al., 2017, section 3.5) and rotations by them (Su et al., 2021, section 3.4).
 
-Shape suffixes: T positions, D model width.
+Shape suffixes: T positions, D model width; E head width, P = E / 2 pairs.
 """
 
 from __future__ import annotations
@@ -38,3 +38,11 @@ class SinusoidalPositions(nn.Module):
             grown = sinusoids(2 * (first + length), self._d_model)
             self.table_TD = table_TD = grown.to(device=table_TD.device, dtype=table_TD.dtype)
         return table_TD[first : first + length]
+
+
+def rotate(x_BHTE: Tensor, sinusoids_TE: Tensor) -> Tensor:
+    """Return x_BHTE with each pair of columns (2i, 2i + 1) turned by the angle whose sine and cosine stand there."""
+    sine_TP, cosine_TP = sinusoids_TE.unflatten(-1, (-1, 2)).unbind(-1)  # type: ignore[no-untyped-call]
+    even_BHTP, odd_BHTP = x_BHTE.unflatten(-1, (-1, 2)).unbind(-1)  # type: ignore[no-untyped-call]
+    turned = (even_BHTP * cosine_TP - odd_BHTP * sine_TP, even_BHTP * sine_TP + odd_BHTP * cosine_TP)
+    return torch.stack(turned, dim=-1).flatten(-2)

@@ -9,19 +9,21 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ferryman_service.domain.recipe import NormPlacement
+from ferryman_service.domain.recipe import NormPlacement, Positions
 from ferryman_service.domain.tokens import PAD
 from ferryman_service.model.attention import KeysValues
 from ferryman_service.model.config import TransformerConfig
-from ferryman_service.model.layers import DecoderLayer, EncoderLayer
+from ferryman_service.model.dropout import Dropout
+from ferryman_service.model.layers import DecoderLayer, EncoderLayer, deep_norm
 from ferryman_service.model.positions import SinusoidalPositions
 
 # Drawn wider than this, post-norm attention is so sharp from the start that it never finds the source.
 _ATTENTION_GAIN = 2**-0.5
-_PACKED_BLOCKS = {"query_key_value": 3, "key_value": 2, "query": 1}
+_ATTENTION_BLOCKS = {"query_key_value": ("query", "key", "value"), "key_value": ("key", "value"), "query": ("query",)}
 
 
 class Transformer(nn.Module):
@@ -34,8 +36,8 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocabulary_size, config.d_model)
-        self.positions = SinusoidalPositions(config.d_model)
-        self.dropout = nn.Dropout(config.dropout)
+        self.positions = SinusoidalPositions(config.d_model) if config.positions is Positions.SINUSOIDAL else None
+        self.dropout = Dropout(config.dropout)
         self.encoder_layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.encoder_layers))
         self.decoder_layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.decoder_layers))
         pre = config.norm is NormPlacement.PRE
@@ -104,9 +106,10 @@ class Transformer(nn.Module):
 
     def embed(self, token_BT: Tensor, first_position: int = 0) -> Tensor:
         """Return the embedded tokens x_BTD, scaled by sqrt(d_model), with positions added."""
-        positions_TD = self.positions(first_position, token_BT.shape[1])
         x_BTD = F.embedding(token_BT, self.embedding.weight) * math.sqrt(self.config.d_model)
-        embedded_BTD: Tensor = self.dropout(x_BTD + positions_TD)
+        if self.positions is not None:
+            x_BTD = x_BTD + self.positions(first_position, token_BT.shape[1])
+        embedded_BTD: Tensor = self.dropout(x_BTD)
         return embedded_BTD
 
     def project(self, hidden_ND: Tensor) -> Tensor:
@@ -120,14 +123,25 @@ class Transformer(nn.Module):
         """Draw the weights: embedding N(0, d_model^-0.5), matrices Xavier uniform, biases 0, norms 1.
 
         A packed matrix is drawn block by block: query, key and value are matrices of their own, with gain 1/sqrt(2).
+        DEEP multiplies the gains of feed-forward, value and output matrices by beta.
         """
+        deep = deep_norm(self.config)
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
-                kind = name.rpartition(".")[2]
-                for block in module.weight.chunk(_PACKED_BLOCKS.get(kind, 1)):
-                    nn.init.xavier_uniform_(block, gain=_ATTENTION_GAIN if kind in _PACKED_BLOCKS else 1.0)
+                beta = deep.encoder_beta if name.startswith("encoder") else deep.decoder_beta
+                for block, gain in _blocks(module.weight, name.rpartition(".")[2], self.config.ffn_dim, beta):
+                    nn.init.xavier_uniform_(block, gain=gain)
         nn.init.normal_(self.embedding.weight, std=self.config.d_model**-0.5)
+
+
+def _blocks(weight: Tensor, kind: str, ffn_dim: int, beta: float) -> list[tuple[Tensor, float]]:
+    """Return the matrices that one is packed of, each with its gain."""
+    if kind in _ATTENTION_BLOCKS:
+        names = _ATTENTION_BLOCKS[kind]
+        gains = [_ATTENTION_GAIN * (beta if name == "value" else 1.0) for name in names]
+        return list(zip(weight.chunk(len(names)), gains, strict=True))
+    return [(block, beta) for block in (torch.split(weight, ffn_dim) if kind == "inner" else [weight])]
 
 
 def source_mask(source_BS: Tensor) -> Tensor | None:

@@ -38,6 +38,9 @@ class TrainingServicer(training_pb2_grpc.TrainingServiceServicer):
             model_name=request.model_name,
             recipe=convert.recipe_overrides(request.recipe),
             validate_only=request.validate_only,
+            initial_model=request.initial_model,
+            keep_optimizer=request.keep_optimizer,
+            processes=request.processes,
         )
         run = await asyncio.to_thread(self._use_cases.start, start)
         return training_pb2.StartTrainingResponse(run=convert.run_to_wire(run))
@@ -99,3 +102,31 @@ class TrainingServicer(training_pb2_grpc.TrainingServiceServicer):
         """Ask a run to stop."""
         run = await asyncio.to_thread(self._use_cases.cancel, request.run_id)
         return training_pb2.CancelTrainingResponse(run=convert.run_to_wire(run))
+
+    async def PauseTraining(
+        self, request: training_pb2.PauseTrainingRequest, context: Context
+    ) -> training_pb2.PauseTrainingResponse:
+        """Ask a run to rest."""
+        run = await asyncio.to_thread(self._use_cases.pause, request.run_id)
+        return training_pb2.PauseTrainingResponse(run=convert.run_to_wire(run))
+
+    async def ResumeTraining(
+        self, request: training_pb2.ResumeTrainingRequest, context: Context
+    ) -> training_pb2.ResumeTrainingResponse:
+        """Let a paused run go on."""
+        run = await asyncio.to_thread(self._use_cases.resume, request.run_id)
+        return training_pb2.ResumeTrainingResponse(run=convert.run_to_wire(run))
+
+    async def ListCheckpoints(
+        self, request: training_pb2.ListCheckpointsRequest, context: Context
+    ) -> training_pb2.ListCheckpointsResponse:
+        """Return a run's checkpoints."""
+        checkpoints = await asyncio.to_thread(self._use_cases.checkpoints, request.run_id)
+        return training_pb2.ListCheckpointsResponse(checkpoints=map(convert.checkpoint_to_wire, checkpoints))
+
+    async def DeleteTrainingRun(
+        self, request: training_pb2.DeleteTrainingRunRequest, context: Context
+    ) -> training_pb2.DeleteTrainingRunResponse:
+        """Remove a run."""
+        await asyncio.to_thread(self._use_cases.delete, request.run_id)
+        return training_pb2.DeleteTrainingRunResponse()

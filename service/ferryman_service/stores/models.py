@@ -17,12 +17,14 @@ from sqlalchemy import Connection, Engine, Row, func, insert, select
 from ferryman_service.bundle.manifest import (
     CONTENT_FILES,
     MANIFEST_FILE,
+    SUBWORDS_FILE,
+    WEIGHTS_FILE,
     bundle_size_bytes,
     manifest_digest,
     read_manifest,
     verify,
 )
-from ferryman_service.domain.errors import AttemptFenced, InvalidRequest, ModelNotFound, Violation
+from ferryman_service.domain.errors import AttemptFenced, InvalidRequest, ModelDamaged, ModelNotFound, Violation
 from ferryman_service.domain.ids import is_model_name
 from ferryman_service.domain.models import Model, ModelLineage, ModelReference, ModelScores, ModelVersion
 from ferryman_service.domain.recipe import recipe_from_dict, recipe_to_dict
@@ -133,6 +135,17 @@ class FileModelStore:
         with reading(self._engine) as connection:
             return _read_models(connection, connection.execute(query).scalars().all())
 
+    def has_weights(self, version: ModelVersion) -> bool:
+        """Tell whether the bundle holds the weights that training can start from."""
+        return (self.bundle_dir(version) / WEIGHTS_FILE).exists()
+
+    def weights(self, version: ModelVersion) -> tuple[Path, Path]:
+        """Return the checked weights and subword model; raises ModelDamaged."""
+        bundle = self.bundle_dir(version)
+        if WEIGHTS_FILE not in verify(bundle).files:
+            raise ModelDamaged(f"{version.reference} holds no {WEIGHTS_FILE}", file=WEIGHTS_FILE)
+        return bundle / WEIGHTS_FILE, bundle / SUBWORDS_FILE
+
     def bundle_dir(self, version: ModelVersion) -> Path:
         """Return the folder of the published bundle."""
         return self._folder.bundle_dir(version.name, version.version)
@@ -206,7 +219,8 @@ def _make_read_only(bundle: Path) -> None:
 
 def _copy_bundle(bundle: Path, staged: Path) -> None:
     staged.mkdir()
-    for name in (*CONTENT_FILES, MANIFEST_FILE):
+    weights = (WEIGHTS_FILE,) if (bundle / WEIGHTS_FILE).exists() else ()
+    for name in (*CONTENT_FILES, *weights, MANIFEST_FILE):
         with (bundle / name).open("rb") as source, (staged / name).open("xb") as copy:
             shutil.copyfileobj(source, copy)
             copy.flush()

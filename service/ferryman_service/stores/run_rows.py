@@ -12,6 +12,7 @@ from sqlalchemy import Connection, Row, insert, select, update
 from ferryman_service.domain.errors import AttemptFenced, RunNotFound
 from ferryman_service.domain.recipe import recipe_from_dict, recipe_to_dict
 from ferryman_service.domain.records import (
+    ACTIVE_STATES,
     Payload,
     Record,
     RunState,
@@ -26,7 +27,18 @@ from ferryman_service.stores import tables
 
 _HEAD: Final = [
     tables.runs.c[name]
-    for name in ("run_id", "state", "attempt", "last_sequence", "cancel_requested", "model_name", "worker_pid")
+    for name in (
+        "run_id",
+        "state",
+        "attempt",
+        "last_sequence",
+        "cancel_requested",
+        "pause_requested",
+        "restarts",
+        "model_name",
+        "worker_pid",
+        "start_time_ns",
+    )
 ]
 
 
@@ -115,8 +127,8 @@ def lock_head(connection: Connection, run_id: str) -> Row[Any]:
 
 
 def check_attempt(head: Row[Any], attempt: int) -> None:
-    """Raise AttemptFenced unless the run is unfinished and this is its newest attempt."""
-    if RunState(head.state).is_terminal or head.attempt != attempt:
+    """Raise AttemptFenced unless this is the run's newest attempt and has not been given up."""
+    if RunState(head.state) not in ACTIVE_STATES or head.attempt != attempt:
         raise AttemptFenced(
             f"attempt {attempt} of run {head.run_id} may write no more: "
             f"the run is {head.state}, its attempt {head.attempt}",
@@ -141,8 +153,12 @@ def enter_state(
 ) -> None:
     """Write the state, the other changed columns and the StateChange record. The caller has checked the transition."""
     values: dict[str, Any] = {"attempt": head.attempt, **(changes or {})}
+    if state not in ACTIVE_STATES:
+        values |= worker_to_values(None)
     if state.is_terminal:
         values |= {"end_time_ns": time.time_ns(), "cancel_requested": False}
+    if state.is_terminal or state is RunState.PAUSED:
+        values["pause_requested"] = False
     change = StateChange(state=state, attempt=values["attempt"], message=message)
     last_sequence = add_records(connection, head.run_id, head.last_sequence, [change])
     values |= {"state": state.value, "last_sequence": last_sequence}

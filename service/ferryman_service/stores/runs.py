@@ -7,10 +7,16 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
-from sqlalchemy import Connection, Engine, Row, func, insert, select, tuple_, update
+from sqlalchemy import Connection, Engine, Row, delete, func, insert, select, tuple_, update
 
-from ferryman_service.domain.errors import AttemptFenced, IllegalTransition, RequestIdReused, TooManyRuns
-from ferryman_service.domain.records import Payload, Record, RunState, StateChange
+from ferryman_service.domain.errors import (
+    AttemptFenced,
+    IllegalTransition,
+    RequestIdReused,
+    RunNotFinished,
+    TooManyRuns,
+)
+from ferryman_service.domain.records import Payload, Record, RunState, StateChange, StepMetrics
 from ferryman_service.domain.runs import (
     AppendAck,
     ProcessIdentity,
@@ -81,6 +87,11 @@ class SqlRunStore:
         with reading(self._engine) as connection:
             return [run_from_row(row) for row in connection.execute(query.order_by(*order).limit(limit))]
 
+    def ids(self) -> Sequence[str]:
+        """Return the ids of all runs."""
+        with reading(self._engine) as connection:
+            return connection.execute(select(_RUNS.c.run_id)).scalars().all()
+
     def unfinished(self) -> Sequence[TrainingRun]:
         """Return all runs that are not terminal, oldest first."""
         query = select(_RUNS).where(_RUNS.c.state.in_(_UNFINISHED)).order_by(_RUNS.c.create_time_ns, _RUNS.c.run_id)
@@ -108,7 +119,9 @@ class SqlRunStore:
                     run_id=run_id,
                     attempt=attempt,
                 )
-            changes = worker_to_values(worker) | {"start_time_ns": time.time_ns()}
+            changes = worker_to_values(worker)
+            if head.start_time_ns is None:
+                changes["start_time_ns"] = time.time_ns()
             enter_state(connection, head, RunState.RUNNING, changes=changes)
             return read_run(connection, run_id)
 
@@ -123,11 +136,15 @@ class SqlRunStore:
             values: dict[str, Any] = {}
             if payloads:
                 values["last_sequence"] = add_records(connection, run_id, head.last_sequence, payloads)
+            if head.restarts and any(isinstance(payload, StepMetrics) for payload in payloads):
+                values["restarts"] = 0  # a resumed worker reports only steps that no earlier one did
             if progress is not None:
                 values["progress"] = dataclasses.asdict(progress)
             connection.execute(update(_RUNS).where(_RUNS.c.run_id == run_id).values(values))
         last_sequence = values.get("last_sequence", head.last_sequence)
-        return AppendAck(last_sequence=last_sequence, cancel_requested=head.cancel_requested)
+        return AppendAck(
+            last_sequence=last_sequence, cancel_requested=head.cancel_requested, pause_requested=head.pause_requested
+        )
 
     def change_state(
         self, run_id: str, attempt: int, state: RunState, message: str = "", failure: RunFailure | None = None
@@ -142,13 +159,63 @@ class SqlRunStore:
             enter_state(connection, head, state, message, changes)
             return read_run(connection, run_id)
 
+    def requeue(self, run_id: str, attempt: int, message: str, *, restarts: int, not_before_ns: int) -> TrainingRun:
+        """Let a later attempt go on. Raises AttemptFenced."""
+        with writing(self._engine) as connection:
+            head = lock_head(connection, run_id)
+            check_attempt(head, attempt)
+            changes = {"restarts": restarts, "not_before_ns": not_before_ns}
+            enter_state(connection, head, RunState.QUEUED, message, changes)
+            return read_run(connection, run_id)
+
+    def request_pause(self, run_id: str) -> TrainingRun:
+        """Pause a QUEUED run, ask an active one to rest. Raises RunNotFound, IllegalTransition."""
+        with writing(self._engine) as connection:
+            head = lock_head(connection, run_id)
+            match RunState(head.state):
+                case RunState.QUEUED:
+                    enter_state(connection, head, RunState.PAUSED, "paused by the caller")
+                case RunState.PAUSED:
+                    pass
+                case RunState.STARTING | RunState.RUNNING:
+                    asked = update(_RUNS).where(_RUNS.c.run_id == run_id).values(pause_requested=True)
+                    connection.execute(asked)
+                case _:
+                    raise _illegal(head, RunState.PAUSED)
+            return read_run(connection, run_id)
+
+    def request_resume(self, run_id: str) -> TrainingRun:
+        """Queue a PAUSED run, withdraw a pause that has not taken effect. Raises RunNotFound, IllegalTransition."""
+        with writing(self._engine) as connection:
+            head = lock_head(connection, run_id)
+            state = RunState(head.state)
+            if state.is_terminal:
+                raise _illegal(head, RunState.QUEUED)
+            if state is RunState.PAUSED:
+                changes = {"restarts": 0, "not_before_ns": 0}
+                enter_state(connection, head, RunState.QUEUED, "resumed by the caller", changes)
+            elif head.pause_requested:
+                withdrawn = update(_RUNS).where(_RUNS.c.run_id == run_id).values(pause_requested=False)
+                connection.execute(withdrawn)
+            return read_run(connection, run_id)
+
+    def delete(self, run_id: str) -> None:
+        """Remove a terminal run and its records. Raises RunNotFound, RunNotFinished."""
+        with writing(self._engine) as connection:
+            head = lock_head(connection, run_id)
+            if not RunState(head.state).is_terminal:
+                text = f"run {run_id} is {head.state}: cancel it and wait for its end, then delete it"
+                raise RunNotFinished(text, run_id=run_id, state=head.state)
+            connection.execute(delete(_RECORDS).where(_RECORDS.c.run_id == run_id))
+            connection.execute(delete(_RUNS).where(_RUNS.c.run_id == run_id))
+
     def request_cancel(self, run_id: str) -> TrainingRun:
         """Cancel a QUEUED run, ask an active one to stop. Raises RunNotFound, IllegalTransition."""
         with writing(self._engine) as connection:
             head = lock_head(connection, run_id)
             match RunState(head.state):
-                case RunState.QUEUED:
-                    enter_state(connection, head, RunState.CANCELLED, "cancelled before it started")
+                case RunState.QUEUED | RunState.PAUSED:
+                    enter_state(connection, head, RunState.CANCELLED, "cancelled while no worker had it")
                 case RunState.CANCELLED:
                     pass
                 case RunState.SUCCEEDED | RunState.FAILED:
@@ -182,7 +249,11 @@ class SqlRunStore:
         with reading(self._engine) as connection:
             head = lock_head(connection, run_id)
         check_attempt(head, attempt)
-        return AppendAck(last_sequence=head.last_sequence, cancel_requested=head.cancel_requested)
+        return AppendAck(
+            last_sequence=head.last_sequence,
+            cancel_requested=head.cancel_requested,
+            pause_requested=head.pause_requested,
+        )
 
     @staticmethod
     def _check_queue(connection: Connection, max_queued: int) -> None:

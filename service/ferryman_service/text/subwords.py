@@ -55,6 +55,24 @@ class Subwords:
         text: str = self._processor.Decode([int(token) for token in tokens])
         return text
 
+    def piece(self, token: int) -> str:
+        """Return the text of one subword; a word's first begins with U+2581."""
+        return str(self._processor.IdToPiece(token))
+
+    def token(self, piece: str) -> int | None:
+        """Return the id of a subword, None if there is no such one."""
+        token = int(self._processor.PieceToId(piece))
+        return None if token == UNK else token
+
+    def score(self, token: int) -> float:
+        """Return a unigram's log-probability; of BPE, the smaller the later the subword was merged."""
+        return float(self._processor.GetScore(token))
+
+    def segmentations(self, word: str, count: int) -> list[list[int]]:
+        """Return the `count` most probable unigram segmentations of a word, best first; fewer if there are fewer."""
+        found: list[list[int]] = self._processor.NBestEncode(word, nbest_size=count, out_type=int)
+        return found
+
 
 def train_subwords(
     lines: Iterable[str],

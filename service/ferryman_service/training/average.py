@@ -11,7 +11,10 @@ from ferryman_service.training.checkpoint import load_weights
 
 
 def average_checkpoints(paths: Sequence[Path]) -> dict[str, Tensor]:
-    """Return the mean of the checkpoints' weights, summed in float64 and rounded once; raises CheckpointDamaged."""
+    """Return the mean of the checkpoints' published weights, summed in float64 and rounded once.
+
+    Raises CheckpointDamaged.
+    """
     assert paths, "nothing to average"
     first = load_weights(paths[0])
     sums = {name: tensor.double() for name, tensor in first.items()}

@@ -5,6 +5,7 @@ Shape suffixes: P pairs, B pairs of a batch, S source positions, T target positi
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -55,6 +56,39 @@ class Batch:
         """The share of padding among the positions."""
         return 1.0 - (self.source_tokens + self.target_tokens) / self.positions
 
+    def repeated(self) -> Batch:
+        """Return the batch with every pair twice: first all of them, then all again."""
+        positions_N = self.label_positions_N
+        return Batch(
+            source_BS=self.source_BS.repeat(2, 1),
+            decoder_input_BT=self.decoder_input_BT.repeat(2, 1),
+            label_positions_N=torch.cat((positions_N, positions_N + self.decoder_input_BT.numel())),
+            labels_N=self.labels_N.repeat(2),
+            source_tokens=2 * self.source_tokens,
+        )
+
+    def halves(self) -> list[Batch]:
+        """Return the batch in two, or as it is if it holds one pair."""
+        pairs, length = self.decoder_input_BT.shape
+        if pairs == 1:
+            return [self]
+        cuts = [0, pairs // 2, pairs]
+        sentence_N = torch.div(self.label_positions_N, length, rounding_mode="floor")
+        halves = []
+        for first, end in itertools.pairwise(cuts):
+            mine_N = (sentence_N >= first) & (sentence_N < end)
+            source = self.source_BS[first:end]
+            halves.append(
+                Batch(
+                    source_BS=source,
+                    decoder_input_BT=self.decoder_input_BT[first:end],
+                    label_positions_N=self.label_positions_N[mine_N] - first * length,
+                    labels_N=self.labels_N[mine_N],
+                    source_tokens=int((source != PAD).sum()),
+                )
+            )
+        return halves
+
     def to(self, device: torch.device) -> Batch:
         """Return the batch on that device."""
         return Batch(
@@ -80,18 +114,20 @@ def make_batch(pairs: TokenPairs, index_B: Index) -> Batch:
 
 
 def plan_epoch(
-    source_lengths_P: Index, target_lengths_P: Index, *, batch_target_tokens: int, seed: int, epoch: int, ranks: int = 1
+    source_lengths_P: Index, target_lengths_P: Index, *, batch_target_tokens: int, seed: int, epoch: int, parts: int = 1
 ) -> list[list[Index]]:
-    """Return the updates of an epoch, each with at most one batch for each rank: a pure function of the arguments.
+    """Return the updates of an epoch, each of at most `parts` batches: a pure function of the arguments.
+
+    The parts are what ranks and micro-batches share out among themselves (`share`).
 
     Every pair is in exactly one batch. The batches of an update have together at most `batch_target_tokens` target
-    tokens (unless a single sentence has more than a rank's share); each rank's source positions, padding included, are
+    tokens (unless a single sentence has more than a part's share); each part's source positions, padding included, are
     bounded too. Batches are cut from pools of shuffled pairs that are sorted by length, then shuffled.
     """
     generator = np.random.Generator(np.random.PCG64([seed, epoch]))
     shuffled_P = generator.permutation(len(target_lengths_P))
     ratio = source_lengths_P.sum() / target_lengths_P.sum()
-    limit = max(1, batch_target_tokens // ranks)
+    limit = max(1, batch_target_tokens // parts)
     limits = (limit, _MAX_SOURCE_SLACK * ratio * limit)
     pool_pairs = max(1, round(_POOL_BATCHES * limit / target_lengths_P.mean()))
     updates: list[list[Index]] = []
@@ -99,8 +135,13 @@ def plan_epoch(
         pool = shuffled_P[start : start + pool_pairs]
         by_length = sort_by_length(pool, source_lengths_P, target_lengths_P, limit)
         batches = cut_batches(by_length, source_lengths_P, target_lengths_P, limits)
-        updates += [batches[i : i + ranks] for i in range(0, len(batches), ranks)]
+        updates += [batches[i : i + parts] for i in range(0, len(batches), parts)]
     return [updates[i] for i in generator.permutation(len(updates))]
+
+
+def share(update: list[Index], rank: int, ranks: int) -> list[Index]:
+    """Return a rank's micro-batches of an update."""
+    return update[rank::ranks]
 
 
 def cut_batches(

@@ -1,8 +1,9 @@
 """Checkpoints: complete or invisible, and known by their digests.
 
-A checkpoint is a folder of weights and Adam's moments (safetensors), the position in training (JSON) and a manifest
-with the digest of each file. It is written under a name that nobody looks for and then renamed. The data order and the
-dropout masks are functions of (seed, position, rank), so there is no generator whose state would have to be kept.
+A checkpoint is a folder of tensors (safetensors, a file for each group: weights, Adam's moments, the moving average),
+the position in training (JSON) and a manifest with the digest of each file. It is written under a name that nobody
+looks for and then renamed. The data order and the dropout masks are functions of (seed, position, rank), so there is no
+generator whose state would have to be kept.
 """
 
 from __future__ import annotations
@@ -10,26 +11,28 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import safetensors.torch
-import torch
 from torch import Tensor
-from torch.optim import Adam
 
-from ferryman_service.model.transformer import Transformer
-from ferryman_service.training.files import sync_folder, write_durably
+from ferryman_service.training.files import Disk
 from ferryman_service.training.scores import ValidationScores
+from ferryman_service.training.step import TraineeCounters
 
 _PREFIX: Final = "step-"
-_WEIGHTS: Final = "weights.safetensors"
+_PARTIAL: Final = "partial-"
 _POSITION: Final = "position.json"
 _MANIFEST: Final = "manifest.json"
-_MOMENTS: Final = ("exp_avg", "exp_avg_sq")
+_SUFFIX: Final = ".safetensors"
+
+Candidate = tuple[int, tuple[float, ...]]
+"""A validated step and its rank: higher is better."""
+
+TensorGroups = Mapping[str, Mapping[str, Tensor]]
 
 
 class CheckpointDamaged(Exception):
@@ -38,58 +41,81 @@ class CheckpointDamaged(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Position:
-    """Where training stands: updates done, the pass over the pairs (from 1), updates done in this pass, the best
-    validation with its step, and how many came after it."""
+    """Where training stands.
+
+    Updates done; the pass over the pairs (from 1) and updates done in it; the scores of this step, if it was validated;
+    the best validation with its step, and how many came after it; the validated steps that averaging may want, with
+    their ranks; how many reports of the series were made; seconds spent, and those that a validation takes; returns
+    after a divergence, and skipped updates in a row.
+    """
 
     step: int = 0
     epoch: int = 1
     updates_in_epoch: int = 0
+    validated: ValidationScores | None = None
     best: ValidationScores | None = None
     best_step: int = 0
     validations_since_best: int = 0
+    candidates: tuple[Candidate, ...] = ()
+    reports: int = 0
+    elapsed_s: float = 0.0
+    validation_s: float | None = None
+    rollbacks: int = 0
+    skipped_in_a_row: int = 0
 
 
-def save_checkpoint(folder: Path, model: Transformer, optimizer: Adam, position: Position) -> Path:
-    """Write a checkpoint into the folder of checkpoints and return its path; raises OSError."""
-    final = checkpoint_path(folder, position.step)
-    partial = folder / f"partial-{final.name}"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint holds. Tensors are on the CPU, in groups, by parameter name."""
+
+    tensors: TensorGroups
+    counters: TraineeCounters
+    position: Position
+
+
+def save_checkpoint(folder: Path, checkpoint: Checkpoint, disk: Disk) -> Path:
+    """Write a checkpoint into the folder of checkpoints and return its path; raises OSError.
+
+    One of the same step is replaced. On an OSError nothing is left of the new one.
+    """
+    final = checkpoint_path(folder, checkpoint.position.step)
+    partial = folder / f"{_PARTIAL}{final.name}"
+    disk.remove(partial)
+    disk.make_folder(partial)
     try:
-        _write_all(partial, model, optimizer, position)
+        _write_all(partial, checkpoint, disk)
     except OSError:
         # On a full disk the half-written files would leave no room to record what happened.
-        shutil.rmtree(partial, ignore_errors=True)
+        disk.remove(partial)
         raise
-    shutil.rmtree(final, ignore_errors=True)
-    partial.rename(final)
-    sync_folder(folder)
+    if final.exists():
+        disk.remove(final)
+    disk.rename(partial, final)
+    disk.sync(folder)
     return final
 
 
-def load_checkpoint(path: Path, model: Transformer, optimizer: Adam) -> Position:
-    """Put the checkpoint's state into model and optimizer and return the position; raises CheckpointDamaged.
-
-    Nothing is changed unless every file is what was written.
-    """
-    weights = load_weights(path)
-    moments = {moment: safetensors.torch.load(_read(path, f"{moment}.safetensors")) for moment in _MOMENTS}
-    position = json.loads(_read(path, _POSITION))
-    if position["best"] is not None:
-        position["best"] = ValidationScores(**position["best"])
-    model.load_state_dict(weights)
-    for name, parameter in model.named_parameters():
-        optimizer.state[parameter] = {
-            # Adam counts updates in a tensor of its own, on the device of the parameters if it is fused.
-            "step": torch.tensor(float(position["step"]), device=parameter.device),
-            **{moment: tensors[name].to(parameter.device) for moment, tensors in moments.items()},
-        }
-    return Position(**position)
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Return the checkpoint, every file checked; raises CheckpointDamaged."""
+    digests = _read_manifest(path)
+    groups = [name.removesuffix(_SUFFIX) for name in digests if name.endswith(_SUFFIX)]
+    tensors = {group: safetensors.torch.load(_read(path, group + _SUFFIX, digests)) for group in groups}
+    values = json.loads(_read(path, _POSITION, digests))
+    counters = TraineeCounters(**values.pop("counters"))
+    for name in ("validated", "best"):
+        values[name] = values[name] and ValidationScores(**values[name])
+    values["candidates"] = tuple((step, tuple(rank)) for step, rank in values["candidates"])
+    return Checkpoint(tensors, counters, Position(**values))
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:
-    """Return the checkpoint's weights, on the CPU; raises CheckpointDamaged."""
-    return safetensors.torch.load(_read(path, _WEIGHTS))
+    """Return the checkpoint's weights as they are validated and published: the moving average if there is one.
+
+    They are on the CPU; raises CheckpointDamaged.
+    """
+    digests = _read_manifest(path)
+    name = "ema" if f"ema{_SUFFIX}" in digests else "weights"
+    return safetensors.torch.load(_read(path, name + _SUFFIX, digests))
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -102,12 +128,10 @@ def checkpoint_path(folder: Path, step: int) -> Path:
     return folder / f"{_PREFIX}{step:010d}"
 
 
-def prune_checkpoints(folder: Path, keep_last: int, best_step: int) -> None:
-    """Remove all checkpoints but the last ones and the best one."""
-    best = checkpoint_path(folder, best_step)
-    for path in list_checkpoints(folder)[:-keep_last]:
-        if path != best:
-            shutil.rmtree(path)
+def remove_partial(folder: Path, disk: Disk) -> None:
+    """Remove what a crash has left of a checkpoint in the making."""
+    for path in folder.glob(f"{_PARTIAL}*"):
+        disk.remove(path)
 
 
 def to_bytes(tensors: Mapping[str, Tensor]) -> bytes:
@@ -115,27 +139,31 @@ def to_bytes(tensors: Mapping[str, Tensor]) -> bytes:
     return safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
 
 
-def _write_all(folder: Path, model: Transformer, optimizer: Adam, position: Position) -> None:
-    digests = {_WEIGHTS: _write(folder / _WEIGHTS, to_bytes(model.state_dict()))}
-    for moment in _MOMENTS:
-        data = to_bytes({name: optimizer.state[parameter][moment] for name, parameter in model.named_parameters()})
-        digests[f"{moment}.safetensors"] = _write(folder / f"{moment}.safetensors", data)
-    digests[_POSITION] = _write(folder / _POSITION, json.dumps(dataclasses.asdict(position)).encode())
-    write_durably(folder / _MANIFEST, json.dumps({"sha256": digests}).encode())
-    sync_folder(folder)
+def _write_all(folder: Path, checkpoint: Checkpoint, disk: Disk) -> None:
+    files = {group + _SUFFIX: to_bytes(tensors) for group, tensors in checkpoint.tensors.items()}
+    position = dataclasses.asdict(checkpoint.position) | {"counters": dataclasses.asdict(checkpoint.counters)}
+    files[_POSITION] = json.dumps(position).encode()
+    for name, data in files.items():
+        disk.write(folder / name, data)
+    digests = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+    disk.write(folder / _MANIFEST, json.dumps({"sha256": digests}).encode())
+    disk.sync(folder)
 
 
-def _write(path: Path, data: bytes) -> str:
-    write_durably(path, data)
-    return hashlib.sha256(data).hexdigest()
-
-
-def _read(path: Path, name: str) -> bytes:
+def _read_manifest(path: Path) -> dict[str, str]:
     try:
         manifest: Any = json.loads((path / _MANIFEST).read_bytes())
-        data = (path / name).read_bytes()
-        intact = hashlib.sha256(data).hexdigest() == manifest["sha256"][name]
+        digests: dict[str, str] = dict(manifest["sha256"])
     except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointDamaged(f"{path / _MANIFEST} cannot be read: {error}") from error
+    return digests
+
+
+def _read(path: Path, name: str, digests: Mapping[str, str]) -> bytes:
+    try:
+        data = (path / name).read_bytes()
+        intact = hashlib.sha256(data).hexdigest() == digests[name]
+    except (OSError, KeyError) as error:
         raise CheckpointDamaged(f"{path / name} cannot be read: {error}") from error
     if not intact:
         raise CheckpointDamaged(f"{path / name} is not what was written: its digest differs from the manifest's")

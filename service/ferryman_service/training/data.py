@@ -6,17 +6,15 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Final
 
 from ferryman_service.domain.corpora import CorpusFiles, Split
 from ferryman_service.domain.recipe import DataRecipe
-from ferryman_service.domain.records import EventLevel
 from ferryman_service.domain.runs import FailureReason, TrainingFailed
 from ferryman_service.text.subwords import Subwords, train_subwords
 from ferryman_service.training.corpus import DropReason, TextPair, clean_pairs, describe_drops
-from ferryman_service.training.files import RunFiles
 from ferryman_service.training.pairs import PairWriter, TokenPairs, TokenSide
-from ferryman_service.training.reporting import Reporter
 
 _CHUNK_PAIRS: Final = 4096
 
@@ -33,12 +31,12 @@ class ValidationPairs:
 
 
 def learn_subwords(
-    corpus: CorpusFiles, recipe: DataRecipe, files: RunFiles, *, seed: int, check: Callable[[], None]
+    corpus: CorpusFiles, recipe: DataRecipe, model: Path, *, seed: int, check: Callable[[], None]
 ) -> Subwords:
-    """Learn the joint subwords of both sides of the training pairs, into the run's folder. Raises TrainingFailed."""
+    """Learn the joint subwords of both sides of the training pairs, into the file `model`. Raises TrainingFailed."""
     return train_subwords(
         _lines(corpus, check),
-        files.subwords,
+        model,
         vocabulary_size=recipe.vocabulary_size,
         algorithm=recipe.subword_algorithm,
         character_coverage=recipe.character_coverage,
@@ -47,25 +45,30 @@ def learn_subwords(
 
 
 def tokenise_training_pairs(
-    corpus: CorpusFiles, subwords: Subwords, recipe: DataRecipe, files: RunFiles, reporter: Reporter, *, threads: int
-) -> None:
-    """Write the tokenised usable training pairs into the run's folder, and report the others as PAIRS_DROPPED.
+    corpus: CorpusFiles,
+    subwords: Subwords,
+    recipe: DataRecipe,
+    folder: Path,
+    check: Callable[[], None],
+    *,
+    threads: int,
+) -> str:
+    """Write the tokenised usable training pairs into a new folder; describe the others, "" if there are none.
 
     Raises TrainingFailed (NO_TRAINING_PAIRS) if none is usable.
     """
     dropped: Counter[DropReason] = Counter()
     used = 0
-    with PairWriter(files.pairs) as writer:
+    with PairWriter(folder) as writer:
         for chunk in _tokenised(corpus, Split.TRAIN, subwords, recipe, dropped, threads=threads):
             writer.add([pair.source_tokens for pair in chunk], [pair.target_tokens for pair in chunk])
             used += len(chunk)
-            reporter.check()
+            check()
     total = used + dropped.total()
     if not used:
         message = f"no training pair is usable: dropped {describe_drops(dropped, total)}"
         raise TrainingFailed(FailureReason.NO_TRAINING_PAIRS, message)
-    if dropped:
-        reporter.event(EventLevel.WARNING, "PAIRS_DROPPED", f"dropped training pairs: {describe_drops(dropped, total)}")
+    return describe_drops(dropped, total) if dropped else ""
 
 
 def tokenise_validation_pairs(

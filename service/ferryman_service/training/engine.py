@@ -6,30 +6,38 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 import torch
+from safetensors.torch import load_file
 
 from ferryman_service.domain.models import ModelScores
 from ferryman_service.domain.records import EventLevel
+from ferryman_service.domain.runs import FailureReason, TrainingFailed
 from ferryman_service.domain.training import TrainedModel, TrainingJob
 from ferryman_service.model.config import TransformerConfig
 from ferryman_service.model.transformer import Transformer
 from ferryman_service.text.subwords import Subwords
-from ferryman_service.training.checkpoint import Position
-from ferryman_service.training.data import (
-    ValidationPairs,
-    learn_subwords,
-    tokenise_training_pairs,
-    tokenise_validation_pairs,
+from ferryman_service.training.checkpoint import (
+    CheckpointDamaged,
+    Position,
+    checkpoint_path,
+    list_checkpoints,
+    load_checkpoint,
+    remove_partial,
 )
-from ferryman_service.training.files import RunFiles, disk_full_is_a_failure
+from ferryman_service.training.data import ValidationPairs, tokenise_validation_pairs
+from ferryman_service.training.files import Disk, RunFiles, disk_full_is_told
 from ferryman_service.training.finish import choose_weights
 from ferryman_service.training.loop import LoopParts, TimeBudget, TrainingLoop
-from ferryman_service.training.pairs import TokenPairs, open_pairs
+from ferryman_service.training.pairs import TokenPairs
+from ferryman_service.training.prepared import open_prepared, prepare_corpus, prepared_folder
 from ferryman_service.training.ranks import Ranks, Verdict, join_ranks
-from ferryman_service.training.reporting import Reporter
-from ferryman_service.training.step import new_trainee
+from ferryman_service.training.reporting import Reporter, Series
+from ferryman_service.training.resume import newest_usable
+from ferryman_service.training.sampling import epoch_source
+from ferryman_service.training.step import Trainee, new_trainee
 from ferryman_service.training.validate import Validator
 
 _CHECK_SENTENCES: Final = 64
@@ -52,20 +60,23 @@ class EngineConfig:
 class TorchTrainingEngine:
     """A TrainingEngine. Changes torch's settings for the whole process: use it in a program of its own."""
 
-    def __init__(self, config: EngineConfig, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, config: EngineConfig, clock: Callable[[], float] = time.monotonic, disk: Disk | None = None
+    ) -> None:
         self._config = config
         self._clock = clock
+        self._disk = disk or Disk()
 
     def train(self, job: TrainingJob, reporter: Reporter) -> TrainedModel:
-        """Train until the recipe's limit. Raises TrainingFailed, and what Reporter.check raises.
+        """Train until the recipe's limit, from the newest checkpoint in the run's folder if there is one.
 
-        What an earlier attempt left in the run's folder is removed. In a group of processes each calls this; only the
-        first reports and writes, all return the same.
+        In a group of processes each calls this; only the first reports and writes, all return the same.
+        Raises TrainingFailed, DiskIsFull, and what Reporter.check raises.
         """
         budget = TimeBudget(job.recipe.stop.max_time_seconds, self._clock)
-        with disk_full_is_a_failure(job.run_dir), join_ranks(self._device()) as ranks:
+        with disk_full_is_told(job.run_dir), join_ranks(self._device()) as ranks:
             self._set_up_torch()
-            return _Run(job, reporter, ranks, budget).train()
+            return _Run(job, Series(reporter), ranks, budget, self._disk).train()
 
     def _device(self) -> torch.device:
         if self._config.device != "auto":
@@ -82,74 +93,125 @@ class TorchTrainingEngine:
 class _Run:
     """One call of train."""
 
-    def __init__(self, job: TrainingJob, reporter: Reporter, ranks: Ranks, budget: TimeBudget) -> None:
+    def __init__(self, job: TrainingJob, series: Series, ranks: Ranks, budget: TimeBudget, disk: Disk) -> None:
         self._job = job
         self._recipe = job.recipe
         self._files = RunFiles(job.run_dir)
-        self._reporter = reporter
+        self._series = series
         self._ranks = ranks
         self._budget = budget
+        self._disk = disk
 
     def train(self) -> TrainedModel:
+        cores = os.cpu_count() or 1
+        checkpoint = None
         if self._ranks.is_first:
             with self._ranks.others_follow():
-                self._prepare()
-        self._ranks.agree(Verdict.GO_ON)  # the others wait here for the files
-        subwords, pairs = Subwords.load(self._files.subwords), open_pairs(self._files.pairs)
-        data, cores = self._recipe.data, os.cpu_count() or 1
-        validation = tokenise_validation_pairs(self._job.corpus, subwords, data, threads=cores)
+                checkpoint = self._find_checkpoint()
+                self._prepare(resumes=checkpoint is not None, threads=cores)
+        step = int(self._ranks.share([-1.0 if checkpoint is None else float(_step_of(checkpoint))])[0])
+        self._ranks.agree(Verdict.GO_ON)  # the others have waited here for the files
+        prepared = open_prepared(prepared_folder(self._job))
+        assert prepared is not None, "the first process has made it"
+        subwords = Subwords.load(prepared.subwords)
+        pairs = epoch_source(self._job, prepared, subwords, self._files.epochs / str(self._ranks.rank))
+        validation = tokenise_validation_pairs(self._job.corpus, subwords, self._recipe.data, threads=cores)
         model = self._new_model(subwords.size)
-        validator = Validator(validation, subwords, self._recipe, self._ranks.device, self._reporter.check)
+        validator = Validator(validation, subwords, self._recipe, self._ranks.device, self._series.check)
+        trainee = new_trainee(model.train(), self._recipe, self._ranks)
+        position = self._start(trainee) if step < 0 else self._go_back_to(step, trainee)
         if self._ranks.is_first:
-            self._report_start(model, pairs, validation)
-        position = self._loop(model, pairs, validator)
+            self._report_start(model, prepared.pairs(), validation, position)
+        position = self._loop(trainee, pairs, validator, position)
         scores = self._choose_weights(model, validator, position)
         return TrainedModel(
             weights=self._files.weights,
-            subwords=self._files.subwords,
+            subwords=prepared.subwords,
             recipe=self._recipe,
             scores=scores,
             parameters=count_parameters(model),
             check_sentences=validation.sources[:_CHECK_SENTENCES],
         )
 
-    def _prepare(self) -> None:
-        """Learn subwords and tokenise the training pairs, once for all ranks."""
-        started_s = time.perf_counter()
-        self._files.start_afresh()
-        data, check = self._recipe.data, self._reporter.check
-        subwords = learn_subwords(self._job.corpus, data, self._files, seed=self._recipe.seed, check=check)
-        message = f"learnt {subwords.size} {data.subword_algorithm} subwords in {time.perf_counter() - started_s:.1f} s"
-        self._reporter.event(EventLevel.INFO, "SUBWORDS_TRAINED", message)
-        cores = os.cpu_count() or 1
-        tokenise_training_pairs(self._job.corpus, subwords, data, self._files, self._reporter, threads=cores)
+    def _find_checkpoint(self) -> Path | None:
+        """Return the newest intact checkpoint; remove what a crash has left, and what is damaged."""
+        folder = self._files.checkpoints
+        folder.mkdir(exist_ok=True)
+        remove_partial(folder, self._disk)
+        path, damages = newest_usable(folder)
+        for damage in damages:
+            where = "the one before it" if path is not None else "the beginning"
+            self._series.event(EventLevel.WARNING, "CHECKPOINT_DAMAGED", f"{damage}; going back to {where}")
+        for newer in list_checkpoints(folder):
+            if path is None or newer > path:
+                self._disk.remove(newer)
+        return path
+
+    def _prepare(self, *, resumes: bool, threads: int) -> None:
+        """Learn subwords and tokenise the training pairs, once for all ranks and all runs that want them so."""
+        prepared = prepare_corpus(self._job, self._series, threads=threads)
+        if not resumes:
+            self._series.resume(0)
+            for remark in prepared.remarks:
+                self._series.event(*remark, repeats=True)
+
+    def _start(self, trainee: Trainee) -> Position:
+        """Begin at step 0: with random weights, or with those of a published model."""
+        initial = self._job.initial
+        if initial is not None:
+            try:
+                trainee.model.load_state_dict(load_file(initial.weights))
+                if initial.checkpoint is not None:
+                    checkpoint = load_checkpoint(initial.checkpoint)
+                    trainee.load_moments(checkpoint.tensors, checkpoint.counters.updates_applied)
+            except (CheckpointDamaged, OSError, RuntimeError, KeyError) as error:
+                text = f"the model to start from does not fit the recipe, or its files are damaged: {error}"
+                raise TrainingFailed(FailureReason.INITIAL_MODEL_UNUSABLE, text) from error
+        return Position()
+
+    def _go_back_to(self, step: int, trainee: Trainee) -> Position:
+        checkpoint = load_checkpoint(checkpoint_path(self._files.checkpoints, step))
+        trainee.load(checkpoint.tensors, checkpoint.counters)
+        position = checkpoint.position
+        self._budget.resume(position.elapsed_s, position.validation_s)
+        self._series.resume(position.reports)
+        again = max(0, self._job.reported_step - step)
+        text = f"going on from the checkpoint of step {step}; {again} steps that were reported are done again"
+        self._series.event(EventLevel.INFO, "RESUMED", text)
+        return position
 
     def _new_model(self, vocabulary_size: int) -> Transformer:
         torch.manual_seed(self._recipe.seed)  # the same initial weights on all ranks
         return Transformer(TransformerConfig.from_recipe(self._recipe, vocabulary_size)).to(self._ranks.device)
 
-    def _report_start(self, model: Transformer, pairs: TokenPairs, validation: ValidationPairs) -> None:
-        if validation.dropped:
+    def _report_start(
+        self, model: Transformer, pairs: TokenPairs, validation: ValidationPairs, position: Position
+    ) -> None:
+        if validation.dropped and position == Position():
             message = f"dropped validation pairs: {validation.dropped}"
-            self._reporter.event(EventLevel.WARNING, "VALIDATION_PAIRS_DROPPED", message)
+            self._series.event(EventLevel.WARNING, "VALIDATION_PAIRS_DROPPED", message, repeats=True)
         processes = f" in {self._ranks.world_size} processes" if self._ranks.world_size > 1 else ""
         message = (
             f"{count_parameters(model):,} parameters, {len(pairs):,} training pairs, "
             f"{len(validation.sources):,} validation pairs; on {self._ranks.device}{processes}"
         )
-        self._reporter.event(EventLevel.INFO, "TRAINING_STARTED", message)
+        self._series.event(EventLevel.INFO, "TRAINING_STARTED", message)
 
-    def _loop(self, model: Transformer, pairs: TokenPairs, validator: Validator) -> Position:
+    def _loop(
+        self, trainee: Trainee, pairs: Callable[[int], TokenPairs], validator: Validator, position: Position
+    ) -> Position:
         parts = LoopParts(
-            trainee=new_trainee(model.train(), self._recipe, self._ranks),
+            trainee=trainee,
             pairs=pairs,
             recipe=self._recipe,
             validator=validator,
-            reporter=self._reporter,
+            series=self._series,
             checkpoints=self._files.checkpoints,
             budget=self._budget,
+            reported_step=self._job.reported_step,
+            disk=self._disk,
         )
-        loop = TrainingLoop(parts)
+        loop = TrainingLoop(parts, position)
         loop.run()
         return loop.position
 
@@ -157,8 +219,8 @@ class _Run:
         chosen = None
         if self._ranks.is_first:
             with self._ranks.others_follow():
-                recipe, reporter = self._recipe.validation, self._reporter
-                chosen = choose_weights(model, validator, position, recipe, self._files, reporter)
+                recipe = self._recipe.validation
+                chosen = choose_weights(model, validator, position, recipe, self._files, self._series)
         self._ranks.agree(Verdict.FINISH)
         return self._share_scores(chosen)
 
@@ -175,3 +237,7 @@ class _Run:
 def count_parameters(model: Transformer) -> int:
     """Return how many numbers are trained."""
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.rpartition("-")[2])

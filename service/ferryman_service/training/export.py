@@ -20,6 +20,7 @@ from ferryman_service.bundle.manifest import (
     DECODER_FILE,
     ENCODER_FILE,
     SUBWORDS_FILE,
+    WEIGHTS_FILE,
     Architecture,
     ManifestHeader,
     seal,
@@ -49,6 +50,7 @@ class OnnxExporter:
         _write(export_encoder(transformer, max_length), bundle / ENCODER_FILE)
         _write(export_decoder(transformer), bundle / DECODER_FILE)
         shutil.copyfile(trained.subwords, bundle / SUBWORDS_FILE)
+        shutil.copyfile(trained.weights, bundle / WEIGHTS_FILE)
         header = ManifestHeader(
             lineage=lineage,
             scores=trained.scores,

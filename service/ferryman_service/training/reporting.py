@@ -18,10 +18,54 @@ class Reporter(Protocol):
         """Report a validation."""
         ...
 
-    def event(self, level: EventLevel, code: str, message: str) -> None:
-        """Make a remark."""
+    def event(self, level: EventLevel, code: str, message: str, *, repeats: bool = False) -> None:
+        """Make a remark; with `repeats` it belongs to the series."""
+        ...
+
+    def resume(self, reports: int) -> None:
+        """Say that the work goes on from a point before which the series had this many reports."""
+        ...
+
+    def flush(self) -> None:
+        """Wait until everything that was reported is durable."""
         ...
 
     def check(self) -> None:
         """Raise if the work is no longer wanted."""
         ...
+
+
+class Series:
+    """A Reporter in front of another, which counts the reports of the series."""
+
+    def __init__(self, reporter: Reporter) -> None:
+        self._reporter = reporter
+        self.reports = 0
+
+    def step(self, metrics: StepMetrics) -> None:
+        """Report an update."""
+        self.reports += 1
+        self._reporter.step(metrics)
+
+    def validation(self, metrics: ValidationMetrics) -> None:
+        """Report a validation."""
+        self.reports += 1
+        self._reporter.validation(metrics)
+
+    def event(self, level: EventLevel, code: str, message: str, *, repeats: bool = False) -> None:
+        """Make a remark; with `repeats` it belongs to the series."""
+        self.reports += repeats
+        self._reporter.event(level, code, message, repeats=repeats)
+
+    def resume(self, reports: int) -> None:
+        """Go on from a point before which the series had this many reports."""
+        self.reports = reports
+        self._reporter.resume(reports)
+
+    def flush(self) -> None:
+        """Wait until everything that was reported is durable."""
+        self._reporter.flush()
+
+    def check(self) -> None:
+        """Raise if the work is no longer wanted."""
+        self._reporter.check()

@@ -33,7 +33,7 @@ class OnnxBundleLoader:
 
     def load(self, bundle: Path) -> TextTranslator:
         """Check every digest and load; raises ModelDamaged."""
-        header = verify(bundle).header
+        header = verify(bundle, to_translate=True).header
         try:
             decoder = OnnxDecoder.load(bundle, header.architecture, self._config)
             subwords = Subwords.load(bundle / SUBWORDS_FILE)

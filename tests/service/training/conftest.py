@@ -35,8 +35,14 @@ class RecordingReporter:
     def validation(self, metrics):
         self.validations.append(metrics)
 
-    def event(self, level, code, message):
+    def event(self, level, code, message, *, repeats=False):
         self.events.append((code, message))
+
+    def resume(self, reports):
+        self.resumed_at = reports
+
+    def flush(self):
+        pass
 
     def check(self):
         self.checks_left -= 1

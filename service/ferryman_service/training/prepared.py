@@ -1,0 +1,147 @@
+"""Prepared corpora: subwords and tokenised training pairs, made once and shared by all runs that want them so.
+
+An entry is a folder named by a digest of everything that it depends on. It is made under another name and then renamed,
+so it is whole or not there; two workers that make it at once make the same, and the second finds its place taken.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from ferryman_service.domain.recipe import DataRecipe
+from ferryman_service.domain.records import EventLevel
+from ferryman_service.domain.training import TrainingJob
+from ferryman_service.text.subwords import Subwords
+from ferryman_service.training.data import learn_subwords, tokenise_training_pairs
+from ferryman_service.training.pairs import TokenPairs, open_pairs
+from ferryman_service.training.reporting import Reporter
+
+_FORMAT: Final = 1
+_MANIFEST: Final = "prepared.json"
+_SUBWORDS: Final = "subwords.model"
+_PAIRS: Final = "pairs"
+_KEPT: Final = 16
+_UNUSED_FOR_S: Final = 7 * 24 * 3600.0
+
+
+@dataclass(frozen=True)
+class PreparedCorpus:
+    """An entry. `remarks` says what was done and dropped: (level, code, message)."""
+
+    folder: Path
+    remarks: Sequence[tuple[EventLevel, str, str]]
+
+    @property
+    def subwords(self) -> Path:
+        """The subword model."""
+        return self.folder / _SUBWORDS
+
+    def pairs(self) -> TokenPairs:
+        """Return the tokenised training pairs; they stay in their files."""
+        return open_pairs(self.folder / _PAIRS)
+
+
+def prepare_corpus(job: TrainingJob, reporter: Reporter, *, threads: int) -> PreparedCorpus:
+    """Return the entry for the job, made now unless it is there.
+
+    Raises TrainingFailed, OSError, what `check` raises.
+    """
+    final = job.prepared_dir / _key(job)
+    if (found := open_prepared(final)) is not None:
+        os.utime(final)
+        return found
+    job.prepared_dir.mkdir(parents=True, exist_ok=True)
+    _prune(job.prepared_dir)
+    aside = job.prepared_dir / f".{final.name}-{secrets.token_hex(4)}"
+    try:
+        _make(aside, job, reporter, threads=threads)
+        shutil.rmtree(final, ignore_errors=True)  # a damaged one
+        try:
+            aside.rename(final)
+        except OSError:
+            if open_prepared(final) is None:  # else another worker was faster, with the same
+                raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    made = open_prepared(final)
+    assert made is not None, "what was just written can be read"
+    return made
+
+
+def open_prepared(folder: Path) -> PreparedCorpus | None:
+    """Return the entry; None if there is none, or if one of its files is not as long as it was."""
+    try:
+        manifest: dict[str, Any] = json.loads((folder / _MANIFEST).read_bytes())
+        intact = all((folder / name).stat().st_size == size for name, size in manifest["sizes"].items())
+    except (OSError, ValueError):
+        return None
+    if not intact:
+        return None
+    return PreparedCorpus(folder, [(EventLevel(level), code, text) for level, code, text in manifest["remarks"]])
+
+
+def prepared_folder(job: TrainingJob) -> Path:
+    """Return where the entry for the job lies."""
+    return job.prepared_dir / _key(job)
+
+
+def _key(job: TrainingJob) -> str:
+    """Return the digest of all that an entry depends on. Sampling is not among it: it begins from the text."""
+    data = {name: value for name, value in dataclasses.asdict(job.recipe.data).items() if name not in _NOT_PREPARED}
+    given = "" if job.initial is None else hashlib.sha256(job.initial.subwords.read_bytes()).hexdigest()
+    corpus = job.corpus_digest or job.run_id
+    text = json.dumps([_FORMAT, corpus, data, job.recipe.seed, given], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:40]
+
+
+_NOT_PREPARED: Final = ("sampling_alpha", "bpe_dropout")
+
+
+def _make(folder: Path, job: TrainingJob, reporter: Reporter, *, threads: int) -> None:
+    folder.mkdir()
+    recipe: DataRecipe = job.recipe.data
+    path = folder / _SUBWORDS
+    if job.initial is None:
+        subwords = learn_subwords(job.corpus, recipe, path, seed=job.recipe.seed, check=reporter.check)
+        remark = f"learnt {subwords.size} {recipe.subword_algorithm} subwords"
+    else:
+        shutil.copyfile(job.initial.subwords, path)
+        subwords = Subwords.load(path)
+        remark = f"took the {subwords.size} subwords of the model to start from"
+    remarks = [(EventLevel.INFO, "SUBWORDS_TRAINED", remark)]
+    dropped = tokenise_training_pairs(job.corpus, subwords, recipe, folder / _PAIRS, reporter.check, threads=threads)
+    if dropped:
+        remarks.append((EventLevel.WARNING, "PAIRS_DROPPED", f"dropped training pairs: {dropped}"))
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    for path in files:
+        _sync(path)
+    sizes = {str(path.relative_to(folder)): path.stat().st_size for path in files}
+    (folder / _MANIFEST).write_text(json.dumps({"sizes": sizes, "remarks": remarks}))
+    _sync(folder / _MANIFEST)
+
+
+def _prune(parent: Path) -> None:
+    """Remove the entries that nobody has used for a week, all but the last ones. A run that comes back to one makes the
+    same again."""
+    entries = sorted((path for path in parent.iterdir()), key=lambda path: path.stat().st_mtime)
+    for path in entries[:-_KEPT]:
+        if time.time() - path.stat().st_mtime > _UNUSED_FOR_S:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
