@@ -67,7 +67,7 @@ class TorchrunLauncher:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=self._environment(processes),
+                env=worker_environment(self._config, processes),
                 close_fds=True,
                 start_new_session=True,
             )
@@ -107,17 +107,19 @@ class TorchrunLauncher:
         """Return the last lines of the attempt's log, at most 8 KiB."""
         return read_log_tail(self._log_path(run_id, attempt))
 
-    def _environment(self, processes: int) -> dict[str, str]:
-        environment = {**os.environ, **self._config.environment, "PYTHONUNBUFFERED": "1"}
-        if self._config.threads_per_worker is not None:
-            environment["OMP_NUM_THREADS"] = str(self._config.threads_per_worker)
-        # torchrun would choose one thread for several workers.
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
-        # OpenMP's threads spin while they wait for each other. Left alone they spin so long that one other busy process
-        # makes training 45 times slower; this bound costs nothing on a quiet machine (docs/lab-log.md).
-        if "OMP_WAIT_POLICY" not in environment:
-            environment.setdefault("GOMP_SPINCOUNT", "10000")
-        return environment
+
+def worker_environment(config: LaunchConfig, processes: int) -> dict[str, str]:
+    """Return the environment of each of so many processes of a worker."""
+    environment = {**os.environ, **config.environment, "PYTHONUNBUFFERED": "1"}
+    if config.threads_per_worker is not None:
+        environment["OMP_NUM_THREADS"] = str(config.threads_per_worker)
+    # torchrun would choose one thread for several workers.
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
+    # OpenMP's threads spin while they wait for each other. Left alone they spin so long that one other busy process
+    # makes training 45 times slower; this bound costs nothing on a quiet machine (docs/lab-log.md).
+    if "OMP_WAIT_POLICY" not in environment:
+        environment.setdefault("GOMP_SPINCOUNT", "10000")
+    return environment
 
 
 def read_log_tail(path: Path) -> str:
