@@ -27,7 +27,7 @@ QUICK ?=
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .PHONY: help setup demo test check quick system protos protos-drift buf-lint lint types layers dockerfile wheel-smoke \
-  bench-quality bench-export clean
+  bench-quality bench-quality-tok bench-export bench-training-cpu clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -101,6 +101,10 @@ bench-quality: $(READY) ## BLEU after a fixed time of training: [DATA= SOURCE= T
 bench-export: $(READY) ## does the exported model translate as the PyTorch model does, after bench-quality: [DATA= SOURCE= TARGET= QUICK=1]
 	@$(BIN)/python -m bench.export $(if $(DATA),--data "$(DATA)") $(if $(SOURCE),--source "$(SOURCE)") \
 	  $(if $(TARGET),--target "$(TARGET)") $(if $(QUICK),--quick)
+
+bench-training-cpu: $(READY) ## target tokens/s of training beside a plain loop and fairseq, ~12 min: [DATA= PRESET=tiny|base QUICK=1]
+	@$(BIN)/python -m bench.training_cpu $(if $(DATA),--data "$(DATA)") $(if $(SOURCE),--source "$(SOURCE)") \
+	  $(if $(TARGET),--target "$(TARGET)") $(if $(PRESET),--preset "$(PRESET)") $(if $(QUICK),--quick)
 
 clean: ## remove caches, builds, and what demo and benchmarks left; the virtual environment stays
 	rm -rf build dist demo-output bench-output .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

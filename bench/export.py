@@ -15,13 +15,11 @@ from typing import Final
 from bench import quality
 from bench.result import Result, publish
 from examples.parallel_text import TextMissing
-from ferryman_service.bundle.manifest import read_manifest
+from ferryman_service.bundle.manifest import SUBWORDS_FILE, WEIGHTS_FILE, read_manifest
 from ferryman_service.domain.training import TrainedModel
 from ferryman_service.domain.translation import CancelToken, SearchOptions
 from ferryman_service.pipeline.translator import MicroBatchLimit, TextTranslator
-from ferryman_service.stores.layout import DataFolder
 from ferryman_service.training.export import OnnxExporter
-from ferryman_service.training.files import RunFiles
 from ferryman_service.translation.loader import OnnxBundleLoader
 from ferryman_service.translation.onnx_decoder import OnnxConfig
 
@@ -38,13 +36,12 @@ def newest_bundle(data_folder: Path, name: str) -> Path:
     return max(versions, key=lambda path: int(path.name))
 
 
-def load_reference(data_folder: Path, bundle: Path) -> TextTranslator:
+def load_reference(bundle: Path) -> TextTranslator:
     """Return a translator over the weights that the bundle was exported from."""
     header = read_manifest(bundle).header
-    files = RunFiles(DataFolder(data_folder).run_dir(header.lineage.run_id))
     trained = TrainedModel(
-        weights=files.weights,
-        subwords=files.subwords,
+        weights=bundle / WEIGHTS_FILE,
+        subwords=bundle / SUBWORDS_FILE,
         recipe=header.lineage.recipe,
         scores=header.scores,
         parameters=header.parameters,
@@ -74,7 +71,7 @@ def measure(data_folder: Path, sentences: Sequence[str], quick: bool) -> Result:
     """Run the benchmark."""
     bundle = newest_bundle(data_folder, quality.MODEL_NAME)
     exported = OnnxBundleLoader(OnnxConfig(), MicroBatchLimit()).load(bundle)
-    reference = load_reference(data_folder, bundle)
+    reference = load_reference(bundle)
     equal = {name: count_equal(exported, reference, sentences, options) for name, options in SEARCHES.items()}
     for name, count in equal.items():
         print(f"{name}: {count} of {len(sentences)} translations are the same tokens")

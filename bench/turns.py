@@ -1,0 +1,184 @@
+"""Programs that are measured by turns: one works for some seconds while the others wait, then the next, and so on.
+
+What disturbs the machine so disturbs all of them alike. This file needs only the standard library, so that it can be
+imported in a peer's own environment.
+
+A program prints a line of JSON when it has started, and one after each turn; it reads a line with the seconds of its
+next turn, and ends at the end of its input.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, TextIO
+
+LEAST_UPDATES: Final = 3
+_SETTLE_S: Final = 0.5
+_LOG_TAIL_CHARACTERS: Final = 2000
+
+
+class TurnsOver(BaseException):
+    """Raised in a measured program when no turn will follow. Not an Exception: nothing should handle it on its way."""
+
+
+class ContestantFailed(Exception):
+    """A measured program ended too early. The message holds the end of its log."""
+
+
+class Turns:
+    """The measured program's side. What it prints itself goes to the standard error output from here on."""
+
+    def __init__(self, **facts: float) -> None:
+        """Take the standard output; `facts` are told with the first line."""
+        self._facts = facts
+        self._answers: TextIO = os.fdopen(os.dup(1), "w", buffering=1)
+        os.dup2(2, 1)
+        self._seconds: list[float] = []
+        self._tokens: list[int] = []
+        self._last_s = self._end_s = 0.0
+        self._begun = False
+
+    def boundary(self, tokens: int) -> None:
+        """Call before the first update, and after each with its real target tokens. Waits while others have their turn.
+
+        Raises TurnsOver.
+        """
+        now_s = time.perf_counter()
+        if not self._begun:
+            self._begun = True
+            self._answer(self._facts)
+        else:
+            self._seconds.append(now_s - self._last_s)
+            self._tokens.append(tokens)
+            if now_s < self._end_s or len(self._seconds) < LEAST_UPDATES:
+                self._last_s = now_s
+                return
+            memory_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+            self._answer({"seconds": self._seconds, "tokens": self._tokens, "peak_memory_mb": round(memory_mb)})
+        if not (line := sys.stdin.readline()):
+            raise TurnsOver
+        self._seconds, self._tokens = [], []
+        self._last_s = time.perf_counter()
+        self._end_s = self._last_s + float(line)
+
+    def _answer(self, value: Mapping[str, Any]) -> None:
+        self._answers.write(json.dumps(value) + "\n")
+
+
+@dataclass
+class Contestant:
+    """The measuring program's side of one measured program, and what was measured of it, turn by turn."""
+
+    name: str
+    command: Sequence[str]
+    environment: Mapping[str, str]
+    log: Path
+    facts: dict[str, float] = field(default_factory=dict)
+    turns: list[dict[str, list[float]]] = field(default_factory=list)
+    peak_memory_mb: float = 0.0
+    _process: subprocess.Popen[str] | None = None
+
+    def start(self) -> None:
+        """Start the program and wait until it is ready. Raises ContestantFailed."""
+        with self.log.open("w") as log:
+            self._process = subprocess.Popen(
+                self.command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                env={**os.environ, **self.environment},
+            )
+        self.facts = self._read()
+
+    def turn(self, seconds: float, *, counts: bool = True) -> None:
+        """Let the program work; raises ContestantFailed."""
+        assert self._process is not None and self._process.stdin is not None
+        self._process.stdin.write(f"{seconds}\n")
+        self._process.stdin.flush()
+        answer = self._read()
+        self.peak_memory_mb = answer.pop("peak_memory_mb")
+        if counts:
+            self.turns.append(answer)
+
+    def stop(self) -> None:
+        """End the program, whatever it does."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.communicate()
+
+    def turn_rates(self) -> list[float]:
+        """Return the tokens per second of each turn."""
+        return [sum(turn["tokens"]) / sum(turn["seconds"]) for turn in self.turns]
+
+    def update_rates(self) -> list[float]:
+        """Return the tokens per second of each update."""
+        return [n / s for turn in self.turns for n, s in zip(turn["tokens"], turn["seconds"], strict=True)]
+
+    def summary(self) -> dict[str, float]:
+        """Return what is reported of the program."""
+        rates = self.update_rates()
+        tokens = [n for turn in self.turns for n in turn["tokens"]]
+        return {
+            "tokens_per_s": round(statistics.median(self.turn_rates()), 1),
+            "p10": round(quantile(rates, 0.1), 1),
+            "p90": round(quantile(rates, 0.9), 1),
+            "updates": len(rates),
+            "tokens_per_update": round(statistics.fmean(tokens), 1),
+            "peak_memory_mb": self.peak_memory_mb,
+            **self.facts,
+        }
+
+    def _read(self) -> dict[str, Any]:
+        assert self._process is not None and self._process.stdout is not None
+        if not (line := self._process.stdout.readline()):
+            status = self._process.wait()
+            tail = self.log.read_text(errors="replace")[-_LOG_TAIL_CHARACTERS:]
+            raise ContestantFailed(f"{self.name} ended with exit status {status}; {self.log} ends with:\n{tail}")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+
+@contextmanager
+def started(contestants: Sequence[Contestant]) -> Iterator[None]:
+    """Start the programs, one after the other, and end them at the end of the block."""
+    try:
+        for contestant in contestants:
+            contestant.start()
+        yield
+    finally:
+        for contestant in contestants:
+            contestant.stop()
+
+
+def alternate(contestants: Sequence[Contestant], *, rounds: int, turn_s: float) -> None:
+    """Give each program a turn to warm up and then one in each round, printing the rates."""
+    for number in range(rounds + 1):
+        for contestant in contestants:
+            time.sleep(_SETTLE_S)  # the threads of the one before spin a little before they sleep
+            contestant.turn(turn_s, counts=number > 0)
+        if number:
+            rates = ", ".join(f"{contestant.name} {contestant.turn_rates()[-1]:,.0f}" for contestant in contestants)
+            print(f"round {number}: {rates} target tokens/s", flush=True)
+
+
+def median_ratio(one: Contestant, other: Contestant) -> float:
+    """Return the median over the rounds of how many times as fast `one` was."""
+    pairs = zip(one.turn_rates(), other.turn_rates(), strict=True)
+    return statistics.median(mine / theirs for mine, theirs in pairs)
+
+
+def quantile(values: Sequence[float], share: float) -> float:
+    """Return the value that this share of the values does not exceed."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
