@@ -153,7 +153,7 @@ def enter_state(
 ) -> None:
     """Write the state, the other changed columns and the StateChange record. The caller has checked the transition."""
     values: dict[str, Any] = {"attempt": head.attempt, **(changes or {})}
-    if state not in ACTIVE_STATES:
+    if state in (RunState.QUEUED, RunState.PAUSED):
         values |= worker_to_values(None)
     if state.is_terminal:
         values |= {"end_time_ns": time.time_ns(), "cancel_requested": False}

@@ -46,7 +46,7 @@ class Position:
     Updates done; the pass over the pairs (from 1) and updates done in it; the scores of this step, if it was validated;
     the best validation with its step, and how many came after it; the validated steps that averaging may want, with
     their ranks; how many reports of the series were made; seconds spent, and those that a validation takes; returns
-    after a divergence, and skipped updates in a row.
+    after a divergence, and skipped updates in a row; whether a limit was reached.
     """
 
     step: int = 0
@@ -62,6 +62,7 @@ class Position:
     validation_s: float | None = None
     rollbacks: int = 0
     skipped_in_a_row: int = 0
+    ended: bool = False
 
 
 @dataclass(frozen=True)

@@ -112,7 +112,7 @@ class TrainingLoop:
         recipe = self._parts.recipe.validation
         if self.position == Position():
             self._save()  # a run that diverges or rests before its first validation has something to go back to
-        while self._go_on():
+        while not self.position.ended and self._go_on():
             self._update()
             step = self.position.step
             if step % recipe.interval_steps == 0:
@@ -136,7 +136,8 @@ class TrainingLoop:
                 self._read_outcomes()
                 self._parts.series.event(EventLevel.INFO, *reason, repeats=True)
                 verdict = Verdict.FINISH
-        return self._ranks.agree(verdict) is Verdict.GO_ON
+        self.position = replace(self.position, ended=self._ranks.agree(verdict) is not Verdict.GO_ON)
+        return not self.position.ended
 
     def _reason_to_stop(self) -> tuple[str, str] | None:
         stop, position = self._parts.recipe.stop, self.position

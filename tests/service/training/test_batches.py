@@ -10,8 +10,8 @@ from ferryman_service.training.pairs import PairWriter, TokenPairs, TokenSide, o
 LENGTHS = st.lists(st.tuples(st.integers(2, 60), st.integers(2, 60)), min_size=1, max_size=300).map(np.array)
 
 
-def plan(lengths, limit=128, seed=1, epoch=1, ranks=1):
-    updates = plan_epoch(lengths[:, 0], lengths[:, 1], batch_target_tokens=limit, seed=seed, epoch=epoch, ranks=ranks)
+def plan(lengths, limit=128, seed=1, epoch=1, parts=1):
+    updates = plan_epoch(lengths[:, 0], lengths[:, 1], batch_target_tokens=limit, seed=seed, epoch=epoch, parts=parts)
     return [[index.tolist() for index in update] for update in updates]
 
 
@@ -23,17 +23,17 @@ def realistic_lengths(count=100_000):
 
 
 @given(LENGTHS, st.integers(60, 400), st.integers(0, 9), st.integers(1, 3))
-def test_every_pair_is_in_exactly_one_batch(lengths, limit, seed, ranks):
-    updates = plan(lengths, limit, seed, ranks=ranks)
+def test_every_pair_is_in_exactly_one_batch(lengths, limit, seed, parts):
+    updates = plan(lengths, limit, seed, parts=parts)
     assert sorted(i for update in updates for index in update for i in index) == list(range(len(lengths)))
-    assert all(1 <= len(update) <= ranks and all(update) for update in updates)
+    assert all(1 <= len(update) <= parts and all(update) for update in updates)
 
 
 @given(LENGTHS, st.integers(60, 400), st.integers(1, 3))
-def test_the_token_limit_is_kept(lengths, limit, ranks):
-    for update in plan(lengths, limit, ranks=ranks):
+def test_the_token_limit_is_kept(lengths, limit, parts):
+    for update in plan(lengths, limit, parts=parts):
         for index in update:
-            assert lengths[index, 1].sum() <= limit // ranks or len(index) == 1
+            assert lengths[index, 1].sum() <= limit // parts or len(index) == 1
 
 
 @given(LENGTHS, st.integers(1, 3))

@@ -4,23 +4,26 @@ import numpy as np
 import pytest
 import torch
 
+from ferryman_service.domain.recipe import Averaging
 from ferryman_service.model.config import TransformerConfig
 from ferryman_service.model.transformer import Transformer
 from ferryman_service.training.average import average_checkpoints
 from ferryman_service.training.batches import make_batch
 from ferryman_service.training.checkpoint import (
+    Checkpoint,
     CheckpointDamaged,
     Position,
     list_checkpoints,
     load_checkpoint,
     load_weights,
-    prune_checkpoints,
     save_checkpoint,
 )
+from ferryman_service.training.files import Disk
 from ferryman_service.training.pairs import TokenPairs, TokenSide
 from ferryman_service.training.ranks import Ranks
+from ferryman_service.training.retention import prune_checkpoints, with_candidate
 from ferryman_service.training.scores import ValidationScores
-from ferryman_service.training.step import ScheduledRate, new_trainee, training_step
+from ferryman_service.training.step import new_trainee
 
 RANKS = Ranks(rank=0, world_size=1, device=torch.device("cpu"))
 SCORES = ValidationScores(loss=2.5, nll_per_token=0.1 + 0.2, bleu=31.4, chrf=55.5, translated_pairs=3)
@@ -30,27 +33,42 @@ SCORES = ValidationScores(loss=2.5, nll_per_token=0.1 + 0.2, bleu=31.4, chrf=55.
 def trained(small_recipe):
     """A trainee after one update."""
     torch.manual_seed(1)
-    recipe = small_recipe()
+    recipe = small_recipe(optimization={"ema_decay": 0.9})
     trainee = new_trainee(Transformer(TransformerConfig.from_recipe(recipe, 16)), recipe, RANKS)
     pairs = TokenPairs(TokenSide.from_sentences([[7, 8]]), TokenSide.from_sentences([[8, 7]]))
     batch = make_batch(pairs, np.array([0]))
-    training_step(trainee, batch, batch.target_tokens)
+    trainee.step([batch], batch.target_tokens)
     return trainee
 
 
+def save(folder, trainee, position):
+    return save_checkpoint(folder, Checkpoint(trainee.tensors(), trainee.counters(), position), Disk())
+
+
 def test_a_checkpoint_gives_back_every_bit(tmp_path, trained, small_recipe):
-    position = Position(step=1, epoch=3, updates_in_epoch=7, best=SCORES, best_step=1, validations_since_best=2)
-    path = save_checkpoint(tmp_path, trained.model, trained.optimizer, position)
-    recipe = small_recipe()
+    position = Position(
+        step=1,
+        epoch=3,
+        updates_in_epoch=7,
+        validated=SCORES,
+        best=SCORES,
+        best_step=1,
+        validations_since_best=2,
+        candidates=((1, (31.4, -0.3)),),
+        reports=9,
+        elapsed_s=1.5,
+        validation_s=0.25,
+    )
+    checkpoint = load_checkpoint(save(tmp_path, trained, position))
+    assert checkpoint.position == position
+    recipe = small_recipe(optimization={"ema_decay": 0.9})
     other = new_trainee(Transformer(TransformerConfig.from_recipe(recipe, 16)), recipe, RANKS)
-    assert load_checkpoint(path, other.model, other.optimizer) == position
-    for name, weight in trained.model.state_dict().items():
-        assert torch.equal(other.model.state_dict()[name], weight)
-    for mine, theirs in zip(trained.model.parameters(), other.model.parameters(), strict=True):
-        for key, value in trained.optimizer.state[mine].items():
-            assert torch.equal(other.optimizer.state[theirs][key], value)
-    ScheduledRate(other.optimizer, recipe.schedule, position.step)
-    assert other.optimizer.param_groups[0]["lr"] == trained.optimizer.param_groups[0]["lr"]
+    other.load(checkpoint.tensors, checkpoint.counters)
+    assert other.counters() == trained.counters()
+    assert trained.tensors().keys() == {"weights", "exp_avg", "exp_avg_sq", "ema"}
+    for group, tensors in trained.tensors().items():
+        for name, tensor in tensors.items():
+            assert torch.equal(other.tensors()[group][name], tensor), (group, name)
 
 
 def flip_a_bit(path):
@@ -65,24 +83,28 @@ def cut_short(path):
 
 @pytest.mark.parametrize("damage", [flip_a_bit, cut_short, lambda path: path.unlink()])
 @pytest.mark.parametrize(
-    "name", ["weights.safetensors", "exp_avg.safetensors", "exp_avg_sq.safetensors", "position.json", "manifest.json"]
+    "name",
+    [
+        "weights.safetensors",
+        "exp_avg.safetensors",
+        "exp_avg_sq.safetensors",
+        "ema.safetensors",
+        "position.json",
+        "manifest.json",
+    ],
 )
-def test_damage_is_seen_and_nothing_is_loaded(tmp_path, trained, damage, name):
-    path = save_checkpoint(tmp_path, trained.model, trained.optimizer, Position(step=1))
-    before = trained.model.embedding.weight.clone()
-    with torch.no_grad():
-        trained.model.embedding.weight.add_(1.0)
+def test_damage_is_seen(tmp_path, trained, damage, name):
+    path = save(tmp_path, trained, Position(step=1))
     damage(path / name)
     with pytest.raises(CheckpointDamaged):
-        load_checkpoint(path, trained.model, trained.optimizer)
-    assert torch.equal(trained.model.embedding.weight, before + 1.0)
+        load_checkpoint(path)
 
 
 def test_a_checkpoint_that_was_not_finished_is_invisible(tmp_path, trained):
-    path = save_checkpoint(tmp_path, trained.model, trained.optimizer, Position(step=1))
+    path = save(tmp_path, trained, Position(step=1))
     path.rename(tmp_path / f"partial-{path.name}")
     assert list_checkpoints(tmp_path) == []
-    assert list_checkpoints(save_checkpoint(tmp_path, trained.model, trained.optimizer, Position(step=1)).parent) == [
+    assert list_checkpoints(save(tmp_path, trained, Position(step=1)).parent) == [
         path
     ]
     assert not (tmp_path / f"partial-{path.name}").exists()
@@ -91,29 +113,40 @@ def test_a_checkpoint_that_was_not_finished_is_invisible(tmp_path, trained):
 def test_a_failed_write_leaves_no_checkpoint(tmp_path, trained):
     (tmp_path / "partial-step-0000000001").write_bytes(b"in the way")
     with pytest.raises(OSError, match="partial-step"):
-        save_checkpoint(tmp_path, trained.model, trained.optimizer, Position(step=1))
+        save(tmp_path, trained, Position(step=1))
     assert list_checkpoints(tmp_path) == []
 
 
-def test_the_last_ones_and_the_best_are_kept(tmp_path, trained):
-    for step in (5, 10, 15, 20, 100):
-        save_checkpoint(tmp_path, trained.model, trained.optimizer, Position(step=step))
-    prune_checkpoints(tmp_path, keep_last=2, best_step=10)
-    assert [path.name for path in list_checkpoints(tmp_path)] == [
-        "step-0000000010",
-        "step-0000000020",
-        "step-0000000100",
-    ]
+def kept_after(tmp_path, trained, recipe, scores):
+    """Return the steps of the checkpoints that are left after one for each score, every tenth step."""
+    position = Position()
+    for step, score in enumerate(scores, 1):
+        best = position.best_step if position.best_step and scores[position.best_step - 1] >= score else step
+        candidates = with_candidate(position.candidates, step, (score,), recipe)
+        position = Position(step=step, best_step=best, candidates=candidates)
+        save(tmp_path, trained, position)
+        prune_checkpoints(tmp_path, position, Disk())
+    return [int(path.name.removeprefix("step-")) for path in list_checkpoints(tmp_path)]
+
+
+@pytest.mark.parametrize(
+    ("averaging", "kept"), [(Averaging.LAST, [2, 4, 5, 6]), (Averaging.BEST, [1, 2, 4, 5, 6]), (Averaging.NONE, [2, 4, 5, 6])]
+)
+def test_what_averaging_wants_the_best_and_the_newest_two_are_kept(tmp_path, trained, small_recipe, averaging, kept):
+    recipe = small_recipe(validation={"keep_last": 3, "averaging": averaging}).validation
+    assert kept_after(tmp_path, trained, recipe, [8.0, 9.0, 1.0, 7.0, 2.0, 3.0]) == kept
 
 
 def test_the_average_is_the_mean_of_the_weights(tmp_path, trained):
     weight = trained.model.embedding.weight
     values = []
     for step in (1, 2, 3):
-        save_checkpoint(tmp_path, trained.model, trained.optimizer, Position(step=step))
+        save(tmp_path, trained, Position(step=step))
         values.append(weight.detach().clone())
         with torch.no_grad():
             weight.mul_(-1.7)
+    for path in list_checkpoints(tmp_path):
+        (path / "manifest.json").write_text((path / "manifest.json").read_text().replace('"ema.', '"other.'))
     average = average_checkpoints(list_checkpoints(tmp_path))
     assert average.keys() == trained.model.state_dict().keys()
     assert average["embedding.weight"].dtype == torch.float32
@@ -122,7 +155,7 @@ def test_the_average_is_the_mean_of_the_weights(tmp_path, trained):
 
 
 def test_the_files_are_safetensors_and_json(tmp_path, trained):
-    path = save_checkpoint(tmp_path, trained.model, trained.optimizer, Position(step=1))
+    path = save(tmp_path, trained, Position(step=1))
     assert {file.suffix for file in path.iterdir()} == {".safetensors", ".json"}
     assert json.loads((path / "position.json").read_bytes())["step"] == 1
     assert load_weights(path).keys() == trained.model.state_dict().keys()

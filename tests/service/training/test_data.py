@@ -4,7 +4,6 @@ import pytest
 
 from ferryman_service.domain.runs import FailureReason, TrainingFailed
 from ferryman_service.training.data import learn_subwords, tokenise_training_pairs, tokenise_validation_pairs
-from ferryman_service.training.files import RunFiles
 from ferryman_service.training.pairs import open_pairs
 
 WORDS = ["alo", "beki", "cumi", "dena", "efu", "gira", "hosola", "jupe"]
@@ -17,10 +16,11 @@ def tokenise(tmp_path, small_recipe, reporter):
 
     def run(corpus, **data):
         recipe = small_recipe(data={"vocabulary_size": 32} | data).data
-        files = RunFiles(tmp_path)
-        subwords = learn_subwords(corpus, recipe, files, seed=1, check=reporter.check)
-        tokenise_training_pairs(corpus, subwords, recipe, files, reporter, threads=1)
-        return open_pairs(files.pairs), tokenise_validation_pairs(corpus, subwords, recipe, threads=1), subwords
+        subwords = learn_subwords(corpus, recipe, tmp_path / "subwords.model", seed=1, check=reporter.check)
+        drops = tokenise_training_pairs(corpus, subwords, recipe, tmp_path / "pairs", reporter.check, threads=1)
+        if drops:
+            reporter.event(None, "PAIRS_DROPPED", f"dropped training pairs: {drops}")
+        return open_pairs(tmp_path / "pairs"), tokenise_validation_pairs(corpus, subwords, recipe, threads=1), subwords
 
     return run
 

@@ -28,7 +28,7 @@ def tokens_of(translator, sentences, options):
 
 
 def test_the_bundle_is_whole(bundle_dir, trained_model):
-    assert {path.name for path in bundle_dir.iterdir()} == {*CONTENT_FILES, MANIFEST_FILE}
+    assert {path.name for path in bundle_dir.iterdir()} == {*CONTENT_FILES, WEIGHTS_FILE, MANIFEST_FILE}
     header = verify(bundle_dir).header
     assert header.scores == trained_model.scores
     assert header.lineage == some_lineage(trained_model.recipe)

@@ -29,7 +29,7 @@ from ferryman_service.training.batches import make_batch
 from ferryman_service.training.engine import EngineConfig, TorchTrainingEngine
 from ferryman_service.training.pairs import TokenPairs, TokenSide
 from ferryman_service.training.ranks import Ranks, join_ranks
-from ferryman_service.training.step import new_trainee, training_step
+from ferryman_service.training.step import new_trainee
 
 rank = int(os.environ["RANK"])
 run_dir = Path(os.environ["RUN_DIR"])
@@ -73,18 +73,20 @@ def test_an_update_of_two_ranks_is_that_of_one_on_the_whole_batch(two_processes)
 
         def trainee_of(ranks):
             torch.manual_seed(1)
-            return new_trainee(Transformer(TransformerConfig.from_recipe(recipe, 16)).train(), recipe, ranks)
+            return new_trainee(Transformer(TransformerConfig.from_recipe(recipe, 16)).double().train(), recipe, ranks)
 
         alone = trainee_of(Ranks(rank=0, world_size=1, device=torch.device("cpu")))
         tokens = int(pairs.target.lengths_P.sum())
         with join_ranks(torch.device("cpu")) as ranks:
             together = trainee_of(ranks)
             for parts in ([[0, 1], [2, 3]], [[0, 1, 2, 3], None]):
-                one = training_step(alone, make_batch(pairs, np.arange(4)), tokens)
-                mine = None if parts[rank] is None else make_batch(pairs, np.array(parts[rank]))
-                both = training_step(together, mine, tokens)
-                assert abs(one.loss - both.loss) < 1e-5, (one, both)
-                assert abs(one.gradient_norm - both.gradient_norm) < 1e-4, (one, both)
+                one = alone.step([make_batch(pairs, np.arange(4))], tokens).read()
+                mine = [] if parts[rank] is None else [make_batch(pairs, np.array(parts[rank]))]
+                both = together.step(mine, tokens).read()
+                assert abs(one.loss - both.loss) < 1e-6, (one, both)
+                assert abs(one.gradient_norm - both.gradient_norm) < 1e-6, (one, both)
+                for mine, theirs in zip(together.model.parameters(), alone.model.parameters()):
+                    torch.testing.assert_close(mine.grad, theirs.grad, atol=1e-6, rtol=1e-6)
         for name, weight in alone.model.state_dict().items():
             torch.testing.assert_close(together.model.state_dict()[name], weight, atol=1e-5, rtol=1e-4)
     """)

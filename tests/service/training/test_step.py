@@ -1,12 +1,12 @@
 import dataclasses
-import math
+import itertools
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from ferryman_service.domain.recipe import ScheduleKind
+from ferryman_service.domain.recipe import Precision, ScheduleKind
 from ferryman_service.domain.runs import FailureReason, TrainingFailed
 from ferryman_service.domain.schedule import LearningRateSchedule, learning_rate
 from ferryman_service.domain.tokens import BOS, EOS, PAD
@@ -17,7 +17,7 @@ from ferryman_service.search.beam import BeamOptions, search
 from ferryman_service.training.batches import Batch, make_batch, plan_epoch
 from ferryman_service.training.pairs import TokenPairs, TokenSide
 from ferryman_service.training.ranks import Ranks
-from ferryman_service.training.step import new_trainee, training_step
+from ferryman_service.training.step import new_trainee
 
 RANKS = Ranks(rank=0, world_size=1, device=torch.device("cpu"))
 
@@ -62,7 +62,7 @@ def target_as_input(batch):
 def train_to_reverse(recipe, change=lambda batch: batch):
     trainee = trainee_of(recipe)
     for batch in batches(reversed_tokens(2000, seed=1), epochs=30):
-        outcome = training_step(trainee, change(batch), batch.target_tokens)
+        outcome = trainee.step([change(batch)], batch.target_tokens).read()
     return outcome, exactly_right(trainee.model, reversed_tokens(50, seed=2))
 
 
@@ -92,8 +92,7 @@ def test_update_n_has_the_schedules_rate_to_the_last_bit(small_recipe, schedule)
     trainee = trainee_of(dataclasses.replace(small_recipe(), schedule=schedule))
     batch = next(batches(reversed_tokens(100, seed=1), 1))
     for step in range(1, 8):
-        assert trainee.optimizer.param_groups[0]["lr"] == learning_rate(schedule, step)
-        assert training_step(trainee, batch, batch.target_tokens).learning_rate == learning_rate(schedule, step)
+        assert trainee.step([batch], batch.target_tokens).read().learning_rate == learning_rate(schedule, step)
 
 
 def test_an_update_is_adam_on_the_mean_over_target_tokens(small_recipe):
@@ -109,7 +108,7 @@ def test_an_update_is_adam_on_the_mean_over_target_tokens(small_recipe):
     labels_BT = torch.tensor([[11, 12, 13, EOS], [14, EOS, PAD, PAD]])
     assert batch.decoder_input_BT.tolist() == [[BOS, 11, 12, 13], [BOS, 14, PAD, PAD]]
     for step in range(1, 4):
-        outcome = training_step(trainee, batch, batch.target_tokens)
+        outcome = trainee.step([batch], batch.target_tokens).read()
         optimizer.param_groups[0]["lr"] = learning_rate(recipe.schedule, step)
         optimizer.zero_grad()
         logits_BVT = reference(batch.source_BS, batch.decoder_input_BT).transpose(1, 2)
@@ -129,7 +128,7 @@ def test_a_clip_norm_of_zero_clips_nothing(small_recipe):
     norms = []
     for clip_norm in (0.0, 1e-6):
         trainee = trainee_of(small_recipe(optimization={"clip_norm": clip_norm}))
-        training_step(trainee, batch, batch.target_tokens)
+        trainee.step([batch], batch.target_tokens)
         norms.append(torch.nn.utils.get_total_norm([p.grad for p in trainee.model.parameters()]).item())
     assert norms[0] > 0.1
     assert norms[1] == pytest.approx(1e-6, rel=1e-2)
@@ -148,19 +147,143 @@ def test_padding_changes_nothing(small_recipe):
         labels_N=batch.labels_N,
         source_tokens=batch.source_tokens,
     )
-    outcomes = [training_step(trainee_of(small_recipe()), each, batch.target_tokens) for each in (batch, wider)]
+    outcomes = [trainee_of(small_recipe()).step([each], batch.target_tokens).read() for each in (batch, wider)]
     assert outcomes[0].loss == pytest.approx(outcomes[1].loss, rel=1e-5)
     assert outcomes[0].gradient_norm == pytest.approx(outcomes[1].gradient_norm, rel=1e-4)
     assert batch.target_tokens == wider.target_tokens
     assert wider.padding_share > batch.padding_share
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_loss_that_is_no_number_is_a_failure(small_recipe, value):
+def weights_of(trainee):
+    return {name: weight.detach().clone() for name, weight in trainee.model.named_parameters()}
+
+
+def test_an_update_without_a_finite_gradient_is_skipped_and_the_next_one_is_not(small_recipe):
+    trainee = trainee_of(small_recipe(optimization={"ema_decay": 0.5}))
+    one, two = itertools.islice(batches(reversed_tokens(400, seed=1), 1), 2)
+    trainee.step([one], one.target_tokens)
+    before = {group: {n: t.clone() for n, t in ts.items()} for group, ts in trainee.tensors().items() if group != "ema"}
+    skipped = trainee.step([one], 0).read()  # a mean over no tokens is not finite
+    assert skipped.skipped
+    for group, tensors in before.items():
+        assert all(torch.equal(trainee.tensors()[group][name], tensor) for name, tensor in tensors.items()), group
+    assert (trainee.counters().updates_done, trainee.counters().updates_applied) == (2, 1)
+    applied = trainee.step([two], two.target_tokens).read()
+    assert not applied.skipped
+    assert applied.learning_rate == learning_rate(small_recipe().schedule, 3)  # the schedule goes on by step
+    assert not torch.equal(trainee.tensors()["weights"]["embedding.weight"], before["weights"]["embedding.weight"])
+
+
+@pytest.mark.parametrize("parts", [2, 3])
+def test_micro_batches_add_up_to_the_gradient_of_the_whole(small_recipe, parts):
+    pairs = reversed_tokens(30, seed=4)
+    whole = make_batch(pairs, np.arange(30))
+    pieces = [make_batch(pairs, index_B) for index_B in np.array_split(np.arange(30), [3, 11][: parts - 1])]
+    gradients = []
+    for micro_batches in ([whole], pieces):
+        trainee = trainee_of(small_recipe(optimization={"clip_norm": 0.0}))
+        trainee.model.double()
+        trainee._accumulate(micro_batches, whole.target_tokens)
+        gradients.append({name: p.grad.clone() for name, p in trainee.model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, atol=1e-12, rtol=1e-6)
+
+
+def test_halves_are_the_batch(small_recipe):
+    batch = make_batch(reversed_tokens(7, seed=4), np.arange(7))
+    one = trainee_of(small_recipe()).step([batch], batch.target_tokens).read()
+    two = trainee_of(small_recipe()).step(batch.halves(), batch.target_tokens).read()
+    assert sum(half.target_tokens for half in batch.halves()) == batch.target_tokens
+    assert two.loss == pytest.approx(one.loss, rel=1e-5)
+    assert two.gradient_norm == pytest.approx(one.gradient_norm, rel=1e-4)
+
+
+class ShortOfMemory(torch.nn.Module):
+    """Lets the first `failures` passes fail as a GPU does."""
+
+    def __init__(self, failures):
+        super().__init__()
+        self.failures = failures
+
+    def forward(self, x):
+        self.failures -= 1
+        if self.failures >= 0:
+            raise torch.OutOfMemoryError
+        return x
+
+
+@pytest.mark.parametrize("failures", [1, 2])
+def test_a_batch_that_does_not_fit_is_split_once(small_recipe, failures):
+    batch = make_batch(reversed_tokens(8, seed=4), np.arange(8))
+    expected = trainee_of(small_recipe()).step([batch], batch.target_tokens).read()
     trainee = trainee_of(small_recipe())
-    with torch.no_grad():
-        trainee.model.embedding.weight[5, 0] = value
+    trainee.model.decoder_norm = ShortOfMemory(failures)
+    if failures == 2:
+        with pytest.raises(TrainingFailed, match="batch_target_tokens") as caught:
+            trainee.step([batch], batch.target_tokens)
+        assert caught.value.reason is FailureReason.OUT_OF_MEMORY
+        return
+    outcome = trainee.step([batch], batch.target_tokens).read()
+    assert outcome.split
+    assert outcome.loss == pytest.approx(expected.loss, rel=1e-5)
+
+
+def test_weights_decay_and_biases_and_norms_do_not(small_recipe):
     batch = next(batches(reversed_tokens(100, seed=1), 1))
-    with pytest.raises(TrainingFailed, match="step 1: the loss is nan") as caught:
-        training_step(trainee, batch, batch.target_tokens)
-    assert caught.value.reason is FailureReason.NON_FINITE_LOSS
+    trainees = [trainee_of(small_recipe(optimization={"weight_decay": decay})) for decay in (0.0, 0.5)]
+    first = weights_of(trainees[0])
+    rates = [trainee.step([batch], batch.target_tokens).read().learning_rate for trainee in trainees]
+    plain, decayed = (weights_of(trainee) for trainee in trainees)
+    for name, weight in first.items():
+        shrunk = 0.5 * rates[0] * weight if weight.ndim > 1 else torch.zeros_like(weight)
+        torch.testing.assert_close(decayed[name], plain[name] - shrunk, atol=1e-7, rtol=1e-5)
+
+
+def test_the_moving_average_follows_and_is_what_is_published(small_recipe):
+    trainee = trainee_of(small_recipe(optimization={"ema_decay": 0.9}))
+    expected = weights_of(trainee)
+    for step, batch in enumerate(batches(reversed_tokens(1000, seed=1), 1), 1):
+        trainee.step([batch], batch.target_tokens)
+        decay = min(0.9, (1 + step) / (10 + step))
+        expected = {n: decay * e + (1 - decay) * weights_of(trainee)[n] for n, e in expected.items()}
+    now = weights_of(trainee)
+    with trainee.published():
+        for name, weight in weights_of(trainee).items():
+            torch.testing.assert_close(weight, expected[name], atol=1e-6, rtol=1e-5)
+    assert all(torch.equal(weight, now[name]) for name, weight in weights_of(trainee).items())
+
+
+@pytest.mark.parametrize("precision", [Precision.BF16, Precision.FP16])
+def test_half_precision_learns_nearly_as_full_precision_does(small_recipe, precision):
+    losses = {}
+    for each in (Precision.FP32, precision):
+        trainee = trainee_of(small_recipe(optimization={"precision": each}))
+        assert all(weight.dtype is torch.float32 for weight in trainee.model.parameters())
+        losses[each] = [
+            trainee.step([batch], batch.target_tokens).read().loss for batch in batches(reversed_tokens(800, seed=1), 3)
+        ]
+        assert all(moment.dtype is torch.float32 for moment in trainee.tensors()["exp_avg"].values())
+    assert losses[precision] != losses[Precision.FP32]
+    assert losses[precision] == pytest.approx(losses[Precision.FP32], rel=0.02)
+
+
+def test_the_loss_scale_halves_when_a_gradient_overflows(small_recipe):
+    trainee = trainee_of(small_recipe(optimization={"precision": Precision.FP16}))
+    batch = next(batches(reversed_tokens(100, seed=1), 1))
+    assert trainee.counters().loss_scale == 2.0**16
+    trainee.step([batch], batch.target_tokens)
+    assert trainee.counters().loss_scale_good_steps == 1
+    assert trainee.step([batch], 0).read().skipped
+    assert (trainee.counters().loss_scale, trainee.counters().loss_scale_good_steps) == (2.0**15, 0)
+
+
+def test_r_drop_pulls_two_passes_together(small_recipe):
+    """The same dropout-free model twice has no divergence; with dropout there is one, and it counts."""
+    batch = next(batches(reversed_tokens(100, seed=1), 1))
+
+    def loss(alpha, dropout):
+        recipe = small_recipe(model={"dropout": dropout}, optimization={"r_drop_alpha": alpha})
+        return trainee_of(recipe).step([batch], batch.target_tokens).read().loss
+
+    assert loss(5.0, 0.0) == pytest.approx(loss(0.0, 0.0), rel=1e-5)
+    assert loss(5.0, 0.3) > loss(1e-6, 0.3) + 0.01

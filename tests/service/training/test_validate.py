@@ -9,7 +9,6 @@ from ferryman_service.model.config import TransformerConfig
 from ferryman_service.model.transformer import Transformer
 from ferryman_service.training.batches import make_batch
 from ferryman_service.training.data import ValidationPairs, learn_subwords, tokenise_validation_pairs
-from ferryman_service.training.files import RunFiles
 from ferryman_service.training.scores import ValidationScores, perplexity
 from ferryman_service.training.validate import Validator
 
@@ -20,7 +19,7 @@ CPU = torch.device("cpu")
 def pieces(tmp_path, reverse_corpus, small_recipe, reporter):
     """Validation pairs, subwords, recipe, and an untrained model."""
     recipe = small_recipe(validation={"max_translated_pairs": 7})
-    subwords = learn_subwords(reverse_corpus, recipe.data, RunFiles(tmp_path), seed=1, check=reporter.check)
+    subwords = learn_subwords(reverse_corpus, recipe.data, tmp_path / "subwords.model", seed=1, check=reporter.check)
     pairs = tokenise_validation_pairs(reverse_corpus, subwords, recipe.data, threads=1)
     torch.manual_seed(1)
     return pairs, subwords, recipe, Transformer(TransformerConfig.from_recipe(recipe, subwords.size))

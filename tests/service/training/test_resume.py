@@ -1,0 +1,297 @@
+"""A run that dies anywhere goes on as if nothing had happened: the same weights, the same series of reports."""
+
+import dataclasses
+import errno
+import itertools
+import os
+
+import pytest
+import safetensors.torch
+import torch
+
+from ferryman_service.domain.runs import FailureReason, TrainingFailed
+from ferryman_service.domain.training import DiskIsFull, InitialWeights, PauseRequested, StopRequested
+from ferryman_service.training.engine import EngineConfig, TorchTrainingEngine
+from ferryman_service.training.files import Disk
+from ferryman_service.training.step import Trainee
+
+CONFIG = EngineConfig(device="cpu", threads=1)
+# Every third change to the disk, others without and with its half done; `make soak` takes every one.
+_EVERY = {half: (1, 1) if os.environ.get("FERRYMAN_SOAK") else (1 + half, 3) for half in (False, True)}
+WALL_CLOCK = {"step_seconds": 0, "target_tokens_per_second": 0, "memory_bytes": 0}
+
+
+class Crash(BaseException):
+    """The process dies: no `except Exception` sees it."""
+
+
+class DurableReporter:
+    """What a store keeps of the reports: those that were flushed, and others up to the crash if `eager`."""
+
+    def __init__(self, *, eager=True):
+        self.series, self.remarks, self._waiting, self._known, self._eager = [], [], [], 0, eager
+        self.checks = itertools.count()
+        self.raise_at = {}
+
+    def _report(self, item):
+        if self._known:
+            self._known -= 1
+            return
+        self._waiting.append(item)
+        if self._eager:
+            self.flush()
+
+    def step(self, metrics):
+        self._report(dataclasses.replace(metrics, **WALL_CLOCK))
+
+    def validation(self, metrics):
+        self._report(dataclasses.replace(metrics, seconds=0))
+
+    def event(self, level, code, message, *, repeats=False):
+        if repeats:
+            self._report((code, message))
+        else:
+            self.remarks.append(code)
+
+    def resume(self, reports):
+        self._waiting.clear()
+        self._known = len(self.series) - reports
+        assert self._known >= 0, "a checkpoint knows of reports that are lost"
+
+    def flush(self):
+        self.series += self._waiting
+        self._waiting.clear()
+
+    def check(self):
+        if error := self.raise_at.pop(next(self.checks), None):
+            raise error
+
+
+class FailingDisk(Disk):
+    """Fails its n-th change, before it or when half of it is done."""
+
+    def __init__(self, number, error, *, half):
+        self._left, self._error, self._half = number, error, half
+
+    def _count(self, do_half):
+        self._left -= 1
+        if self._left == 0:
+            if self._half:
+                do_half()
+            raise self._error
+
+    def write(self, path, data):
+        self._count(lambda: path.write_bytes(data[: len(data) // 2]))
+        super().write(path, data)
+
+    def make_folder(self, path):
+        self._count(path.mkdir)
+        super().make_folder(path)
+
+    def rename(self, source, target):
+        self._count(lambda: source.rename(target))
+        super().rename(source, target)
+
+    def remove(self, folder):
+        self._count(lambda: [file.unlink() for file in sorted(folder.glob("*"))[:2]])
+        super().remove(folder)
+
+    def sync(self, folder):
+        self._count(lambda: None)
+        super().sync(folder)
+
+    @property
+    def was_reached(self):
+        return self._left <= 0
+
+
+@pytest.fixture
+def recipe(small_recipe):
+    return small_recipe(
+        model={"dropout": 0.2, "attention_dropout": 0.1},
+        data={"sampling_alpha": 0.5},
+        optimization={"batch_target_tokens": 2048, "ema_decay": 0.9, "accumulation_steps": 2},
+        stop={"max_steps": 7},
+        validation={"interval_steps": 3, "max_translated_pairs": 4, "checkpoint_interval_steps": 2, "keep_last": 2},
+    )
+
+
+def outcome(work, reporter, engine=None):
+    trained = (engine or TorchTrainingEngine(CONFIG)).train(work, reporter)
+    reporter.flush()
+    return trained.weights.read_bytes(), reporter.series, trained.scores
+
+
+@pytest.fixture
+def make_job(job, tmp_path):
+    numbers = itertools.count()
+
+    def make(recipe):
+        run_dir = tmp_path / f"run-{next(numbers)}"
+        run_dir.mkdir()
+        return dataclasses.replace(job(recipe), run_dir=run_dir)
+
+    return make
+
+
+@pytest.fixture
+def unbroken(make_job, recipe):
+    """Weights, series and scores of the run that nothing happened to."""
+    weights, series, scores = outcome(make_job(recipe), DurableReporter())
+    assert [item.step for item in series if hasattr(item, "gradient_norm")] == list(range(1, 8))
+    return weights, series, scores
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_a_death_at_any_change_to_the_disk_leaves_no_trace(make_job, recipe, unbroken, half):
+    survived = 0
+    for number in itertools.count(*_EVERY[half]):
+        disk, reporter, work = FailingDisk(number, Crash(), half=half), DurableReporter(eager=number % 2), make_job(recipe)
+        try:
+            assert outcome(work, reporter, TorchTrainingEngine(CONFIG, disk=disk)) == unbroken
+        except Crash:
+            torch.manual_seed(number)  # what another process would do before does not matter
+            again = outcome(work, reporter)
+            for mine, theirs in itertools.zip_longest(again[1], unbroken[1]):
+                assert mine == theirs, number
+            assert again == unbroken, number
+            survived += 1
+        if not disk.was_reached:
+            break
+    print(f"{survived} deaths survived")
+    assert survived > 60 / _EVERY[half][1]
+
+
+def test_a_death_at_any_step_leaves_no_trace(make_job, recipe, unbroken):
+    """Also a second death right after the first."""
+    for number in range(12):
+        work, reporter = make_job(recipe), DurableReporter(eager=number % 2)
+        reporter.raise_at = {number: Crash(), 2 * number + 1: Crash()}
+        while True:
+            try:
+                assert outcome(work, reporter) == unbroken, number
+            except Crash:
+                continue
+            break
+
+
+@pytest.mark.parametrize("error", [PauseRequested(), StopRequested()])
+def test_a_pause_leaves_a_checkpoint_of_the_last_step(make_job, recipe, unbroken, error):
+    work, reporter = make_job(recipe), DurableReporter()
+    first = next(number for number in itertools.count(1) if _steps_before(make_job(recipe), number) == 5)
+    reporter.raise_at = {first: error}
+    with pytest.raises(type(error)):
+        outcome(work, reporter)
+    assert (work.run_dir / "checkpoints" / "step-0000000005").is_dir()
+    assert outcome(dataclasses.replace(work, reported_step=5), reporter) == unbroken
+    assert reporter.remarks.count("RESUMED") == 1
+
+
+def _steps_before(work, number):
+    reporter = DurableReporter()
+    reporter.raise_at = {number: Crash()}
+    with pytest.raises(Crash):
+        outcome(work, reporter)
+    return sum(hasattr(item, "gradient_norm") for item in reporter.series)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_and_can_be_gone_on_from(make_job, recipe, unbroken):
+    for number in (5, 20, 35):
+        disk = FailingDisk(number, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), half=True)
+        work, reporter = make_job(recipe), DurableReporter()
+        with pytest.raises(DiskIsFull, match="no space left"):
+            outcome(work, reporter, TorchTrainingEngine(CONFIG, disk=disk))
+        assert not list((work.run_dir / "checkpoints").glob("partial-*"))
+        assert outcome(work, reporter) == unbroken
+
+
+def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(make_job, recipe, unbroken):
+    work, reporter = make_job(recipe), DurableReporter()
+    reporter.raise_at = {9: Crash()}
+    with pytest.raises(Crash):
+        outcome(work, reporter)
+    newest = max((work.run_dir / "checkpoints").iterdir())
+    data = bytearray((newest / "exp_avg.safetensors").read_bytes())
+    data[-1] ^= 1
+    (newest / "exp_avg.safetensors").write_bytes(bytes(data))
+    assert outcome(work, reporter) == unbroken
+    assert "CHECKPOINT_DAMAGED" in reporter.remarks
+
+
+def test_the_time_that_was_spent_counts_and_reported_steps_are_reached(make_job, small_recipe):
+    ticks = itertools.count()
+    recipe = small_recipe(stop={"max_steps": 0, "max_time_seconds": 120.0}, validation={"interval_steps": 5})
+    work, reporter = make_job(recipe), DurableReporter()
+    reporter.raise_at = {12: Crash()}
+    clock = lambda: float(next(ticks))  # noqa: E731
+    with pytest.raises(Crash):
+        outcome(work, reporter, TorchTrainingEngine(CONFIG, clock))
+    spent = next(ticks)
+    reported = max(item.step for item in reporter.series if hasattr(item, "gradient_norm"))
+    outcome(dataclasses.replace(work, reported_step=reported), reporter, TorchTrainingEngine(CONFIG, clock))
+    assert spent < next(ticks) < 140 + spent
+    assert max(item.step for item in reporter.series if hasattr(item, "gradient_norm")) > reported
+
+
+def test_a_divergence_goes_back_with_a_lower_rate_and_fails_in_the_end(make_job, small_recipe, monkeypatch):
+    real = Trainee.step
+
+    def step(self, micro_batches, target_tokens):
+        poisoned = self.counters().updates_done >= 5 and self.counters().rate_scale > 0.3
+        return real(self, micro_batches, 0 if poisoned else target_tokens)
+
+    monkeypatch.setattr(Trainee, "step", step)
+    recipe = small_recipe(
+        optimization={"max_skipped_updates": 1, "max_rollbacks": 2, "rollback_rate_scale": 0.5},
+        stop={"max_steps": 10},
+        validation={"interval_steps": 4, "max_translated_pairs": 2},
+    )
+    work, reporter = make_job(recipe), DurableReporter()
+    weights, series, _ = outcome(work, reporter)
+    codes = [item[0] for item in series if isinstance(item, tuple)]
+    assert codes.count("ROLLED_BACK") == 2
+    assert codes.count("UPDATE_SKIPPED") == 4
+    steps = [(item.step, item.skipped) for item in series if hasattr(item, "gradient_norm")]
+    assert [step for step, _ in steps] == [1, 2, 3, 4, 5, 6, 7, 5, 6, 7, *range(5, 11)]
+    rates = {item.step: item.learning_rate for item in series if hasattr(item, "gradient_norm")}
+    assert rates[10] == pytest.approx(0.25 * rates[4] * 10 / 4)
+    for number in range(6, 24, 3):  # a death around a rollback
+        work, reporter = make_job(recipe), DurableReporter(eager=number % 2)
+        reporter.raise_at = {number: Crash()}
+        try:
+            outcome(work, reporter)
+        except Crash:
+            again = outcome(work, reporter)
+            assert repr(again[1]) == repr(series), number  # not ==: a NaN equals nothing
+            assert again[0] == weights
+    stubborn = dataclasses.replace(recipe, optimization=dataclasses.replace(recipe.optimization, max_rollbacks=1))
+    with pytest.raises(TrainingFailed, match="lower the learning rate") as caught:
+        outcome(make_job(stubborn), DurableReporter())
+    assert caught.value.reason is FailureReason.NON_FINITE_LOSS
+
+
+def test_fine_tuning_starts_from_weights_and_may_keep_the_optimizer(make_job, small_recipe):
+    recipe = small_recipe()
+    first = make_job(recipe)
+    trained = TorchTrainingEngine(CONFIG).train(first, DurableReporter())
+    checkpoint = max((first.run_dir / "checkpoints").iterdir())
+    series = {}
+    for kept in (None, checkpoint):
+        initial = InitialWeights(weights=trained.weights, subwords=trained.subwords, checkpoint=kept)
+        reporter = DurableReporter()
+        outcome(dataclasses.replace(make_job(recipe), initial=initial), reporter)
+        series[kept] = [item for item in reporter.series if hasattr(item, "gradient_norm")]
+    assert series[None][0].learning_rate == series[checkpoint][0].learning_rate  # the schedule begins anew
+    assert series[None][0].loss == series[checkpoint][0].loss < 3.2  # from where the first run ended
+    assert series[None][2].loss != series[checkpoint][2].loss
+
+
+def test_weights_of_another_shape_are_refused(make_job, small_recipe):
+    first = make_job(small_recipe())
+    trained = TorchTrainingEngine(CONFIG).train(first, DurableReporter())
+    weights = {name: tensor[..., :1] for name, tensor in safetensors.torch.load_file(trained.weights).items()}
+    safetensors.torch.save_file({n: t.contiguous() for n, t in weights.items()}, first.run_dir / "other")
+    initial = InitialWeights(weights=first.run_dir / "other", subwords=trained.subwords)
+    with pytest.raises(TrainingFailed) as caught:
+        outcome(dataclasses.replace(make_job(small_recipe()), initial=initial), DurableReporter())
+    assert caught.value.reason is FailureReason.INITIAL_MODEL_UNUSABLE
