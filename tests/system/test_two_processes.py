@@ -47,9 +47,9 @@ def test_two_processes_train_one_run(tmp_path):
     )
     runs.create(run, None, 1)
     runs.begin_attempt(run.run_id, 0)
-    config = LaunchConfig(data_dir=folder.root, worker_command=torchrun_command(2), threads_per_worker=1)
+    config = LaunchConfig(data_dir=folder.root, command=torchrun_command, threads_per_worker=1)
     launcher = TorchrunLauncher(config, folder.worker_log)
-    launcher.start(run.run_id, 1)
+    launcher.start(run.run_id, 1, 2)
     deadline_s = time.monotonic() + 90
     while launcher.is_running(run.run_id, 1, None) and time.monotonic() < deadline_s:
         time.sleep(0.1)

@@ -185,7 +185,7 @@ def _close_quietly(reporter: StoreReporter) -> None:
     """Write what was reported; the error that is on its way already says what went wrong."""
     try:
         reporter.close()
-    except (AttemptFenced, DiskIsFull, TrainingFailed) as error:
+    except (AttemptFenced, DiskIsFull, RunCancelled, TrainingFailed) as error:
         _log.info("while closing: %r", error)
 
 

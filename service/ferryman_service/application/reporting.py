@@ -103,11 +103,14 @@ class StoreReporter:
             raise StopRequested(self._run_id)
 
     def close(self) -> None:
-        """Wait until every report is durable; raises what keeps them from it. Nothing may be reported after it."""
+        """Wait until every report is durable; raises what keeps them from it, or RunCancelled. Nothing may be reported
+        after it."""
         self._queue.put(None)
         self._thread.join()
         if self._error is not None:
             raise self._error
+        if self._ack.cancel_requested:
+            raise RunCancelled(self._run_id)
 
     def _is_news(self) -> bool:
         if self._known_reports == 0:

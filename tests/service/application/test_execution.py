@@ -9,9 +9,11 @@ from ferryman_service.application.ports import TrainedModel
 from ferryman_service.application.reporting import ReporterConfig
 from ferryman_service.bundle.manifest import Architecture, ManifestHeader, seal
 from ferryman_service.domain.corpora import CorpusHeader, SentencePair, Split
+from ferryman_service.domain.errors import DiskFull
 from ferryman_service.domain.models import ModelReference, ModelScores
 from ferryman_service.domain.records import EventLevel, RunEvent, RunState, StateChange
 from ferryman_service.domain.runs import FailureReason, TrainingFailed
+from ferryman_service.domain.training import DiskIsFull, PauseRequested, StopRequested
 from ferryman_service.domain.translation import Hypothesis, Timings, Translation
 from ferryman_service.stores.corpora import CorpusLimits, FileCorpusStore
 from ferryman_service.stores.database import open_database, upgrade
@@ -145,22 +147,42 @@ def test_the_road_ends_in_a_published_model(house, new_run):
     assert "4 of 4" in checked.message
 
 
+def test_an_expected_failure_is_written_down(house, new_run):
+    def fail(reporter):
+        raise TrainingFailed(FailureReason.VOCABULARY_TOO_LARGE, "take 100")
+
+    succeeded, run = house.work(new_run, fail)
+    assert not succeeded
+    assert (run.state, run.failure.log_tail) == (RunState.FAILED, "tail 1")
+    assert run.failure.reason is FailureReason.VOCABULARY_TOO_LARGE
+    codes = [getattr(record.payload, "code", "") for record in house.runs.records_after(run.run_id, 0, 100)]
+    assert "TRAINED" in codes, "what was reported before the failure is kept"
+
+
 @pytest.mark.parametrize(
-    ("error", "reason"),
-    [
-        (TrainingFailed(FailureReason.VOCABULARY_TOO_LARGE, "take 100"), FailureReason.VOCABULARY_TOO_LARGE),
-        (OSError(errno.ENOSPC, "No space left on device"), FailureReason.DISK_FULL),
-    ],
+    "error", [OSError(errno.ENOSPC, "No space left on device"), DiskIsFull("no space left"), DiskFull("no space left")]
 )
-def test_an_expected_failure_is_written_down(house, new_run, error, reason):
+def test_a_full_disk_pauses_the_run_and_says_what_to_do(house, new_run, error):
     def fail(reporter):
         raise error
 
     succeeded, run = house.work(new_run, fail)
     assert not succeeded
-    assert (run.state, run.failure.reason, run.failure.log_tail) == (RunState.FAILED, reason, "tail 1")
-    codes = [getattr(record.payload, "code", "") for record in house.runs.records_after(run.run_id, 0, 100)]
-    assert "TRAINED" in codes, "what was reported before the failure is kept"
+    assert (run.state, run.failure, run.worker) == (RunState.PAUSED, None, None)
+    last = [record.payload for record in house.runs.records_after(run.run_id, 0, 100)][-2:]
+    assert last[0].code == "DISK_FULL"
+    assert "resume the run" in last[1].message
+    assert house.runs.request_resume(run.run_id).state is RunState.QUEUED
+
+
+@pytest.mark.parametrize(("error", "state"), [(PauseRequested(), RunState.PAUSED), (StopRequested(), RunState.QUEUED)])
+def test_a_worker_that_is_not_wanted_for_now_leaves_the_run_to_another(house, new_run, error, state):
+    def stop(reporter):
+        raise error
+
+    succeeded, run = house.work(new_run, stop)
+    assert not succeeded
+    assert (run.state, run.worker, run.restarts, run.pause_requested) == (state, None, 0, False)
 
 
 def test_a_bug_leaves_with_its_stack_trace(house, new_run):

@@ -7,19 +7,19 @@ import pytest
 from ferryman_service.application.ports import RunCancelled
 from ferryman_service.application.reporting import ReporterConfig, StoreReporter
 from ferryman_service.domain.errors import AttemptFenced, DiskFull
-from ferryman_service.domain.records import EventLevel, RunState, StepMetrics
-from ferryman_service.domain.runs import FailureReason, TrainingFailed
+from ferryman_service.domain.records import EventLevel, RunEvent, RunState, StepMetrics
+from ferryman_service.domain.training import DiskIsFull, PauseRequested, StopRequested
 
 FAST = ReporterConfig(flush_interval_s=0.005, ack_interval_s=0.01)
 
 
 def step(number, epoch=1, tokens=100):
     values = dict.fromkeys(StepMetrics.__dataclass_fields__, 1)
-    return StepMetrics(**values | {"step": number, "epoch": epoch, "target_tokens": tokens})
+    return StepMetrics(**values | {"step": number, "epoch": epoch, "target_tokens": tokens, "skipped": False})
 
 
 def make_reporter(runs, run):
-    reporter = StoreReporter(runs, run.run_id, run.attempt, run.recipe.stop, FAST)
+    reporter = StoreReporter(runs, run, FAST)
     reporter.start()
     return reporter
 
@@ -76,11 +76,56 @@ class FullStore:
         raise DiskFull("no space left")
 
 
-def test_a_full_disk_fails_the_training(running_run):
+def test_a_full_disk_is_told(running_run):
     reporter = make_reporter(FullStore(), running_run())
-    assert wait_until_check_raises(reporter, TrainingFailed).reason is FailureReason.DISK_FULL
-    with pytest.raises(TrainingFailed):
+    wait_until_check_raises(reporter, DiskIsFull)
+    with pytest.raises(DiskIsFull):
         reporter.close()
+
+
+def test_a_pause_and_the_end_of_the_process_reach_the_worker(runs, running_run):
+    run = running_run()
+    reporter = make_reporter(runs, run)
+    runs.request_pause(run.run_id)
+    wait_until_check_raises(reporter, PauseRequested)
+    reporter.close()
+    stopping = StoreReporter(runs, run, FAST, stop_requested=lambda: True)
+    with pytest.raises(StopRequested):
+        stopping.check()
+
+
+def test_what_was_flushed_is_durable(runs, running_run):
+    run = running_run()
+    reporter = make_reporter(runs, run)
+    for number in range(1, 4):
+        reporter.step(step(number))
+        reporter.flush()
+        assert runs.get(run.run_id).progress.step == number
+    reporter.close()
+
+
+def test_a_resumed_worker_repeats_no_report_of_the_series(runs, running_run):
+    run = running_run(stop={"max_steps": 10})
+    first = make_reporter(runs, run)
+    first.event(EventLevel.INFO, "PREPARED", "", repeats=True)
+    for number in range(1, 6):
+        first.step(step(number))
+    first.event(EventLevel.INFO, "REMARK", "of the first attempt")
+    first.close()
+    progress = runs.get(run.run_id).progress
+    assert (progress.step, progress.reports, progress.target_tokens) == (5, 6, 500)
+    second = make_reporter(runs, runs.get(run.run_id))
+    second.resume(3)  # from a checkpoint of step 2
+    second.event(EventLevel.INFO, "REMARK", "of the second attempt")
+    for number in range(3, 8):
+        second.step(step(number))
+    second.event(EventLevel.INFO, "ENDED", "", repeats=True)
+    second.close()
+    payloads = [record.payload for record in runs.records_after(run.run_id, run.last_sequence, 100)]
+    assert [p.step for p in payloads if isinstance(p, StepMetrics)] == [1, 2, 3, 4, 5, 6, 7]
+    assert [p.code for p in payloads if isinstance(p, RunEvent)] == ["PREPARED", "REMARK", "REMARK", "ENDED"]
+    progress = runs.get(run.run_id).progress
+    assert (progress.step, progress.reports, progress.target_tokens) == (7, 9, 700)
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,12 @@
 """The supervisor, over the real store, with workers that live and die at the test's word."""
 
+import time
+
 import pytest
 
 from ferryman_service.application.supervisor import Supervisor, SupervisorConfig
 from ferryman_service.domain.errors import AttemptFenced
-from ferryman_service.domain.records import RunState
+from ferryman_service.domain.records import RunEvent, RunState, StepMetrics
 from ferryman_service.domain.runs import FailureReason
 from tests.fakes.launcher import FakeLauncher
 
@@ -37,36 +39,94 @@ def test_runs_wait_for_a_free_place_in_order(runs, launcher, queue_run, worker):
     assert launcher.started == [(first.run_id, 1), (second.run_id, 1)]
 
 
-def test_a_worker_that_dies_fails_its_run_with_its_last_words(runs, launcher, queue_run, worker):
-    run = queue_run()
-    supervisor = make_supervisor(runs, launcher)
+def die(runs, launcher, supervisor, run, worker, attempt):
+    """Let an attempt start, claim and die."""
     supervisor.tick()
-    runs.claim_attempt(run.run_id, 1, worker)
+    assert launcher.started[-1] == (run.run_id, attempt)
+    runs.claim_attempt(run.run_id, attempt, worker)
     launcher.alive.clear()
     launcher.how = "killed by signal 9"
     supervisor.tick()
+
+
+def test_a_worker_that_dies_is_followed_by_another_after_a_pause(runs, launcher, queue_run, worker):
+    run = queue_run()
+    supervisor = make_supervisor(runs, launcher, backoff_s=1000.0, max_backoff_s=3000.0)
+    die(runs, launcher, supervisor, run, worker, 1)
+    run = runs.get(run.run_id)
+    assert (run.state, run.restarts, run.worker) == (RunState.QUEUED, 1, None)
+    assert 990 < run.not_before_ns / 1e9 - time.time() <= 1000
+    remarks = [record.payload for record in runs.records_after(run.run_id, 0, 100)]
+    (remark,) = [payload for payload in remarks if isinstance(payload, RunEvent)]
+    assert remark.code == "RESTARTED"
+    assert "killed by signal 9" in remark.message
+    supervisor.tick()
+    assert len(launcher.started) == 1  # its time has not come
+    with pytest.raises(AttemptFenced):
+        runs.append(run.run_id, 1, [], None)  # the dead worker, should it live after all
+
+
+def test_too_many_deaths_in_a_row_fail_the_run_with_its_last_words(runs, launcher, queue_run, worker):
+    run = queue_run()
+    supervisor = make_supervisor(runs, launcher, backoff_s=0.0, max_restarts=2)
+    for attempt in (1, 2, 3):
+        die(runs, launcher, supervisor, run, worker, attempt)
     run = runs.get(run.run_id)
     assert run.state is RunState.FAILED
     assert run.failure.reason is FailureReason.WORKER_DIED
     assert "killed by signal 9" in run.failure.message
-    assert run.failure.log_tail == "last words of attempt 1"
+    assert "3 workers in a row" in run.failure.message
+    assert run.failure.log_tail == "last words of attempt 3"
 
 
-def test_a_worker_that_dies_before_it_claims_fails_its_run(runs, launcher, queue_run):
+def test_a_worker_that_gets_further_is_forgiven_the_deaths_before(runs, launcher, queue_run, worker):
     run = queue_run()
-    supervisor = make_supervisor(runs, launcher)
+    supervisor = make_supervisor(runs, launcher, backoff_s=0.0, max_restarts=1)
+    values = dict.fromkeys(StepMetrics.__dataclass_fields__, 1)
+    for attempt in range(1, 5):
+        supervisor.tick()
+        runs.claim_attempt(run.run_id, attempt, worker)
+        runs.append(run.run_id, attempt, [StepMetrics(**values | {"step": attempt})], None)
+        assert runs.get(run.run_id).restarts == 0
+        launcher.alive.clear()
+        supervisor.tick()
+        assert runs.get(run.run_id).state is RunState.QUEUED
+
+
+def test_a_worker_that_dies_before_it_claims_is_followed_by_another(runs, launcher, queue_run):
+    run = queue_run()
+    supervisor = make_supervisor(runs, launcher, backoff_s=0.0)
     supervisor.tick()
     launcher.alive.clear()
     supervisor.tick()
-    assert runs.get(run.run_id).state is RunState.FAILED
-    assert len(launcher.started) == 1
+    supervisor.tick()
+    assert launcher.started == [(run.run_id, 1), (run.run_id, 2)]
 
 
-def test_a_program_that_cannot_be_started_fails_the_run(runs, launcher, queue_run):
+def test_a_program_that_cannot_be_started_is_tried_again_and_fails_in_the_end(runs, launcher, queue_run):
     run = queue_run()
     launcher.fail_with = FileNotFoundError("no such program")
-    make_supervisor(runs, launcher).tick()
+    supervisor = make_supervisor(runs, launcher, backoff_s=0.0, max_restarts=1)
+    supervisor.tick()
+    assert runs.get(run.run_id).state is RunState.QUEUED
+    supervisor.tick()
     assert "no such program" in runs.get(run.run_id).failure.message
+
+
+def test_a_paused_run_holds_no_place_and_no_worker(runs, launcher, queue_run):
+    resting, other = queue_run(), queue_run()
+    runs.request_pause(resting.run_id)
+    supervisor = make_supervisor(runs, launcher, max_concurrent_runs=1)
+    supervisor.tick()
+    assert launcher.started == [(other.run_id, 1)]
+    assert runs.get(resting.run_id).state is RunState.PAUSED
+
+
+def test_a_worker_that_dies_after_a_pause_leaves_the_run_paused(runs, launcher, running_run):
+    run = running_run()
+    runs.request_pause(run.run_id)
+    make_supervisor(runs, launcher).tick()
+    assert runs.get(run.run_id).state is RunState.PAUSED
 
 
 def test_a_new_supervisor_adopts_a_worker_that_lives(runs, launcher, queue_run, worker):
@@ -127,4 +187,4 @@ def test_a_start_that_takes_too_long_is_ended(runs, launcher, queue_run):
     supervisor.tick()
     supervisor.tick()
     assert launcher.killed == [(run.run_id, 1)]
-    assert runs.get(run.run_id).state is RunState.FAILED
+    assert runs.get(run.run_id).state is RunState.QUEUED

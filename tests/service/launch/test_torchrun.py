@@ -26,9 +26,9 @@ import sys
 from pathlib import Path
 from ferryman_service.launch.torchrun import LaunchConfig, TorchrunLauncher
 folder = Path(sys.argv[1])
-config = LaunchConfig(data_dir=folder, worker_command=(sys.executable, "-c", sys.argv[2]))
+config = LaunchConfig(data_dir=folder, command=lambda processes: (sys.executable, "-c", sys.argv[2]))
 launcher = TorchrunLauncher(config, lambda run_id, attempt: folder / f"{run_id}-{attempt}.log")
-launcher.start("run_x", 1)
+launcher.start("run_x", 1, 1)
 assert "torch" not in sys.modules
 print(launcher._agents["run_x", 1].pid, flush=True)
 sys.stdin.readline()
@@ -63,7 +63,7 @@ def launch(tmp_path):
 
     def make(program=WAIT, **config):
         command = (sys.executable, "-c", program)
-        values = {"data_dir": tmp_path, "worker_command": command} | config
+        values = {"data_dir": tmp_path, "command": lambda processes: command} | config
         launcher = TorchrunLauncher(
             LaunchConfig(**values), lambda run_id, attempt: tmp_path / f"{run_id}-{attempt}.log"
         )
@@ -85,7 +85,7 @@ def ended(launcher, run_id="run_x", attempt=1):
 def test_a_worker_is_a_program_of_its_own(launch, tmp_path, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     launcher = launch(TELL, environment={"EXTRA": "more"})
-    launcher.start("run_x", 2)
+    launcher.start("run_x", 2, 1)
     assert ended(launcher, attempt=2) == "exit status 3"
     told, on_stderr = launcher.log_tail("run_x", 2).splitlines()
     assert json.loads(told) == {
@@ -102,14 +102,14 @@ def test_a_worker_is_a_program_of_its_own(launch, tmp_path, monkeypatch):
 def test_threads_are_those_of_the_config_else_of_the_environment(launch, monkeypatch, threads, expected):
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
     launcher = launch(TELL, threads_per_worker=threads)
-    launcher.start("run_x", 1)
+    launcher.start("run_x", 1, 1)
     ended(launcher)
     assert json.loads(launcher.log_tail("run_x", 1).splitlines()[0])["threads"] == expected
 
 
 def test_a_living_worker_runs_until_it_is_killed(launch):
     launcher = launch()
-    launcher.start("run_x", 1)
+    launcher.start("run_x", 1, 1)
     assert launcher.is_running("run_x", 1, None)
     assert launcher.exit_description("run_x", 1) == ""
     launcher.kill("run_x", 1, None)
@@ -119,7 +119,7 @@ def test_a_living_worker_runs_until_it_is_killed(launch):
 
 def test_attempts_are_told_apart(launch):
     launcher = launch()
-    launcher.start("run_x", 1)
+    launcher.start("run_x", 1, 1)
     assert not launcher.is_running("run_x", 2, None)
     assert not launcher.is_running("run_y", 1, None)
     launcher.kill("run_x", 2, None)
@@ -129,7 +129,7 @@ def test_attempts_are_told_apart(launch):
 def test_the_whole_group_is_killed(launch):
     fork = "import os, time; os.fork() or print(os.getpid(), flush=True); time.sleep(600)"
     launcher = launch(fork)
-    launcher.start("run_x", 1)
+    launcher.start("run_x", 1, 1)
     wait_until(lambda: launcher.log_tail("run_x", 1).endswith("\n"))
     child = process_identity(int(launcher.log_tail("run_x", 1)))
     launcher.kill("run_x", 1, None)
@@ -151,17 +151,17 @@ def test_a_worker_outlives_the_service_and_is_found_again(launch, tmp_path):
 
 def test_workers_that_ended_are_collected_when_the_next_one_starts(launch):
     launcher = launch("pass")
-    launcher.start("run_x", 1)
+    launcher.start("run_x", 1, 1)
     agent = launcher._agents["run_x", 1]
     os.waitid(os.P_PID, agent.pid, os.WEXITED | os.WNOWAIT)
-    launcher.start("run_x", 2)
+    launcher.start("run_x", 2, 1)
     assert agent.returncode == 0
 
 
 def test_a_program_that_cannot_be_started(launch):
-    launcher = launch(worker_command=("/nowhere/at/all",))
+    launcher = launch(command=lambda processes: ("/nowhere/at/all",))
     with pytest.raises(OSError, match="/nowhere/at/all"):
-        launcher.start("run_x", 1)
+        launcher.start("run_x", 1, 1)
     assert not launcher.is_running("run_x", 1, None)
     assert launcher.log_tail("run_x", 1) == ""
 
@@ -194,8 +194,8 @@ def test_torchrun_itself(launch, tmp_path, monkeypatch):
     (tmp_path / "stand_in_worker.py").write_text(TORCH_WORKER)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     command = (*torchrun_command()[:-1], "stand_in_worker")
-    launcher = launch(worker_command=command)
-    launcher.start("run_x", 1)
+    launcher = launch(command=lambda processes: command)
+    launcher.start("run_x", 1, 1)
     wait_until(lambda: (tmp_path / "worker").exists() and (tmp_path / "worker").read_text())
     pid, world_size = map(int, (tmp_path / "worker").read_text().split())
     worker = process_identity(pid)
@@ -204,6 +204,6 @@ def test_torchrun_itself(launch, tmp_path, monkeypatch):
     os.kill(launcher._agents["run_x", 1].pid, signal.SIGKILL)
     wait_until(lambda: not is_alive(worker))
     assert ended(launcher) == "killed by signal 9"
-    launcher.start("run_x", 2)
+    launcher.start("run_x", 2, 1)
     assert ended(launcher, attempt=2) == "exit status 1"
     assert "this attempt is meant to fail" in (tmp_path / "run_x-2.log").read_text()

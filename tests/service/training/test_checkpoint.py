@@ -104,9 +104,7 @@ def test_a_checkpoint_that_was_not_finished_is_invisible(tmp_path, trained):
     path = save(tmp_path, trained, Position(step=1))
     path.rename(tmp_path / f"partial-{path.name}")
     assert list_checkpoints(tmp_path) == []
-    assert list_checkpoints(save(tmp_path, trained, Position(step=1)).parent) == [
-        path
-    ]
+    assert list_checkpoints(save(tmp_path, trained, Position(step=1)).parent) == [path]
     assert not (tmp_path / f"partial-{path.name}").exists()
 
 
@@ -130,7 +128,8 @@ def kept_after(tmp_path, trained, recipe, scores):
 
 
 @pytest.mark.parametrize(
-    ("averaging", "kept"), [(Averaging.LAST, [2, 4, 5, 6]), (Averaging.BEST, [1, 2, 4, 5, 6]), (Averaging.NONE, [2, 4, 5, 6])]
+    ("averaging", "kept"),
+    [(Averaging.LAST, [2, 4, 5, 6]), (Averaging.BEST, [1, 2, 4, 5, 6]), (Averaging.NONE, [2, 4, 5, 6])],
 )
 def test_what_averaging_wants_the_best_and_the_newest_two_are_kept(tmp_path, trained, small_recipe, averaging, kept):
     recipe = small_recipe(validation={"keep_last": 3, "averaging": averaging}).validation

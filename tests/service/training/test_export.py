@@ -6,7 +6,14 @@ import numpy as np
 import onnx
 import pytest
 
-from ferryman_service.bundle.manifest import CONTENT_FILES, DECODER_FILE, ENCODER_FILE, MANIFEST_FILE, verify
+from ferryman_service.bundle.manifest import (
+    CONTENT_FILES,
+    DECODER_FILE,
+    ENCODER_FILE,
+    MANIFEST_FILE,
+    WEIGHTS_FILE,
+    verify,
+)
 from ferryman_service.domain.recipe import NormPlacement
 from ferryman_service.domain.tokens import BOS, EOS
 from ferryman_service.domain.translation import CancelToken, SearchOptions

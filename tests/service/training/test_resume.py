@@ -146,7 +146,11 @@ def unbroken(make_job, recipe):
 def test_a_death_at_any_change_to_the_disk_leaves_no_trace(make_job, recipe, unbroken, half):
     survived = 0
     for number in itertools.count(*_EVERY[half]):
-        disk, reporter, work = FailingDisk(number, Crash(), half=half), DurableReporter(eager=number % 2), make_job(recipe)
+        disk, reporter, work = (
+            FailingDisk(number, Crash(), half=half),
+            DurableReporter(eager=number % 2),
+            make_job(recipe),
+        )
         try:
             assert outcome(work, reporter, TorchTrainingEngine(CONFIG, disk=disk)) == unbroken
         except Crash:
