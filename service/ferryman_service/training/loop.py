@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
@@ -13,11 +14,12 @@ from ferryman_service.domain.recipe import Recipe
 from ferryman_service.domain.records import EventLevel, StepMetrics, ValidationMetrics
 from ferryman_service.domain.runs import FailureReason, TrainingFailed
 from ferryman_service.domain.training import PauseRequested, StopRequested
-from ferryman_service.training.batches import Batch, Index, make_batch, plan_epoch, share
+from ferryman_service.training.batches import Batch, make_batch
 from ferryman_service.training.checkpoint import Checkpoint, Position, load_checkpoint, save_checkpoint
 from ferryman_service.training.files import Disk
 from ferryman_service.training.flops import peak_flops, training_flops
 from ferryman_service.training.memory import used_memory_bytes
+from ferryman_service.training.packing import Update, plan_epoch
 from ferryman_service.training.pairs import TokenPairs
 from ferryman_service.training.ranks import Verdict
 from ferryman_service.training.reporting import Series
@@ -98,7 +100,7 @@ class TrainingLoop:
         self._parts = parts
         self._ranks = parts.trainee.ranks
         self._pairs: TokenPairs | None = None
-        self._plan: list[list[Index]] = []
+        self._plan: Sequence[Update] = []
         self._planned_epoch = 0
         self._sent: deque[_Sent] = deque()
         self._peak_flops = peak_flops(self._ranks.device, parts.recipe.optimization.precision)
@@ -157,9 +159,8 @@ class TrainingLoop:
         started_s = self._parts.budget.clock()
         update = self._next_update()
         assert self._pairs is not None
-        target_tokens = sum(int(self._pairs.target.lengths_P[index_B].sum()) for index_B in update)
-        own = share(update, self._ranks.rank, self._ranks.world_size)
-        batches = [make_batch(self._pairs, index_B) for index_B in own]
+        target_tokens = sum(int(self._pairs.target.lengths_P[index_B].sum()) for index_B in itertools.chain(*update))
+        batches = [make_batch(self._pairs, index_B) for index_B in update[self._ranks.rank]]
         on_device = [batch.to(self._ranks.device) for batch in batches]
         outcome = self._parts.trainee.step(on_device, target_tokens)
         position = self.position
@@ -212,7 +213,7 @@ class TrainingLoop:
         self._ranks.agree(Verdict.GO_ON)  # all have read the checkpoint before the first one replaces it
         self._save()
 
-    def _next_update(self) -> list[Index]:
+    def _next_update(self) -> Update:
         if self._epoch_is_over():
             self.position = replace(self.position, epoch=self.position.epoch + 1, updates_in_epoch=0)
         self._plan_epoch()
@@ -234,7 +235,8 @@ class TrainingLoop:
             batch_target_tokens=recipe.optimization.batch_target_tokens,
             seed=recipe.seed,
             epoch=self.position.epoch,
-            parts=self._ranks.world_size * recipe.optimization.accumulation_steps,
+            ranks=self._ranks.world_size,
+            micro_batches=recipe.optimization.accumulation_steps,
         )
 
     def _flops(self, batches: list[Batch]) -> float:
