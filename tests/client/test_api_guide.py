@@ -19,4 +19,4 @@ def test_the_python_blocks_run(capsys):
     printed = capsys.readouterr().out.splitlines()
     assert printed[:3] == ["succeeded 1", "ONE -0.1", "TWO -0.1"]
     assert "MODEL_NOT_FOUND" in printed
-    assert "recipe.model.norm is 'mid', must be one of post, pre" in printed
+    assert "recipe.model.norm is 'mid', must be one of post, pre, deep" in printed

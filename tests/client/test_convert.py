@@ -163,8 +163,11 @@ def test_what_does_not_fit_the_wire_is_refused_all_at_once():
         stop=types.StopRecipe(max_steps="many"),
         schedule=types.LearningRateSchedule(warmup_steps=1.5),
     )
+    options = _convert.StartOptions(
+        request_id=None, validate_only=False, initial_model=None, keep_optimizer=False, processes=None
+    )
     with pytest.raises(errors.InvalidRecipe) as caught:
-        _convert.start_training("c", "m", recipe, None, False)
+        _convert.start_training("c", "m", recipe, options)
     assert [violation.field for violation in caught.value.violations] == [
         "recipe.preset",
         "recipe.model.d_model",
@@ -172,7 +175,7 @@ def test_what_does_not_fit_the_wire_is_refused_all_at_once():
         "recipe.schedule.warmup_steps",
         "recipe.stop.max_steps",
     ]
-    assert "'huge', must be one of tiny, base, big" in str(caught.value)
+    assert "'huge', must be one of tiny, small, base, big, deep_shallow" in str(caught.value)
 
 
 def test_values_from_the_future_do_not_break_this_client():

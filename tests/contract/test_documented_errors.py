@@ -61,8 +61,14 @@ def curve(service, **fields):
     return service.training_stub.GetLRSchedule, training_pb2.GetLRScheduleRequest(**fields)
 
 
-def cancel(service, run_id):
-    return service.training_stub.CancelTraining, training_pb2.CancelTrainingRequest(run_id=run_id)
+def by_run(service, method, run_id):
+    """Return a call of a method whose request is nothing but a run."""
+    return getattr(service.training_stub, method), getattr(training_pb2, f"{method}Request")(run_id=run_id)
+
+
+def model_of_a_run_that_is_gone(service):
+    version = service.import_model("orphan", weights=True)
+    return start(service, initial_model=version.reference, keep_optimizer=True)
 
 
 def reused_upload(service):
@@ -82,10 +88,10 @@ def one_run_too_many(service):
     return start(service)
 
 
-def ended_run(service):
+def ended_run(service, method="CancelTraining"):
     run_id = service.claimed_run()
     service.runs.change_state(run_id, 1, RunState.FAILED)
-    return cancel(service, run_id)
+    return by_run(service, method, run_id)
 
 
 def full_disk(service):
@@ -148,8 +154,20 @@ PROVOKED = {
         service.training_stub.ListTrainingRuns,
         training_pb2.ListTrainingRunsRequest(page_token="x"),
     ),
-    ("CancelTraining", "RUN_NOT_FOUND"): lambda service: cancel(service, NO_RUN),
+    ("CancelTraining", "RUN_NOT_FOUND"): lambda service: by_run(service, "CancelTraining", NO_RUN),
     ("CancelTraining", "ILLEGAL_TRANSITION"): ended_run,
+    ("PauseTraining", "RUN_NOT_FOUND"): lambda service: by_run(service, "PauseTraining", NO_RUN),
+    ("PauseTraining", "ILLEGAL_TRANSITION"): lambda service: ended_run(service, "PauseTraining"),
+    ("ResumeTraining", "RUN_NOT_FOUND"): lambda service: by_run(service, "ResumeTraining", NO_RUN),
+    ("ResumeTraining", "ILLEGAL_TRANSITION"): lambda service: ended_run(service, "ResumeTraining"),
+    ("ListCheckpoints", "RUN_NOT_FOUND"): lambda service: by_run(service, "ListCheckpoints", NO_RUN),
+    ("DeleteTrainingRun", "RUN_NOT_FOUND"): lambda service: by_run(service, "DeleteTrainingRun", NO_RUN),
+    ("DeleteTrainingRun", "RUN_NOT_FINISHED"): lambda service: by_run(
+        service, "DeleteTrainingRun", service.claimed_run()
+    ),
+    ("StartTraining", "MODEL_NOT_FOUND"): lambda service: start(service, initial_model="nobody"),
+    ("StartTraining", "MODEL_HAS_NO_WEIGHTS"): lambda service: start(service, initial_model="en-de"),
+    ("StartTraining", "OPTIMIZER_NOT_KEPT"): model_of_a_run_that_is_gone,
     ("Translate", "MODEL_NOT_FOUND"): lambda service: translate(service, "a", model="nobody"),
     ("Translate", "INVALID_REQUEST"): lambda service: translate(service),
     ("Translate", "INVALID_SENTENCE"): lambda service: translate(service, "too many words " * 9),

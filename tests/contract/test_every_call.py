@@ -34,6 +34,8 @@ STEP = StepMetrics(
     step_seconds=0.1,
     padding_share=0.125,
     memory_bytes=3 << 30,
+    skipped=True,
+    model_flops_utilization=0.25,
 )
 VALIDATION = ValidationMetrics(
     step=1,

@@ -130,11 +130,11 @@ class LoopbackService:
         self.runs.claim_attempt(run_id, 1, WORKER)
         return run_id
 
-    def import_model(self, name):
-        """Publish a bundle that nobody can translate with but the fake loader."""
+    def import_model(self, name, *, weights=False):
+        """Publish a bundle that nobody can translate with but the fake loader, nor train from."""
         bundle = self.folder.root / "elsewhere" / name
         bundle.mkdir(parents=True)
-        for file in bundles.CONTENT_FILES:
+        for file in (*bundles.CONTENT_FILES, *([bundles.WEIGHTS_FILE] if weights else [])):
             (bundle / file).write_text(file)
         bundles.seal(bundle, _HEADER)
         return self.models.import_bundle(bundle, name)

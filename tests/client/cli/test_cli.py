@@ -158,7 +158,7 @@ def test_all_violations_are_printed_without_a_stack_trace(run, corpus):
     assert result.stderr == (
         "Error: 2 violations:\n"
         "  recipe.model.d_model: is 1.5, must be a whole number of at most 32 bits\n"
-        "  recipe.model.norm: is 'mid', must be one of post, pre\n"
+        "  recipe.model.norm: is 'mid', must be one of post, pre, deep\n"
     )
 
 

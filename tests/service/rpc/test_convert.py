@@ -77,7 +77,7 @@ def test_zero_is_a_value_where_the_contract_lets_it_be_set():
 
 
 def test_unknown_numbers_are_named_by_their_path():
-    wire = recipe_pb2.Recipe(preset=4, schedule=recipe_pb2.LearningRateSchedule(kind=77))
+    wire = recipe_pb2.Recipe(preset=99, schedule=recipe_pb2.LearningRateSchedule(kind=77))
     with pytest.raises(InvalidRecipe) as caught:
         convert.recipe_overrides(wire)
     assert [(violation.field, violation.reason) for violation in caught.value.violations] == [

@@ -162,7 +162,6 @@ def test_a_death_at_any_change_to_the_disk_leaves_no_trace(make_job, recipe, unb
             survived += 1
         if not disk.was_reached:
             break
-    print(f"{survived} deaths survived")
     assert survived > 60 / _EVERY[half][1]
 
 
