@@ -26,6 +26,7 @@ QUICK ?=
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
+.PHONY: soak
 .PHONY: help setup demo test check quick system protos protos-drift buf-lint lint types layers dockerfile wheel-smoke \
   bench-quality bench-quality-tok bench-export bench-training-cpu clean
 
@@ -105,6 +106,9 @@ bench-export: $(READY) ## does the exported model translate as the PyTorch model
 bench-training-cpu: $(READY) ## target tokens/s of training beside a plain loop and fairseq, ~12 min: [DATA= PRESET=tiny|base QUICK=1]
 	@$(BIN)/python -m bench.training_cpu $(if $(DATA),--data "$(DATA)") $(if $(SOURCE),--source "$(SOURCE)") \
 	  $(if $(TARGET),--target "$(TARGET)") $(if $(PRESET),--preset "$(PRESET)") $(if $(QUICK),--quick)
+
+soak: $(READY) ## the long form of the tests that let training die: at every change to the disk
+	FERRYMAN_SOAK=1 $(BIN)/python -m pytest tests/service/training/test_resume.py
 
 clean: ## remove caches, builds, and what demo and benchmarks left; the virtual environment stays
 	rm -rf build dist demo-output bench-output .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

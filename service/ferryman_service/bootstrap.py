@@ -223,11 +223,7 @@ def _build_supervisor(stores: _Stores, config: ServiceConfig) -> Supervisor:
         return (*torchrun_command(processes), "--device", config.device.value, "--log-level", config.log_level)
 
     launcher = TorchrunLauncher(LaunchConfig(data_dir=stores.folder.root, command=command), stores.folder.worker_log)
-    supervisor = SupervisorConfig(
-        max_concurrent_runs=config.max_concurrent_runs,
-        max_restarts=config.max_restarts,
-        backoff_s=config.restart_backoff_s,
-    )
+    supervisor = SupervisorConfig(max_concurrent_runs=config.max_concurrent_runs, max_restarts=config.max_restarts)
     return Supervisor(stores.runs, launcher, supervisor)
 
 
