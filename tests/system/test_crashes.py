@@ -158,10 +158,13 @@ def test_a_paused_run_holds_no_worker_outlives_the_service_and_goes_on(start_ser
     assert not (service.data_dir / "runs" / run.run_id).exists()
 
 
-def test_fine_tuning_goes_on_where_the_model_stands(road):
-    _, stubs, run, records = road
+def test_fine_tuning_goes_on_where_the_model_stands(start_service):
+    stubs = Stubs(start_service().address)
+    corpus_id = stubs.upload().corpus_id
+    run = stubs.start(corpus_id, small_recipe(150))
+    records = list(stubs.stream(run.run_id))
     recipe = small_recipe(30)
-    tuned = stubs.start(run.corpus_id, recipe, model_name="tuned", initial_model="reversal", keep_optimizer=True)
+    tuned = stubs.start(corpus_id, recipe, model_name="tuned", initial_model="reversal", keep_optimizer=True)
     tuning = list(stubs.stream(tuned.run_id))
     assert states_of(tuning)[-1] == "SUCCEEDED", stubs.run(tuned.run_id)
     first = next(record.step.loss for record in tuning if record.HasField("step"))
