@@ -39,8 +39,10 @@ class Shape:
         return 2.0 * self.m * self.n * self.k * self.count * self.batch
 
 
-def update_shapes(task: PeerTask, source_tokens: int, target_tokens: int, sentences: int) -> list[Shape]:
-    """Return the products of a forward pass over so many real tokens."""
+def update_shapes(
+    task: PeerTask, source_tokens: int, target_tokens: int, sentences: int, logit_rows: int = _LOGIT_ROWS
+) -> list[Shape]:
+    """Return the products of a forward pass over so many real tokens; logits are made `logit_rows` at a time."""
     d, f, encoder, decoder = task.d_model, task.ffn_dim, task.encoder_layers, task.decoder_layers
     rows, head, batch = (source_tokens, target_tokens), d // task.heads, sentences * task.heads
     s, t = round(source_tokens / sentences), round(target_tokens / sentences)
@@ -51,8 +53,8 @@ def update_shapes(task: PeerTask, source_tokens: int, target_tokens: int, senten
     shapes += [Shape(target_tokens, d, d, 2 * decoder), Shape(source_tokens, 2 * d, d, decoder)]
     for queries, keys, layers in ((s, s, encoder), (t, t, decoder), (t, s, decoder)):
         shapes += [Shape(queries, keys, head, layers, batch), Shape(queries, head, keys, layers, batch)]
-    whole, rest = divmod(target_tokens, _LOGIT_ROWS)
-    shapes.append(Shape(_LOGIT_ROWS, task.vocabulary, d, whole))
+    whole, rest = divmod(target_tokens, logit_rows)
+    shapes += [Shape(logit_rows, task.vocabulary, d, whole)] if whole else []
     shapes += [Shape(rest, task.vocabulary, d, 1)] if rest else []
     return shapes
 
@@ -64,11 +66,13 @@ def with_gradients(shape: Shape) -> Iterator[Shape]:
         yield Shape(*size, shape.count, shape.batch)
 
 
-def operands(shape: Shape) -> tuple[Tensor, Tensor, Tensor]:
+def operands(
+    shape: Shape, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return two factors, and room for their product."""
     lead = () if shape.batch == 1 else (shape.batch,)
     sizes = ((shape.m, shape.k), (shape.k, shape.n), (shape.m, shape.n))
-    left, right, room = (torch.randn(*lead, *size) for size in sizes)
+    left, right, room = (torch.randn(*lead, *size, device=device, dtype=dtype) for size in sizes)
     return left, right, room
 
 

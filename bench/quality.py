@@ -2,6 +2,9 @@
 
 The corpus is trained on through the service, selected on its validation set, and its test set translated through
 Translate with beam 5. The value is sacreBLEU (cased, 13a).
+
+The short form asks how soon a model is good: the clock runs from StartTraining until the model is published, subwords,
+validations, export and all; within six minutes it must translate as well as a plain PyTorch loop does after twelve.
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ import argparse
 import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -32,13 +35,16 @@ MODEL_NAME: Final = "bench"
 BEAM_SIZE: Final = 5
 
 MINUTES: Final = 15.0
-QUICK_MINUTES: Final = 5.0
+QUICK_MINUTES: Final = 6.0
+# What follows the training itself: the start of the worker, the export and its check, the publication.
+QUICK_RESERVE_S: Final = 40.0
+QUICK_RECIPE: Final = Recipe(preset="tiny")
 TEST_NAMES: Final = ("test_2016_flickr", "test")
 # Recorded, not run: a loop over torch.nn.Transformer with the tiny preset's sizes, 10,000 subwords, on two cores.
 PEER: Final = Peer(name="plain PyTorch loop, 12 min, 2 cores", value=34.0)
 PEER_TASK: Final = ("test_2016_flickr", "en", "de")
 TARGET_BLEU: Final = 35.0
-QUICK_TARGET_BLEU: Final = 27.0
+QUICK_TARGET_BLEU: Final = 34.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +70,14 @@ def find_corpus(data: Path, source: str, target: str) -> Corpus:
     raise TextMissing(f"{data} has none of {', '.join(f'{name}.{source}' for name in TEST_NAMES)}: pass DATA=folder")
 
 
+def recipe_of(arguments: argparse.Namespace) -> Recipe:
+    """Return the recipe that ends in time."""
+    seconds = 60 * arguments.minutes
+    if arguments.quick:
+        return replace(QUICK_RECIPE, stop=StopRecipe(max_time_seconds=seconds - QUICK_RESERVE_S))
+    return Recipe(preset=arguments.preset or "tiny", stop=StopRecipe(max_time_seconds=seconds))
+
+
 def train(client: Client, corpus: Corpus, arguments: argparse.Namespace) -> TrainingRun:
     """Train through the service; returns the run that SUCCEEDED."""
     uploaded = client.upload_corpus(
@@ -73,8 +87,7 @@ def train(client: Client, corpus: Corpus, arguments: argparse.Namespace) -> Trai
         train=(corpus.train.source, corpus.train.target),
         validation=(corpus.validation.source, corpus.validation.target),
     )
-    recipe = Recipe(preset=arguments.preset, stop=StopRecipe(max_time_seconds=60 * arguments.minutes))
-    run = client.start_training(uploaded.corpus_id, MODEL_NAME, recipe)
+    run = client.start_training(uploaded.corpus_id, MODEL_NAME, recipe_of(arguments))
     run = follow(client, run.run_id, Console())
     if run.state is not RunState.SUCCEEDED:
         sys.exit(f"bench-quality: training ended {run.state}: {run.error}")
@@ -82,17 +95,22 @@ def train(client: Client, corpus: Corpus, arguments: argparse.Namespace) -> Trai
 
 
 def show_progress(records: Sequence[MetricRecord]) -> None:
-    """Print validation BLEU against the time since the worker began."""
-    started = next(
-        record.time
-        for record in records
-        if isinstance(record.payload, StateChange) and record.payload.state is RunState.RUNNING
-    )
+    """Print validation BLEU against the time since StartTraining."""
     print("seconds  step    validation BLEU  nats/token")
     for record in records:
         if isinstance(validation := record.payload, ValidationMetrics):
-            seconds = (record.time - started).total_seconds()
+            seconds = (record.time - records[0].time).total_seconds()
             print(f"{seconds:7.0f}  {validation.step:6}  {validation.bleu:15.2f}  {validation.nll_per_token:10.4f}")
+
+
+def minutes_until_published(records: Sequence[MetricRecord]) -> float:
+    """Return the time from StartTraining, the first record, until the run SUCCEEDED."""
+    published = next(
+        record.time
+        for record in records
+        if isinstance(record.payload, StateChange) and record.payload.state is RunState.SUCCEEDED
+    )
+    return (published - records[0].time).total_seconds() / 60
 
 
 def measure(corpus: Corpus, arguments: argparse.Namespace) -> Result:
@@ -108,22 +126,33 @@ def measure(corpus: Corpus, arguments: argparse.Namespace) -> Result:
     show_progress(records)
     bleu = sacrebleu.corpus_bleu(translations, [corpus.test.target]).score
     chrf = sacrebleu.corpus_chrf(translations, [corpus.test.target]).score
-    print(f"{corpus.test_name}: sacreBLEU {bleu:.2f} (cased, 13a), chrF {chrf:.2f}, beam {BEAM_SIZE}")
+    minutes = minutes_until_published(records)
+    print(f"{minutes * 60:7.0f}  published: {corpus.test_name} sacreBLEU {bleu:.2f} (cased, 13a), chrF {chrf:.2f}")
     has_peer = (corpus.test_name, arguments.source, arguments.target) == PEER_TASK
     target = QUICK_TARGET_BLEU if arguments.quick else TARGET_BLEU
     return Result(
-        bench="quality-quick" if arguments.quick else "quality",
+        bench=bench_name(arguments),
         value=bleu,
         target=target if has_peer else None,
         peer=PEER if has_peer else None,
+        in_time=not arguments.quick or minutes <= arguments.minutes,
         details={
             "chrf": round(chrf, 2),
             "minutes": arguments.minutes,
+            "minutes_until_published": round(minutes, 2),
+            "beam_size": BEAM_SIZE,
             "steps": run.progress.step,
-            "preset": arguments.preset,
+            "recipe": asdict(run.recipe),
             "test": f"{corpus.test_name} {arguments.source}-{arguments.target}",
         },
     )
+
+
+def bench_name(arguments: argparse.Namespace) -> str:
+    """Return the result's name: that of the task for other languages than the peer's."""
+    name = "time-to-quality" if arguments.quick else "quality"
+    languages = (arguments.source, arguments.target)
+    return name if languages == PEER_TASK[1:] else f"{name}-{'-'.join(languages)}"
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -132,10 +161,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, default=DEFAULT_DATA, help="folder with train, val and test files")
     parser.add_argument("--source", default="en", help="source language (default: en)")
     parser.add_argument("--target", default="de", help="target language (default: de)")
-    parser.add_argument("--preset", default="tiny", help="recipe (default: tiny)")
+    parser.add_argument("--preset", help="recipe (default: tiny; the short form has its own)")
     parser.add_argument("--minutes", type=float, help=f"minutes of training (default: {MINUTES:g})")
-    parser.add_argument("--quick", action="store_true", help=f"{QUICK_MINUTES:g} minutes, and a lower target")
+    parser.add_argument("--quick", action="store_true", help=f"good after {QUICK_MINUTES:g} minutes?")
     arguments = parser.parse_args(argv)
+    if arguments.quick and arguments.preset:
+        parser.error("the short form has a recipe of its own: leave --preset (PRESET=) out")
     if arguments.minutes is None:
         arguments.minutes = QUICK_MINUTES if arguments.quick else MINUTES
     return arguments

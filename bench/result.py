@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import importlib.metadata
 import json
@@ -33,15 +34,16 @@ class Result:
     target: float | None
     peer: Peer | None
     details: Mapping[str, Any]
+    in_time: bool = True
 
     @property
     def ok(self) -> bool:
-        """Whether the target is reached."""
-        return self.target is None or self.value >= self.target
+        """Whether the target is reached, and in time where there is a limit."""
+        return self.target is None or (self.in_time and self.value >= self.target)
 
 
-def publish(result: Result) -> int:
-    """Write the line to bench/results/BENCH.json and print it; return the exit status, 0 if the target is reached."""
+def publish(result: Result, folder: Path = RESULTS) -> int:
+    """Write the line to FOLDER/BENCH.json and print it; return the exit status, 0 if the target is reached."""
     peer = result.peer
     line = json.dumps(
         {
@@ -54,14 +56,30 @@ def publish(result: Result) -> int:
             "ok": result.ok,
             **result.details,
             "device": device(),
-            "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
+            "versions": versions(),
             "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         }
     )
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{result.bench}.json").write_text(line + "\n")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{result.bench}.json").write_text(line + "\n")
     print(line)
     return 0 if result.ok else 1
+
+
+def results_folder() -> Path:
+    """Return the folder for results: that of the environment's OUT, for a machine whose files do not stay, or ours."""
+    folder = Path(os.environ.get("OUT", RESULTS))
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of the packages that matter; of those that are installed."""
+    found = {}
+    for name in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def device() -> str:

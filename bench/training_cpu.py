@@ -33,7 +33,7 @@ from examples.parallel_text import TextMissing, find_files, read_lines
 from ferryman_service.domain.recipe import Precision, Preset, Recipe
 from ferryman_service.domain.tokens import EOS
 from ferryman_service.launch.torchrun import LaunchConfig, worker_environment
-from ferryman_service.training.batches import plan_epoch
+from ferryman_service.training.packing import plan_epoch
 from ferryman_service.training.pairs import TokenPairs, TokenSide
 from ferryman_service.training.prepared import prepare_corpus
 

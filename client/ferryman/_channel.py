@@ -9,6 +9,7 @@ from typing import Any, Final
 
 ChannelOptions = Sequence[tuple[str, Any]]
 
+# Without DeleteTrainingRun: repeated after an answer that was lost, it would say that there is no such run.
 _RETRIED: Final = {
     "ferryman.v1.TrainingService": (
         "StartTraining",  # idempotent by its request_id, which the client always sends
@@ -16,6 +17,9 @@ _RETRIED: Final = {
         "GetTrainingRun",
         "ListTrainingRuns",
         "CancelTraining",
+        "PauseTraining",
+        "ResumeTraining",
+        "ListCheckpoints",
     ),
     "ferryman.v1.CorpusService": ("GetCorpus", "ListCorpora"),
     "ferryman.v1.ModelService": ("ListModels", "GetModel"),

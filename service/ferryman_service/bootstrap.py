@@ -223,7 +223,11 @@ def _build_supervisor(stores: _Stores, config: ServiceConfig) -> Supervisor:
         return (*torchrun_command(processes), "--device", config.device.value, "--log-level", config.log_level)
 
     launcher = TorchrunLauncher(LaunchConfig(data_dir=stores.folder.root, command=command), stores.folder.worker_log)
-    supervisor = SupervisorConfig(max_concurrent_runs=config.max_concurrent_runs, max_restarts=config.max_restarts)
+    supervisor = SupervisorConfig(
+        max_concurrent_runs=config.max_concurrent_runs,
+        max_restarts=config.max_restarts,
+        backoff_s=config.restart_backoff_s,
+    )
     return Supervisor(stores.runs, launcher, supervisor)
 
 

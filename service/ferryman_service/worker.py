@@ -11,16 +11,23 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import signal
 import sys
 import threading
+from functools import partial
 from pathlib import Path
+from typing import Final
 
-from ferryman_service.application.execution import WorkerPorts, execute_attempt, follow_attempt, initial_weights
+from ferryman_service.application.execution import (
+    WorkerPorts,
+    execute_attempt,
+    follow_attempt,
+    initial_weights,
+    leave_attempt,
+)
 from ferryman_service.application.reporting import ReporterConfig
 from ferryman_service.config.service_config import Device
 from ferryman_service.domain.ids import RUN_PREFIX, is_id
-from ferryman_service.launch.process import current_process_identity, die_with_parent
+from ferryman_service.launch.process import current_process_identity, die_with_parent, end_on_sigterm
 from ferryman_service.launch.torchrun import read_log_tail
 from ferryman_service.pipeline.translator import MicroBatchLimit
 from ferryman_service.stores.corpora import CorpusLimits, FileCorpusStore
@@ -35,6 +42,8 @@ from ferryman_service.translation.loader import OnnxBundleLoader
 from ferryman_service.translation.onnx_decoder import OnnxConfig
 
 _log = logging.getLogger(__name__)
+_PATIENCE_S: Final = 25.0
+"""Of the 30 seconds that SIGTERM leaves."""
 
 
 def main() -> int:
@@ -43,13 +52,16 @@ def main() -> int:
     die_with_parent()
     logging.basicConfig(level=arguments.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     stop = threading.Event()
-    # torchrun passes SIGTERM on to all of its processes. The first leaves a checkpoint and ends; the others follow it.
-    signal.signal(signal.SIGTERM, lambda number, frame: stop.set())
     folder = DataFolder(arguments.data_dir)
     ports = _build(folder, arguments.device, stop)
+    is_first = int(os.environ.get("RANK", "0")) == 0
+    # torchrun passes SIGTERM on to all of its processes. The first leaves a checkpoint after its step, and the others
+    # follow it. Where that takes too long, as in the middle of an export, the run goes on from its last checkpoint.
+    leave = partial(leave_attempt, ports, arguments.run_id, arguments.attempt) if is_first else lambda: None
+    end_on_sigterm(stop, leave, patience_s=_PATIENCE_S)
     run_dir = folder.run_dir(arguments.run_id)
     _log.info("attempt %d of %s", arguments.attempt, arguments.run_id)
-    if int(os.environ.get("RANK", "0")):
+    if not is_first:
         follow_attempt(ports, arguments.run_id, arguments.attempt, run_dir)
         return 0
     succeeded = execute_attempt(ports, arguments.run_id, arguments.attempt, current_process_identity(), run_dir)

@@ -31,11 +31,11 @@ def test_a_folder_without_test_files_is_told_apart(tmp_path):
 
 def test_the_quick_form_is_shorter_unless_minutes_are_given():
     assert quality.parse([]).minutes == 15
-    assert quality.parse(["--quick"]).minutes == 5
+    assert quality.parse(["--quick"]).minutes == 6
     assert quality.parse(["--quick", "--minutes", "2"]).minutes == 2
 
 
-def test_bleu_is_shown_over_the_time_since_the_worker_began(capsys):
+def test_bleu_is_shown_over_the_time_since_the_start(capsys):
     validation = ValidationMetrics(
         step=500,
         epoch=1,
@@ -56,4 +56,4 @@ def test_bleu_is_shown_over_the_time_since_the_worker_began(capsys):
             for number, (seconds, payload) in enumerate(payloads, start=1)
         ]
     )
-    assert capsys.readouterr().out.splitlines()[-1].split() == ["60", "500", "12.50", "2.2500"]
+    assert capsys.readouterr().out.splitlines()[-1].split() == ["65", "500", "12.50", "2.2500"]

@@ -28,6 +28,8 @@ RECIPES = st.builds(
         d_model=st.none() | INT32,
         dropout=st.none() | NUMBER,
         norm=st.none() | st.sampled_from(types.NormPlacement),
+        activation=st.none() | st.sampled_from(types.Activation),
+        positions=st.none() | st.sampled_from(types.Positions),
     ),
     data=st.none() | st.builds(types.DataRecipe, subword_algorithm=st.none() | st.sampled_from(types.SubwordAlgorithm)),
     schedule=st.none()
@@ -37,9 +39,23 @@ RECIPES = st.builds(
         total_steps=st.none() | INT64,
         factor=st.none() | NUMBER,
     ),
-    optimization=st.none() | st.builds(types.OptimizationRecipe, clip_norm=st.none() | NUMBER),
+    optimization=st.none()
+    | st.builds(
+        types.OptimizationRecipe,
+        clip_norm=st.none() | NUMBER,
+        accumulation_steps=st.none() | INT32,
+        ema_decay=st.none() | NUMBER,
+        precision=st.none() | st.sampled_from(types.Precision),
+        max_rollbacks=st.none() | INT32,
+    ),
     stop=st.none() | st.builds(types.StopRecipe, max_steps=st.none() | INT64),
-    validation=st.none() | st.builds(types.ValidationRecipe, metric=st.none() | st.sampled_from(types.SelectionMetric)),
+    validation=st.none()
+    | st.builds(
+        types.ValidationRecipe,
+        metric=st.none() | st.sampled_from(types.SelectionMetric),
+        averaging=st.none() | st.sampled_from(types.Averaging),
+        checkpoint_interval_steps=st.none() | INT64,
+    ),
     seed=st.none() | INT64,
 )
 VALIDATIONS = st.builds(
@@ -64,13 +80,17 @@ RUNS = st.builds(
     model_version=st.none() | st.integers(1, 2**62),
     progress=st.builds(types.RunProgress, step=INT64, epoch=INT32, target_tokens=INT64,
                        target_tokens_per_second=NUMBER, fraction=NUMBER, remaining_s=st.none() | SECONDS,
-                       best_validation=st.none() | VALIDATIONS),
+                       best_validation=st.none() | VALIDATIONS, skipped_updates=INT64),
     error=st.none() | st.builds(types.RunError, reason=TEXT, message=TEXT, log_tail=TEXT),
     attempt=INT32,
     last_sequence=INT64,
     create_time=st.none() | TIME,
     start_time=st.none() | TIME,
     end_time=st.none() | TIME,
+    pause_requested=st.booleans(),
+    restarts=INT32,
+    initial_model=st.none() | TEXT.filter(bool),
+    processes=INT32,
 )  # fmt: skip
 
 
@@ -86,6 +106,26 @@ def test_a_run_survives_the_wire(run):
     message = training_pb2.TrainingRun()
     assert fill_message(run, message) == []
     assert from_message(types.TrainingRun, training_pb2.TrainingRun.FromString(message.SerializeToString())) == run
+
+
+CHECKPOINTS = st.builds(
+    types.Checkpoint,
+    step=INT64,
+    epoch=INT32,
+    create_time=TIME,
+    size_bytes=INT64,
+    best=st.booleans(),
+    bleu=st.none() | NUMBER,
+    chrf=st.none() | NUMBER,
+    nll_per_token=st.none() | NUMBER,
+)
+
+
+@given(CHECKPOINTS)
+def test_a_checkpoint_survives_the_wire(checkpoint):
+    message = training_pb2.Checkpoint()
+    assert fill_message(checkpoint, message) == []
+    assert from_message(types.Checkpoint, training_pb2.Checkpoint.FromString(message.SerializeToString())) == checkpoint
 
 
 @pytest.mark.parametrize(
@@ -112,6 +152,7 @@ MESSAGES = {
     types.TrainingRun: training_pb2.TrainingRun,
     types.RunProgress: training_pb2.RunProgress,
     types.RunError: training_pb2.RunError,
+    types.Checkpoint: training_pb2.Checkpoint,
     types.LearningRateCurve: training_pb2.GetLRScheduleResponse,
     types.Model: model_pb2.Model,
     types.ModelVersion: model_pb2.ModelVersion,
@@ -136,6 +177,10 @@ ENUMS = [
     (types.SubwordAlgorithm, recipe_pb2.SubwordAlgorithm),
     (types.ScheduleKind, recipe_pb2.ScheduleKind),
     (types.SelectionMetric, recipe_pb2.SelectionMetric),
+    (types.Activation, recipe_pb2.Activation),
+    (types.Positions, recipe_pb2.Positions),
+    (types.Precision, recipe_pb2.Precision),
+    (types.Averaging, recipe_pb2.Averaging),
     (types.RunState, metrics_pb2.RunState),
     (types.EventLevel, metrics_pb2.EventLevel),
     (types.RunOrder, training_pb2.RunOrder),
@@ -183,6 +228,13 @@ def test_values_from_the_future_do_not_break_this_client():
     assert from_message(types.Recipe, recipe_pb2.Recipe(preset=99)).preset is None
     record = _convert.record_from_message(metrics_pb2.MetricRecord(sequence=3))
     assert (record.sequence, record.payload.code) == (3, "UNKNOWN_RECORD")
+
+
+def test_the_options_of_a_start_have_the_fields_of_the_request():
+    names = {field.name for field in dataclasses.fields(_convert.StartOptions)}
+    assert names | {"corpus_id", "model_name", "recipe"} == {
+        field.name for field in training_pb2.StartTrainingRequest.DESCRIPTOR.fields
+    }
 
 
 def test_a_duration_is_seconds():

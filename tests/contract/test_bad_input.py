@@ -123,11 +123,110 @@ def recipe(**parts):
             ],
         ),
         (recipe(stop={"max_steps": 0}), "INVALID_RECIPE", [("recipe.stop", "CONFLICT")]),
+        (
+            recipe(
+                model={"activation": 4, "positions": 3},
+                optimization={"precision": 4},
+                validation={"averaging": 4},
+            ),
+            "INVALID_RECIPE",
+            [
+                ("recipe.model.activation", "UNKNOWN_ENUM_VALUE"),
+                ("recipe.model.positions", "UNKNOWN_ENUM_VALUE"),
+                ("recipe.optimization.precision", "UNKNOWN_ENUM_VALUE"),
+                ("recipe.validation.averaging", "UNKNOWN_ENUM_VALUE"),
+            ],
+        ),
+        (
+            recipe(model={"d_model": 36, "positions": "POSITIONS_ROPE"}, data={"bpe_dropout": 0.1}),
+            "INVALID_RECIPE",
+            [("recipe.data.bpe_dropout", "CONFLICT"), ("recipe.model.heads", "CONFLICT")],
+        ),
+        (
+            recipe(data={"sampling_alpha": 0.1, "subword_algorithm": "SUBWORD_ALGORITHM_BPE"}),
+            "INVALID_RECIPE",
+            [("recipe.data.sampling_alpha", "CONFLICT")],
+        ),
+        (
+            recipe(optimization={"accumulation_steps": 5}),
+            "INVALID_RECIPE",
+            [("recipe.optimization.accumulation_steps", "CONFLICT")],
+        ),
+        (
+            recipe(schedule={"kind": "SCHEDULE_KIND_LINEAR", "total_steps": 0}),
+            "INVALID_RECIPE",
+            [("recipe.schedule.total_steps", "OUT_OF_RANGE")],
+        ),
+        (start(processes=-1), "INVALID_REQUEST", [("processes", "OUT_OF_RANGE")]),
+        (
+            start(processes=5, keep_optimizer=True),
+            "INVALID_REQUEST",
+            [("processes", "OUT_OF_RANGE"), ("keep_optimizer", "CONFLICT")],
+        ),
+        (start(initial_model="EN/x"), "INVALID_REQUEST", [("initial_model", "INVALID_MODEL_REFERENCE")]),
     ],
 )
 def test_starts(service, refused, request_message, reason, violations):
     refusal = refused(service.training_stub.StartTraining, request_message)
     assert (refusal.code, refusal.reason, refusal.violations) == (INVALID, reason, violations)
+
+
+INF, NAN = float("inf"), float("nan")
+JUST_OUTSIDE = {
+    "data.sampling_alpha": [-0.1, 1.1, NAN],
+    "data.bpe_dropout": [-0.1, 1.0, NAN],
+    "optimization.clip_norm": [-1, 1.1e9, INF],
+    "optimization.accumulation_steps": [0, 1025],
+    "optimization.weight_decay": [-0.1, 1.1, NAN],
+    "optimization.r_drop_alpha": [-0.1, 100.5, INF],
+    "optimization.ema_decay": [-0.1, 1.0, NAN],
+    "optimization.max_skipped_updates": [-1, 1001],
+    "optimization.max_rollbacks": [-1, 101],
+    "optimization.rollback_rate_scale": [0.0, 1.1, NAN],
+    "stop.max_time_seconds": [-1.0, 1.1e9, INF],
+    "stop.patience": [-1, 1_000_001],
+    "validation.checkpoint_interval_steps": [-1, 10**9 + 1],
+}
+
+
+@pytest.mark.parametrize(
+    ("path", "value"), [(path, value) for path, values in JUST_OUTSIDE.items() for value in values]
+)
+def test_values_just_outside_their_range(service, refused, path, value):
+    part, _, name = path.partition(".")
+    bpe = {"subword_algorithm": "SUBWORD_ALGORITHM_BPE"} if name == "bpe_dropout" else {}
+    refusal = refused(service.training_stub.StartTraining, recipe(**{part: {name: value, **bpe}}))
+    assert (refusal.code, refusal.reason) == (INVALID, "INVALID_RECIPE")
+    assert (f"recipe.{path}", "OUT_OF_RANGE") in refusal.violations
+    assert {field for field, _ in refusal.violations} == {f"recipe.{path}"}
+
+
+JUST_INSIDE = {
+    "data": {"sampling_alpha": 1.0},
+    "optimization": {
+        "clip_norm": 1e9,
+        "accumulation_steps": 4,
+        "weight_decay": 1.0,
+        "r_drop_alpha": 100.0,
+        "ema_decay": 0.9999,
+        "precision": "PRECISION_BF16",
+        "max_skipped_updates": 0,
+        "max_rollbacks": 0,
+        "rollback_rate_scale": 1.0,
+    },
+    "stop": {"max_time_seconds": 1e9, "patience": 1_000_000},
+    "validation": {"averaging": "AVERAGING_NONE", "checkpoint_interval_steps": 10**9},
+}
+
+
+def test_values_just_inside_their_range_come_back_as_they_were(service):
+    wanted = recipe_pb2.Recipe(**JUST_INSIDE)
+    request = start(corpus_id=service.upload().corpus_id, recipe=wanted, validate_only=True)
+    resolved = service.training_stub.StartTraining(request).run.recipe
+    merged = recipe_pb2.Recipe()
+    merged.CopyFrom(resolved)
+    merged.MergeFrom(wanted)
+    assert merged == resolved
 
 
 def test_a_request_id_with_another_body(service, refused):
@@ -219,6 +318,10 @@ def test_translations(service, refused, request_message, reason, violations):
         ("model_stub", "ListModels", model_pb2.ListModelsRequest(page_size=-2), [("page_size", "OUT_OF_RANGE")]),
         ("training_stub", "GetTrainingRun", training_pb2.GetTrainingRunRequest(), [("run_id", "REQUIRED")]),
         ("training_stub", "CancelTraining", training_pb2.CancelTrainingRequest(), [("run_id", "REQUIRED")]),
+        ("training_stub", "PauseTraining", training_pb2.PauseTrainingRequest(), [("run_id", "REQUIRED")]),
+        ("training_stub", "ResumeTraining", training_pb2.ResumeTrainingRequest(), [("run_id", "REQUIRED")]),
+        ("training_stub", "ListCheckpoints", training_pb2.ListCheckpointsRequest(), [("run_id", "REQUIRED")]),
+        ("training_stub", "DeleteTrainingRun", training_pb2.DeleteTrainingRunRequest(), [("run_id", "REQUIRED")]),
         (
             "training_stub",
             "StreamMetrics",
@@ -283,6 +386,16 @@ def test_other_requests(service, refused, stub, method, request_message, violati
             "RUN_NOT_FOUND",
             ("run", NO_SUCH_RUN),
         ),
+        *(
+            (
+                "training_stub",
+                method,
+                getattr(training_pb2, f"{method}Request")(run_id="../../etc"),
+                "RUN_NOT_FOUND",
+                ("run", "../../etc"),
+            )
+            for method in ("PauseTraining", "ResumeTraining", "ListCheckpoints", "DeleteTrainingRun")
+        ),
         ("model_stub", "GetModel", model_pb2.GetModelRequest(model="fr-it"), "MODEL_NOT_FOUND", ("model", "fr-it")),
         ("translation_stub", "Translate", translate("en-de/99"), "MODEL_NOT_FOUND", ("model", "en-de/99")),
     ],
@@ -307,6 +420,9 @@ def test_a_role_that_is_not_served(make_service, refused):
     calls = [
         (service.training_stub.StartTraining, start()),
         (service.training_stub.CancelTraining, training_pb2.CancelTrainingRequest(run_id=NO_SUCH_RUN)),
+        (service.training_stub.PauseTraining, training_pb2.PauseTrainingRequest(run_id=NO_SUCH_RUN)),
+        (service.training_stub.ResumeTraining, training_pb2.ResumeTrainingRequest(run_id=NO_SUCH_RUN)),
+        (service.training_stub.DeleteTrainingRun, training_pb2.DeleteTrainingRunRequest(run_id=NO_SUCH_RUN)),
         (service.translation_stub.Translate, translate()),
     ]
     for rpc, request in calls:

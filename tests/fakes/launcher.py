@@ -4,12 +4,14 @@ from __future__ import annotations
 
 
 class FakeLauncher:
-    """Implements ports.Launcher. `alive` holds (run_id, attempt); `fail_with` is raised by the next start."""
+    """Implements ports.Launcher. `alive` holds (run_id, attempt); `fail_with` is raised by the next start; while
+    `unkillable`, what was killed is not gone."""
 
     def __init__(self):
         self.started = []
         self.killed = []
         self.alive = set()
+        self.unkillable = False
         self.how = "exit status 1"
         self.fail_with = None
 
@@ -22,9 +24,12 @@ class FakeLauncher:
     def is_running(self, run_id, attempt, worker):
         return (run_id, attempt) in self.alive
 
-    def kill(self, run_id, attempt, worker):
-        self.killed.append((run_id, attempt))
-        self.alive.discard((run_id, attempt))
+    def kill(self, run_id, attempt):
+        if (run_id, attempt) in self.alive:
+            self.killed.append((run_id, attempt))
+        if not self.unkillable:
+            self.alive.discard((run_id, attempt))
+        return not self.unkillable
 
     def exit_description(self, run_id, attempt):
         return self.how

@@ -1,4 +1,4 @@
-"""`ferryman train`, `watch` and `runs`: start training, follow it, look at it, stop it."""
+"""`ferryman train`, `watch` and `runs`: start training, follow it, look at it, rest it, stop it, remove it."""
 
 from __future__ import annotations
 
@@ -103,7 +103,8 @@ def show(context: typer.Context, run_id: RunArgument) -> None:
         ("step", f"{run.progress.step:,} (epoch {run.progress.epoch}, {run.progress.fraction:.0%})"),
         ("target tokens", f"{run.progress.target_tokens:,}"),
         ("best BLEU", _best_bleu(run)),
-        ("attempt", run.attempt),
+        ("attempt", f"{run.attempt}, {run.restarts} workers died in a row" if run.restarts else run.attempt),
+        ("processes", run.processes),
         ("starts from", run.initial_model or "random weights"),
         ("accepted", _time(run)),
     ]

@@ -333,7 +333,7 @@ class RunEvent(_message.Message):
     level: Global___EventLevel.ValueType
     """Output only. How serious it is."""
     code: _builtins.str
-    """Output only. A stable name, UPPER_SNAKE_CASE, such as PAIRS_DROPPED."""
+    """Output only. A stable name, UPPER_SNAKE_CASE, such as PAIRS_DROPPED; docs/api.md lists them all."""
     message: _builtins.str
     """Output only. The remark."""
     def __init__(

@@ -834,7 +834,7 @@ class ValidationRecipe(_message.Message):
     """Optional. Which checkpoints are averaged. Default: AVERAGING_LAST."""
     checkpoint_interval_steps: _builtins.int
     """Optional. Steps between two further checkpoints, without validation, 0 to 10^9: what a worker's death can cost. 0
-    leaves it at those that follow validations. They are kept until the next validation. Default: 0.
+    leaves it at those that follow validations. The newest two checkpoints are always kept. Default: 0.
     """
     def __init__(
         self,

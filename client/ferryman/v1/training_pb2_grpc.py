@@ -110,8 +110,9 @@ class TrainingServiceServicer:
 
     def StreamMetrics(self, request, context):
         """The run's records after `after_sequence`, then live, without gap or duplicate; ends with OK after the record of the
-        terminal state. NOT_FOUND (RUN_NOT_FOUND), OUT_OF_RANGE (SEQUENCE_OUT_OF_RANGE: the run has no such record yet).
-        After UNAVAILABLE, call again with the last sequence received.
+        terminal state. PAUSED is none: the stream of a run that rests goes on, with heartbeats. NOT_FOUND (RUN_NOT_FOUND),
+        OUT_OF_RANGE (SEQUENCE_OUT_OF_RANGE: the run has no such record yet). After UNAVAILABLE, call again with the last
+        sequence received.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -46,8 +46,9 @@ class TrainingServiceStub:
     """
     StreamMetrics: _grpc.UnaryStreamMultiCallable[_training_pb2.StreamMetricsRequest, _training_pb2.StreamMetricsResponse]
     """The run's records after `after_sequence`, then live, without gap or duplicate; ends with OK after the record of the
-    terminal state. NOT_FOUND (RUN_NOT_FOUND), OUT_OF_RANGE (SEQUENCE_OUT_OF_RANGE: the run has no such record yet).
-    After UNAVAILABLE, call again with the last sequence received.
+    terminal state. PAUSED is none: the stream of a run that rests goes on, with heartbeats. NOT_FOUND (RUN_NOT_FOUND),
+    OUT_OF_RANGE (SEQUENCE_OUT_OF_RANGE: the run has no such record yet). After UNAVAILABLE, call again with the last
+    sequence received.
     """
     GetLRSchedule: _grpc.UnaryUnaryMultiCallable[_training_pb2.GetLRScheduleRequest, _training_pb2.GetLRScheduleResponse]
     """The learning-rate curve of a schedule, a recipe or a run: the very numbers that training uses.
@@ -97,8 +98,9 @@ class TrainingServiceAsyncStub(TrainingServiceStub):
     """
     StreamMetrics: _aio.UnaryStreamMultiCallable[_training_pb2.StreamMetricsRequest, _training_pb2.StreamMetricsResponse]  # type: ignore[assignment]
     """The run's records after `after_sequence`, then live, without gap or duplicate; ends with OK after the record of the
-    terminal state. NOT_FOUND (RUN_NOT_FOUND), OUT_OF_RANGE (SEQUENCE_OUT_OF_RANGE: the run has no such record yet).
-    After UNAVAILABLE, call again with the last sequence received.
+    terminal state. PAUSED is none: the stream of a run that rests goes on, with heartbeats. NOT_FOUND (RUN_NOT_FOUND),
+    OUT_OF_RANGE (SEQUENCE_OUT_OF_RANGE: the run has no such record yet). After UNAVAILABLE, call again with the last
+    sequence received.
     """
     GetLRSchedule: _aio.UnaryUnaryMultiCallable[_training_pb2.GetLRScheduleRequest, _training_pb2.GetLRScheduleResponse]  # type: ignore[assignment]
     """The learning-rate curve of a schedule, a recipe or a run: the very numbers that training uses.
@@ -157,8 +159,9 @@ class TrainingServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_training_pb2.StreamMetricsResponse], _abc.AsyncIterator[_training_pb2.StreamMetricsResponse]]:
         """The run's records after `after_sequence`, then live, without gap or duplicate; ends with OK after the record of the
-        terminal state. NOT_FOUND (RUN_NOT_FOUND), OUT_OF_RANGE (SEQUENCE_OUT_OF_RANGE: the run has no such record yet).
-        After UNAVAILABLE, call again with the last sequence received.
+        terminal state. PAUSED is none: the stream of a run that rests goes on, with heartbeats. NOT_FOUND (RUN_NOT_FOUND),
+        OUT_OF_RANGE (SEQUENCE_OUT_OF_RANGE: the run has no such record yet). After UNAVAILABLE, call again with the last
+        sequence received.
         """
 
     @_abc_1.abstractmethod

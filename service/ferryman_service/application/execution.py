@@ -28,13 +28,21 @@ from ferryman_service.application.verification import check_export
 from ferryman_service.domain.errors import AttemptFenced, DiskFull, ModelDamaged, ModelNotFound, StoreUnavailable
 from ferryman_service.domain.models import ModelLineage, parse_model_reference
 from ferryman_service.domain.records import EventLevel, RunEvent, RunState
-from ferryman_service.domain.runs import FailureReason, ProcessIdentity, RunFailure, TrainingFailed, TrainingRun
+from ferryman_service.domain.runs import (
+    FailureReason,
+    Handover,
+    ProcessIdentity,
+    RunFailure,
+    TrainingFailed,
+    TrainingRun,
+    disk_full_handover,
+)
 from ferryman_service.domain.training import DiskIsFull, InitialWeights, PauseRequested, StopRequested
 
 _log = logging.getLogger(__name__)
 _CLAIM_POLL_S: Final = 0.1
-_DISK_POLL_S: Final = 1.0
-_DISK_PATIENCE_S: Final = 600.0
+_LEAVE_TIME_NS: Final = 2_000_000_000
+"""What a worker that was told to end gets to be gone before the next one starts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,40 +79,83 @@ def execute_attempt(ports: WorkerPorts, run_id: str, attempt: int, worker: Proce
         return False
     try:
         _train_and_publish(ports, run, run_dir)
-    except RunCancelled:
-        ports.runs.change_state(run_id, attempt, RunState.CANCELLED, "cancelled by the caller")
-    except PauseRequested:
-        ports.runs.change_state(run_id, attempt, RunState.PAUSED, "paused by the caller")
-    except StopRequested:
-        text = "the worker was told to stop; another goes on from its checkpoint"
-        ports.runs.requeue(run_id, attempt, text, restarts=run.restarts, not_before_ns=0)
     except AttemptFenced as error:
         _log.warning("this attempt was overtaken: %s", error)
-    except TrainingFailed as error:
-        _log.exception("the attempt failed")
-        failure = RunFailure(reason=error.reason, message=error.message, log_tail=ports.log_tail(run_id, attempt))
-        ports.runs.change_state(run_id, attempt, RunState.FAILED, error.message, failure)
-    except (DiskIsFull, DiskFull, OSError) as error:
-        if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        _log.exception("the disk is full")
-        _pause_for_room(ports, run_id, attempt, error)
+    except (RunCancelled, PauseRequested, StopRequested, TrainingFailed, DiskIsFull, DiskFull, OSError) as error:
+        _conclude(ports, run, error)
     else:
         return True
     return False
 
 
 def follow_attempt(ports: WorkerPorts, run_id: str, attempt: int, run_dir: Path) -> None:
-    """Train beside rank 0, which alone claims, reports and publishes; return at once if the attempt is over."""
-    while True:
-        run = ports.runs.get(run_id)
-        if run.attempt != attempt or run.state.is_terminal:
-            return
-        if run.state is RunState.RUNNING:
-            break
+    """Train beside rank 0, which alone claims, reports and publishes; return at once if the attempt is over.
+
+    What fails on every rank is rank 0's to write down; a disk without room may be full for this rank alone.
+    """
+    while (run := ports.runs.get(run_id)).state is RunState.STARTING and run.attempt == attempt:
         time.sleep(_CLAIM_POLL_S)
-    with contextlib.suppress(RunCancelled):
+    if run.state is not RunState.RUNNING or run.attempt != attempt:
+        return
+    try:
         ports.engine.train(_job(ports, run, run_dir), SilentReporter())
+    except (RunCancelled, TrainingFailed) as error:
+        _log.info("the training is over: %r", error)
+    except (DiskIsFull, DiskFull, OSError) as error:
+        _conclude(ports, run, error)
+
+
+def leave_attempt(ports: WorkerPorts, run_id: str, attempt: int) -> None:
+    """Leave the run to another attempt, from its last checkpoint; harmless if it was left or has ended already."""
+    text = "the worker was told to end"
+    remark = RunEvent(
+        level=EventLevel.INFO, code="RESTARTED", message=f"{text}. Another goes on from the last checkpoint"
+    )
+    not_before_ns = time.time_ns() + _LEAVE_TIME_NS
+    handover = Handover(state=RunState.QUEUED, message=text, remark=remark, not_before_ns=not_before_ns)
+    with contextlib.suppress(AttemptFenced):
+        ports.runs.give_up_attempt(run_id, attempt, handover)
+
+
+def _conclude(ports: WorkerPorts, run: TrainingRun, error: Exception) -> None:
+    """Write down why the attempt ends, as soon as the database has the little room that this takes.
+
+    Raises an OSError that is no full disk: the worker dies of it, and the supervisor lets another try.
+    """
+    if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        raise error
+    if not isinstance(error, RunCancelled | PauseRequested | StopRequested):
+        _log.error("the attempt failed", exc_info=error)
+    while True:
+        try:
+            _write_end(ports, run, error)
+        except (DiskFull, StoreUnavailable):
+            if ports.stop_requested():
+                raise  # the supervisor will see a dead worker when it can write again
+            time.sleep(ports.reporter.ack_interval_s)
+        except AttemptFenced as fenced:
+            _log.warning("this attempt was overtaken: %s", fenced)
+            return
+        else:
+            return
+
+
+def _write_end(ports: WorkerPorts, run: TrainingRun, error: Exception) -> None:
+    match error:
+        case RunCancelled():
+            ports.runs.change_state(run.run_id, run.attempt, RunState.CANCELLED, "cancelled by the caller")
+        case PauseRequested():
+            # The store makes it PAUSED, unless the caller has thought better of it meanwhile.
+            handover = Handover(state=RunState.QUEUED, message="the pause was withdrawn")
+            ports.runs.give_up_attempt(run.run_id, run.attempt, handover)
+        case StopRequested():
+            leave_attempt(ports, run.run_id, run.attempt)
+        case TrainingFailed(reason=reason, message=message):
+            tail = ports.log_tail(run.run_id, run.attempt)
+            failure = RunFailure(reason=reason, message=message, log_tail=tail)
+            ports.runs.change_state(run.run_id, run.attempt, RunState.FAILED, message, failure)
+        case _:
+            ports.runs.give_up_attempt(run.run_id, run.attempt, disk_full_handover(str(error)))
 
 
 def _job(ports: WorkerPorts, run: TrainingRun, run_dir: Path) -> TrainingJob:
@@ -129,8 +180,10 @@ def initial_weights(models: ModelStore, folders: RunFolders, run: TrainingRun) -
         weights, subwords = models.weights(version)
     except (ModelNotFound, ModelDamaged) as error:
         raise TrainingFailed(FailureReason.INITIAL_MODEL_UNUSABLE, error.message) from error
-    checkpoint = folders.last_checkpoint(version.lineage.run_id) if run.keep_optimizer else None
-    if run.keep_optimizer and checkpoint is None:
+    # Only the first attempt looks at the other run's optimizer; later ones go on from a checkpoint of their own.
+    wanted = run.keep_optimizer and folders.last_checkpoint(run.run_id) is None
+    checkpoint = folders.last_checkpoint(version.lineage.run_id) if wanted else None
+    if wanted and checkpoint is None:
         text = f"the checkpoints of run {version.lineage.run_id}, with the optimizer of {run.initial_model}, are gone"
         raise TrainingFailed(FailureReason.INITIAL_MODEL_UNUSABLE, text)
     return InitialWeights(weights=weights, subwords=subwords, checkpoint=checkpoint)
@@ -187,27 +240,3 @@ def _close_quietly(reporter: StoreReporter) -> None:
         reporter.close()
     except (AttemptFenced, DiskIsFull, RunCancelled, TrainingFailed) as error:
         _log.info("while closing: %r", error)
-
-
-def _pause_for_room(ports: WorkerPorts, run_id: str, attempt: int, cause: Exception) -> None:
-    """Leave the run PAUSED, as soon as the database has the little room that this takes."""
-    text = f"the disk is full: {cause}. Free some space, then resume the run: it goes on from its last checkpoint"
-    remark = RunEvent(level=EventLevel.ERROR, code="DISK_FULL", message=text)
-    try:
-        _when_there_is_room(lambda: ports.runs.append(run_id, attempt, [remark], None))
-        _when_there_is_room(lambda: ports.runs.change_state(run_id, attempt, RunState.PAUSED, text))
-    except AttemptFenced as error:
-        _log.warning("this attempt was overtaken: %s", error)
-
-
-def _when_there_is_room(write: Callable[[], object]) -> None:
-    give_up_s = time.monotonic() + _DISK_PATIENCE_S
-    while True:
-        try:
-            write()
-        except (DiskFull, StoreUnavailable):
-            if time.monotonic() > give_up_s:
-                raise
-            time.sleep(_DISK_POLL_S)
-        else:
-            return

@@ -1,16 +1,15 @@
 """StreamMetrics: the history of a run, then its life, without gap or duplicate.
 
 The store is the only source, so a record is seen if and only if it is durable. One task looks at the heads of all
-watched
-runs several times a second; every stream reads its records itself, from its own cursor, so a slow reader holds back
-nobody and nothing is queued for it in memory.
+watched runs several times a second; every stream reads its records itself, from its own cursor, so a slow reader holds
+back nobody and nothing is queued for it in memory.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -48,10 +47,11 @@ class Heartbeat:
 
 @dataclass
 class _Watch:
-    """A run that streams wait for. `moved` is set, and replaced, each time its head moves."""
+    """A run that streams wait for. `moved` is set, and replaced, each time its head moves or it is deleted."""
 
     head: RunHead
     streams: int = 0
+    deleted: bool = False
     moved: asyncio.Event = field(default_factory=asyncio.Event)
 
 
@@ -70,7 +70,8 @@ class MetricsFeed:
     ) -> AsyncGenerator[Record | Heartbeat, None]:
         """Yield the records after `after_sequence`; with `follow`, go on until the run's end.
 
-        Raises InvalidRequest, RunNotFound, SequenceOutOfRange before the first item.
+        Raises InvalidRequest, RunNotFound, SequenceOutOfRange before the first item; RunNotFound also when the run is
+        deleted before its records were read.
         """
         head = await self._first_head(run_id, after_sequence)
         cursor, last_of_history = after_sequence, head.last_sequence
@@ -84,6 +85,8 @@ class MetricsFeed:
                     cursor = record.sequence
                     if isinstance(record.payload, StateChange) and record.payload.state.is_terminal:
                         return
+                if not records and watch.deleted:
+                    raise _not_found(run_id)
                 if self._is_over(watch.head, cursor) or (not follow and cursor >= last_of_history):
                     return
                 if not records and not await self._moves(watch, cursor):
@@ -100,7 +103,7 @@ class MetricsFeed:
             raise InvalidRequest(violations)
         heads = await asyncio.to_thread(self._runs.heads, [run_id])
         if run_id not in heads:
-            raise RunNotFound(f"there is no training run {run_id[:80]!r}", run_id=run_id[:80])
+            raise _not_found(run_id)
         head = heads[run_id]
         if after_sequence > head.last_sequence:
             raise SequenceOutOfRange(
@@ -139,18 +142,28 @@ class MetricsFeed:
 
     async def _poll(self) -> None:
         while self._watches:
+            asked = list(self._watches)
             try:
-                heads = await asyncio.to_thread(self._runs.heads, list(self._watches))
+                heads = await asyncio.to_thread(self._runs.heads, asked)
             except (StoreUnavailable, DiskFull) as error:
                 _log.warning("cannot look for new records, trying again: %s", error)
-                heads = {}
-            for run_id, head in heads.items():
-                watch = self._watches.get(run_id)
-                if watch is not None and head != watch.head:
-                    watch.head = head
-                    watch.moved.set()
-                    watch.moved = asyncio.Event()
+            else:
+                self._spread(asked, heads)
             await asyncio.sleep(self._config.poll_interval_s)
+
+    def _spread(self, asked: Sequence[str], heads: Mapping[str, RunHead]) -> None:
+        for run_id in asked:
+            watch, head = self._watches.get(run_id), heads.get(run_id)
+            if watch is None or head == watch.head:
+                continue
+            watch.head = head or watch.head
+            watch.deleted = head is None
+            watch.moved.set()
+            watch.moved = asyncio.Event()
+
+
+def _not_found(run_id: str) -> RunNotFound:
+    return RunNotFound(f"there is no training run {run_id[:80]!r}", run_id=run_id[:80])
 
 
 class _Watching:

@@ -18,6 +18,7 @@ from ferryman_service.domain.records import EventLevel, Payload, Record, RunStat
 from ferryman_service.domain.runs import AppendAck as AppendAck
 from ferryman_service.domain.runs import (
     CheckpointInfo,
+    Handover,
     ProcessIdentity,
     RunFailure,
     RunFilter,
@@ -48,8 +49,10 @@ class RunStore(Protocol):
         ...
 
     def list_page(self, wanted: RunFilter, after: str | None, limit: int) -> Sequence[TrainingRun]:
-        """Return at most `limit` runs that follow the run with id `after` (None: from the start) in the filter's
-        order."""
+        """Return at most `limit` runs that follow the place `after` (None: from the start) in the filter's order.
+
+        `after` is a TrainingRun.place; its run may be gone.
+        """
         ...
 
     def unfinished(self) -> Sequence[TrainingRun]:
@@ -73,7 +76,7 @@ class RunStore(Protocol):
         """Append records in order, durably, all or none; also store the progress if given. An empty sequence only
         asks for the ack.
 
-        Raises AttemptFenced if the run has another attempt or has given this one up (terminal, PAUSED, QUEUED again).
+        Raises AttemptFenced if the run has another attempt, or this one was given up (terminal, PAUSED, QUEUED again).
         A StepMetrics clears `restarts`. StateChange payloads are not allowed here.
         """
         ...
@@ -81,16 +84,16 @@ class RunStore(Protocol):
     def change_state(
         self, run_id: str, attempt: int, state: RunState, message: str = "", failure: RunFailure | None = None
     ) -> TrainingRun:
-        """Change the state; a terminal state sets the end time and clears cancel_requested, PAUSED the worker.
+        """Change the state to EXPORTING or a terminal one, which sets the end time and clears the requests.
 
         Raises AttemptFenced (other attempt, or given up already), IllegalTransition.
         """
         ...
 
-    def requeue(self, run_id: str, attempt: int, message: str, *, restarts: int, not_before_ns: int) -> TrainingRun:
-        """Give the attempt up and make the run QUEUED, so that another goes on from its last checkpoint, no earlier
-        than `not_before_ns`.
+    def give_up_attempt(self, run_id: str, attempt: int, handover: Handover) -> TrainingRun:
+        """Give the attempt up without an end, so that another can go on from the last checkpoint.
 
+        What the caller has asked for comes first: the run becomes CANCELLED, or PAUSED; else what the handover says.
         Raises AttemptFenced.
         """
         ...
@@ -141,7 +144,7 @@ class RunFolders(Protocol):
         ...
 
     def delete(self, run_id: str) -> None:
-        """Remove the run's folder, if there is one."""
+        """Remove the run's folder, if there is one; what cannot be removed is left to `delete_orphans`."""
         ...
 
     def delete_orphans(self, run_ids: Iterable[str]) -> None:
@@ -259,8 +262,9 @@ class Launcher(Protocol):
         process started is known without it."""
         ...
 
-    def kill(self, run_id: str, attempt: int, worker: ProcessIdentity | None) -> None:
-        """End the attempt's processes at once."""
+    def kill(self, run_id: str, attempt: int) -> bool:
+        """End at once whatever is left of the attempt's processes, whoever started them, and wait a little for their
+        end; return whether none is left. Only then may another attempt work in the run's folder."""
         ...
 
     def exit_description(self, run_id: str, attempt: int) -> str:

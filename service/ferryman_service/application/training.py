@@ -1,4 +1,4 @@
-"""The use cases of training runs: start, look, list, cancel, and the learning-rate curve."""
+"""The use cases of training runs: start, look, list, pause, resume, cancel, delete, and the learning-rate curve."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from ferryman_service.domain.errors import (
     InvalidRecipe,
     InvalidRequest,
     ModelHasNoWeights,
+    ModelNotFound,
     OptimizerNotKept,
     RoleNotServed,
     Violation,
@@ -103,8 +104,7 @@ class TrainingUseCases:
     def start(self, request: StartRequest) -> TrainingRun:
         """Check everything, then record the run; see StartTraining in the contract."""
         self._require_role()
-        initial = self._initial_model(request)
-        recipe = self._check(request, initial)
+        recipe, initial = self._check(request)
         self._corpora.get(request.corpus_id)
         if initial is not None:
             self._check_files(initial, keep_optimizer=request.keep_optimizer)
@@ -130,13 +130,13 @@ class TrainingUseCases:
 
     def list_page(self, wanted: RunFilter, page_size: int, page_token: str) -> Page[TrainingRun]:
         """Return a page of runs."""
-        listing = json.dumps(["runs", sorted(set(wanted.states)), wanted.model_name, wanted.oldest_first])
+        listing = json.dumps(["runs by place", sorted(set(wanted.states)), wanted.model_name, wanted.oldest_first])
         return self._pager.page(
             listing=listing,
             page_size=page_size,
             page_token=page_token,
             fetch=lambda after, limit: self._runs.list_page(wanted, after, limit),
-            key_of=lambda run: run.run_id,
+            key_of=lambda run: run.place,
         )
 
     def cancel(self, run_id: str) -> TrainingRun:
@@ -209,11 +209,6 @@ class TrainingUseCases:
         if not self._served:
             raise RoleNotServed("this server does not train; start one with --roles training", role="training")
 
-    def _initial_model(self, request: StartRequest) -> ModelVersion | None:
-        if not request.initial_model:
-            return None
-        return self._models.resolve(parse_model_reference(request.initial_model, "initial_model"))
-
     def _check_files(self, initial: ModelVersion, *, keep_optimizer: bool) -> None:
         if not self._models.has_weights(initial):
             raise ModelHasNoWeights(
@@ -228,26 +223,42 @@ class TrainingUseCases:
                 model=initial.reference,
             )
 
-    def _check(self, request: StartRequest, initial: ModelVersion | None) -> Recipe:
-        violations = [*request_id_violations(request.request_id), *required(request.corpus_id, "corpus_id")]
-        violations += self._process_violations(request)
-        overrides = request.recipe
+    def _check(self, request: StartRequest) -> tuple[Recipe, ModelVersion | None]:
+        """Return the recipe and the version to start from. Raises InvalidRequest with every violation; then
+        ModelNotFound."""
+        violations = list(self._violations(request))
+        overrides, initial, missing = request.recipe, None, None
+        try:
+            initial = self._initial_model(request)
+        except InvalidRequest as error:
+            violations += error.violations
+        except ModelNotFound as error:
+            missing = error
         if initial is not None:
             overrides, mismatches = _on_top_of(initial, overrides)
             violations += mismatches
-        if not is_model_name(request.model_name):
-            legal = '1 to 64 of a-z, 0-9, "-", "_" and ".", the first a letter or digit'
-            text = f"is {request.model_name[:80]!r}, must be {legal}"
-            violations.append(Violation(field="model_name", description=text, reason="INVALID_MODEL_NAME"))
         try:
             recipe = resolve_recipe(overrides)
         except InvalidRecipe as error:
             raise InvalidRecipe([*violations, *error.violations]) from None
         if violations:
             raise InvalidRequest(violations)
-        return recipe
+        if missing is not None:
+            raise missing
+        return recipe, initial
 
-    def _process_violations(self, request: StartRequest) -> Iterator[Violation]:
+    def _initial_model(self, request: StartRequest) -> ModelVersion | None:
+        if not request.initial_model:
+            return None
+        return self._models.resolve(parse_model_reference(request.initial_model, "initial_model"))
+
+    def _violations(self, request: StartRequest) -> Iterator[Violation]:
+        yield from request_id_violations(request.request_id)
+        yield from required(request.corpus_id, "corpus_id")
+        if not is_model_name(request.model_name):
+            legal = '1 to 64 of a-z, 0-9, "-", "_" and ".", the first a letter or digit'
+            text = f"is {request.model_name[:80]!r}, must be {legal}"
+            yield Violation(field="model_name", description=text, reason="INVALID_MODEL_NAME")
         most = self._limits.max_processes
         if not 0 <= request.processes <= most:
             text = f"is {request.processes}, must be from 0 to {most}, which is this server's --max-processes-per-run"
@@ -258,7 +269,7 @@ class TrainingUseCases:
 
 
 def _on_top_of(initial: ModelVersion, overrides: Overrides) -> tuple[Overrides, list[Violation]]:
-    """Return the overrides with the model's own network and subwords below them, and where the two differ."""
+    """Return the overrides with the model's own network and subwords in them, and where the two differ."""
     recipe = initial.lineage.recipe
     fixed: dict[str, dict[str, Any]] = {
         "model": {name: value for name, value in vars(recipe.model).items() if "dropout" not in name},
@@ -277,6 +288,7 @@ def _on_top_of(initial: ModelVersion, overrides: Overrides) -> tuple[Overrides, 
         for name, wanted in overrides.get(part, {}).items()
         if name in values and wanted != values[name]
     ]
+    # What differs is told once, as a mismatch: the rest of the recipe is checked with the model's values.
     return {**overrides, **{part: {**overrides.get(part, {}), **values} for part, values in fixed.items()}}, mismatches
 
 

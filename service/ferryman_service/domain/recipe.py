@@ -501,7 +501,7 @@ def _resolve_schedule(
         for name in overrides
         if name not in ("kind", "warmup_steps", *known)
     ]
-    if "total_steps" in values and values["total_steps"] == 0:
+    if "total_steps" in known and "total_steps" not in overrides and default_total_steps == 0:
         values.pop("total_steps")
         text = f"is needed by {kind.name}: set it, or stop.max_steps"
         violations.append(Violation(field=f"{path}.total_steps", description=text, reason="REQUIRED"))
@@ -518,7 +518,7 @@ def _resolve_schedule(
 
 def _schedule_conflicts(values: Mapping[str, Any], path: str) -> Iterator[Violation]:
     warmup, total = values["warmup_steps"], values.get("total_steps", math.inf)
-    if total <= warmup:
+    if 1 <= total <= warmup:
         text = f"is {total}, must be above warmup_steps, which is {warmup}"
         yield Violation(field=f"{path}.total_steps", description=text, reason="CONFLICT")
     peak, minimum = values.get("peak_learning_rate", math.inf), values.get("minimum_learning_rate", 0.0)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ferryman_service.domain.recipe import Recipe
-from ferryman_service.domain.records import RunState, StepMetrics, ValidationMetrics
+from ferryman_service.domain.records import EventLevel, RunEvent, RunState, StepMetrics, ValidationMetrics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,8 +78,9 @@ class RunProgress:
 class TrainingRun:
     """A training run as the store holds it. Times are nanoseconds since 1970, UTC.
 
-    `restarts` counts the workers that died since the last one that got further; the next attempt starts no earlier than
-    `not_before_ns`. `initial_model` is "" or the version, "name/7", whose weights training starts from.
+    `restarts` counts the workers that died since the last one that got further. The next attempt starts no earlier than
+    `not_before_ns`, which is 0 unless it follows one that was given up. `initial_model` is "" or the version, "name/7",
+    whose weights training starts from.
     """
 
     run_id: str
@@ -103,6 +104,33 @@ class TrainingRun:
     processes: int = 1
     initial_model: str = ""
     keep_optimizer: bool = False
+
+    @property
+    def place(self) -> str:
+        """Where the run stands in lists, which are ordered by time; it says so also when the run is gone."""
+        return f"{self.create_time_ns}/{self.run_id}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Handover:
+    """What becomes of a run when its attempt is given up, unless its caller has asked for something else meanwhile.
+
+    `state` is QUEUED, for another attempt no earlier than `not_before_ns`, or PAUSED. `remark` goes into the records,
+    `message` beside the state; `restarts` None leaves the count as it is.
+    """
+
+    state: RunState
+    message: str
+    remark: RunEvent | None = None
+    restarts: int | None = None
+    not_before_ns: int = 0
+
+
+def disk_full_handover(cause: str) -> Handover:
+    """Return what becomes of a run that the disk has no room for; `cause` names the folder or the file."""
+    text = f"the disk is full: {cause}. Free some space, then resume the run: it goes on from its last checkpoint"
+    remark = RunEvent(level=EventLevel.ERROR, code="DISK_FULL", message=text)
+    return Handover(state=RunState.PAUSED, message=text, remark=remark)
 
 
 @dataclass(frozen=True, kw_only=True)

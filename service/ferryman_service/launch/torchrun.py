@@ -6,9 +6,7 @@ terminal's Ctrl-C does not reach it. torchrun's agent is our child; the worker, 
 
 from __future__ import annotations
 
-import contextlib
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -18,9 +16,12 @@ from pathlib import Path
 from typing import Final
 
 from ferryman_service.domain.runs import ProcessIdentity
-from ferryman_service.launch.process import is_alive, kill_process
+from ferryman_service.launch.process import is_alive, kill_all_with
 
 _LOG_TAIL_BYTES: Final = 8192
+_KILL_TIMEOUT_S: Final = 5.0
+_STOP_TIMEOUT_S: Final = 45
+"""How long torchrun's agent waits for workers that were told to end; they take at most 30 s."""
 
 
 def torchrun_command(processes_per_node: int = 1) -> tuple[str, ...]:
@@ -57,13 +58,11 @@ class TorchrunLauncher:
 
     def start(self, run_id: str, attempt: int, processes: int) -> None:
         """Start a worker of so many processes; raises OSError if the program cannot be started at all."""
-        data_dir = self._config.data_dir.resolve()
-        task = ("--data-dir", str(data_dir), "--run-id", run_id, "--attempt", str(attempt))
         log_path = self._log_path(run_id, attempt)
         log_path.parent.mkdir(parents=True, exist_ok=True)
         with log_path.open("ab") as log:
             agent = subprocess.Popen(  # noqa: S603
-                [*self._config.command(processes), *task],
+                [*self._config.command(processes), *self._task(run_id, attempt)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -83,16 +82,10 @@ class TorchrunLauncher:
             agent_lives = agent is not None and agent.poll() is None
         return agent_lives or (worker is not None and is_alive(worker))
 
-    def kill(self, run_id: str, attempt: int, worker: ProcessIdentity | None) -> None:
-        """End the attempt's processes at once. Without its worker an agent that is not our child ends by itself."""
-        with self._lock:
-            agent = self._agents.get((run_id, attempt))
-            # As long as nobody has waited for the agent, its pid and its group's id cannot belong to others.
-            if agent is not None and agent.poll() is None:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(agent.pid, signal.SIGKILL)
-        if worker is not None:
-            kill_process(worker)
+    def kill(self, run_id: str, attempt: int) -> bool:
+        """End the attempt's agent and workers at once, also those that another service has started; return whether
+        none is left."""
+        return kill_all_with(self._task(run_id, attempt), _KILL_TIMEOUT_S)
 
     def exit_description(self, run_id: str, attempt: int) -> str:
         """Say how the attempt's agent ended, if it was our child."""
@@ -107,6 +100,11 @@ class TorchrunLauncher:
         """Return the last lines of the attempt's log, at most 8 KiB."""
         return read_log_tail(self._log_path(run_id, attempt))
 
+    def _task(self, run_id: str, attempt: int) -> tuple[str, ...]:
+        """Return the arguments of an attempt, by which its processes are known."""
+        data_dir = str(self._config.data_dir.resolve())
+        return ("--data-dir", data_dir, "--run-id", run_id, "--attempt", str(attempt))
+
 
 def worker_environment(config: LaunchConfig, processes: int) -> dict[str, str]:
     """Return the environment of each of so many processes of a worker."""
@@ -115,6 +113,7 @@ def worker_environment(config: LaunchConfig, processes: int) -> dict[str, str]:
         environment["OMP_NUM_THREADS"] = str(config.threads_per_worker)
     # torchrun would choose one thread for several workers.
     environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
+    environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(_STOP_TIMEOUT_S)
     # OpenMP's threads spin while they wait for each other. Left alone they spin so long that one other busy process
     # makes training 45 times slower; this bound costs nothing on a quiet machine (docs/lab-log.md).
     if "OMP_WAIT_POLICY" not in environment:

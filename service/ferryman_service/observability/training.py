@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -33,6 +33,16 @@ _STEP_GAUGES: Final[Mapping[str, str]] = {
     "target_tokens_per_second": "Target tokens per second of the last step.",
     "padding_share": "Share of padding in the last batch, 0 to 1.",
     "memory_bytes": "The worker's memory.",
+    "model_flops_utilization": "Share of the device's peak that the last step reached, 0 to 1; 0 where it is unknown.",
+}
+_RUN_GAUGES: Final[Mapping[str, tuple[str, Callable[[TrainingRun], float]]]] = {
+    "attempt": ("How often a worker was started.", lambda run: run.attempt),
+    "restarts": ("Workers that died in a row without getting further.", lambda run: run.restarts),
+    "skipped_updates": (
+        "Updates skipped for a gradient that was not finite.",
+        lambda run: run.progress.skipped_updates,
+    ),
+    "paused": ("1 while the run is paused, else 0.", lambda run: run.state is RunState.PAUSED),
 }
 _VALIDATION_GAUGES: Final[Mapping[str, str]] = {
     "loss": "Label-smoothed cross-entropy per target token of the last validation, nats.",
@@ -87,6 +97,8 @@ class RunObserver:
         self._states = Gauge(
             "ferryman_training_runs", "Runs that are not over, by state.", ("state",), registry=registry
         )
+        run_texts = {name: text for name, (text, _) in _RUN_GAUGES.items()}
+        self._run_gauges = _gauges("ferryman_training_run_", run_texts, registry)
         self._step_gauges = _gauges("ferryman_training_run_", _STEP_GAUGES, registry)
         self._validation_gauges = _gauges("ferryman_training_run_validation_", _VALIDATION_GAUGES, registry)
 
@@ -113,8 +125,11 @@ class RunObserver:
         for run_id in (*last_sequences, *self._new_runs()):
             cursors.setdefault(run_id, 0)
         for run_id in list(cursors):
-            if cursors[run_id] != last_sequences.get(run_id):
-                self._follow(run_id)
+            has_news = cursors[run_id] != last_sequences.get(run_id) and self._follow(run_id)
+            if not has_news and run_id not in last_sequences:
+                self._let_go(run_id)  # it was deleted before its end was read
+        for run in unfinished:
+            self._show_run(run)
 
     def _begin(self, unfinished: Sequence[TrainingRun]) -> None:
         self._cursors = {run.run_id: run.last_sequence for run in unfinished}
@@ -122,28 +137,38 @@ class RunObserver:
             if run.progress.last_step is not None:
                 self._show(run.run_id, self._step_gauges, run.progress.last_step)
         newest = self._runs.list_page(_NEWEST_FIRST, None, 1)
-        self._newest = newest[0].run_id if newest else None
+        self._newest = newest[0].place if newest else None
 
     def _new_runs(self) -> Sequence[str]:
         """Return the runs that were created since the last look, as many as one page holds."""
-        runs = [run.run_id for run in self._runs.list_page(_OLDEST_FIRST, self._newest, _READ_LIMIT)]
-        self._newest = runs[-1] if runs else self._newest
-        return runs
+        runs = self._runs.list_page(_OLDEST_FIRST, self._newest, _READ_LIMIT)
+        self._newest = runs[-1].place if runs else self._newest
+        return [run.run_id for run in runs]
 
-    def _follow(self, run_id: str) -> None:
-        """Read a run's news, at most `max_records`; let go of the run when it has ended."""
+    def _follow(self, run_id: str) -> bool:
+        """Read a run's news, at most `max_records`; let go of the run when it has ended. Return whether there were
+        any."""
         assert self._cursors is not None
+        before = self._cursors[run_id]
         for _ in range(-(-self._config.max_records // _READ_LIMIT)):
             records = self._runs.records_after(run_id, self._cursors[run_id], _READ_LIMIT)
             for record in records:
                 self._observe(run_id, record)
                 self._cursors[run_id] = record.sequence
             if records and isinstance(end := records[-1].payload, StateChange) and end.state.is_terminal:
-                del self._cursors[run_id]
-                self._hide(run_id)
-                return
+                self._let_go(run_id)
+                return True
             if len(records) < _READ_LIMIT:
-                return
+                break
+        return self._cursors[run_id] != before
+
+    def _let_go(self, run_id: str) -> None:
+        assert self._cursors is not None
+        del self._cursors[run_id]
+        if run_id in self._shown:
+            self._shown.discard(run_id)
+            for gauge in (*self._run_gauges.values(), *self._step_gauges.values(), *self._validation_gauges.values()):
+                gauge.remove(run_id)
 
     def _observe(self, run_id: str, record: Record) -> None:
         match record.payload:
@@ -163,11 +188,10 @@ class RunObserver:
             for name, gauge in gauges.items():
                 gauge.labels(run_id).set(getattr(metrics, name))
 
-    def _hide(self, run_id: str) -> None:
-        if run_id in self._shown:
-            self._shown.discard(run_id)
-            for gauge in (*self._step_gauges.values(), *self._validation_gauges.values()):
-                gauge.remove(run_id)
+    def _show_run(self, run: TrainingRun) -> None:
+        if run.run_id in self._shown:
+            for name, (_, value_of) in _RUN_GAUGES.items():
+                self._run_gauges[name].labels(run.run_id).set(value_of(run))
 
 
 def _gauges(prefix: str, texts: Mapping[str, str], registry: CollectorRegistry) -> Mapping[str, Gauge]:

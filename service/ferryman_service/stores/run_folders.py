@@ -5,15 +5,19 @@ Training writes `checkpoints/step-NNNNNNNNNN/` whole or not at all; its `positio
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import logging
+import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from ferryman_service.domain.ids import RUN_PREFIX, is_id
 from ferryman_service.domain.runs import CheckpointInfo
-from ferryman_service.stores.folders import remove_folder
 from ferryman_service.stores.layout import DataFolder
 
+_log = logging.getLogger(__name__)
 _PREFIX: Final = "step-"
 _POSITION: Final = "position.json"
 
@@ -26,46 +30,56 @@ class FileRunFolders:
 
     def checkpoints(self, run_id: str) -> Sequence[CheckpointInfo]:
         """Return the complete checkpoints, by rising step; one that is pruned meanwhile is left out."""
-        found = [(path, position) for path in self._paths(run_id) if (position := _read_position(path)) is not None]
-        best_step = found[-1][1]["best_step"] if found else 0
-        return [_describe(path, position, best_step) for path, position in found]
+        found = [found for path in self._paths(run_id) if (found := _read(path)) is not None]
+        best_step = found[-1][1] if found else 0
+        return [dataclasses.replace(info, is_best=info.step == best_step) for info, _ in found]
 
     def last_checkpoint(self, run_id: str) -> Path | None:
         """Return the folder of the newest complete checkpoint."""
         return next(iter(reversed(self._paths(run_id))), None)
 
     def delete(self, run_id: str) -> None:
-        """Remove the run's folder, if there is one."""
-        remove_folder(self._folder.run_dir(run_id))
+        """Remove the run's folder, if there is one; what cannot be removed now is an orphan from here on."""
+        _remove(self._folder.run_dir(run_id))
 
     def delete_orphans(self, run_ids: Iterable[str]) -> None:
         """Remove the folders of all runs but these: what a crash in the middle of a deletion leaves."""
         known = set(run_ids)
         for path in self._folder.runs.iterdir():
-            if path.name not in known:
-                remove_folder(path)
+            if is_id(path.name, RUN_PREFIX) and path.name not in known:
+                _log.info("removing %s: its run was deleted", path)
+                _remove(path)
 
     def _paths(self, run_id: str) -> list[Path]:
+        if not is_id(run_id, RUN_PREFIX):
+            return []  # the lineage of a model from elsewhere may name anything
         return sorted((self._folder.run_dir(run_id) / "checkpoints").glob(f"{_PREFIX}*"))
 
 
-def _read_position(path: Path) -> dict[str, Any] | None:
+def _remove(folder: Path) -> None:
+    # A worker that is just ending may still write into it.
+    shutil.rmtree(folder, ignore_errors=True)
+    if folder.exists():
+        _log.warning("%s could not be removed; the next start of the service tries again", folder)
+
+
+def _read(path: Path) -> tuple[CheckpointInfo, int] | None:
+    """Return what a checkpoint is, and which step was the best when it was written; None if it was pruned just now."""
     try:
         position: dict[str, Any] = json.loads((path / _POSITION).read_bytes())
-    except (OSError, ValueError):
+        size_bytes = sum(file.stat().st_size for file in path.iterdir())
+        create_time_ns = path.stat().st_mtime_ns
+    except FileNotFoundError:
         return None
-    return position
-
-
-def _describe(path: Path, position: dict[str, Any], best_step: int) -> CheckpointInfo:
     scores = position["validated"] or {}
-    return CheckpointInfo(
+    info = CheckpointInfo(
         step=position["step"],
         epoch=position["epoch"],
-        create_time_ns=path.stat().st_mtime_ns,
-        size_bytes=sum(file.stat().st_size for file in path.iterdir()),
-        is_best=position["step"] == best_step,
+        create_time_ns=create_time_ns,
+        size_bytes=size_bytes,
+        is_best=False,
         bleu=scores.get("bleu"),
         chrf=scores.get("chrf"),
         nll_per_token=scores.get("nll_per_token"),
     )
+    return info, position["best_step"]

@@ -15,6 +15,7 @@ from ferryman_service.domain.records import (
     ACTIVE_STATES,
     Payload,
     Record,
+    RunEvent,
     RunState,
     StateChange,
     StepMetrics,
@@ -149,9 +150,18 @@ def add_records(connection: Connection, run_id: str, last_sequence: int, payload
 
 
 def enter_state(
-    connection: Connection, head: Row[Any], state: RunState, message: str = "", changes: Mapping[str, Any] | None = None
+    connection: Connection,
+    head: Row[Any],
+    state: RunState,
+    message: str = "",
+    changes: Mapping[str, Any] | None = None,
+    remark: RunEvent | None = None,
 ) -> None:
-    """Write the state, the other changed columns and the StateChange record. The caller has checked the transition."""
+    """Write the state, the other changed columns, and the remark before the StateChange record. The caller has checked
+    the transition.
+
+    A run keeps the worker that ended it, and forgets one that gave it up.
+    """
     values: dict[str, Any] = {"attempt": head.attempt, **(changes or {})}
     if state in (RunState.QUEUED, RunState.PAUSED):
         values |= worker_to_values(None)
@@ -160,7 +170,8 @@ def enter_state(
     if state.is_terminal or state is RunState.PAUSED:
         values["pause_requested"] = False
     change = StateChange(state=state, attempt=values["attempt"], message=message)
-    last_sequence = add_records(connection, head.run_id, head.last_sequence, [change])
+    payloads: list[Payload] = [change] if remark is None else [remark, change]
+    last_sequence = add_records(connection, head.run_id, head.last_sequence, payloads)
     values |= {"state": state.value, "last_sequence": last_sequence}
     connection.execute(update(tables.runs).where(tables.runs.c.run_id == head.run_id).values(values))
 

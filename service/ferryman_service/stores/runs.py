@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
-from sqlalchemy import Connection, Engine, Row, delete, func, insert, select, tuple_, update
+from sqlalchemy import Connection, Engine, Row, delete, func, insert, literal, select, tuple_, update
 
 from ferryman_service.domain.errors import (
     AttemptFenced,
@@ -19,6 +19,7 @@ from ferryman_service.domain.errors import (
 from ferryman_service.domain.records import Payload, Record, RunState, StateChange, StepMetrics
 from ferryman_service.domain.runs import (
     AppendAck,
+    Handover,
     ProcessIdentity,
     RequestKey,
     RunFailure,
@@ -73,7 +74,7 @@ class SqlRunStore:
             return read_run(connection, run_id)
 
     def list_page(self, wanted: RunFilter, after: str | None, limit: int) -> Sequence[TrainingRun]:
-        """Return the runs that follow `after` in the filter's order, at most `limit`."""
+        """Return the runs that follow the place `after` in the filter's order, at most `limit`."""
         place = (_RUNS.c.create_time_ns, _RUNS.c.run_id)
         query = select(_RUNS)
         if wanted.states:
@@ -81,7 +82,8 @@ class SqlRunStore:
         if wanted.model_name:
             query = query.where(_RUNS.c.model_name == wanted.model_name)
         if after is not None:
-            last = select(*place).where(_RUNS.c.run_id == after).scalar_subquery()
+            time_ns, _, run_id = after.partition("/")
+            last = tuple_(literal(int(time_ns)), literal(run_id))
             query = query.where(tuple_(*place) > last if wanted.oldest_first else tuple_(*place) < last)
         order = [column.asc() if wanted.oldest_first else column.desc() for column in place]
         with reading(self._engine) as connection:
@@ -105,7 +107,8 @@ class SqlRunStore:
             waiting = RunState(head.state) in (RunState.QUEUED, RunState.STARTING)
             if not waiting or head.attempt != previous_attempt or head.worker_pid is not None:
                 return None
-            enter_state(connection, head, RunState.STARTING, changes={"attempt": previous_attempt + 1})
+            changes = {"attempt": previous_attempt + 1, "not_before_ns": 0}
+            enter_state(connection, head, RunState.STARTING, changes=changes)
             return read_run(connection, run_id)
 
     def claim_attempt(self, run_id: str, attempt: int, worker: ProcessIdentity) -> TrainingRun:
@@ -159,13 +162,18 @@ class SqlRunStore:
             enter_state(connection, head, state, message, changes)
             return read_run(connection, run_id)
 
-    def requeue(self, run_id: str, attempt: int, message: str, *, restarts: int, not_before_ns: int) -> TrainingRun:
-        """Let a later attempt go on. Raises AttemptFenced."""
+    def give_up_attempt(self, run_id: str, attempt: int, handover: Handover) -> TrainingRun:
+        """Give the attempt up without an end. Raises AttemptFenced."""
+        assert handover.state in (RunState.QUEUED, RunState.PAUSED), "another attempt can follow"
         with writing(self._engine) as connection:
             head = lock_head(connection, run_id)
             check_attempt(head, attempt)
-            changes = {"restarts": restarts, "not_before_ns": not_before_ns}
-            enter_state(connection, head, RunState.QUEUED, message, changes)
+            if head.cancel_requested:
+                enter_state(connection, head, RunState.CANCELLED, "cancelled by the caller")
+            elif head.pause_requested and handover.state is RunState.QUEUED:
+                enter_state(connection, head, RunState.PAUSED, "paused by the caller")
+            else:
+                _hand_over(connection, head, handover)
             return read_run(connection, run_id)
 
     def request_pause(self, run_id: str) -> TrainingRun:
@@ -277,6 +285,13 @@ def _run_of_key(connection: Connection, key: RequestKey) -> TrainingRun | None:
             request_id=key.request_id,
         )
     return run_from_row(row)
+
+
+def _hand_over(connection: Connection, head: Row[Any], handover: Handover) -> None:
+    changes = {"not_before_ns": handover.not_before_ns}
+    if handover.restarts is not None:
+        changes["restarts"] = handover.restarts
+    enter_state(connection, head, handover.state, handover.message, changes, handover.remark)
 
 
 def _illegal(head: Row[Any], state: RunState) -> IllegalTransition:

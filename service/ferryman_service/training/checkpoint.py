@@ -2,8 +2,8 @@
 
 A checkpoint is a folder of tensors (safetensors, a file for each group: weights, Adam's moments, the moving average),
 the position in training (JSON) and a manifest with the digest of each file. It is written under a name that nobody
-looks for and then renamed. The data order and the dropout masks are functions of (seed, position, rank), so there is no
-generator whose state would have to be kept.
+looks for and then renamed; one that is replaced is put aside until then. The data order and the dropout masks are
+functions of (seed, position, rank), so there is no generator whose state would have to be kept.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 import safetensors.torch
+import torch
 from torch import Tensor
 
 from ferryman_service.training.files import Disk
@@ -25,6 +27,7 @@ from ferryman_service.training.step import TraineeCounters
 
 _PREFIX: Final = "step-"
 _PARTIAL: Final = "partial-"
+_REPLACED: Final = "replaced-"
 _POSITION: Final = "position.json"
 _MANIFEST: Final = "manifest.json"
 _SUFFIX: Final = ".safetensors"
@@ -46,7 +49,8 @@ class Position:
     Updates done; the pass over the pairs (from 1) and updates done in it; the scores of this step, if it was validated;
     the best validation with its step, and how many came after it; the validated steps that averaging may want, with
     their ranks; how many reports of the series were made; seconds spent, and those that a validation takes; returns
-    after a divergence, and skipped updates in a row; whether a limit was reached.
+    after a divergence, and skipped updates in a row; the step of the last checkpoint that was not left by a pause, to
+    which a divergence leads back; the limit that was reached, as (code, message).
     """
 
     step: int = 0
@@ -62,7 +66,8 @@ class Position:
     validation_s: float | None = None
     rollbacks: int = 0
     skipped_in_a_row: int = 0
-    ended: bool = False
+    scheduled_step: int = 0
+    ending: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -80,7 +85,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, disk: Disk) -> Path:
     One of the same step is replaced. On an OSError nothing is left of the new one.
     """
     final = checkpoint_path(folder, checkpoint.position.step)
-    partial = folder / f"{_PARTIAL}{final.name}"
+    partial, replaced = folder / f"{_PARTIAL}{final.name}", folder / f"{_REPLACED}{final.name}"
     disk.remove(partial)
     disk.make_folder(partial)
     try:
@@ -90,23 +95,33 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, disk: Disk) -> Path:
         disk.remove(partial)
         raise
     if final.exists():
-        disk.remove(final)
+        disk.rename(final, replaced)
     disk.rename(partial, final)
     disk.sync(folder)
+    disk.remove(replaced)
     return final
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
     """Return the checkpoint, every file checked; raises CheckpointDamaged."""
-    digests = _read_manifest(path)
+    digests = verify_checkpoint(path)
     groups = [name.removesuffix(_SUFFIX) for name in digests if name.endswith(_SUFFIX)]
-    tensors = {group: safetensors.torch.load(_read(path, group + _SUFFIX, digests)) for group in groups}
-    values = json.loads(_read(path, _POSITION, digests))
+    tensors = {group: safetensors.torch.load_file(path / (group + _SUFFIX)) for group in groups}
+    values = json.loads((path / _POSITION).read_bytes())
     counters = TraineeCounters(**values.pop("counters"))
     for name in ("validated", "best"):
         values[name] = values[name] and ValidationScores(**values[name])
     values["candidates"] = tuple((step, tuple(rank)) for step, rank in values["candidates"])
+    values["ending"] = values["ending"] and tuple(values["ending"])
     return Checkpoint(tensors, counters, Position(**values))
+
+
+def verify_checkpoint(path: Path) -> Mapping[str, str]:
+    """Return the digest of each file, all found as they were written; raises CheckpointDamaged."""
+    digests = _read_manifest(path)
+    for name in digests:
+        _verify(path, name, digests)
+    return digests
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:
@@ -116,7 +131,8 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     """
     digests = _read_manifest(path)
     name = "ema" if f"ema{_SUFFIX}" in digests else "weights"
-    return safetensors.torch.load(_read(path, name + _SUFFIX, digests))
+    _verify(path, name + _SUFFIX, digests)
+    return safetensors.torch.load_file(path / (name + _SUFFIX))
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -129,25 +145,50 @@ def checkpoint_path(folder: Path, step: int) -> Path:
     return folder / f"{_PREFIX}{step:010d}"
 
 
-def remove_partial(folder: Path, disk: Disk) -> None:
-    """Remove what a crash has left of a checkpoint in the making."""
+def checkpoint_step(path: Path) -> int:
+    """Return the step of the checkpoint that lies there."""
+    return int(path.name.removeprefix(_PREFIX))
+
+
+def tidy_up(folder: Path, disk: Disk) -> None:
+    """Remove what a crash has left of a checkpoint in the making, and put one back that was to be replaced."""
     for path in folder.glob(f"{_PARTIAL}*"):
         disk.remove(path)
+    for path in folder.glob(f"{_REPLACED}*"):
+        final = folder / path.name.removeprefix(_REPLACED)
+        if final.exists():
+            disk.remove(path)
+        else:
+            disk.rename(path, final)
 
 
-def to_bytes(tensors: Mapping[str, Tensor]) -> bytes:
-    """Return the tensors in the safetensors format."""
-    return safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+def safetensors_chunks(tensors: Mapping[str, Tensor]) -> list[bytes | memoryview]:
+    """Return the content of a safetensors file (https://github.com/huggingface/safetensors, "Format"), in pieces that
+    are views of FP32 tensors on the CPU: the library's own functions copy everything twice."""
+    header, chunks, end = {}, [], 0
+    for name, tensor in tensors.items():
+        assert tensor.dtype == torch.float32, f"{name} is {tensor.dtype}"
+        values = tensor.detach().cpu().contiguous()
+        begin, end = end, end + 4 * values.numel()
+        header[name] = {"dtype": "F32", "shape": list(values.shape), "data_offsets": [begin, end]}
+        chunks.append(values.numpy().reshape(-1).view(np.uint8).data)
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return [len(text).to_bytes(8, "little"), text, *chunks]
 
 
 def _write_all(folder: Path, checkpoint: Checkpoint, disk: Disk) -> None:
-    files = {group + _SUFFIX: to_bytes(tensors) for group, tensors in checkpoint.tensors.items()}
+    files = {group + _SUFFIX: safetensors_chunks(tensors) for group, tensors in checkpoint.tensors.items()}
     position = dataclasses.asdict(checkpoint.position) | {"counters": dataclasses.asdict(checkpoint.counters)}
-    files[_POSITION] = json.dumps(position).encode()
-    for name, data in files.items():
-        disk.write(folder / name, data)
-    digests = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
-    disk.write(folder / _MANIFEST, json.dumps({"sha256": digests}).encode())
+    files[_POSITION] = [json.dumps(position).encode()]
+    digests = {}
+    for name, chunks in files.items():
+        disk.write(folder / name, chunks)
+        digest = hashlib.sha256()
+        for chunk in chunks:
+            digest.update(chunk)
+        digests[name] = digest.hexdigest()
+    disk.write(folder / _MANIFEST, [json.dumps({"sha256": digests}).encode()])
     disk.sync(folder)
 
 
@@ -160,12 +201,11 @@ def _read_manifest(path: Path) -> dict[str, str]:
     return digests
 
 
-def _read(path: Path, name: str, digests: Mapping[str, str]) -> bytes:
+def _verify(path: Path, name: str, digests: Mapping[str, str]) -> None:
     try:
-        data = (path / name).read_bytes()
-        intact = hashlib.sha256(data).hexdigest() == digests[name]
-    except (OSError, KeyError) as error:
+        with (path / name).open("rb") as file:
+            intact = hashlib.file_digest(file, "sha256").hexdigest() == digests.get(name)
+    except OSError as error:
         raise CheckpointDamaged(f"{path / name} cannot be read: {error}") from error
     if not intact:
         raise CheckpointDamaged(f"{path / name} is not what was written: its digest differs from the manifest's")
-    return data

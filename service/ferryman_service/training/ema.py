@@ -6,44 +6,41 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 class MovingAverage:
-    """average <- average + (1 - d) (weights - average) after each update, in FP32.
+    """average <- average + (1 - d) (weights - average) after each update that was applied, in FP32.
 
     d is the decay, or (1 + n) / (10 + n) after n updates if that is less: the first weights are soon forgotten.
     """
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        self._model = model
+    def __init__(self, weights: Tensor, decay: float) -> None:
+        self._weights = weights
         self._decay = decay
-        self.tensors = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        self.average = weights.clone()
 
     @torch.no_grad()
-    def update(self, updates_done: int) -> None:
-        """Follow the weights, after so many updates."""
-        decay = min(self._decay, (1 + updates_done) / (10 + updates_done))
-        weights = [parameter.detach() for parameter in self._model.parameters()]
-        torch._foreach_lerp_(list(self.tensors.values()), weights, 1.0 - decay)
+    def update(self, updates_applied: Tensor, not_finite: Tensor) -> None:
+        """Follow the weights, after so many updates; if `not_finite` is 1, the last one was not applied.
+
+        Both are on the device, and so is the decision.
+        """
+        decay = ((1 + updates_applied) / (10 + updates_applied)).clamp(max=self._decay)
+        self.average.lerp_(self._weights, ((1 - decay) * (1 - not_finite)).to(self.average.dtype))
+
+    @torch.no_grad()
+    def begin_again(self) -> None:
+        """Take the weights as they are now."""
+        self.average.copy_(self._weights)
 
     @contextmanager
     @torch.no_grad()
     def in_place_of_weights(self) -> Iterator[None]:
         """Let the model hold the average for a while; then it holds its weights again, to the last bit."""
-        kept = {name: parameter.detach().clone() for name, parameter in self._model.named_parameters()}
-        self._copy(self.tensors)
+        kept = self._weights.clone()
+        self._weights.copy_(self.average)
         try:
             yield
         finally:
-            self._copy(kept)
-
-    @torch.no_grad()
-    def load(self, tensors: dict[str, Tensor]) -> None:
-        """Take the average back."""
-        for name, tensor in self.tensors.items():
-            tensor.copy_(tensors[name])
-
-    def _copy(self, tensors: dict[str, Tensor]) -> None:
-        for name, parameter in self._model.named_parameters():
-            parameter.copy_(tensors[name])
+            self._weights.copy_(kept)

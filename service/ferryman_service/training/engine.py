@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Final
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ferryman_service.domain.models import ModelScores
@@ -19,18 +20,20 @@ from ferryman_service.domain.training import TrainedModel, TrainingJob
 from ferryman_service.model.config import TransformerConfig
 from ferryman_service.model.transformer import Transformer
 from ferryman_service.text.subwords import Subwords
+from ferryman_service.training.budget import TimeBudget
 from ferryman_service.training.checkpoint import (
     CheckpointDamaged,
     Position,
     checkpoint_path,
+    checkpoint_step,
     list_checkpoints,
     load_checkpoint,
-    remove_partial,
+    tidy_up,
 )
 from ferryman_service.training.data import ValidationPairs, tokenise_validation_pairs
 from ferryman_service.training.files import Disk, RunFiles, disk_full_is_told
 from ferryman_service.training.finish import choose_weights
-from ferryman_service.training.loop import LoopParts, TimeBudget, TrainingLoop
+from ferryman_service.training.loop import LoopParts, TrainingLoop
 from ferryman_service.training.pairs import TokenPairs
 from ferryman_service.training.prepared import open_prepared, prepare_corpus, prepared_folder
 from ferryman_service.training.ranks import Ranks, Verdict, join_ranks
@@ -41,6 +44,7 @@ from ferryman_service.training.step import Trainee, new_trainee
 from ferryman_service.training.validate import Validator
 
 _CHECK_SENTENCES: Final = 64
+_BEGINNING: Final = -1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,13 +108,7 @@ class _Run:
 
     def train(self) -> TrainedModel:
         cores = os.cpu_count() or 1
-        checkpoint = None
-        if self._ranks.is_first:
-            with self._ranks.others_follow():
-                checkpoint = self._find_checkpoint()
-                self._prepare(resumes=checkpoint is not None, threads=cores)
-        step = int(self._ranks.share([-1.0 if checkpoint is None else float(_step_of(checkpoint))])[0])
-        self._ranks.agree(Verdict.GO_ON)  # the others have waited here for the files
+        step = int(self._ranks.ask_first(lambda: self._begin(threads=cores)))  # the others wait here for the files
         prepared = open_prepared(prepared_folder(self._job))
         assert prepared is not None, "the first process has made it"
         subwords = Subwords.load(prepared.subwords)
@@ -118,8 +116,7 @@ class _Run:
         validation = tokenise_validation_pairs(self._job.corpus, subwords, self._recipe.data, threads=cores)
         model = self._new_model(subwords.size)
         validator = Validator(validation, subwords, self._recipe, self._ranks.device, self._series.check)
-        trainee = new_trainee(model.train(), self._recipe, self._ranks)
-        position = self._start(trainee) if step < 0 else self._go_back_to(step, trainee)
+        trainee, position = self._start(model) if step == _BEGINNING else self._go_back_to(step, model)
         if self._ranks.is_first:
             self._report_start(model, prepared.pairs(), validation, position)
         position = self._loop(trainee, pairs, validator, position)
@@ -133,11 +130,23 @@ class _Run:
             check_sentences=validation.sources[:_CHECK_SENTENCES],
         )
 
+    def _begin(self, threads: int) -> int:
+        """Find out where to go on, and make what all ranks need; return the step of the checkpoint, or _BEGINNING."""
+        checkpoint = self._find_checkpoint()
+        # Subwords are learnt and the training pairs tokenised once for all ranks and all runs that want them so.
+        prepared = prepare_corpus(self._job, self._series, threads=threads)
+        if checkpoint is not None:
+            return checkpoint_step(checkpoint)
+        self._series.resume(0)
+        for remark in prepared.remarks:
+            self._series.event(*remark, repeats=True)
+        return _BEGINNING
+
     def _find_checkpoint(self) -> Path | None:
         """Return the newest intact checkpoint; remove what a crash has left, and what is damaged."""
         folder = self._files.checkpoints
         folder.mkdir(exist_ok=True)
-        remove_partial(folder, self._disk)
+        tidy_up(folder, self._disk)
         path, damages = newest_usable(folder)
         for damage in damages:
             where = "the one before it" if path is not None else "the beginning"
@@ -147,30 +156,25 @@ class _Run:
                 self._disk.remove(newer)
         return path
 
-    def _prepare(self, *, resumes: bool, threads: int) -> None:
-        """Learn subwords and tokenise the training pairs, once for all ranks and all runs that want them so."""
-        prepared = prepare_corpus(self._job, self._series, threads=threads)
-        if not resumes:
-            self._series.resume(0)
-            for remark in prepared.remarks:
-                self._series.event(*remark, repeats=True)
-
-    def _start(self, trainee: Trainee) -> Position:
+    def _start(self, model: Transformer) -> tuple[Trainee, Position]:
         """Begin at step 0: with random weights, or with those of a published model."""
         initial = self._job.initial
-        if initial is not None:
-            try:
-                trainee.model.load_state_dict(load_file(initial.weights))
-                if initial.checkpoint is not None:
-                    checkpoint = load_checkpoint(initial.checkpoint)
-                    trainee.load_moments(checkpoint.tensors, checkpoint.counters.updates_applied)
-            except (CheckpointDamaged, OSError, RuntimeError, KeyError) as error:
-                text = f"the model to start from does not fit the recipe, or its files are damaged: {error}"
-                raise TrainingFailed(FailureReason.INITIAL_MODEL_UNUSABLE, text) from error
-        return Position()
+        if initial is None:
+            return new_trainee(model, self._recipe, self._ranks), Position()
+        try:
+            model.load_state_dict(load_file(initial.weights))
+            trainee = new_trainee(model, self._recipe, self._ranks)
+            if initial.checkpoint is not None:
+                checkpoint = load_checkpoint(initial.checkpoint)
+                trainee.load_moments(checkpoint.tensors, checkpoint.counters.updates_applied)
+        except (CheckpointDamaged, OSError, SafetensorError, RuntimeError, KeyError) as error:
+            text = f"the model to start from does not fit the recipe, or its files are damaged: {error}"
+            raise TrainingFailed(FailureReason.INITIAL_MODEL_UNUSABLE, text) from error
+        return trainee, Position()
 
-    def _go_back_to(self, step: int, trainee: Trainee) -> Position:
+    def _go_back_to(self, step: int, model: Transformer) -> tuple[Trainee, Position]:
         checkpoint = load_checkpoint(checkpoint_path(self._files.checkpoints, step))
+        trainee = new_trainee(model, self._recipe, self._ranks)
         trainee.load(checkpoint.tensors, checkpoint.counters)
         position = checkpoint.position
         self._budget.resume(position.elapsed_s, position.validation_s)
@@ -178,11 +182,12 @@ class _Run:
         again = max(0, self._job.reported_step - step)
         text = f"going on from the checkpoint of step {step}; {again} steps that were reported are done again"
         self._series.event(EventLevel.INFO, "RESUMED", text)
-        return position
+        return trainee, position
 
     def _new_model(self, vocabulary_size: int) -> Transformer:
         torch.manual_seed(self._recipe.seed)  # the same initial weights on all ranks
-        return Transformer(TransformerConfig.from_recipe(self._recipe, vocabulary_size)).to(self._ranks.device)
+        model = Transformer(TransformerConfig.from_recipe(self._recipe, vocabulary_size))
+        return model.to(self._ranks.device).train()
 
     def _report_start(
         self, model: Transformer, pairs: TokenPairs, validation: ValidationPairs, position: Position
@@ -220,7 +225,7 @@ class _Run:
         if self._ranks.is_first:
             with self._ranks.others_follow():
                 recipe = self._recipe.validation
-                chosen = choose_weights(model, validator, position, recipe, self._files, self._series)
+                chosen = choose_weights(model, validator, position, recipe, self._files, self._series, self._disk)
         self._ranks.agree(Verdict.FINISH)
         return self._share_scores(chosen)
 
@@ -237,7 +242,3 @@ class _Run:
 def count_parameters(model: Transformer) -> int:
     """Return how many numbers are trained."""
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-def _step_of(path: Path) -> int:
-    return int(path.name.rpartition("-")[2])

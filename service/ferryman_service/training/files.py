@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,10 +38,11 @@ class RunFiles:
 class Disk:
     """The changes that training makes to the disk, one by one, so that a test can let each of them fail."""
 
-    def write(self, path: Path, data: bytes) -> None:
+    def write(self, path: Path, chunks: Iterable[bytes | memoryview]) -> None:
         """Write a file and wait until the disk has it."""
         with path.open("wb") as file:
-            file.write(data)
+            for chunk in chunks:
+                file.write(chunk)
             file.flush()
             os.fsync(file.fileno())
 

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from ferryman_service.domain.models import ModelScores
 from ferryman_service.domain.recipe import Averaging, ValidationRecipe
 from ferryman_service.domain.records import EventLevel
 from ferryman_service.model.transformer import Transformer
 from ferryman_service.training.average import average_checkpoints
-from ferryman_service.training.checkpoint import Position, checkpoint_path, load_weights, to_bytes
+from ferryman_service.training.checkpoint import (
+    CheckpointDamaged,
+    Position,
+    checkpoint_path,
+    load_weights,
+    safetensors_chunks,
+    verify_checkpoint,
+)
 from ferryman_service.training.files import Disk, RunFiles
 from ferryman_service.training.reporting import Reporter
 from ferryman_service.training.scores import ValidationScores
@@ -21,12 +30,17 @@ def choose_weights(
     recipe: ValidationRecipe,
     files: RunFiles,
     reporter: Reporter,
+    disk: Disk,
 ) -> ModelScores:
-    """Write the weights that training ends with into the run's folder, put them into the model, return their scores."""
-    assert position.best is not None, "the loop validates before it ends"
-    scores, step, weights = position.best, position.best_step, "best"
+    """Write the weights that training ends with into the run's folder, put them into the model, return their scores.
+
+    Nothing else is changed, so it can be done again. A damaged checkpoint is left out, and an event tells of it.
+    """
+    best, scores, step = _best(position, files.checkpoints, reporter)
+    weights = "best"
     remark = f"the checkpoint of step {step} ({_describe(scores)})"
-    several = [checkpoint_path(files.checkpoints, candidate) for candidate, _ in position.candidates]
+    wanted = [checkpoint_path(files.checkpoints, candidate) for candidate, _ in position.candidates]
+    several = [path for path in wanted if _is_intact(path, reporter)]
     if len(several) > 1 and recipe.averaging is not Averaging.NONE:
         model.load_state_dict(average_checkpoints(several))
         average = validator.score(model)
@@ -36,12 +50,32 @@ def choose_weights(
             remark, other = other, remark
         remark = f"{remark}, not {other}"
     if weights == "best":
-        model.load_state_dict(load_weights(checkpoint_path(files.checkpoints, step)))
-    Disk().write(files.weights, to_bytes(model.state_dict()))
+        model.load_state_dict(load_weights(best))
+    disk.write(files.weights, safetensors_chunks(model.state_dict()))
     reporter.event(EventLevel.INFO, "WEIGHTS_CHOSEN", remark, repeats=True)
     return ModelScores(
         bleu=scores.bleu, chrf=scores.chrf, nll_per_token=scores.nll_per_token, weights=weights, step=step
     )
+
+
+def _best(position: Position, checkpoints: Path, reporter: Reporter) -> tuple[Path, ValidationScores, int]:
+    """Return the best checkpoint, its scores and its step; if it is damaged, the last one, which was just written or
+    read."""
+    assert position.best is not None, "the loop validates before it ends"
+    assert position.validated is not None, "the loop validates before it ends"
+    path = checkpoint_path(checkpoints, position.best_step)
+    if _is_intact(path, reporter):
+        return path, position.best, position.best_step
+    return checkpoint_path(checkpoints, position.step), position.validated, position.step
+
+
+def _is_intact(path: Path, reporter: Reporter) -> bool:
+    try:
+        verify_checkpoint(path)
+    except CheckpointDamaged as error:
+        reporter.event(EventLevel.WARNING, "CHECKPOINT_DAMAGED", f"{error}; its weights are left out")
+        return False
+    return True
 
 
 def _describe(scores: ValidationScores) -> str:

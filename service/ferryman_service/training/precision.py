@@ -26,34 +26,29 @@ def autocast(precision: Precision, device: torch.device) -> AbstractContextManag
 class LossScale:
     """Keeps the gradients of FP16 within its range; for the other precisions the scale is 1 for ever.
 
-    The scale doubles after 2,000 finite gradients in a row and halves with each that is not. It lives on the device, so
-    that nobody waits for it.
+    The scale, `value`, doubles after 2,000 finite gradients in a row and halves with each that is not. It lives on the
+    device, so that nobody waits for it.
     """
 
     def __init__(self, precision: Precision, device: torch.device) -> None:
         self._adapts = precision is Precision.FP16
-        self._scale = torch.tensor(_FIRST_SCALE if self._adapts else 1.0, device=device)
+        self.value = torch.tensor(_FIRST_SCALE if self._adapts else 1.0, device=device)
         self._good_steps = torch.tensor(0, dtype=torch.int32, device=device)
 
     def apply(self, loss: Tensor) -> Tensor:
         """Return the loss whose gradient is computed."""
-        return loss * self._scale if self._adapts else loss
-
-    def remove(self, gradients: list[Tensor]) -> None:
-        """Divide the gradients by the scale, in place."""
-        if self._adapts:
-            torch._foreach_mul_(gradients, self._scale.reciprocal())
+        return loss * self.value if self._adapts else loss
 
     def update(self, not_finite: Tensor) -> None:
         """Adapt to whether the gradient was finite: 0 or 1, on the device."""
         if self._adapts:
-            torch._amp_update_scale_(self._scale, self._good_steps, not_finite, _GROWTH, _BACKOFF, _GROWTH_INTERVAL)
+            torch._amp_update_scale_(self.value, self._good_steps, not_finite, _GROWTH, _BACKOFF, _GROWTH_INTERVAL)
 
     def state(self) -> tuple[float, int]:
         """Return scale and finite gradients since it last changed."""
-        return float(self._scale), int(self._good_steps)
+        return float(self.value), int(self._good_steps)
 
     def load(self, scale: float, good_steps: int) -> None:
         """Take the state back."""
-        self._scale.fill_(scale)
+        self.value.fill_(scale)
         self._good_steps.fill_(good_steps)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import datetime
 import enum
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 import torch.distributed as dist
@@ -18,6 +20,9 @@ import torch.distributed.nn
 from torch import Tensor
 
 from ferryman_service.domain.training import RunCancelled
+
+# The others wait while rank 0 prepares a corpus or validates. If a process dies, torchrun ends the group at once.
+_PATIENCE: Final = datetime.timedelta(days=1)
 
 
 class Verdict(enum.IntEnum):
@@ -58,6 +63,20 @@ class Ranks:
                 self.agree(Verdict.ABANDON)
             raise
 
+    def ask_first(self, question: Callable[[], float]) -> float:
+        """Return rank 0's answer, which it alone works out while the others wait; raises what `agree` does."""
+        answer = 0.0
+        if self.is_first:
+            with self.others_follow():
+                answer = float(question())
+        self.agree(Verdict.GO_ON)
+        return self.share([answer])[0]
+
+    def meet(self) -> None:
+        """Wait until all ranks have come here."""
+        if self.world_size > 1:
+            dist.all_reduce(torch.zeros(1, device=self.device))
+
     def share(self, numbers: list[float]) -> list[float]:
         """Return the numbers of rank 0; all ranks must give as many."""
         if self.world_size == 1:
@@ -67,15 +86,12 @@ class Ranks:
         values: list[float] = shared.tolist()
         return values
 
-    def sum_gradients(self, parameters: Iterable[Tensor], *also: Tensor) -> None:
-        """Replace every gradient, and each further tensor, by its sum over the ranks, in one exchange."""
+    def sum(self, *tensors: Tensor) -> None:
+        """Replace each tensor by its sum over the ranks."""
         if self.world_size == 1:
             return
-        tensors = [_gradient(parameter) for parameter in parameters] + list(also)
-        flat = torch.cat([tensor.flatten() for tensor in tensors])
-        dist.all_reduce(flat)
-        for tensor, summed in zip(tensors, torch.split(flat, [tensor.numel() for tensor in tensors]), strict=True):
-            tensor.copy_(summed.view_as(tensor))
+        for exchange in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
+            exchange.wait()
 
 
 @contextmanager
@@ -88,14 +104,8 @@ def join_ranks(device: torch.device) -> Iterator[Ranks]:
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_PATIENCE)
     try:
         yield Ranks(rank=rank, world_size=world_size, device=device)
     finally:
         dist.destroy_process_group()
-
-
-def _gradient(parameter: Tensor) -> Tensor:
-    if parameter.grad is None:  # this rank had no batch
-        parameter.grad = torch.zeros_like(parameter)
-    return parameter.grad

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Final
 
 from ferryman_service.domain.recipe import Averaging, ValidationRecipe
-from ferryman_service.training.checkpoint import Candidate, Position, checkpoint_path, list_checkpoints
+from ferryman_service.training.checkpoint import Candidate, Position, checkpoint_path, checkpoint_step, list_checkpoints
 from ferryman_service.training.files import Disk
 
 _NEWEST_KEPT: Final = 2
@@ -24,10 +24,12 @@ def with_candidate(
 
 
 def prune_checkpoints(folder: Path, position: Position, disk: Disk) -> None:
-    """Remove all checkpoints but the averaging's, the best, and the newest two, the older of which a damaged newest one
-    falls back to."""
-    wanted = {step for step, _ in position.candidates} | {position.best_step}
-    keep = {checkpoint_path(folder, step) for step in wanted}
-    for path in list_checkpoints(folder)[:-_NEWEST_KEPT]:
+    """Remove all checkpoints but the averaging's, the best, the one that a divergence leads back to, and the newest
+    two, the older of which a damaged newest one falls back to. What is newer than the position is of no use any
+    more."""
+    wanted = {step for step, _ in position.candidates} | {position.best_step, position.scheduled_step}
+    old = [path for path in list_checkpoints(folder) if checkpoint_step(path) <= position.step]
+    keep = {checkpoint_path(folder, step) for step in wanted} | set(old[-_NEWEST_KEPT:])
+    for path in list_checkpoints(folder):
         if path not in keep:
             disk.remove(path)

@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Final
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.optim import AdamW
+from torch import Tensor
 
 from ferryman_service.domain.recipe import Precision, Recipe
 from ferryman_service.domain.runs import FailureReason, TrainingFailed
@@ -23,10 +21,9 @@ from ferryman_service.model.transformer import Transformer
 from ferryman_service.training.batches import Batch
 from ferryman_service.training.ema import MovingAverage
 from ferryman_service.training.loss import r_drop_loss, smoothed_cross_entropy
+from ferryman_service.training.optimizer import FlatAdam
 from ferryman_service.training.precision import DTYPES, LossScale, autocast
 from ferryman_service.training.ranks import Ranks
-
-MOMENTS: Final = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +89,7 @@ class PendingOutcome:
 class Trainee:
     """What is trained: a model, its optimizer, and what an update needs. Make one with `new_trainee`."""
 
-    def __init__(self, model: Transformer, recipe: Recipe, ranks: Ranks, optimizer: AdamW) -> None:
+    def __init__(self, model: Transformer, recipe: Recipe, ranks: Ranks, optimizer: FlatAdam) -> None:
         self.model = model
         self.ranks = ranks
         self._seed = recipe.seed
@@ -100,7 +97,7 @@ class Trainee:
         self._schedule = recipe.schedule
         self._optimizer = optimizer
         self._scale = LossScale(self._recipe.precision, ranks.device)
-        self._average = MovingAverage(model, self._recipe.ema_decay) if self._recipe.ema_decay else None
+        self._average = MovingAverage(optimizer.weights, self._recipe.ema_decay) if self._recipe.ema_decay else None
         self._rate_scale = 1.0
         self._updates_done = 0
 
@@ -112,42 +109,39 @@ class Trainee:
         Raises TrainingFailed (OUT_OF_MEMORY).
         """
         sums, split = self._gradients(micro_batches, target_tokens)
-        self.ranks.sum_gradients(self.model.parameters(), sums)
-        gradients = [gradient for p in self.model.parameters() if (gradient := p.grad) is not None]
-        self._scale.remove(gradients)
-        norm = clip_gradient(self.model, self._recipe.clip_norm)
-        not_finite = torch.isfinite(norm).logical_not().to(torch.float32)
-        self._scale.update(not_finite)
+        self.ranks.sum(self._optimizer.gradient, sums)
         rate = self._rate_scale * learning_rate(self._schedule, self._updates_done + 1)
-        self._optimizer.found_inf = not_finite  # type: ignore[attr-defined]
-        for group in self._optimizer.param_groups:
-            group["lr"] = rate
-        self._optimizer.step()
+        norm, not_finite = self._optimizer.step(rate, self._scale.value)
+        self._scale.update(not_finite)
         self._updates_done += 1
         if self._average is not None:
-            self._average.update(self._updates_done)
+            self._average.update(self._optimizer.updates_applied, not_finite)
         return PendingOutcome(torch.cat((sums, norm.to(sums.dtype).view(1))), rate, split=split)
 
     def scale_rate(self, factor: float) -> None:
         """Multiply the learning rate from now on."""
         self._rate_scale *= factor
 
+    def start_from(self, weights: Mapping[str, Tensor]) -> None:
+        """Begin with these weights instead of random ones; raises RuntimeError if they are another model's."""
+        self.model.load_state_dict(dict(weights))
+        if self._average is not None:
+            self._average.begin_again()
+
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """Return, by group and parameter name, all tensors that the next updates depend on; not copies."""
-        groups: dict[str, dict[str, Tensor]] = {"weights": dict(self.model.named_parameters())}
-        for moment in MOMENTS:
-            groups[moment] = {name: self._moments(p)[moment] for name, p in self.model.named_parameters()}
+        layout = self._optimizer.layout
+        groups = {"weights": layout.views(self._optimizer.weights), **dict(self._optimizer.moments())}
         if self._average is not None:
-            groups["ema"] = self._average.tensors
-        return {group: {name: tensor.detach() for name, tensor in tensors.items()} for group, tensors in groups.items()}
+            groups["ema"] = layout.views(self._average.average)
+        return groups
 
     def counters(self) -> TraineeCounters:
         """Return what the next updates depend on beside tensors."""
         scale, good_steps = self._scale.state()
-        applied = self._moments(next(self.model.parameters()))["step"]
         return TraineeCounters(
             updates_done=self._updates_done,
-            updates_applied=int(applied),
+            updates_applied=int(self._optimizer.updates_applied),
             rate_scale=self._rate_scale,
             loss_scale=scale,
             loss_scale_good_steps=good_steps,
@@ -155,39 +149,23 @@ class Trainee:
 
     def load(self, tensors: Mapping[str, Mapping[str, Tensor]], counters: TraineeCounters) -> None:
         """Take back what `tensors` and `counters` returned."""
-        self.model.load_state_dict(dict(tensors["weights"]))
         self.load_moments(tensors, counters.updates_applied)
-        if self._average is not None:
-            self._average.load(dict(tensors["ema"]))
+        for group in self.tensors().keys() & {"weights", "ema"}:
+            for name, tensor in self.tensors()[group].items():
+                tensor.copy_(tensors[group][name])
         self._scale.load(counters.loss_scale, counters.loss_scale_good_steps)
         self._rate_scale = counters.rate_scale
         self._updates_done = counters.updates_done
 
     def load_moments(self, tensors: Mapping[str, Mapping[str, Tensor]], updates_applied: int) -> None:
         """Take Adam's moments, and the updates that they come from."""
-        for name, parameter in self.model.named_parameters():
-            state = self._moments(parameter)
-            state["step"].fill_(updates_applied)
-            for moment in MOMENTS:
-                state[moment].copy_(tensors[moment][name])
+        self._optimizer.load_moments(tensors, updates_applied)
 
     @contextmanager
     def published(self) -> Iterator[None]:
         """Let the model hold the weights that are validated and published, for a while."""
-        if self._average is None:
+        with nullcontext() if self._average is None else self._average.in_place_of_weights():
             yield
-            return
-        with self._average.in_place_of_weights():
-            yield
-
-    def _moments(self, parameter: nn.Parameter) -> dict[str, Any]:
-        """Return Adam's state of a parameter; before the first update it is made as Adam makes it."""
-        state: dict[str, Any] = self._optimizer.state[parameter]
-        if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-            for moment in MOMENTS:
-                state[moment] = torch.zeros_like(parameter)
-        return state
 
     def _gradients(self, micro_batches: Sequence[Batch], target_tokens: int) -> tuple[Tensor, bool]:
         """Return the sums of loss and negative log-likelihood over this rank's share, divided by all target tokens, and
@@ -208,7 +186,7 @@ class Trainee:
             raise TrainingFailed(FailureReason.OUT_OF_MEMORY, text) from error
 
     def _accumulate(self, micro_batches: Iterable[Batch], target_tokens: int) -> Tensor:
-        self._optimizer.zero_grad()
+        self._optimizer.zero_gradient()
         sums = torch.zeros(2, dtype=self.model.embedding.weight.dtype, device=self.ranks.device)
         for number, batch in enumerate(micro_batches):
             seed_dropout(self._seed, self._updates_done + 1, number, self.ranks.rank)
@@ -236,20 +214,11 @@ class Trainee:
 
 
 def new_trainee(model: Transformer, recipe: Recipe, ranks: Ranks) -> Trainee:
-    """Return the model with an optimizer that has done nothing yet. Biases and norms are not decayed."""
-    optimization = recipe.optimization
-    parameters = list(model.parameters())
-    optimizer = AdamW(
-        [
-            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": optimization.weight_decay},
-            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-        ],
-        lr=learning_rate(recipe.schedule, 1),
-        betas=(optimization.adam_beta1, optimization.adam_beta2),
-        eps=optimization.adam_epsilon,
-        fused=True,
-    )
-    return Trainee(model, recipe, ranks, optimizer)
+    """Return the model with an optimizer that has done nothing yet.
+
+    The model is on the ranks' device and stays there: its parameters now lie in one tensor.
+    """
+    return Trainee(model, recipe, ranks, FlatAdam(model, recipe.optimization))
 
 
 def batch_losses(
@@ -258,15 +227,6 @@ def batch_losses(
     """Return the sums over the batch's target tokens of smoothed loss and negative log-likelihood."""
     hidden_ND = _label_hidden(model, batch)
     return smoothed_cross_entropy(hidden_ND, model.embedding.weight, batch.labels_N, label_smoothing, DTYPES[precision])
-
-
-def clip_gradient(model: nn.Module, max_norm: float) -> Tensor:
-    """Scale the gradient so that its global L2 norm is at most `max_norm` (0: leave it); return the norm before."""
-    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    norm = nn.utils.get_total_norm(gradients)
-    if max_norm > 0:
-        nn.utils.clip_grads_with_norm_(model.parameters(), max_norm, norm)
-    return norm
 
 
 def seed_dropout(seed: int, step: int, micro_batch: int, rank: int) -> None:

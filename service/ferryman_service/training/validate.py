@@ -5,7 +5,6 @@ Shape suffixes: B sentences of a batch.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Final
 
@@ -20,8 +19,9 @@ from ferryman_service.model.session import TorchDecoder
 from ferryman_service.model.transformer import Transformer
 from ferryman_service.search.beam import BeamOptions, search
 from ferryman_service.text.subwords import Subwords
-from ferryman_service.training.batches import cut_batches, make_batch, sort_by_length
+from ferryman_service.training.batches import make_batch
 from ferryman_service.training.data import ValidationPairs
+from ferryman_service.training.packing import batches_by_length
 from ferryman_service.training.scores import ValidationScores
 from ferryman_service.training.step import batch_losses
 
@@ -69,10 +69,8 @@ class Validator:
     def _losses(self, model: Transformer) -> tuple[float, float]:
         tokens = self._pairs.tokens
         lengths = tokens.source.lengths_P, tokens.target.lengths_P
-        by_length = sort_by_length(np.arange(len(tokens)), *lengths, _LOSS_BATCH_TARGET_TOKENS)
-        limits = (_LOSS_BATCH_TARGET_TOKENS, math.inf)
         loss_sum = nll_sum = 0.0
-        for index_B in cut_batches(by_length, *lengths, limits):
+        for index_B in batches_by_length(*lengths, _LOSS_BATCH_TARGET_TOKENS):
             self._check()
             batch = make_batch(tokens, index_B).to(self._device)
             loss, nll = batch_losses(model, batch, self._recipe.optimization.label_smoothing)

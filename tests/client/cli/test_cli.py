@@ -123,6 +123,38 @@ def test_runs_list_show_cancel(run, fake, client, corpus):
     assert (refused.exit_code, refused.stdout) == (2, "")
 
 
+def test_runs_pause_resume_checkpoints_delete(run, fake, client, corpus):
+    fake.hold_after = 8
+    held = client.start_training(corpus.corpus_id, "m").run_id
+    assert run("runs", "delete", held).exit_code == 2
+    assert run("runs", "pause", held).stdout == "paused\n"
+    assert "state:         paused\n" in run("runs", "show", held).stdout
+    assert run("runs", "list", "--state", "paused").stdout.startswith(held)
+    assert run("runs", "resume", held).stdout == "queued\n"
+    fake.release(held)
+    step, epoch, bleu, best, size, written = run("runs", "checkpoints", held).stdout.rstrip("\n").split("\t")
+    assert (step, epoch, bleu, best, size) == ("4", "1", "31.5", "best", "12.0 MB")
+    assert written.endswith("+00:00")
+    refused = run("runs", "pause", held)
+    assert (refused.exit_code, refused.stdout) == (2, "")
+    assert run("runs", "delete", held).stdout == "deleted\n"
+    assert run("runs", "show", held).exit_code == 2
+
+
+def test_fine_tuning(run, fake, client, corpus):
+    client.start_training(corpus.corpus_id, "base")
+    started = run(
+        "train", corpus.corpus_id, "m", "--initial-model", "base", "--keep-optimizer", "--processes", "2"
+    ).stdout.strip()
+    tuned = client.get_training_run(started)
+    assert (tuned.initial_model, tuned.processes) == ("base/1", 2)
+    shown = run("runs", "show", started).stdout
+    assert "starts from:   base/1\n" in shown
+    assert "processes:     2\n" in shown
+    missing = run("train", corpus.corpus_id, "m", "--initial-model", "nobody")
+    assert (missing.exit_code, missing.stderr) == (2, "Error: no model 'nobody'\n")
+
+
 def test_models_list_show(run, fake):
     version = fake.add_model("en-de")
     assert run("models", "list").stdout.startswith("en-de/1\ten-de\t31.5\t1,000,000\t")

@@ -37,6 +37,33 @@ def test_the_nearest_limit_counts():
     assert view.remaining_s(StopRecipe()) is None
 
 
+def changed(view: RunView, state: RunState, at_s: float) -> RunView:
+    change = StateChange(state=state, attempt=1)
+    return view.after(MetricRecord(sequence=1, time=START + timedelta(seconds=at_s), payload=change))
+
+
+@pytest.mark.parametrize("how", [[RunState.PAUSED, RunState.QUEUED], [RunState.QUEUED]])
+def test_a_rest_and_a_restart_take_no_time_of_the_run(how):
+    view = view_after(5)
+    for seconds, state in enumerate(how, start=50):
+        view = changed(view, state, at_s=seconds)
+        assert view.fraction(StopRecipe(max_steps=8)) == 0.25
+        assert numbers(view, StopRecipe(max_steps=8)).startswith(f"{state}  step 2/8")
+    assert view.elapsed_s() == 30
+    view = changed(changed(view, RunState.STARTING, at_s=1000), RunState.RUNNING, at_s=1010)
+    assert view.elapsed_s() == 30
+    view = changed(view, RunState.EXPORTING, at_s=1020)
+    assert view.elapsed_s() == 40
+
+
+def test_a_resting_run_says_how_it_goes_on(fake, client, corpus):
+    fake.script = [*SCRIPT[:5], StateChange(state=RunState.PAUSED, attempt=1, message="the disk is full"), *SCRIPT[5:]]
+    run = client.start_training(corpus.corpus_id, "m")
+    out = io.StringIO()
+    follow(client, run.run_id, Console(file=out))
+    assert f"paused: the disk is full\nto let it go on: ferryman runs resume {run.run_id}\n" in out.getvalue()
+
+
 def test_before_the_first_step_there_is_a_state_and_no_eta():
     assert numbers(view_after(2), StopRecipe(max_steps=4)) == "starting"
     assert view_after(3).remaining_s(StopRecipe(max_time_seconds=10.0)) is None

@@ -1,24 +1,32 @@
 """What a worker does with its attempt, over the real stores; only the training itself is played."""
 
+import dataclasses
 import errno
 
 import pytest
 
-from ferryman_service.application.execution import WorkerPorts, execute_attempt
+from ferryman_service.application.execution import (
+    WorkerPorts,
+    execute_attempt,
+    follow_attempt,
+    initial_weights,
+    leave_attempt,
+)
 from ferryman_service.application.ports import TrainedModel
 from ferryman_service.application.reporting import ReporterConfig
-from ferryman_service.bundle.manifest import Architecture, ManifestHeader, seal
+from ferryman_service.bundle.manifest import CONTENT_FILES, WEIGHTS_FILE, Architecture, ManifestHeader, seal
 from ferryman_service.domain.corpora import CorpusHeader, SentencePair, Split
-from ferryman_service.domain.errors import DiskFull
-from ferryman_service.domain.models import ModelReference, ModelScores
+from ferryman_service.domain.errors import DiskFull, StoreUnavailable
+from ferryman_service.domain.models import ModelLineage, ModelReference, ModelScores
 from ferryman_service.domain.records import EventLevel, RunEvent, RunState, StateChange
 from ferryman_service.domain.runs import FailureReason, TrainingFailed
-from ferryman_service.domain.training import DiskIsFull, PauseRequested, StopRequested
+from ferryman_service.domain.training import DiskIsFull, PauseRequested, RunCancelled, StopRequested
 from ferryman_service.domain.translation import Hypothesis, Timings, Translation
 from ferryman_service.stores.corpora import CorpusLimits, FileCorpusStore
 from ferryman_service.stores.database import open_database, upgrade
 from ferryman_service.stores.layout import DataFolder
 from ferryman_service.stores.models import FileModelStore
+from ferryman_service.stores.run_folders import FileRunFolders
 from ferryman_service.stores.runs import SqlRunStore
 
 SCORES = ModelScores(bleu=1.0, chrf=2.0, nll_per_token=3.0, weights="best", step=1)
@@ -59,6 +67,16 @@ class Echo:
         )
 
 
+def write_bundle(bundle, lineage, files):
+    for name in files:
+        (bundle / name).write_bytes(b"x")
+    architecture = Architecture(d_model=8, decoder_layers=1, heads=1, vocabulary_size=32)
+    header = ManifestHeader(
+        lineage=lineage, scores=SCORES, parameters=7, max_sentence_tokens=64, architecture=architecture
+    )
+    seal(bundle, header)
+
+
 class PlayedExporter:
     """Writes a bundle whose graphs are empty files."""
 
@@ -66,19 +84,7 @@ class PlayedExporter:
         self.exported, self.trained = exported, reference
 
     def export(self, trained, lineage, bundle):
-        for name in ("encoder.onnx", "decoder.onnx", "subwords.model"):
-            (bundle / name).write_bytes(b"x")
-        architecture = Architecture(d_model=8, decoder_layers=1, heads=1, vocabulary_size=32)
-        seal(
-            bundle,
-            ManifestHeader(
-                lineage=lineage,
-                scores=trained.scores,
-                parameters=trained.parameters,
-                max_sentence_tokens=64,
-                architecture=architecture,
-            ),
-        )
+        write_bundle(bundle, lineage, CONTENT_FILES)
 
     def reference(self, trained):
         return self.trained
@@ -111,25 +117,45 @@ class House:
             upload.add_pairs(split, [SentencePair(source="a", target="b")])
         self.corpus = upload.finish()
 
-    def work(self, new_run, act=lambda reporter: None, exported=None, reference=None):
+    def start(self, new_run):
         run = self.runs.create(new_run(self.corpus.corpus_id), None, 10)
         self.runs.begin_attempt(run.run_id, 0)
         run_dir = self.folder.run_dir(run.run_id)
         run_dir.mkdir(parents=True, exist_ok=True)
+        return run, run_dir
+
+    def ports(self, act=lambda reporter: None, exported=None, reference=None, **changes):
         exporter = PlayedExporter(exported or Echo(), reference or Echo())
-        ports = WorkerPorts(
-            runs=self.runs,
-            corpora=self.corpora,
-            models=self.models,
-            engine=PlayedEngine(act),
-            exporter=exporter,
-            loader=exporter,
-            log_tail=lambda run_id, attempt: f"tail {attempt}",
-            prepared_dir=run_dir / "prepared",
-            reporter=ReporterConfig(flush_interval_s=0.001, ack_interval_s=0.005),
-        )
-        succeeded = execute_attempt(ports, run.run_id, 1, self.worker, run_dir)
+        values = {
+            "runs": self.runs,
+            "corpora": self.corpora,
+            "models": self.models,
+            "engine": PlayedEngine(act),
+            "exporter": exporter,
+            "loader": exporter,
+            "log_tail": lambda run_id, attempt: f"tail {attempt}",
+            "prepared_dir": self.folder.prepared,
+            "reporter": ReporterConfig(flush_interval_s=0.001, ack_interval_s=0.005),
+        }
+        return WorkerPorts(**values | changes)
+
+    def work(self, new_run, act=lambda reporter: None, **options):
+        run, run_dir = self.start(new_run)
+        succeeded = execute_attempt(self.ports(act, **options), run.run_id, 1, self.worker, run_dir)
         return succeeded, self.runs.get(run.run_id)
+
+    def payloads(self, run_id):
+        return [record.payload for record in self.runs.records_after(run_id, 0, 100)]
+
+    def raise_after(self, request, error):
+        """Return what an engine does whose caller asks for something while it is on its way out with the error."""
+
+        def act(reporter):
+            [run] = self.runs.unfinished()
+            request(run.run_id)
+            raise error
+
+        return act
 
 
 def test_the_road_ends_in_a_published_model(house, new_run):
@@ -175,14 +201,120 @@ def test_a_full_disk_pauses_the_run_and_says_what_to_do(house, new_run, error):
     assert house.runs.request_resume(run.run_id).state is RunState.QUEUED
 
 
-@pytest.mark.parametrize(("error", "state"), [(PauseRequested(), RunState.PAUSED), (StopRequested(), RunState.QUEUED)])
-def test_a_worker_that_is_not_wanted_for_now_leaves_the_run_to_another(house, new_run, error, state):
-    def stop(reporter):
+def test_a_pause_reaches_the_engine_and_leaves_the_run_to_a_later_attempt(house, new_run):
+    def pause(reporter):
+        [run] = house.runs.unfinished()
+        house.runs.request_pause(run.run_id)
+        while True:
+            reporter.check()
+
+    succeeded, run = house.work(new_run, pause)
+    assert not succeeded
+    assert (run.state, run.worker, run.restarts, run.pause_requested) == (RunState.PAUSED, None, 0, False)
+    assert house.payloads(run.run_id)[-1].message == "paused by the caller"
+
+
+def test_a_worker_that_is_told_to_end_leaves_the_run_to_another(house, new_run):
+    def run_on(reporter):
+        while True:
+            reporter.check()
+
+    succeeded, run = house.work(new_run, run_on, stop_requested=lambda: True)
+    assert not succeeded
+    assert (run.state, run.worker, run.restarts) == (RunState.QUEUED, None, 0)
+    assert run.not_before_ns > run.create_time_ns, "it keeps its place"
+    event, change = house.payloads(run.run_id)[-2:]
+    assert (event.code, change.message) == ("RESTARTED", "the worker was told to end")
+
+
+@pytest.mark.parametrize("error", [PauseRequested(), StopRequested(), DiskIsFull("full")])
+def test_a_cancellation_that_comes_meanwhile_is_kept(house, new_run, error):
+    _, run = house.work(new_run, house.raise_after(house.runs.request_cancel, error))
+    assert (run.state, run.cancel_requested) == (RunState.CANCELLED, False)
+
+
+def test_a_pause_that_was_withdrawn_meanwhile_does_not_happen(house, new_run):
+    _, run = house.work(new_run, house.raise_after(house.runs.request_resume, PauseRequested()))
+    assert run.state is RunState.QUEUED
+
+
+def test_a_pause_that_comes_while_a_worker_ends_happens(house, new_run):
+    _, run = house.work(new_run, house.raise_after(house.runs.request_pause, StopRequested()))
+    assert (run.state, run.pause_requested) == (RunState.PAUSED, False)
+
+
+class FullStore:
+    """A run store whose last word does not fit on the disk for the first times."""
+
+    def __init__(self, runs, refusals):
+        self.runs, self.refusals = runs, list(refusals)
+
+    def give_up_attempt(self, *arguments):
+        if self.refusals:
+            raise self.refusals.pop()
+        return self.runs.give_up_attempt(*arguments)
+
+    def __getattr__(self, name):
+        return getattr(self.runs, name)
+
+
+def raise_disk_full(reporter):
+    raise DiskIsFull("no space left in /data")
+
+
+def test_a_disk_that_is_really_full_is_told_when_there_is_room(house, new_run):
+    store = FullStore(house.runs, [DiskFull("not a byte"), StoreUnavailable("disk I/O error"), DiskFull("not a byte")])
+    _, run = house.work(new_run, raise_disk_full, runs=store)
+    assert (run.state, store.refusals) == (RunState.PAUSED, [])
+    assert "/data" in house.payloads(run.run_id)[-1].message
+
+
+def test_a_worker_that_waits_for_room_can_be_told_to_end(house, new_run):
+    run, run_dir = house.start(new_run)
+    store = FullStore(house.runs, [DiskFull("not a byte")] * 10)
+    ports = house.ports(raise_disk_full, runs=store, stop_requested=lambda: True)
+    with pytest.raises(DiskFull):
+        execute_attempt(ports, run.run_id, 1, house.worker, run_dir)
+
+
+def test_leaving_an_attempt_that_has_ended_does_no_harm(house, new_run):
+    _, run = house.work(new_run)
+    leave_attempt(house.ports(), run.run_id, 1)
+    assert house.runs.get(run.run_id).state is RunState.SUCCEEDED
+
+
+@pytest.mark.parametrize("over", ["other attempt", "not running", "ended"])
+def test_a_process_that_comes_too_late_does_not_train(house, new_run, over):
+    run, run_dir = house.start(new_run)
+    match over:
+        case "other attempt":
+            house.runs.begin_attempt(run.run_id, 1)
+        case "not running":
+            house.runs.claim_attempt(run.run_id, 1, house.worker)
+            house.runs.change_state(run.run_id, 1, RunState.EXPORTING)
+        case "ended":
+            house.runs.change_state(run.run_id, 1, RunState.CANCELLED)
+    follow_attempt(house.ports(raise_disk_full), run.run_id, 1, run_dir)
+    assert house.runs.get(run.run_id).state is not RunState.PAUSED
+
+
+@pytest.mark.parametrize(
+    ("error", "state"),
+    [
+        (RunCancelled("rank 0 gave up"), RunState.RUNNING),
+        (TrainingFailed(FailureReason.NON_FINITE_LOSS, "on all ranks"), RunState.RUNNING),
+        (DiskIsFull("no space left for this rank"), RunState.PAUSED),
+    ],
+)
+def test_a_process_beside_the_first_writes_down_nothing_but_a_full_disk(house, new_run, error, state):
+    run, run_dir = house.start(new_run)
+    house.runs.claim_attempt(run.run_id, 1, house.worker)
+
+    def fail(reporter):
         raise error
 
-    succeeded, run = house.work(new_run, stop)
-    assert not succeeded
-    assert (run.state, run.worker, run.restarts, run.pause_requested) == (state, None, 0, False)
+    follow_attempt(house.ports(fail), run.run_id, 1, run_dir)
+    assert house.runs.get(run.run_id).state is state
 
 
 def test_a_bug_leaves_with_its_stack_trace(house, new_run):
@@ -205,17 +337,7 @@ def test_an_attempt_that_was_overtaken_does_nothing(house, new_run):
     run = house.runs.create(new_run(house.corpus.corpus_id), None, 10)
     house.runs.begin_attempt(run.run_id, 0)
     house.runs.begin_attempt(run.run_id, 1)
-    ports = WorkerPorts(
-        runs=house.runs,
-        corpora=house.corpora,
-        models=house.models,
-        engine=PlayedEngine(),
-        exporter=PlayedExporter(Echo(), Echo()),
-        loader=PlayedExporter(Echo(), Echo()),
-        log_tail=lambda run_id, attempt: "",
-        prepared_dir=house.folder.prepared,
-        reporter=ReporterConfig(),
-    )
+    ports = house.ports()
     assert not execute_attempt(ports, run.run_id, 1, house.worker, house.folder.run_dir(run.run_id))
     assert house.runs.get(run.run_id).state is RunState.STARTING
 
@@ -242,3 +364,73 @@ def test_a_model_that_translates_otherwise_is_not_published(house, new_run):
 def test_a_tie_broken_the_other_way_is_no_mismatch(house, new_run):
     _, run = house.work(new_run, exported=Echo(tokens=(5,)), reference=Echo(tokens=(6,), score=-1.0000001))
     assert run.state is RunState.SUCCEEDED
+
+
+@pytest.fixture
+def publish(house, new_run):
+    """A maker of published versions, as import-model makes them; returns the reference and the run of its lineage."""
+
+    def make(*files, run=None):
+        run = run or new_run()
+        bundle = house.folder.root / "elsewhere"
+        bundle.mkdir()
+        lineage = ModelLineage(
+            run_id=run.run_id,
+            corpus_id="cor_x",
+            corpus_digest="",
+            source_language="en",
+            target_language="de",
+            recipe=run.recipe,
+        )
+        write_bundle(bundle, lineage, (*CONTENT_FILES, *files))
+        return house.models.import_bundle(bundle, "base"), run
+
+    return make
+
+
+def tuning(new_run, version, **fields):
+    return dataclasses.replace(new_run(), initial_model=version.reference, **fields)
+
+
+def test_a_run_from_random_weights_starts_from_nothing(house, new_run):
+    assert initial_weights(house.models, FileRunFolders(house.folder), new_run()) is None
+
+
+def test_a_run_starts_from_the_checked_files_of_a_version(house, new_run, publish):
+    version, _ = publish(WEIGHTS_FILE)
+    found = initial_weights(house.models, FileRunFolders(house.folder), tuning(new_run, version))
+    bundle = house.models.bundle_dir(version)
+    assert (found.weights, found.subwords, found.checkpoint) == (
+        bundle / WEIGHTS_FILE,
+        bundle / "subwords.model",
+        None,
+    )
+
+
+@pytest.mark.parametrize("damage", ["gone", "without weights", "changed"])
+def test_a_version_that_cannot_be_started_from_fails_the_run(house, new_run, publish, damage):
+    version, _ = publish(*([] if damage == "without weights" else [WEIGHTS_FILE]))
+    run = tuning(new_run, version)
+    if damage == "gone":
+        run = dataclasses.replace(run, initial_model="base/9")
+    if damage == "changed":
+        path = house.models.bundle_dir(version) / WEIGHTS_FILE
+        path.chmod(0o644)
+        path.write_bytes(b"y")
+    with pytest.raises(TrainingFailed) as caught:
+        initial_weights(house.models, FileRunFolders(house.folder), run)
+    assert caught.value.reason is FailureReason.INITIAL_MODEL_UNUSABLE
+
+
+def test_the_optimizer_is_looked_for_by_the_first_attempt_only(house, new_run, publish):
+    folders = FileRunFolders(house.folder)
+    version, source = publish(WEIGHTS_FILE)
+    run = tuning(new_run, version, keep_optimizer=True)
+    with pytest.raises(TrainingFailed, match=source.run_id):
+        initial_weights(house.models, folders, run)
+    kept = house.folder.run_dir(source.run_id) / "checkpoints" / "step-0000000007"
+    kept.mkdir(parents=True)
+    assert initial_weights(house.models, folders, run).checkpoint == kept
+    (house.folder.run_dir(run.run_id) / "checkpoints" / "step-0000000001").mkdir(parents=True)
+    folders.delete(source.run_id)
+    assert initial_weights(house.models, folders, run).checkpoint is None

@@ -1,13 +1,14 @@
 """The supervisor, over the real store, with workers that live and die at the test's word."""
 
+import errno
 import time
 
 import pytest
 
 from ferryman_service.application.supervisor import Supervisor, SupervisorConfig
 from ferryman_service.domain.errors import AttemptFenced
-from ferryman_service.domain.records import RunEvent, RunState, StepMetrics
-from ferryman_service.domain.runs import FailureReason
+from ferryman_service.domain.records import EventLevel, RunEvent, RunState, StepMetrics
+from ferryman_service.domain.runs import FailureReason, Handover
 from tests.fakes.launcher import FakeLauncher
 
 
@@ -60,6 +61,7 @@ def test_a_worker_that_dies_is_followed_by_another_after_a_pause(runs, launcher,
     (remark,) = [payload for payload in remarks if isinstance(payload, RunEvent)]
     assert remark.code == "RESTARTED"
     assert "killed by signal 9" in remark.message
+    assert "in 1000 s" in remark.message
     supervisor.tick()
     assert len(launcher.started) == 1  # its time has not come
     with pytest.raises(AttemptFenced):
@@ -122,11 +124,98 @@ def test_a_paused_run_holds_no_place_and_no_worker(runs, launcher, queue_run):
     assert runs.get(resting.run_id).state is RunState.PAUSED
 
 
-def test_a_worker_that_dies_after_a_pause_leaves_the_run_paused(runs, launcher, running_run):
+@pytest.mark.parametrize(("ask", "state"), [("request_pause", RunState.PAUSED), ("request_cancel", RunState.CANCELLED)])
+def test_what_the_caller_asked_for_comes_before_a_restart_and_before_a_failure(runs, launcher, running_run, ask, state):
+    run = running_run()
+    getattr(runs, ask)(run.run_id)
+    make_supervisor(runs, launcher, max_restarts=0).tick()
+    assert runs.get(run.run_id).state is state
+
+
+def test_no_restart_at_all_can_be_wanted(runs, launcher, running_run):
+    run = running_run()
+    make_supervisor(runs, launcher, max_restarts=0).tick()
+    assert runs.get(run.run_id).failure.reason is FailureReason.WORKER_DIED
+
+
+def test_no_attempt_starts_before_every_process_of_the_last_one_is_gone(runs, launcher, running_run):
+    run = running_run()
+    launcher.unkillable = True
+    supervisor = make_supervisor(runs, launcher, backoff_s=0.0)
+    supervisor.tick()
+    supervisor.tick()
+    assert runs.get(run.run_id).state is RunState.RUNNING, "nothing is said before it is true"
+    launcher.unkillable = False
+    supervisor.tick()
+    supervisor.tick()
+    assert launcher.started == [(run.run_id, 2)]
+
+
+def test_what_is_left_of_an_attempt_that_gave_its_run_up_is_ended_first(runs, launcher, running_run):
     run = running_run()
     runs.request_pause(run.run_id)
+    runs.give_up_attempt(run.run_id, 1, Handover(state=RunState.QUEUED, message=""))
+    runs.request_resume(run.run_id)
+    launcher.alive.add((run.run_id, 1))  # on its way out, or it hangs
+    launcher.unkillable = True
+    supervisor = make_supervisor(runs, launcher)
+    supervisor.tick()
+    assert (launcher.killed, launcher.started) == ([(run.run_id, 1)], [])
+    launcher.unkillable = False
+    supervisor.tick()
+    assert launcher.started == [(run.run_id, 2)]
+
+
+def test_a_run_keeps_its_place_while_it_waits_for_its_next_worker(runs, launcher, queue_run, worker):
+    older, run = queue_run(), queue_run()
+    runs.request_pause(older.run_id)
+    supervisor = make_supervisor(runs, launcher, backoff_s=50.0)
+    die(runs, launcher, supervisor, run, worker, 1)
+    newer = queue_run()
+    runs.request_resume(older.run_id)
+    supervisor.tick()
+    assert launcher.started == [(run.run_id, 1)]
+    make_supervisor(runs, launcher, max_concurrent_runs=2).tick()
+    assert launcher.started[1:] == [(older.run_id, 1)], "a second place is free"
+    runs.request_cancel(run.run_id)
+    make_supervisor(runs, launcher, max_concurrent_runs=2).tick()
+    assert launcher.started[2:] == [(newer.run_id, 1)]
+
+
+def test_the_pause_before_a_restart_outlives_the_service(runs, launcher, queue_run, worker):
+    run = queue_run()
+    die(runs, launcher, make_supervisor(runs, launcher, backoff_s=50.0), run, worker, 1)
+    make_supervisor(runs, launcher).tick()
+    assert len(launcher.started) == 1
+
+
+def test_a_clock_that_was_set_back_holds_up_nobody(runs, launcher, running_run):
+    run = running_run()
+    tomorrow_ns = time.time_ns() + 24 * 3600 * 10**9
+    runs.give_up_attempt(run.run_id, 1, Handover(state=RunState.QUEUED, message="", not_before_ns=tomorrow_ns))
+    make_supervisor(runs, launcher).tick()
+    assert launcher.started == [(run.run_id, 2)]
+
+
+def test_the_pauses_double_up_to_a_bound(runs, launcher, queue_run, worker):
+    run = queue_run()
+    pauses_s = []
+    for attempt in range(1, 6):
+        runs.begin_attempt(run.run_id, attempt - 1)
+        runs.claim_attempt(run.run_id, attempt, worker)
+        make_supervisor(runs, launcher, backoff_s=100.0, max_backoff_s=500.0).tick()
+        pauses_s.append(runs.get(run.run_id).not_before_ns / 1e9 - time.time())
+    assert pauses_s == pytest.approx([100, 200, 400, 500, 500], abs=5)
+
+
+def test_a_worker_that_finds_no_room_for_its_log_leaves_the_run_paused(runs, launcher, queue_run):
+    run = queue_run()
+    launcher.fail_with = OSError(errno.ENOSPC, "No space left on device", "/data/runs/x")
     make_supervisor(runs, launcher).tick()
     assert runs.get(run.run_id).state is RunState.PAUSED
+    event = runs.records_after(run.run_id, 0, 100)[-2].payload
+    assert (event.code, event.level) == ("DISK_FULL", EventLevel.ERROR)
+    assert "/data/runs/x" in event.message
 
 
 def test_a_new_supervisor_adopts_a_worker_that_lives(runs, launcher, queue_run, worker):
@@ -151,13 +240,6 @@ def test_an_attempt_that_nobody_claimed_is_made_anew_and_the_old_one_is_fenced(r
 def test_a_run_that_ended_by_itself_is_left_alone(runs, launcher, running_run):
     run = running_run()
     runs.change_state(run.run_id, 1, RunState.CANCELLED)
-    make_supervisor(runs, launcher).tick()
-    assert runs.get(run.run_id).state is RunState.CANCELLED
-
-
-def test_a_worker_that_dies_after_a_cancellation_leaves_the_run_cancelled(runs, launcher, running_run):
-    run = running_run()
-    runs.request_cancel(run.run_id)
     make_supervisor(runs, launcher).tick()
     assert runs.get(run.run_id).state is RunState.CANCELLED
 

@@ -146,6 +146,12 @@ def test_annealing_without_an_end_is_refused():
         resolve_schedule({"kind": ScheduleKind.COSINE})
 
 
+def test_an_end_of_annealing_that_is_0_is_out_of_range_not_unset():
+    assert violations_of({"schedule": {"kind": ScheduleKind.COSINE, "total_steps": 0}}) == {
+        "recipe.schedule.total_steps": "OUT_OF_RANGE"
+    }
+
+
 def test_annealing_ends_at_the_step_limit():
     recipe = resolve_recipe({"schedule": {"kind": ScheduleKind.COSINE}, "stop": {"max_steps": 5000}})
     assert recipe.schedule.total_steps == 5000

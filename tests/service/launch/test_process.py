@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from ferryman_service.launch.process import current_process_identity, is_alive, kill_process, process_identity
+from ferryman_service.launch.process import current_process_identity, is_alive, kill_all_with, process_identity
 
 PARENT = """
 import subprocess, sys
@@ -57,13 +57,19 @@ def test_another_process_with_the_same_pid_is_not_this_one():
         assert not is_alive(dataclasses.replace(identity, **other))
 
 
-def test_only_the_very_process_is_killed(sleeper):
-    identity = process_identity(sleeper.pid)
-    kill_process(dataclasses.replace(identity, start_ticks=identity.start_ticks + 1))
-    assert is_alive(identity)
-    kill_process(identity)
-    assert sleeper.wait(timeout=10) == -signal.SIGKILL
-    kill_process(identity)
+def test_processes_are_killed_by_their_arguments_and_no_others(tmp_path):
+    wait = [sys.executable, "-c", "import time; time.sleep(600)"]
+    wanted = ["--run", str(tmp_path), "--attempt", "1"]
+    command_lines = [wanted, ["x", *wanted, "y"], [*wanted[:-1], "2"], [*wanted[:-1], "11"]]
+    processes = [subprocess.Popen([*wait, *arguments]) for arguments in command_lines]
+    try:
+        assert kill_all_with(wanted, timeout_s=10)
+        assert [process.poll() for process in processes] == [-signal.SIGKILL, -signal.SIGKILL, None, None]
+        assert kill_all_with(wanted, timeout_s=0)
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
 
 
 def test_a_zombie_is_dead(sleeper):
@@ -83,9 +89,7 @@ def test_a_child_dies_with_its_parent():
     deadline_s = time.monotonic() + 10
     while is_alive(child) and time.monotonic() < deadline_s:
         time.sleep(0.01)
-    survived = is_alive(child)
-    kill_process(child)
-    assert not survived
+    assert not is_alive(child)
 
 
 def test_a_parent_that_died_just_before_counts():

@@ -15,7 +15,8 @@ from ferryman_service.launch.torchrun import LaunchConfig, TorchrunLauncher, rea
 TELL = """
 import json, os, sys
 told = {"arguments": sys.argv[1:], "stdin": sys.stdin.read(), "session": os.getsid(0) == os.getpid(),
-        "threads": os.environ["OMP_NUM_THREADS"], "extra": os.environ.get("EXTRA")}
+        "threads": os.environ["OMP_NUM_THREADS"], "extra": os.environ.get("EXTRA"),
+        "stop_timeout": os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]}
 print(json.dumps(told))
 print("on stderr", file=sys.stderr)
 sys.exit(3)
@@ -73,7 +74,7 @@ def launch(tmp_path):
     yield make
     for launcher in started:
         for run_id, attempt in launcher._agents:
-            launcher.kill(run_id, attempt, None)
+            launcher.kill(run_id, attempt)
             launcher._agents[run_id, attempt].wait()
 
 
@@ -85,14 +86,15 @@ def ended(launcher, run_id="run_x", attempt=1):
 def test_a_worker_is_a_program_of_its_own(launch, tmp_path, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     launcher = launch(TELL, environment={"EXTRA": "more"})
-    launcher.start("run_x", 2, 1)
+    launcher.start("run_x", 2, 2)
     assert ended(launcher, attempt=2) == "exit status 3"
     told, on_stderr = launcher.log_tail("run_x", 2).splitlines()
     assert json.loads(told) == {
         "arguments": ["--data-dir", str(tmp_path), "--run-id", "run_x", "--attempt", "2"],
         "stdin": "",
         "session": True,
-        "threads": str(len(os.sched_getaffinity(0))),
+        "threads": str(max(1, len(os.sched_getaffinity(0)) // 2)),
+        "stop_timeout": "45",
         "extra": "more",
     }
     assert on_stderr == "on stderr"
@@ -112,9 +114,9 @@ def test_a_living_worker_runs_until_it_is_killed(launch):
     launcher.start("run_x", 1, 1)
     assert launcher.is_running("run_x", 1, None)
     assert launcher.exit_description("run_x", 1) == ""
-    launcher.kill("run_x", 1, None)
+    assert launcher.kill("run_x", 1)
     assert ended(launcher) == "killed by signal 9"
-    launcher.kill("run_x", 1, None)
+    assert launcher.kill("run_x", 1)
 
 
 def test_attempts_are_told_apart(launch):
@@ -122,7 +124,7 @@ def test_attempts_are_told_apart(launch):
     launcher.start("run_x", 1, 1)
     assert not launcher.is_running("run_x", 2, None)
     assert not launcher.is_running("run_y", 1, None)
-    launcher.kill("run_x", 2, None)
+    assert launcher.kill("run_x", 2)
     assert launcher.is_running("run_x", 1, None)
 
 
@@ -132,8 +134,8 @@ def test_the_whole_group_is_killed(launch):
     launcher.start("run_x", 1, 1)
     wait_until(lambda: launcher.log_tail("run_x", 1).endswith("\n"))
     child = process_identity(int(launcher.log_tail("run_x", 1)))
-    launcher.kill("run_x", 1, None)
-    wait_until(lambda: not is_alive(child))
+    assert launcher.kill("run_x", 1)
+    assert not is_alive(child)
 
 
 def test_a_worker_outlives_the_service_and_is_found_again(launch, tmp_path):
@@ -144,8 +146,8 @@ def test_a_worker_outlives_the_service_and_is_found_again(launch, tmp_path):
     launcher = launch()
     assert launcher.is_running("run_x", 1, worker)
     assert not launcher.is_running("run_x", 1, None)
-    launcher.kill("run_x", 1, worker)
-    wait_until(lambda: not launcher.is_running("run_x", 1, worker))
+    assert launcher.kill("run_x", 1)
+    assert not launcher.is_running("run_x", 1, worker)
     assert launcher.exit_description("run_x", 1) == ""
 
 

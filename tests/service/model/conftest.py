@@ -1,9 +1,19 @@
 import pytest
 import torch
 
-from ferryman_service.domain.recipe import NormPlacement
+from ferryman_service.domain.recipe import Activation, NormPlacement, Positions
 from ferryman_service.model.config import TransformerConfig
 from ferryman_service.model.transformer import Transformer
+
+KINDS = {
+    "post": {"norm": NormPlacement.POST},
+    "pre": {"norm": NormPlacement.PRE},
+    "deep": {"norm": NormPlacement.DEEP},
+    "gelu": {"activation": Activation.GELU},
+    "swiglu": {"activation": Activation.SWIGLU},
+    "rope": {"positions": Positions.ROPE},
+    "all": {"norm": NormPlacement.PRE, "activation": Activation.SWIGLU, "positions": Positions.ROPE},
+}
 
 
 @pytest.fixture
@@ -29,6 +39,6 @@ def make_transformer():
     return make
 
 
-@pytest.fixture(params=list(NormPlacement))
+@pytest.fixture(params=KINDS.values(), ids=KINDS)
 def transformer(request, make_transformer):
-    return make_transformer(norm=request.param)
+    return make_transformer(**request.param)

@@ -188,7 +188,7 @@ def test_pages_follow_one_another_in_both_orders(runs, make_run):
         while page := runs.list_page(wanted, after, 2):
             assert len(page) <= 2
             seen += [run.run_id for run in page]
-            after = seen[-1]
+            after = page[-1].place
         assert seen == (ids if oldest_first else ids[::-1])
     assert [run.run_id for run in runs.unfinished()] == ids
 

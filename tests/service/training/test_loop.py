@@ -6,8 +6,9 @@ import torch
 
 from ferryman_service.model.config import TransformerConfig
 from ferryman_service.model.transformer import Transformer
+from ferryman_service.training.budget import TimeBudget
 from ferryman_service.training.data import learn_subwords, tokenise_training_pairs, tokenise_validation_pairs
-from ferryman_service.training.loop import LoopParts, TimeBudget, TrainingLoop
+from ferryman_service.training.loop import LoopParts, TrainingLoop
 from ferryman_service.training.pairs import open_pairs
 from ferryman_service.training.ranks import Ranks
 from ferryman_service.training.reporting import Series

@@ -80,9 +80,10 @@ class FailingDisk(Disk):
                 do_half()
             raise self._error
 
-    def write(self, path, data):
+    def write(self, path, chunks):
+        data = b"".join(chunks)
         self._count(lambda: path.write_bytes(data[: len(data) // 2]))
-        super().write(path, data)
+        super().write(path, [data])
 
     def make_folder(self, path):
         self._count(path.mkdir)

@@ -14,7 +14,8 @@ from ferryman_service.model.config import TransformerConfig
 from ferryman_service.model.session import TorchDecoder
 from ferryman_service.model.transformer import Transformer
 from ferryman_service.search.beam import BeamOptions, search
-from ferryman_service.training.batches import Batch, make_batch, plan_epoch
+from ferryman_service.training.batches import Batch, make_batch
+from ferryman_service.training.packing import plan_epoch
 from ferryman_service.training.pairs import TokenPairs, TokenSide
 from ferryman_service.training.ranks import Ranks
 from ferryman_service.training.step import new_trainee
@@ -36,7 +37,7 @@ def reversed_tokens(count, seed):
 def batches(pairs, epochs):
     for epoch in range(epochs):
         lengths = pairs.source.lengths_P, pairs.target.lengths_P
-        for (index_B,) in plan_epoch(*lengths, batch_target_tokens=512, seed=1, epoch=epoch):
+        for ((index_B,),) in plan_epoch(*lengths, batch_target_tokens=512, seed=1, epoch=epoch):
             yield make_batch(pairs, index_B)
 
 

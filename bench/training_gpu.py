@@ -1,0 +1,222 @@
+"""What `python -m bench.training_gpu` runs: training on a GPU, checked and timed, in one call of under eight minutes.
+
+    PYTHONPATH=service:client:. python3 -m bench.training_gpu --limit-s 450
+
+Each section runs in a process of its own with a time limit, so that one that fails, hangs or loses the device costs
+only itself; after each, everything so far is written to training-gpu.json, in $OUT if that is set, else in
+bench/results/. The most wanted sections come first; one that does not fit the time any more is left out and says so.
+`--device cpu --small` runs every line of it anywhere, in small.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from bench.gpu_checks import CHECKS
+from bench.gpu_floor import measure_floor
+from bench.gpu_speed import SMALL, Scale, Variant, measure_loop, measure_speed
+from bench.result import Result, publish, results_folder
+from ferryman_service.domain.recipe import Preset
+
+TARGETS: Final = {Preset.BASE: 860_000.0, Preset.BIG: 320_000.0}
+# The preset's batch, and one that a GPU of 80 GB still holds.
+BATCHES: Final = {Preset.BASE: (25_000, 60_000), Preset.BIG: (25_000, 40_000)}
+SMALL_BATCHES: Final = {Preset.BASE: (512, 1024), Preset.BIG: (512, 1024)}
+LIMIT_S: Final = 460.0
+_LEAST_S: Final = 25.0
+_SMALL_PATIENCE: Final = 6  # a CPU that others use too, and a C++ compiler
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the benchmark; `limit_s` bounds it."""
+
+    name: str
+    limit_s: float
+    work: Callable[[torch.device, Path], dict[str, Any]]
+
+
+def sections(scale: Scale) -> list[Section]:
+    """Return all sections, the most wanted first."""
+    batches = SMALL_BATCHES if scale.small else BATCHES
+
+    def speed(preset: Preset, variant: Variant, limit_s: float, sizes: int = 1) -> Section:
+        work = partial(_speeds, preset, variant, batches[preset][:sizes], scale)
+        return Section(f"{preset}: {variant}", limit_s, work)
+
+    def loop(preset: Preset) -> Section:
+        def work(device: torch.device, folder: Path) -> dict[str, Any]:
+            return measure_loop(preset, Variant.COMPILED_LAYERS, batches[preset][0], scale, device, folder)
+
+        return Section(f"{preset}: whole loop, {Variant.COMPILED_LAYERS}", 60, work)
+
+    both = (Preset.BASE, Preset.BIG)
+    floor = Section("floor", 60, lambda device, folder: measure_floor(scale, batches[Preset.BASE][0], device))
+    checks = [Section(f"check: {name}", 60, check) for name, check in CHECKS.items()]
+    return [
+        floor,
+        *(speed(preset, Variant.EAGER, 50, 2) for preset in both),
+        *(speed(preset, Variant.COMPILED_LAYERS, 80, 2) for preset in both),
+        *checks,
+        *(speed(preset, Variant.GRAPHS, 110) for preset in both),
+        *(loop(preset) for preset in both),
+        *(speed(preset, Variant.COMPILED, 110) for preset in both),
+    ]
+
+
+def _speeds(
+    preset: Preset, variant: Variant, sizes: Sequence[int], scale: Scale, device: torch.device, folder: Path
+) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for size in sizes:
+        try:
+            found[str(size)] = measure_speed(preset, variant, size, scale, device)
+        except Exception as error:  # noqa: BLE001 (a batch that fails leaves those before it)
+            found[str(size)] = {"error": f"{type(error).__name__}: {error}"[:2000]}
+    return found
+
+
+def run_alone(section: Section, arguments: argparse.Namespace, limit_s: float, folder: Path) -> dict[str, Any]:
+    """Run a section in a process of its own; return what it found, or how it failed."""
+    limit_s = min(limit_s, section.limit_s * (_SMALL_PATIENCE if arguments.small else 1))
+    out = folder / f"{len(list(folder.iterdir()))}.json"
+    command = [sys.executable, "-m", "bench.training_gpu", "--section", section.name, "--section-out", str(out)]
+    command += ["--device", arguments.device, *(["--small"] if arguments.small else [])]
+    started_s = time.monotonic()
+    try:
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=limit_s)
+        failure = f"exit status {ended.returncode}: {ended.stderr[-1500:]}"
+    except subprocess.TimeoutExpired:
+        failure = f"took longer than {limit_s:.0f} s"
+    found: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {"error": failure}
+    return found | {"seconds": round(time.monotonic() - started_s, 1)}
+
+
+def run_here(section: Section, arguments: argparse.Namespace) -> None:
+    """Run a section in this process and write what it found."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            found = section.work(torch.device(arguments.device), Path(folder) / "work")
+        except Exception:  # noqa: BLE001 (whatever it was, the other sections go on)
+            found = {"error": traceback.format_exc()[-2000:]}
+    arguments.section_out.write_text(json.dumps(found))
+
+
+def run_all(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Run the sections that fit the time, one after the other."""
+    started_s = time.monotonic()
+    found: dict[str, Any] = {"device": device_facts(arguments.device), "small": arguments.small}
+    wanted = [section for section in sections(scale_of(arguments)) if arguments.only in section.name]
+    with tempfile.TemporaryDirectory() as folder:
+        for section in wanted:
+            left_s = arguments.limit_s - (time.monotonic() - started_s)
+            if left_s < _LEAST_S:
+                found[section.name] = {"left_out": "no time was left"}
+                continue
+            found[section.name] = run_alone(section, arguments, left_s, Path(folder))
+            print(f"{section.name}: {brief(found[section.name])}", flush=True)
+            save(found)
+    return found
+
+
+def brief(found: Mapping[str, Any]) -> str:
+    """Return a line about a section."""
+    rates = {
+        size: f"{value['target_tokens_per_s']:,.0f} tokens/s, MFU {value['mfu'] or 0:.1%}"
+        for size, value in found.items()
+        if isinstance(value, dict) and "mfu" in value
+    }
+    if "error" in found:
+        return str(found["error"]).strip().splitlines()[-1]
+    return str(rates or {name: value for name, value in found.items() if name != "curves"})[:1000]
+
+
+def scale_of(arguments: argparse.Namespace) -> Scale:
+    """Return the scale that was asked for."""
+    return SMALL if arguments.small else Scale()
+
+
+def device_facts(device: str) -> dict[str, Any]:
+    """Return what the device is."""
+    facts: dict[str, Any] = {"torch": torch.__version__, "python": sys.version.split()[0], "device": device}
+    if device == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        facts |= {"name": properties.name, "memory_gb": properties.total_memory / 1e9, "cuda": torch.version.cuda}
+    return facts
+
+
+def save(found: Mapping[str, Any]) -> None:
+    """Write everything so far."""
+    (results_folder() / "training-gpu.json").write_text(json.dumps(found, indent=1) + "\n")
+
+
+def best_speeds(found: Mapping[str, Any], preset: Preset) -> dict[str, float]:
+    """Return the rates of a preset, by variant and batch."""
+    return {
+        f"{variant}, {size} tokens": round(value["target_tokens_per_s"], 1)
+        for variant in Variant
+        for size, value in found.get(f"{preset}: {variant}", {}).items()
+        if isinstance(value, dict) and "target_tokens_per_s" in value
+    }
+
+
+def publish_all(found: Mapping[str, Any], arguments: argparse.Namespace) -> int:
+    """Print a line for each preset and one for the checks; return the exit status."""
+    suffix = "-small" if arguments.small else ""
+    checks = {name: value.get("ok", False) for name, value in found.items() if name.startswith("check: ")}
+    results = [
+        Result(
+            bench=f"training-gpu-checks{suffix}",
+            value=sum(checks.values()) / len(checks) if checks else 0.0,
+            target=1.0,
+            peer=None,
+            details={"checks": checks},
+        )
+    ]
+    for preset, target in TARGETS.items():
+        rates = best_speeds(found, preset)
+        results.append(
+            Result(
+                bench=f"training-gpu-{preset}{suffix}",
+                value=max(rates.values(), default=0.0),
+                target=None if arguments.small else target,
+                peer=None,
+                details={"unit": "target tokens/s, bf16", "rates": rates, "floor": found.get("floor", {}).get(preset)},
+            )
+        )
+    return max(publish(result, results_folder()) for result in results)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the benchmark, or one section of it."""
+    parser = argparse.ArgumentParser(prog="python -m bench.training_gpu", description=__doc__)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--small", action="store_true", help="small sizes, no targets: tries every line")
+    parser.add_argument("--limit-s", type=float, default=LIMIT_S, help="seconds for all of it")
+    parser.add_argument("--only", default="", help="sections whose name holds this text")
+    parser.add_argument("--section", help=argparse.SUPPRESS)
+    parser.add_argument("--section-out", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args(argv)
+    if arguments.section:
+        run_here({s.name: s for s in sections(scale_of(arguments))}[arguments.section], arguments)
+        return 0
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        sys.exit("bench-training-gpu: torch sees no GPU here; --device cpu --small tries the program itself")
+    return publish_all(run_all(arguments), arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,252 @@
+"""Which pairs form which batch: by target tokens, of similar lengths, in an order that seed and epoch decide.
+
+Shape suffixes: P pairs, K blocks of pairs that stay together, W blocks of a batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+Index = NDArray[np.int64]
+Update = list[list[Index]]
+"""The batches of an update: for each rank its micro-batches."""
+
+# Larger pools pad less, but their batches are so alike inside and so unlike each other that a model learns slower: a
+# pool is as small as this share of padding allows.
+_PADDING_SHARE: Final = 0.046
+_MIN_POOL_BATCHES: Final = 4
+_MAX_POOL_BATCHES: Final = 1280
+_POOL_GROWTH: Final = 1.2
+
+_STRIPS: Final = 2.0  # measured: fewer pad the target, more the source
+_BLOCKS: Final = 16
+# What a batch costs beside its positions, in positions for each target token of the limit, and what it costs more if it
+# is far from full: batches of few sentences make noisy updates.
+_BATCH_COST: Final = 0.2
+_EMPTINESS_COST: Final = 1.0
+_MAX_SOURCE_SLACK: Final = 1.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What a batch may hold; a pair above the limits stands alone. Source positions count padding."""
+
+    target_tokens: float
+    source_positions: float
+
+    @classmethod
+    def of(cls, source_lengths_P: NDArray[np.integer], target_lengths_P: NDArray[np.integer], tokens: int) -> Limits:
+        """Return the limits for batches of so many target tokens."""
+        ratio = float(source_lengths_P.sum()) / float(target_lengths_P.sum())
+        return cls(target_tokens=tokens, source_positions=_MAX_SOURCE_SLACK * ratio * tokens)
+
+
+class EpochPlan(Sequence[Update]):
+    """The updates of an epoch. Compact: some bytes a pair, whatever the number of updates."""
+
+    def __init__(self, order_P: NDArray[np.int32], cuts: Index, groups: Sequence[Index], ranks: int) -> None:
+        self._order_P = order_P
+        self._cuts = cuts
+        self._groups = groups
+        self._ranks = ranks
+
+    def __len__(self) -> int:
+        return len(self._groups)
+
+    @overload
+    def __getitem__(self, number: int) -> Update: ...
+    @overload
+    def __getitem__(self, number: slice) -> Sequence[Update]: ...
+    def __getitem__(self, number: int | slice) -> Update | Sequence[Update]:
+        if isinstance(number, slice):
+            return [self[i] for i in range(*number.indices(len(self)))]
+        update: Update = [[] for _ in range(self._ranks)]
+        for group in self._groups[number].tolist():
+            first = group * self._ranks
+            for rank, batch in enumerate(range(first, min(first + self._ranks, len(self._cuts) - 1))):
+                update[rank].append(self._order_P[self._cuts[batch] : self._cuts[batch + 1]].astype(np.int64))
+        return update
+
+
+def plan_epoch(
+    source_lengths_P: NDArray[np.integer],
+    target_lengths_P: NDArray[np.integer],
+    *,
+    batch_target_tokens: int,
+    seed: int,
+    epoch: int,
+    ranks: int = 1,
+    micro_batches: int = 1,
+) -> EpochPlan:
+    """Return the updates of an epoch: a pure function of the arguments.
+
+    Every pair is in exactly one batch. An update has at most `micro_batches` batches for each rank, together at most
+    `batch_target_tokens` target tokens (unless a single sentence has more than a batch's share); each batch's source
+    positions, padding included, are bounded too. What the ranks compute at the same time is of similar length; the
+    micro-batches of a rank are not.
+
+    Pools of shuffled pairs are sorted so that neighbours are alike and cut where it pads least; batches are shuffled.
+    """
+    generator = np.random.Generator(np.random.PCG64([seed, epoch]))
+    order_P = generator.permutation(len(target_lengths_P)).astype(np.int32)
+    limits = Limits.of(source_lengths_P, target_lengths_P, max(1, batch_target_tokens // (ranks * micro_batches)))
+    pools = np.array_split(order_P, _number_of_pools(order_P, source_lengths_P, target_lengths_P, limits))
+    cuts = [np.zeros(1, np.int64)]
+    for pool in pools:  # views of order_P, which is sorted in place
+        pool[:], ends = pack(pool, source_lengths_P, target_lengths_P, limits)
+        cuts.append(cuts[-1][-1] + ends)
+    cut = np.concatenate(cuts)
+    groups = generator.permutation(-(-(len(cut) - 1) // ranks))
+    return EpochPlan(order_P, cut, np.array_split(groups, -(-len(groups) // micro_batches)), ranks)
+
+
+def batches_by_length(
+    source_lengths_P: NDArray[np.integer], target_lengths_P: NDArray[np.integer], target_tokens: int
+) -> list[Index]:
+    """Return batches of all pairs, for when only the padding matters and not who meets whom."""
+    limits = Limits(target_tokens=target_tokens, source_positions=math.inf)
+    order_P, ends = pack(np.arange(len(source_lengths_P), dtype=np.int32), source_lengths_P, target_lengths_P, limits)
+    return np.split(order_P.astype(np.int64), ends[:-1])
+
+
+def pack(
+    pool: NDArray[np.int32],
+    source_lengths_P: NDArray[np.integer],
+    target_lengths_P: NDArray[np.integer],
+    limits: Limits,
+) -> tuple[NDArray[np.int32], Index]:
+    """Return the pairs of a pool, sorted, and the position behind the last pair of each batch."""
+    source, target = source_lengths_P[pool].astype(np.int64), target_lengths_P[pool].astype(np.int64)
+    order = sort_by_length(source, target, limits)
+    return pool[order], _cut(source[order], target[order], limits)
+
+
+def sort_by_length(source: Index, target: Index, limits: Limits) -> Index:
+    """Return an order whose neighbours are of similar length on both sides.
+
+    The pairs, by target length, are cut into strips of about equally many target tokens, where the length changes.
+    Within a strip they go by source length, up and down by turns. There are about as many strips as batches in a strip,
+    so neither side is padded much. Pairs of the same strip and source length stay in the order in which they came.
+    """
+    by_target = np.argsort(target, kind="stable")
+    sorted_target = target[by_target]
+    tokens = np.cumsum(sorted_target)
+    strips = max(1, round(_STRIPS * math.sqrt(tokens[-1] / limits.target_tokens)))
+    marks = np.searchsorted(tokens, tokens[-1] * np.arange(1, strips) / strips)
+    left = np.searchsorted(sorted_target, sorted_target[marks], "left")
+    right = np.searchsorted(sorted_target, sorted_target[marks], "right")
+    starts = np.unique(np.where(marks - left < right - marks, left, right))
+    strip = np.empty_like(target)
+    strip[by_target] = np.searchsorted(starts, np.arange(len(target)), "right")
+    return np.lexsort((np.where(strip % 2 == 0, source, -source), strip))
+
+
+def _number_of_pools(
+    order_P: NDArray[np.int32],
+    source_lengths_P: NDArray[np.integer],
+    target_lengths_P: NDArray[np.integer],
+    limits: Limits,
+) -> int:
+    """Return how many pools there are: as many as the padding share allows, judged by the first pairs of the epoch."""
+    pairs_per_batch = limits.target_tokens / float(target_lengths_P.mean())
+    batches: float = _MIN_POOL_BATCHES
+    while batches < _MAX_POOL_BATCHES and batches * pairs_per_batch < len(order_P):
+        pool = order_P[: max(1, round(batches * pairs_per_batch))]
+        if _padding_share(pool, source_lengths_P, target_lengths_P, limits) <= _PADDING_SHARE:
+            break
+        batches *= _POOL_GROWTH
+    return max(1, int(len(order_P) / max(1.0, batches * pairs_per_batch)))
+
+
+def _padding_share(
+    pool: NDArray[np.int32],
+    source_lengths_P: NDArray[np.integer],
+    target_lengths_P: NDArray[np.integer],
+    limits: Limits,
+) -> float:
+    order, ends = pack(pool, source_lengths_P, target_lengths_P, limits)
+    starts = np.concatenate((np.zeros(1, np.int64), ends[:-1]))
+    tokens, positions = 0, 0
+    for lengths_P in (source_lengths_P, target_lengths_P):
+        lengths = lengths_P[order].astype(np.int64)
+        tokens += int(lengths.sum())
+        positions += int((np.maximum.reduceat(lengths, starts) * (ends - starts)).sum())
+    return 1.0 - tokens / positions
+
+
+def _cut(source: Index, target: Index, limits: Limits) -> Index:
+    """Return where the batches of a sorted pool end: the cheapest way to cut it, by dynamic programming.
+
+    A batch costs its positions on both sides, padding included, and something for being one. It may be cut where the
+    source length changes, and in sixteen places more: the blocks in between stay whole.
+    """
+    starts_K = _block_starts(source, target, limits)
+    ends_K = np.append(starts_K[1:], len(source))
+    tokens_before_K = np.concatenate((np.zeros(1, np.int64), np.cumsum(target)))
+    cost_KW = _costs(
+        starts_K,
+        ends_K,
+        np.maximum.reduceat(source, starts_K),
+        np.maximum.reduceat(target, starts_K),
+        tokens_before_K[ends_K],
+        tokens_before_K[starts_K],
+        limits,
+    )
+    width = cost_KW.shape[1]
+    best = np.full(width + len(starts_K), np.inf)  # best[width - 1 + k]: the cheapest way to cut the first k blocks
+    best[width - 1] = 0.0
+    blocks_of_last = np.empty(len(starts_K), np.int64)
+    for block, cost_W in enumerate(cost_KW):
+        total_W = cost_W + best[block : block + width]
+        cheapest = int(total_W.argmin())
+        best[width + block] = total_W[cheapest]
+        blocks_of_last[block] = width - cheapest
+    last, ends = len(starts_K) - 1, []
+    while last >= 0:
+        ends.append(int(ends_K[last]))
+        last -= int(blocks_of_last[last])
+    return np.array(ends[::-1], np.int64)
+
+
+def _block_starts(source: Index, target: Index, limits: Limits) -> Index:
+    """Return where the blocks begin. A block fits a batch, unless it is a single pair that does not."""
+    share = np.maximum(target / limits.target_tokens, source / limits.source_positions)
+    sixteenth = (_BLOCKS * (np.cumsum(share) - share)).astype(np.int64)
+    is_start = np.ones(len(source), np.bool_)
+    is_start[1:] = (np.diff(source) != 0) | (np.diff(sixteenth) != 0) | (share[1:] > 1 / _BLOCKS)
+    return np.flatnonzero(is_start)
+
+
+def _costs(
+    starts_K: Index,
+    ends_K: Index,
+    source_K: Index,
+    target_K: Index,
+    tokens_up_to_K: Index,
+    tokens_before_K: Index,
+    limits: Limits,
+) -> NDArray[np.float64]:
+    """Return cost_KW: of the batch that ends with block k and begins w - W + 1 blocks before it; inf: not allowed."""
+    blocks = np.arange(len(starts_K))
+    first_K = np.searchsorted(tokens_before_K, tokens_up_to_K - limits.target_tokens, "left")
+    width = max(1, int((blocks - first_K).max()) + 1)
+    first_KW = blocks[:, None] - np.arange(width - 1, -1, -1)
+    exists_KW = first_KW >= 0
+    first_KW = np.maximum(first_KW, 0)
+    source_KW, target_KW = (
+        np.maximum.accumulate(longest_K[first_KW][:, ::-1], axis=1)[:, ::-1] for longest_K in (source_K, target_K)
+    )
+    pairs_KW = ends_K[:, None] - starts_K[first_KW]
+    tokens_KW = tokens_up_to_K[:, None] - tokens_before_K[first_KW]
+    fits_KW = (tokens_KW <= limits.target_tokens) & (pairs_KW * source_KW <= limits.source_positions)
+    fits_KW[:, -1] = True  # a single block
+    emptiness_KW = 1.0 - tokens_KW / limits.target_tokens
+    extra_KW = limits.target_tokens * (_BATCH_COST + _EMPTINESS_COST * emptiness_KW**2)
+    cost_KW = pairs_KW * (source_KW + target_KW) + extra_KW
+    return np.where(fits_KW & exists_KW, cost_KW, np.inf)

@@ -1,0 +1,71 @@
+"""Updates on their way: what was sent to the device, and the record that is made of it when its outcome is known."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ferryman_service.domain.recipe import Precision
+from ferryman_service.domain.records import StepMetrics
+from ferryman_service.model.config import TransformerConfig
+from ferryman_service.training.batches import Batch
+from ferryman_service.training.flops import peak_flops, training_flops
+from ferryman_service.training.memory import used_memory_bytes
+from ferryman_service.training.scores import perplexity
+from ferryman_service.training.step import PendingOutcome, StepOutcome
+
+
+@dataclass(frozen=True)
+class SentUpdate:
+    """An update that was sent to the device, and what its record says beside the outcome."""
+
+    step: int
+    epoch: int
+    target_tokens: int
+    padding_share: float
+    flops: float
+    started_s: float
+    outcome: PendingOutcome
+
+
+class StepMeter:
+    """Makes the records of updates."""
+
+    def __init__(self, device: torch.device, precision: Precision, config: TransformerConfig) -> None:
+        self._device = device
+        self._config = config
+        self._peak_flops = peak_flops(device, precision)
+
+    def flops(self, batches: Sequence[Batch]) -> float:
+        """Return the arithmetic in this process's share of an update; 0 if the device's peak is not known."""
+        source, target = sum(b.source_tokens for b in batches), sum(b.target_tokens for b in batches)
+        pairs = sum(len(b.source_BS) for b in batches)
+        return training_flops(self._config, source, target, pairs) if pairs and self._peak_flops else 0.0
+
+    def metrics(self, sent: SentUpdate, outcome: StepOutcome, seconds: float) -> StepMetrics:
+        """Return the record of an update that took so long."""
+        return StepMetrics(
+            step=sent.step,
+            epoch=sent.epoch,
+            loss=outcome.loss,
+            nll_per_token=outcome.nll_per_token,
+            perplexity=perplexity(outcome.nll_per_token),
+            learning_rate=outcome.learning_rate,
+            gradient_norm=outcome.gradient_norm,
+            target_tokens=sent.target_tokens,
+            target_tokens_per_second=sent.target_tokens / seconds,
+            step_seconds=seconds,
+            padding_share=sent.padding_share,
+            memory_bytes=used_memory_bytes(self._device),
+            skipped=outcome.skipped,
+            model_flops_utilization=sent.flops / seconds / self._peak_flops if self._peak_flops else 0.0,
+        )
+
+
+def padding_share(batches: Sequence[Batch]) -> float:
+    """Return the share of padding among the positions of the batches."""
+    positions = sum(batch.positions for batch in batches)
+    tokens = sum(batch.source_tokens + batch.target_tokens for batch in batches)
+    return 1.0 - tokens / positions if positions else 0.0

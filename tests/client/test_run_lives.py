@@ -1,0 +1,192 @@
+"""Pausing, resuming, deleting and fine-tuning, as the clients ask for it and the fake service does it."""
+
+from __future__ import annotations
+
+from uuid import uuid4
+
+import pytest
+
+from ferryman import (
+    AsyncClient,
+    Heartbeat,
+    RunEvent,
+    RunState,
+    StateChange,
+    StepMetrics,
+    ValidationMetrics,
+    errors,
+)
+from ferryman.testing import training_script
+
+
+@pytest.fixture
+def held(fake, client, corpus):
+    """The id of a run that stands still after its second update."""
+    fake.hold_after = 5
+    return client.start_training(corpus.corpus_id, "m").run_id
+
+
+def states(client, run_id):
+    records = client.stream_metrics(run_id, follow=False)
+    return [(record.payload.state, record.payload.attempt) for record in records if hasattr(record.payload, "state")]
+
+
+def test_a_run_rests_and_goes_on(fake, client, held):
+    assert client.pause_training(held).state is RunState.PAUSED
+    assert client.pause_training(held).state is RunState.PAUSED
+    assert client.resume_training(held).state is RunState.QUEUED
+    assert client.resume_training(held).state is RunState.RUNNING
+    fake.release(held)
+    run = client.wait(held)
+    assert (run.state, run.attempt, run.restarts) == (RunState.SUCCEEDED, 2, 0)
+    assert states(client, held) == [
+        ("queued", 0), ("starting", 1), ("running", 1), ("paused", 1),
+        ("queued", 1), ("starting", 2), ("running", 2), ("exporting", 2), ("succeeded", 2),
+    ]  # fmt: skip
+    steps = [record.payload.step for record in client.stream_metrics(held) if isinstance(record.payload, StepMetrics)]
+    assert steps == [1, 2, 3, 4]
+
+
+def test_a_queued_run_rests_without_ever_having_had_a_worker(fake, client, corpus):
+    fake.hold_after = 1
+    run_id = client.start_training(corpus.corpus_id, "m").run_id
+    assert client.pause_training(run_id).state is RunState.PAUSED
+    client.resume_training(run_id)
+    fake.release(run_id)
+    assert client.wait(run_id).attempt == 1
+
+
+def test_a_stream_goes_on_across_a_rest(fake, client, held):
+    stream = client.stream_metrics(held, 5, heartbeats=True)
+    client.pause_training(held)
+    assert next(stream).payload.state is RunState.PAUSED
+    assert isinstance(heartbeat := next(stream), Heartbeat)
+    assert heartbeat.state is RunState.PAUSED
+    client.resume_training(held)
+    fake.release(held)
+    rest = [item for item in stream if not isinstance(item, Heartbeat)]
+    assert [record.sequence for record in rest] == list(range(7, 15))
+    assert rest[-1].payload.state is RunState.SUCCEEDED
+
+
+def test_a_resting_run_can_be_cancelled(client, held):
+    client.pause_training(held)
+    assert client.cancel_training(held).state is RunState.CANCELLED
+    for call in (client.pause_training, client.resume_training):
+        with pytest.raises(errors.IllegalTransition):
+            call(held)
+
+
+def test_an_exporting_run_cannot_be_paused(fake, client, corpus):
+    fake.hold_after = 9
+    run_id = client.start_training(corpus.corpus_id, "m").run_id
+    assert client.get_training_run(run_id).state is RunState.EXPORTING
+    with pytest.raises(errors.IllegalTransition):
+        client.pause_training(run_id)
+
+
+def test_restarts_are_counted_until_a_worker_gets_further(fake, client, corpus):
+    script = training_script(steps=2)
+    lost = [StateChange(state=RunState.QUEUED, attempt=1), StateChange(state=RunState.STARTING, attempt=2)]
+    fake.script = [*script[:4], *lost, *script[4:]]
+    fake.hold_after = 6
+    run_id = client.start_training(corpus.corpus_id, "m").run_id
+    assert client.get_training_run(run_id).restarts == 1
+    fake.release(run_id)
+    assert client.get_training_run(run_id).restarts == 0
+
+
+def test_a_checkpoint_for_each_validation(client, corpus):
+    run_id = client.start_training(corpus.corpus_id, "m").run_id
+    [checkpoint] = client.list_checkpoints(run_id)
+    [validation] = [r.payload for r in client.stream_metrics(run_id) if isinstance(r.payload, ValidationMetrics)]
+    assert (checkpoint.step, checkpoint.best, checkpoint.bleu, checkpoint.chrf, checkpoint.nll_per_token) == (
+        validation.step,
+        True,
+        validation.bleu,
+        validation.chrf,
+        validation.nll_per_token,
+    )
+    assert checkpoint.size_bytes > 0
+    assert checkpoint.create_time.tzinfo is not None
+
+
+def test_a_deleted_run_is_gone_but_for_its_model(client, corpus):
+    request_id = str(uuid4())
+    run_id = client.start_training(corpus.corpus_id, "m", request_id=request_id).run_id
+    client.delete_training_run(run_id)
+    for call in (client.get_training_run, client.list_checkpoints, client.delete_training_run):
+        with pytest.raises(errors.RunNotFound):
+            call(run_id)
+    assert client.get_model("m/1").version.run_id == run_id
+    assert client.start_training(corpus.corpus_id, "m", request_id=request_id).run_id != run_id
+
+
+def test_a_run_that_goes_on_cannot_be_deleted(client, held):
+    with pytest.raises(errors.RunNotFinished):
+        client.delete_training_run(held)
+
+
+def test_a_deletion_is_not_repeated(fake, client, corpus):
+    """Its second attempt would say that there is no such run."""
+    run_id = client.start_training(corpus.corpus_id, "m").run_id
+    fake.calls.clear()
+    fake.fail_next("DeleteTrainingRun", errors.Unavailable("not now"))
+    with pytest.raises(errors.Unavailable):
+        client.delete_training_run(run_id)
+    assert fake.calls == ["DeleteTrainingRun"]
+
+
+@pytest.mark.parametrize("rpc", ["PauseTraining", "ResumeTraining", "ListCheckpoints"])
+def test_the_others_are_repeated(fake, client, held, rpc):
+    fake.calls.clear()
+    fake.fail_next(rpc, errors.Unavailable("not now"))
+    {
+        "PauseTraining": client.pause_training,
+        "ResumeTraining": client.resume_training,
+        "ListCheckpoints": client.list_checkpoints,
+    }[rpc](held)
+    assert fake.calls == [rpc] * 2
+
+
+def test_fine_tuning_names_the_version_it_starts_from(client, corpus):
+    first = client.start_training(corpus.corpus_id, "m")
+    assert (first.initial_model, first.processes) == (None, 1)
+    second = client.start_training(corpus.corpus_id, "m", initial_model="m", keep_optimizer=True, processes=2)
+    assert (second.initial_model, second.processes) == ("m/1", 2)
+    with pytest.raises(errors.ModelNotFound):
+        client.start_training(corpus.corpus_id, "m", initial_model="m/9")
+    client.delete_training_run(first.run_id)
+    with pytest.raises(errors.OptimizerNotKept):
+        client.start_training(corpus.corpus_id, "m", initial_model="m/1", keep_optimizer=True)
+    with pytest.raises(errors.InvalidRequest, match="keep_optimizer"):
+        client.start_training(corpus.corpus_id, "m", keep_optimizer=True)
+
+
+def test_options_that_do_not_fit_the_wire_are_named(client, fake):
+    with pytest.raises(errors.InvalidRequest) as caught:
+        client.start_training("c", "m", processes=2**40)
+    assert [violation.field for violation in caught.value.violations] == ["processes"]
+    assert fake.calls == []
+
+
+def test_the_fake_holds_events_of_training(fake, client, corpus):
+    fake.script.insert(5, RunEvent(level="warning", code="UPDATE_SKIPPED", message="step 2: the gradient was inf"))
+    run_id = client.start_training(corpus.corpus_id, "m").run_id
+    assert [r.payload.code for r in client.stream_metrics(run_id) if isinstance(r.payload, RunEvent)] == [
+        "UPDATE_SKIPPED"
+    ]
+
+
+async def test_the_async_client_does_the_same(fake, held):
+    async with AsyncClient(fake.target) as client:
+        assert (await client.pause_training(held)).state is RunState.PAUSED
+        assert (await client.resume_training(held)).state is RunState.QUEUED
+        fake.release(held)
+        run = await client.wait(held)
+        assert [checkpoint.step for checkpoint in await client.list_checkpoints(held)] == [4]
+        tuned = await client.start_training(run.corpus_id, "m", initial_model="m/1", keep_optimizer=True, processes=3)
+        assert (tuned.initial_model, tuned.processes) == ("m/1", 3)
+        await client.delete_training_run(held)
+        with pytest.raises(errors.RunNotFound):
+            await client.get_training_run(held)
