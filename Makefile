@@ -23,12 +23,14 @@ MINUTES ?=
 DATA ?=
 PRESET ?=
 QUICK ?=
+SEEDS ?=
+PAIRS ?=
+PROCESSES ?=
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: soak
 .PHONY: help setup demo test check quick system protos protos-drift buf-lint lint types layers dockerfile wheel-smoke \
-  bench-quality bench-quality-tok bench-export bench-training-cpu clean
+  bench-quality bench-quality-tok bench-export bench-training-cpu bench-training-gpu bench-overhead bench-corpora soak clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -107,8 +109,22 @@ bench-training-cpu: $(READY) ## target tokens/s of training beside a plain loop 
 	@$(BIN)/python -m bench.training_cpu $(if $(DATA),--data "$(DATA)") $(if $(SOURCE),--source "$(SOURCE)") \
 	  $(if $(TARGET),--target "$(TARGET)") $(if $(PRESET),--preset "$(PRESET)") $(if $(QUICK),--quick)
 
-soak: $(READY) ## the long form of the tests that let training die: at every change to the disk
+bench-quality-tok: $(READY) ## BLEU on tokenised Multi30k beside the published figures, hours on a CPU, in sittings: [DATA= MINUTES= SEEDS=]
+	@$(BIN)/python -m bench.quality_tok $(if $(DATA),--data "$(DATA)") $(if $(MINUTES),--minutes "$(MINUTES)") \
+	  $(if $(SEEDS),--seeds "$(SEEDS)")
+
+bench-training-gpu: $(READY) ## training on a GPU: floor, checks, target tokens/s, MFU, < 8 min
+	@$(BIN)/python -m bench.training_gpu
+
+bench-overhead: $(READY) ## what reports and store cost of a small model's step
+	@$(BIN)/python -m bench.overhead
+
+bench-corpora: $(READY) ## memory and start-up time on 10 million sentence pairs: [PAIRS=]
+	@$(BIN)/python -m bench.corpora $(if $(PAIRS),--pairs "$(PAIRS)")
+
+soak: $(READY) ## let training die at every change to the disk, and kill real workers: [MINUTES= PROCESSES=]
 	FERRYMAN_SOAK=1 $(BIN)/python -m pytest tests/service/training/test_resume.py
+	$(BIN)/python -m bench.kill $(if $(MINUTES),--minutes "$(MINUTES)") $(if $(PROCESSES),--processes "$(PROCESSES)")
 
 clean: ## remove caches, builds, and what demo and benchmarks left; the virtual environment stays
 	rm -rf build dist demo-output bench-output .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

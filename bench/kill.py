@@ -50,7 +50,7 @@ _RECIPE: Final[dict[str, Any]] = {
     "stop": {"max_steps": STEPS},
     "validation": {"interval_steps": 9, "checkpoint_interval_steps": 2, "max_translated_pairs": 10, "keep_last": 2},
 }
-_OF_THE_ATTEMPT: Final = ("TRAINING_STARTED", "RESUMED", "RESTARTED", "CHECKPOINT_DAMAGED", "EXPORT_CHECKED")
+_OF_THE_ATTEMPT: Final = ("TRAINING_STARTED", "RESUMED", "RESTARTED", "HANDED_OVER", "CHECKPOINT_DAMAGED", "EXPORT_CHECKED")
 
 
 @dataclass(frozen=True, kw_only=True)

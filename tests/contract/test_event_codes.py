@@ -59,6 +59,7 @@ def used_events():
         source = path.read_text(encoding="utf-8")
         if "EventLevel" in source:
             for code, level in events_of(source).items():
+                assert not (level and found.get(code)) or level == found[code], f"{code} has two levels"
                 found[code] = level or found.get(code)
     return found
 

@@ -158,4 +158,7 @@ def numbers(view: RunView, stop: StopRecipe) -> str:
     parts += [f"step {step.step:,}" + (f"/{stop.max_steps:,}" if stop.max_steps else ""), f"loss {step.loss:.3f}"]
     if view.last_validation is not None:
         parts.append(f"BLEU {view.last_validation.bleu:.1f}")
-    return "  ".join([*parts, f"lr {step.learning_rate:.2e}", f"{step.target_tokens_per_second:,.0f} target tokens/s"])
+    parts += [f"lr {step.learning_rate:.2e}", f"{step.target_tokens_per_second:,.0f} target tokens/s"]
+    if step.model_flops_utilization:
+        parts.append(f"MFU {step.model_flops_utilization:.0%}")
+    return "  ".join(parts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from datetime import UTC
 from pathlib import Path
 from typing import Annotated
 
@@ -11,7 +12,7 @@ from rich.console import Console
 
 from ferryman import Client, Preset, RunState, TrainingRun
 from ferryman.cli.common import connect, print_fields, print_table
-from ferryman.cli.progress import follow
+from ferryman.cli.progress import describe, follow
 from ferryman.cli.recipes import build_recipe
 
 app = typer.Typer(no_args_is_help=True, help="Training runs.")
@@ -112,6 +113,15 @@ def show(context: typer.Context, run_id: RunArgument) -> None:
         fields += [("error", f"{run.error.reason}: {run.error.message}"), ("log", f"\n{run.error.log_tail}")]
     print_fields(fields)
     _print_recipe(run)
+
+
+@app.command()
+def events(context: typer.Context, run_id: RunArgument) -> None:
+    """Show what has happened to a run so far, a line each with its time (UTC): all but the training steps."""
+    with connect(context) as client:
+        for record in client.stream_metrics(run_id, follow=False):
+            if (line := describe(record)) is not None:
+                print(f"{record.time.astimezone(UTC):%Y-%m-%d %H:%M:%S}  {line.plain}")
 
 
 @app.command()

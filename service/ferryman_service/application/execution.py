@@ -109,7 +109,7 @@ def leave_attempt(ports: WorkerPorts, run_id: str, attempt: int) -> None:
     """Leave the run to another attempt, from its last checkpoint; harmless if it was left or has ended already."""
     text = "the worker was told to end"
     remark = RunEvent(
-        level=EventLevel.INFO, code="RESTARTED", message=f"{text}. Another goes on from the last checkpoint"
+        level=EventLevel.INFO, code="HANDED_OVER", message=f"{text}. Another goes on from the last checkpoint"
     )
     not_before_ns = time.time_ns() + _LEAVE_TIME_NS
     handover = Handover(state=RunState.QUEUED, message=text, remark=remark, not_before_ns=not_before_ns)

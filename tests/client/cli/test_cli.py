@@ -5,11 +5,12 @@ import json
 import signal
 import subprocess
 import sys
+from datetime import datetime
 
 import pytest
 from typer.testing import CliRunner
 
-from ferryman import RunState, StateChange, __version__, errors
+from ferryman import EventLevel, RunEvent, RunState, StateChange, __version__, errors
 from ferryman.cli.app import app
 from ferryman.testing import noam_learning_rate, training_script
 
@@ -69,6 +70,19 @@ def test_train_and_watch(run, corpus, client, tmp_path):
     model = client.get_training_run(run_id).recipe.model
     assert (model.heads, model.d_model) == (2, 64)
     assert run("watch", run_id).stdout.endswith("published m/1\n")
+
+
+def test_the_events_of_a_run_are_lines_with_times(run, fake, client, corpus):
+    dropped = RunEvent(level=EventLevel.WARNING, code="PAIRS_DROPPED", message="dropped 3 of 20 (3 EMPTY)")
+    fake.script = [*training_script(steps=4)[:3], dropped, *training_script(steps=4)[3:]]
+    run_id = client.start_training(corpus.corpus_id, "m").run_id
+    lines = run("runs", "events", run_id).stdout.splitlines()
+    times, texts = zip(*(line.split("  ", 1) for line in lines), strict=True)
+    assert all(datetime.strptime(time, "%Y-%m-%d %H:%M:%S") for time in times)
+    assert "warning: PAIRS_DROPPED: dropped 3 of 20 (3 EMPTY)" in texts
+    assert texts[0] == "queued"
+    assert texts[-1] == "succeeded"
+    assert sum(text.startswith("step ") for text in texts) == 1, "validations, not updates"
 
 
 def test_the_recipe_of_a_run_can_be_trained_again(run, corpus, client, tmp_path):

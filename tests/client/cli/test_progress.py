@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -74,6 +75,8 @@ def test_the_numbers_are_those_that_were_asked_for():
         "ETA 166:20  step 2/1,000  loss 2.667  lr 3.49e-07  20,000 target tokens/s"
     )
     assert "BLEU 31.5" in numbers(view_after(8), StopRecipe(max_steps=1000))
+    on_a_gpu = replace(view_after(5), step=replace(view_after(5).step, model_flops_utilization=0.41))
+    assert numbers(on_a_gpu, StopRecipe(max_steps=1000)).endswith("20,000 target tokens/s  MFU 41%")
     exporting = view_after(9)
     assert numbers(exporting, StopRecipe(max_steps=1000)).startswith("exporting  step 4/1,000")
     assert exporting.fraction(StopRecipe(max_steps=1000)) == 1.0

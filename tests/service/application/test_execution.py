@@ -224,7 +224,7 @@ def test_a_worker_that_is_told_to_end_leaves_the_run_to_another(house, new_run):
     assert (run.state, run.worker, run.restarts) == (RunState.QUEUED, None, 0)
     assert run.not_before_ns > run.create_time_ns, "it keeps its place"
     event, change = house.payloads(run.run_id)[-2:]
-    assert (event.code, change.message) == ("RESTARTED", "the worker was told to end")
+    assert (event.code, change.message) == ("HANDED_OVER", "the worker was told to end")
 
 
 @pytest.mark.parametrize("error", [PauseRequested(), StopRequested(), DiskIsFull("full")])
