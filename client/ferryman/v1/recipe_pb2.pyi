@@ -662,7 +662,7 @@ class OptimizationRecipe(_message.Message):
     """Optional. What matrix products are computed in. Default: PRECISION_FP32."""
     max_skipped_updates: _builtins.int
     """Optional. Updates in a row that are skipped because their gradient is not finite, 0 to 1000; one more and training
-    has diverged. Default: 10.
+    has diverged. With PRECISION_FP16 at least 1: the loss scale is found that way. Default: 10.
     """
     max_rollbacks: _builtins.int
     """Optional. How often a run that has diverged goes back to its last checkpoint, 0 to 100; after that it fails with

@@ -467,6 +467,9 @@ def _conflicts(values: Mapping[str, Any], path: str) -> Iterator[Violation]:
             f"is {optimization['accumulation_steps']}: a micro-batch would have fewer tokens than "
             f"data.max_sentence_tokens, which is {data['max_sentence_tokens']}",
         )
+    if optimization["precision"] is Precision.FP16 and optimization["max_skipped_updates"] == 0:
+        text = "is 0, must be at least 1 with FP16, which finds its loss scale by updates that are skipped"
+        yield conflict("optimization.max_skipped_updates", text)
     if not (stop["max_steps"] or _has_other_limit(stop)):
         yield conflict("stop", "must set max_steps, max_epochs or max_time_seconds, else training never ends")
 

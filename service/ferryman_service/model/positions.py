@@ -35,8 +35,9 @@ class SinusoidalPositions(nn.Module):
         """Return positions_TD of `length` positions from `first`."""
         table_TD = self.table_TD
         if first + length > table_TD.shape[0]:
-            grown = sinusoids(2 * (first + length), self._d_model)
-            self.table_TD = table_TD = grown.to(device=table_TD.device, dtype=table_TD.dtype)
+            with torch.inference_mode(False):  # training needs the table after a validation that made it grow
+                grown = sinusoids(2 * (first + length), self._d_model)
+                self.table_TD = table_TD = grown.to(device=table_TD.device, dtype=table_TD.dtype)
         return table_TD[first : first + length]
 
 

@@ -19,14 +19,18 @@ class ValidationScores:
     translated_pairs: int
 
     def rank(self, metric: SelectionMetric) -> tuple[float, ...]:
-        """Return what scores are compared by: higher is better, equal BLEU or chrF is decided by the likelihood."""
+        """Return what scores are compared by: higher is better, equal BLEU or chrF is decided by the likelihood.
+
+        What is not a number is worse than every number.
+        """
+        likelihood = -math.inf if math.isnan(self.nll_per_token) else -self.nll_per_token
         match metric:
             case SelectionMetric.LOSS:
-                return (-self.nll_per_token,)
+                return (likelihood,)
             case SelectionMetric.BLEU:
-                return (self.bleu, -self.nll_per_token)
+                return (self.bleu, likelihood)
             case SelectionMetric.CHRF:
-                return (self.chrf, -self.nll_per_token)
+                return (self.chrf, likelihood)
 
 
 def perplexity(nll_per_token: float) -> float:

@@ -9,6 +9,7 @@ from ferryman_service.domain.errors import InvalidRecipe
 from ferryman_service.domain.recipe import (
     NormPlacement,
     Positions,
+    Precision,
     Preset,
     SelectionMetric,
     SubwordAlgorithm,
@@ -114,6 +115,10 @@ CONFLICTS = [
     (
         {"data": {"subword_algorithm": SubwordAlgorithm.BPE, "sampling_alpha": 0.1}},
         "recipe.data.sampling_alpha",
+    ),
+    (
+        {"optimization": {"precision": Precision.FP16, "max_skipped_updates": 0}},
+        "recipe.optimization.max_skipped_updates",
     ),
     ({"optimization": {"batch_target_tokens": 100}}, "recipe.optimization.batch_target_tokens"),
     ({"optimization": {"accumulation_steps": 5}}, "recipe.optimization.accumulation_steps"),

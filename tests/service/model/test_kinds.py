@@ -240,3 +240,11 @@ def test_dropout_acts_on_embeddings_and_on_each_sublayers_answer(make_transforme
         dropped = added.abs() < 1e-5
         assert dropped.double().mean().item() == pytest.approx(0.5, abs=0.02)
         torch.testing.assert_close(added[~dropped], torch.full_like(added[~dropped], 6.0), atol=1e-5, rtol=0)
+
+
+def test_a_table_that_a_validation_made_grow_serves_training(make_transformer):
+    transformer = make_transformer(positions=Positions.ROPE).train()
+    with torch.inference_mode():
+        transformer.hidden(sentences(1, 600), sentences(1, 3))
+    transformer.hidden(sentences(2, 600), sentences(2, 3)).sum().backward()
+    assert transformer.embedding.weight.grad is not None
