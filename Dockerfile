@@ -52,9 +52,20 @@ ENTRYPOINT ["ferryman-service"]
 CMD ["serve"]
 
 FROM runtime AS cuda
+# Training compiles the network for the GPU, and Triton builds its launchers with a C compiler. Without one training
+# works too, slower. The headers of Python are in the base image. What was compiled stays in the volume, for later runs
+# and because nothing in /tmp may be executed where that is a tmpfs.
+USER 0:0
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends gcc libc6-dev \
+    && rm -rf /var/lib/apt/lists/*
+USER 10001:10001
 COPY --from=builder-cuda /opt/ferryman /opt/ferryman
 ENV NVIDIA_VISIBLE_DEVICES=all \
-    NVIDIA_DRIVER_CAPABILITIES=compute,utility
+    NVIDIA_DRIVER_CAPABILITIES=compute,utility \
+    TORCHINDUCTOR_CACHE_DIR=/data/compiled \
+    TRITON_CACHE_DIR=/data/compiled/triton
 
 FROM runtime AS cpu
 COPY --from=builder-cpu /opt/ferryman /opt/ferryman

@@ -31,6 +31,8 @@ from ferryman_service.translation.loader import OnnxBundleLoader
 from ferryman_service.translation.onnx_decoder import OnnxConfig
 
 _VOCABULARY: Final = 500
+# Small enough for a CPU, to which products in 16 bits are foreign.
+_SMALL_MODEL: Final = {"d_model": 64, "ffn_dim": 128, "encoder_layers": 2, "decoder_layers": 2}
 _STEPS: Final = 20
 _BATCH_TARGET_TOKENS: Final = 512
 _FP32_TOLERANCE: Final = 1e-3
@@ -43,11 +45,11 @@ Finding = dict[str, Any]
 
 
 def tiny_recipe(precision: Precision, **model: float) -> Recipe:
-    """Return `tiny` with a small vocabulary and a warmup that is over soon."""
+    """Return a small network with a small vocabulary and a warmup that is over soon."""
     return resolve_recipe(
         {
             "preset": Preset.TINY,
-            "model": model,
+            "model": _SMALL_MODEL | model,
             "data": {"vocabulary_size": _VOCABULARY},
             "optimization": {"batch_target_tokens": _BATCH_TARGET_TOKENS, "precision": precision},
             "schedule": {"warmup_steps": 20},
@@ -56,9 +58,9 @@ def tiny_recipe(precision: Precision, **model: float) -> Recipe:
     )
 
 
-def tiny_trainee(recipe: Recipe, device: torch.device) -> Trainee:
+def tiny_trainee(recipe: Recipe, device: torch.device, variant: Variant = Variant.EAGER) -> Trainee:
     """Return a trainee that has done nothing."""
-    return new_trainee(new_model(recipe, Variant.EAGER, device), recipe, alone(device))
+    return new_trainee(new_model(recipe, variant, device), recipe, alone(device))
 
 
 def tiny_batches(count: int, device: torch.device, batch_target_tokens: int = _BATCH_TARGET_TOKENS) -> list[Batch]:
@@ -91,6 +93,21 @@ def loss_curves(device: torch.device, folder: Path) -> Finding:
     # FP16 skips its first updates until its scale fits, so its curve lags; it must only be finite and fall.
     ok = worst["fp32"] < _FP32_TOLERANCE and worst["bf16"] < _BF16_TOLERANCE and curves["fp16"][-1] < expected[0]
     return {"ok": ok, "worst_relative_difference": worst, "curves": curves}
+
+
+def compiling(device: torch.device, folder: Path) -> Finding:
+    """The losses with compiled layers are those without, to rounding, and no update waits for the device."""
+    worst = {}
+    for precision in (Precision.FP32, Precision.BF16):
+        recipe, batches = tiny_recipe(precision, dropout=0.0), tiny_batches(_STEPS, device)
+        plain, compiled = (
+            [outcome.loss for outcome in outcomes(tiny_trainee(recipe, device, variant), batches)]
+            for variant in (Variant.EAGER, Variant.COMPILED_LAYERS)
+        )
+        worst[precision] = max(abs(loss / want - 1) for loss, want in zip(compiled, plain, strict=True))
+    waits = waits_of(tiny_trainee(recipe, device, Variant.COMPILED_LAYERS), batches, device)
+    ok = worst[Precision.FP32] < _FP32_TOLERANCE and worst[Precision.BF16] < _BF16_TOLERANCE and not waits
+    return {"ok": ok, "worst_relative_difference": worst, "waits": waits}
 
 
 def loss_scaling(device: torch.device, folder: Path) -> Finding:
@@ -190,17 +207,21 @@ def no_waiting(device: torch.device, folder: Path) -> Finding:
         trainee = tiny_trainee(tiny_recipe(precision), device)
         batches = tiny_batches(4, torch.device("cpu"))
         outcomes(trainee, [batch.to(device) for batch in batches])
-        for name, prepare in (("step", False), ("step and batch", True)):
-            ready = batches if prepare else [batch.to(device) for batch in batches]
-            try:
-                with nobody_waits(device):
-                    pending = [trainee.step([batch.to(device)], batch.target_tokens) for batch in ready]
-                waits[f"{precision}: {name}"] = ""
-                for outcome in pending:
-                    outcome.read()
-            except RuntimeError as error:
-                waits[f"{precision}: {name}"] = str(error).splitlines()[0]
+        waits[f"{precision}: step"] = waits_of(trainee, [batch.to(device) for batch in batches], device)
+        waits[f"{precision}: step and batch"] = waits_of(trainee, batches, device)
     return {"ok": not any(waits.values()), "waits": waits}
+
+
+def waits_of(trainee: Trainee, batches: list[Batch], device: torch.device) -> str:
+    """Return why one of these updates waits for the device, "" if none does. They have been done before."""
+    try:
+        with nobody_waits(device):
+            pending = [trainee.step([batch.to(device)], batch.target_tokens) for batch in batches]
+        for outcome in pending:
+            outcome.read()
+    except RuntimeError as error:
+        return str(error).splitlines()[0]
+    return ""
 
 
 def resuming(device: torch.device, folder: Path) -> Finding:
@@ -236,7 +257,7 @@ def exporting(device: torch.device, folder: Path) -> Finding:
     corpus = write_corpus(folder / "corpus", train, held_out)
     recipe = resolve_recipe(
         {
-            "model": {"dropout": 0.0},
+            "model": _SMALL_MODEL | {"dropout": 0.0},
             "data": {"vocabulary_size": 120, "max_sentence_tokens": 64},
             "optimization": {"batch_target_tokens": 512, "precision": Precision.BF16},
             "stop": {"max_steps": 60},
@@ -290,4 +311,5 @@ CHECKS: Final[Mapping[str, Callable[[torch.device, Path], Finding]]] = {
     "resuming": resuming,
     "exporting": exporting,
     "out of memory": out_of_memory,
+    "compiling": compiling,
 }

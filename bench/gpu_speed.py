@@ -25,9 +25,9 @@ from ferryman_service.domain.recipe import Precision, Preset, Recipe, resolve_re
 from ferryman_service.domain.tokens import EOS, PAD
 from ferryman_service.model.config import TransformerConfig
 from ferryman_service.model.transformer import Transformer
-from ferryman_service.training.batches import Batch, make_batch
+from ferryman_service.training.batches import SOURCE_MULTIPLE, Batch, make_batch
 from ferryman_service.training.budget import TimeBudget
-from ferryman_service.training.compile import compile_layers
+from ferryman_service.training.compile import compilation_remark, compile_layers, set_up_compilation
 from ferryman_service.training.flops import peak_flops, training_flops
 from ferryman_service.training.loop import LoopParts, TrainingLoop
 from ferryman_service.training.packing import plan_epoch
@@ -45,10 +45,11 @@ _BUCKETS: Final = (16, 24, 32, 48, 64, 96, 128)
 
 
 class Variant(StrEnum):
-    """How the network is run; on a GPU, training itself uses COMPILED_LAYERS."""
+    """How the network is run; on a GPU, training itself uses COMPILED_LAYERS if it can, and nothing but it or EAGER."""
 
     EAGER = "eager"
     COMPILED_LAYERS = "compiled layers"
+    BARE_LENGTHS = "compiled layers, source lengths as they come"
     COMPILED = "compiled"
     GRAPHS = "compiled, buckets, CUDA graphs"
 
@@ -99,11 +100,13 @@ def _random_side(lengths_P: NDArray[np.float64], vocabulary: int, generator: np.
     return TokenSide.from_lengths(tokens_N, whole_P)
 
 
-def planned_batches(pairs: TokenPairs, batch_target_tokens: int, count: int) -> list[Batch]:
-    """Return the first batches of an epoch, as training makes them."""
+def planned_batches(
+    pairs: TokenPairs, batch_target_tokens: int, count: int, source_multiple: int = SOURCE_MULTIPLE["cuda"]
+) -> list[Batch]:
+    """Return the first batches of an epoch, as training on a GPU makes them if `source_multiple` says nothing else."""
     lengths = pairs.source.lengths_P, pairs.target.lengths_P
     updates = plan_epoch(*lengths, batch_target_tokens=batch_target_tokens, seed=1, epoch=1)
-    return [make_batch(pairs, update[0][0]) for update in updates[:count]]
+    return [make_batch(pairs, update[0][0], source_multiple) for update in updates[:count]]
 
 
 def bucketed_batches(pairs: TokenPairs, batch_target_tokens: int, count: int) -> list[Batch]:
@@ -117,6 +120,14 @@ def bucketed_batches(pairs: TokenPairs, batch_target_tokens: int, count: int) ->
         batches += [widened(make_batch(pairs, cut), high) for cut in cuts]
     order = np.random.default_rng(1).permutation(len(batches))
     return [batches[i] for i in order[:count]]
+
+
+def chosen_batches(variant: Variant, pairs: TokenPairs, batch_target_tokens: int, count: int) -> list[Batch]:
+    """Return batches of the shapes that the variant wants."""
+    if variant is Variant.GRAPHS:
+        return bucketed_batches(pairs, batch_target_tokens, count)
+    multiple = 1 if variant is Variant.BARE_LENGTHS else SOURCE_MULTIPLE["cuda"]
+    return planned_batches(pairs, batch_target_tokens, count, multiple)
 
 
 def widened(batch: Batch, length: int) -> Batch:
@@ -136,7 +147,7 @@ def new_model(recipe: Recipe, variant: Variant, device: torch.device) -> Transfo
     """Return the recipe's network, run as the variant says."""
     torch.manual_seed(1)
     model = Transformer(TransformerConfig.from_recipe(recipe, recipe.data.vocabulary_size)).to(device).train()
-    if variant is Variant.COMPILED_LAYERS:
+    if variant in (Variant.COMPILED_LAYERS, Variant.BARE_LENGTHS):
         compile_layers(model)
     elif variant is Variant.COMPILED:
         object.__setattr__(model, "hidden", torch.compile(model.hidden, dynamic=True))
@@ -169,8 +180,8 @@ def measure_speed(
     """Return the rate of updates whose batches are on the device already."""
     recipe = scale.recipe(preset, batch_target_tokens, Precision.BF16)
     pairs = synthetic_pairs(scale.vocabulary, scale.pairs)
-    choose = bucketed_batches if variant is Variant.GRAPHS else planned_batches
-    batches = [batch.to(device) for batch in choose(pairs, batch_target_tokens, scale.updates)]
+    chosen = chosen_batches(variant, pairs, batch_target_tokens, scale.updates)
+    batches = [batch.to(device) for batch in chosen]
     trainee = new_trainee(new_model(recipe, variant, device), recipe, alone(device))
     started_s = time.perf_counter()
     for _ in range(2):  # every shape is seen before the clock runs, and captured where there are graphs
@@ -207,9 +218,12 @@ class _Enough(Exception):
 
 
 def measure_loop(
-    preset: Preset, variant: Variant, batch_target_tokens: int, scale: Scale, device: torch.device, folder: Path
+    preset: Preset, batch_target_tokens: int, scale: Scale, device: torch.device, folder: Path
 ) -> dict[str, Any]:
-    """Return the rate of the whole training loop: batches are made, moved and reported as in a run."""
+    """Return the rate of the whole training loop: batches are made, moved and reported as in a run.
+
+    Whether the layers are compiled is what the engine chooses here by itself.
+    """
     recipe = scale.recipe(preset, batch_target_tokens, Precision.BF16)
     pairs = synthetic_pairs(scale.vocabulary, scale.pairs)
     times_s: list[float] = []
@@ -221,8 +235,11 @@ def measure_loop(
 
     reporter = ListReporter(check=check)
     folder.mkdir(parents=True)
+    model = new_model(recipe, Variant.EAGER, device)
+    compiled = set_up_compilation(model, "auto", device)
+    remark = compilation_remark(compiled, "auto", device)
     parts = LoopParts(
-        trainee=new_trainee(new_model(recipe, variant, device), recipe, alone(device)),
+        trainee=new_trainee(model, recipe, alone(device), compiled=compiled),
         pairs=lambda epoch: pairs,
         recipe=recipe,
         validator=cast(Validator, None),  # no update of this measurement is followed by a validation
@@ -240,7 +257,9 @@ def measure_loop(
     return {
         "target_tokens_per_s": tokens * (scale.updates / (last - first)) / seconds,
         "reported_target_tokens_per_s": median(reported),
-        "reported_mfu": median(step.model_flops_utilization for step in reporter.steps[first:]),
+        "mfu": median(step.model_flops_utilization for step in reporter.steps[first:]),
+        "layers_compiled": compiled,
+        "remarks": [*([remark[1:]] if remark else []), *((code, text) for _, code, text in reporter.events)],
     }
 
 

@@ -50,7 +50,14 @@ _RECIPE: Final[dict[str, Any]] = {
     "stop": {"max_steps": STEPS},
     "validation": {"interval_steps": 9, "checkpoint_interval_steps": 2, "max_translated_pairs": 10, "keep_last": 2},
 }
-_OF_THE_ATTEMPT: Final = ("TRAINING_STARTED", "RESUMED", "RESTARTED", "HANDED_OVER", "CHECKPOINT_DAMAGED", "EXPORT_CHECKED")
+_OF_THE_ATTEMPT: Final = (
+    "TRAINING_STARTED",
+    "RESUMED",
+    "RESTARTED",
+    "HANDED_OVER",
+    "CHECKPOINT_DAMAGED",
+    "EXPORT_CHECKED",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,7 +200,7 @@ class Arena:
         if number == signal.SIGKILL:
             if worker is not None and self.processes == 1:
                 os.kill(worker.pid, number)  # the launcher looks for the processes first, and a write is soon over
-            assert self.launcher.kill(run_id, attempt)
+            assert self.launcher.kill(run_id, attempt, worker)
             return
         assert worker is not None, "signals are for workers that have begun"
         os.kill(worker.pid, number)

@@ -15,6 +15,7 @@
     ├── FailedPrecondition
     │   ├── IllegalTransition
     │   ├── RunNotFinished
+    │   ├── RunStillNeeded
     │   ├── ModelHasNoWeights
     │   ├── OptimizerNotKept
     │   └── RoleNotServed
@@ -150,6 +151,10 @@ class IllegalTransition(FailedPrecondition):
 
 class RunNotFinished(FailedPrecondition):
     """A run that has not ended cannot be deleted."""
+
+
+class RunStillNeeded(FailedPrecondition):
+    """A run with keep_optimizer will start with the optimizer in this run's checkpoints."""
 
 
 class ModelHasNoWeights(FailedPrecondition):

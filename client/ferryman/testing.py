@@ -306,6 +306,7 @@ class _Backend:
             create_time=datetime.now(UTC),
             initial_model=self._initial_model(request),
             processes=request.processes or 1,
+            keep_optimizer=request.keep_optimizer,
         )
         return _FakeRun(run, deque(self._fake.script))
 
@@ -371,8 +372,19 @@ class _Backend:
             state = self.run(run_id).run.state
             if not state.is_terminal:
                 raise errors.RunNotFinished(f"run {run_id} is {state}: it cannot be deleted")
+            for needy in self.runs.values():
+                if self._needs_optimizer(needy) and self._source(needy) == run_id:
+                    raise errors.RunStillNeeded(f"run {needy.run.run_id} will start with the optimizer of {run_id}")
             del self.runs[run_id]
             self.requests = {key: made for key, made in self.requests.items() if made[1] != run_id}
+
+    def _needs_optimizer(self, run: _FakeRun) -> bool:
+        """Tell whether a run waits for the optimizer of another: a worker takes it over when it begins."""
+        return run.run.keep_optimizer and not run.run.state.is_terminal and run.run.start_time is None
+
+    def _source(self, run: _FakeRun) -> str:
+        assert run.run.initial_model is not None, "no optimizer is kept without a model"
+        return self.version(run.run.initial_model).run_id
 
     def checkpoints(self, run_id: str) -> list[types.Checkpoint]:
         """Return a checkpoint for each validation: one follows each."""

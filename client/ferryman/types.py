@@ -397,7 +397,7 @@ class TrainingRun:
     """A training run. Of a run that was only validated `run_id` is empty and `create_time` None.
 
     `restarts` counts the workers that died in a row without getting further; `initial_model` is None or the version,
-    "name/7", whose weights it starts from.
+    "name/7", whose weights it starts from, and `keep_optimizer` says whether it starts with that version's optimizer.
     """
 
     run_id: str
@@ -418,6 +418,7 @@ class TrainingRun:
     restarts: int = 0
     initial_model: str | None = None
     processes: int = 1
+    keep_optimizer: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

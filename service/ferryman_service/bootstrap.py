@@ -124,6 +124,7 @@ def build_service(config: ServiceConfig) -> Service:
     if trains:
         stores.corpora.recover()
         stores.models.recover()
+        stores.runs.recover()
         stores.folders.delete_orphans(stores.runs.ids())
     registry = new_registry()
     use_cases = _build_use_cases(stores, config)
@@ -227,6 +228,7 @@ def _build_supervisor(stores: _Stores, config: ServiceConfig) -> Supervisor:
         max_concurrent_runs=config.max_concurrent_runs,
         max_restarts=config.max_restarts,
         backoff_s=config.restart_backoff_s,
+        pause_grace_s=config.pause_grace_s,
     )
     return Supervisor(stores.runs, launcher, supervisor)
 

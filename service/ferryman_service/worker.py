@@ -29,21 +29,13 @@ from ferryman_service.config.service_config import Device
 from ferryman_service.domain.ids import RUN_PREFIX, is_id
 from ferryman_service.launch.process import current_process_identity, die_with_parent, end_on_sigterm
 from ferryman_service.launch.torchrun import read_log_tail
-from ferryman_service.pipeline.translator import MicroBatchLimit
-from ferryman_service.stores.corpora import CorpusLimits, FileCorpusStore
-from ferryman_service.stores.database import open_database
 from ferryman_service.stores.layout import DataFolder
-from ferryman_service.stores.models import FileModelStore
-from ferryman_service.stores.run_folders import FileRunFolders
-from ferryman_service.stores.runs import SqlRunStore
-from ferryman_service.training.engine import EngineConfig, TorchTrainingEngine
-from ferryman_service.training.export import OnnxExporter
-from ferryman_service.translation.loader import OnnxBundleLoader
-from ferryman_service.translation.onnx_decoder import OnnxConfig
 
 _log = logging.getLogger(__name__)
-_PATIENCE_S: Final = 25.0
-"""Of the 30 seconds that SIGTERM leaves."""
+_PATIENCE_S: Final = 20.0
+"""Of the 30 seconds that SIGTERM leaves, what the work at hand gets to come to an end."""
+_LEAVE_S: Final = 7.0
+"""And what the database gets to take down that it did not."""
 
 
 def main() -> int:
@@ -58,19 +50,31 @@ def main() -> int:
     # torchrun passes SIGTERM on to all of its processes. The first leaves a checkpoint after its step, and the others
     # follow it. Where that takes too long, as in the middle of an export, the run goes on from its last checkpoint.
     leave = partial(leave_attempt, ports, arguments.run_id, arguments.attempt) if is_first else lambda: None
-    end_on_sigterm(stop, leave, patience_s=_PATIENCE_S)
+    end_on_sigterm(stop, leave, status=0 if is_first else 1, patience_s=_PATIENCE_S, leave_s=_LEAVE_S)
     run_dir = folder.run_dir(arguments.run_id)
     _log.info("attempt %d of %s", arguments.attempt, arguments.run_id)
     if not is_first:
-        follow_attempt(ports, arguments.run_id, arguments.attempt, run_dir)
-        return 0
+        return 0 if follow_attempt(ports, arguments.run_id, arguments.attempt, run_dir) else 1
     succeeded = execute_attempt(ports, arguments.run_id, arguments.attempt, current_process_identity(), run_dir)
     _log.info("the model is published" if succeeded else "nothing was published")
     return 0
 
 
 def _build(folder: DataFolder, device: Device, stop: threading.Event) -> WorkerPorts:
-    """The composition root of the worker."""
+    """The composition root of the worker. It imports what takes seconds, in which torchrun's agent may die."""
+    from ferryman_service.pipeline.translator import MicroBatchLimit
+    from ferryman_service.stores.corpora import CorpusLimits, FileCorpusStore
+    from ferryman_service.stores.database import open_database
+    from ferryman_service.stores.models import FileModelStore
+    from ferryman_service.stores.reserve import free_reserve, make_reserve
+    from ferryman_service.stores.run_folders import FileRunFolders
+    from ferryman_service.stores.runs import SqlRunStore
+    from ferryman_service.training.engine import EngineConfig, TorchTrainingEngine
+    from ferryman_service.training.export import OnnxExporter
+    from ferryman_service.translation.loader import OnnxBundleLoader
+    from ferryman_service.translation.onnx_decoder import OnnxConfig
+
+    make_reserve(folder.reserve)
     database = open_database(folder.database)
     models = FileModelStore(database, folder)
     return WorkerPorts(
@@ -85,6 +89,7 @@ def _build(folder: DataFolder, device: Device, stop: threading.Event) -> WorkerP
         prepared_dir=folder.prepared,
         initial=lambda run: initial_weights(models, FileRunFolders(folder), run),
         stop_requested=stop.is_set,
+        free_reserve=partial(free_reserve, folder.reserve),
     )
 
 

@@ -91,6 +91,7 @@ RUNS = st.builds(
     restarts=INT32,
     initial_model=st.none() | TEXT.filter(bool),
     processes=INT32,
+    keep_optimizer=st.booleans(),
 )  # fmt: skip
 
 

@@ -151,9 +151,9 @@ def test_the_others_are_repeated(fake, client, held, rpc):
 
 def test_fine_tuning_names_the_version_it_starts_from(client, corpus):
     first = client.start_training(corpus.corpus_id, "m")
-    assert (first.initial_model, first.processes) == (None, 1)
+    assert (first.initial_model, first.processes, first.keep_optimizer) == (None, 1, False)
     second = client.start_training(corpus.corpus_id, "m", initial_model="m", keep_optimizer=True, processes=2)
-    assert (second.initial_model, second.processes) == ("m/1", 2)
+    assert (second.initial_model, second.processes, second.keep_optimizer) == ("m/1", 2, True)
     with pytest.raises(errors.ModelNotFound):
         client.start_training(corpus.corpus_id, "m", initial_model="m/9")
     client.delete_training_run(first.run_id)
@@ -161,6 +161,17 @@ def test_fine_tuning_names_the_version_it_starts_from(client, corpus):
         client.start_training(corpus.corpus_id, "m", initial_model="m/1", keep_optimizer=True)
     with pytest.raises(errors.InvalidRequest, match="keep_optimizer"):
         client.start_training(corpus.corpus_id, "m", keep_optimizer=True)
+
+
+def test_a_run_whose_optimizer_is_needed_cannot_be_deleted(fake, client, corpus):
+    source = client.start_training(corpus.corpus_id, "m").run_id
+    fake.hold_after = 1
+    needy = client.start_training(corpus.corpus_id, "m", initial_model="m/1", keep_optimizer=True).run_id
+    with pytest.raises(errors.RunStillNeeded, match=needy):
+        client.delete_training_run(source)
+    assert client.get_training_run(source).run_id == source
+    client.cancel_training(needy)
+    client.delete_training_run(source)
 
 
 def test_options_that_do_not_fit_the_wire_are_named(client, fake):

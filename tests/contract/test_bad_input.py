@@ -164,6 +164,39 @@ def recipe(**parts):
             [("processes", "OUT_OF_RANGE"), ("keep_optimizer", "CONFLICT")],
         ),
         (start(initial_model="EN/x"), "INVALID_REQUEST", [("initial_model", "INVALID_MODEL_REFERENCE")]),
+        (
+            start(
+                request_id="x",
+                corpus_id="",
+                model_name="/",
+                initial_model="EN/x",
+                processes=99,
+                recipe=recipe_pb2.Recipe(preset=9, model={"dropout": 2}, seed=-1),
+            ),
+            "INVALID_RECIPE",
+            [
+                ("request_id", "NOT_A_UUID"),
+                ("corpus_id", "REQUIRED"),
+                ("model_name", "INVALID_MODEL_NAME"),
+                ("processes", "OUT_OF_RANGE"),
+                ("initial_model", "INVALID_MODEL_REFERENCE"),
+                ("recipe.preset", "UNKNOWN_ENUM_VALUE"),
+                ("recipe.model.dropout", "OUT_OF_RANGE"),
+                ("recipe.seed", "OUT_OF_RANGE"),
+            ],
+        ),
+        # What fits no kind that the server knows may fit the one that was meant; the rest is checked.
+        (
+            recipe(schedule={"kind": 9, "peak_learning_rate": 1}, model={"heads": 3}),
+            "INVALID_RECIPE",
+            [("recipe.schedule.kind", "UNKNOWN_ENUM_VALUE"), ("recipe.model.heads", "CONFLICT")],
+        ),
+        # The updates of "tiny" are too small for five micro-batches; those of the preset that was meant may not be.
+        (
+            recipe(preset=9, optimization={"accumulation_steps": 5}, stop={"max_steps": -1}),
+            "INVALID_RECIPE",
+            [("recipe.preset", "UNKNOWN_ENUM_VALUE"), ("recipe.stop.max_steps", "OUT_OF_RANGE")],
+        ),
     ],
 )
 def test_starts(service, refused, request_message, reason, violations):
@@ -263,6 +296,38 @@ def test_an_upload_id_with_another_text(service, refused):
             [("first_step", "OUT_OF_RANGE"), ("last_step", "OUT_OF_RANGE"), ("max_points", "OUT_OF_RANGE")],
         ),
         ({"schedule": {}, "first_step": 9, "last_step": 8}, "INVALID_REQUEST", [("last_step", "OUT_OF_RANGE")]),
+        ({"schedule": {}, "first_step": 2**40}, "INVALID_REQUEST", [("first_step", "OUT_OF_RANGE")]),
+        (
+            {"first_step": -1, "max_points": 1},
+            "INVALID_REQUEST",
+            [("subject", "REQUIRED"), ("first_step", "OUT_OF_RANGE"), ("max_points", "OUT_OF_RANGE")],
+        ),
+        (
+            {"run_id": "", "last_step": -1},
+            "INVALID_REQUEST",
+            [("run_id", "REQUIRED"), ("last_step", "OUT_OF_RANGE")],
+        ),
+        ({"run_id": NO_SUCH_RUN, "max_points": 1}, "INVALID_REQUEST", [("max_points", "OUT_OF_RANGE")]),
+        (
+            {"schedule": {"kind": 6, "warmup_steps": 0}, "first_step": -1, "last_step": 2**40, "max_points": 1},
+            "INVALID_RECIPE",
+            [
+                ("first_step", "OUT_OF_RANGE"),
+                ("last_step", "OUT_OF_RANGE"),
+                ("max_points", "OUT_OF_RANGE"),
+                ("schedule.kind", "UNKNOWN_ENUM_VALUE"),
+                ("schedule.warmup_steps", "OUT_OF_RANGE"),
+            ],
+        ),
+        (
+            {"recipe": {"seed": -1, "model": {"activation": 9}}, "max_points": -5},
+            "INVALID_RECIPE",
+            [
+                ("max_points", "OUT_OF_RANGE"),
+                ("recipe.model.activation", "UNKNOWN_ENUM_VALUE"),
+                ("recipe.seed", "OUT_OF_RANGE"),
+            ],
+        ),
     ],
 )
 def test_curves(service, refused, request_message, reason, violations):
@@ -339,6 +404,18 @@ def test_translations(service, refused, request_message, reason, violations):
             "ListTrainingRuns",
             training_pb2.ListTrainingRunsRequest(order=9),
             [("order", "UNKNOWN_ENUM_VALUE")],
+        ),
+        (
+            "training_stub",
+            "ListTrainingRuns",
+            training_pb2.ListTrainingRunsRequest(states=[0, 99], order=9, page_size=-1, page_token="made-up"),
+            [
+                ("states[0]", "REQUIRED"),
+                ("states[1]", "UNKNOWN_ENUM_VALUE"),
+                ("order", "UNKNOWN_ENUM_VALUE"),
+                ("page_size", "OUT_OF_RANGE"),
+                ("page_token", "INVALID_PAGE_TOKEN"),
+            ],
         ),
     ],
 )

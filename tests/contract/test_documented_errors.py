@@ -71,6 +71,13 @@ def model_of_a_run_that_is_gone(service):
     return start(service, initial_model=version.reference, keep_optimizer=True)
 
 
+def run_whose_optimizer_is_needed(service):
+    version, run_id = service.trained_model("base")
+    call, request = start(service, initial_model=version.reference, keep_optimizer=True)
+    call(request)
+    return by_run(service, "DeleteTrainingRun", run_id)
+
+
 def reused_upload(service):
     request_id = str(uuid.uuid4())
     service.upload(request_id=request_id)
@@ -165,6 +172,7 @@ PROVOKED = {
     ("DeleteTrainingRun", "RUN_NOT_FINISHED"): lambda service: by_run(
         service, "DeleteTrainingRun", service.claimed_run()
     ),
+    ("DeleteTrainingRun", "RUN_STILL_NEEDED"): run_whose_optimizer_is_needed,
     ("StartTraining", "MODEL_NOT_FOUND"): lambda service: start(service, initial_model="nobody"),
     ("StartTraining", "MODEL_HAS_NO_WEIGHTS"): lambda service: start(service, initial_model="en-de"),
     ("StartTraining", "OPTIMIZER_NOT_KEPT"): model_of_a_run_that_is_gone,

@@ -3,6 +3,7 @@
 import json
 import uuid
 
+import grpc
 import pytest
 
 from ferryman.v1 import metrics_pb2, model_pb2, recipe_pb2, training_pb2
@@ -123,6 +124,9 @@ def test_checkpoints(service):
     assert validated.create_time.seconds > 1_700_000_000
     assert (other.step, other.best) == (300, False)
     assert [other.HasField(name) for name in ("bleu", "chrf", "nll_per_token")] == [False] * 3
+    leave_checkpoint(service, run_id, 350, best_step=250)
+    (service.folder.run_dir(run_id) / "checkpoints" / "step-0000000350" / "position.json").write_text("")
+    assert list(ask(service, "ListCheckpoints", run_id).checkpoints) == [validated, other]
 
 
 def test_a_deleted_run_leaves_nothing_but_what_it_published(service, refused):
@@ -167,6 +171,26 @@ def test_fine_tuning_takes_network_and_subwords_of_the_model(service, weights):
     assert run.recipe.model.dropout == 0.25, "the caller's"
     assert run.recipe.optimization.batch_target_tokens == 25_000, "the preset's"
     assert get(service, run.run_id) == run
+
+
+def test_a_run_says_whether_it_keeps_the_optimizer(service, weights):
+    version, _ = service.trained_model("source")
+    run = start(service, initial_model="source", keep_optimizer=True)
+    assert (run.initial_model, run.keep_optimizer) == (version.reference, True)
+    assert get(service, run.run_id).keep_optimizer
+    assert not start(service, initial_model="source").keep_optimizer
+
+
+def test_a_run_is_not_deleted_while_another_needs_its_optimizer(service, refused):
+    _, source = service.trained_model("needed")
+    needy = start(service, initial_model="needed", keep_optimizer=True).run_id
+    request = training_pb2.DeleteTrainingRunRequest(run_id=source)
+    refusal = refused(service.training_stub.DeleteTrainingRun, request)
+    assert (refusal.code, refusal.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "RUN_STILL_NEEDED")
+    assert needy in refusal.message
+    assert refusal.details["ErrorInfo"].metadata == {"run_id": source, "needed_by": needy}
+    leave_checkpoint(service, needy, 0, best_step=0)
+    service.training_stub.DeleteTrainingRun(request)
 
 
 def test_every_mismatch_is_named(service, weights, refused):

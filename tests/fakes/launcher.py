@@ -5,12 +5,14 @@ from __future__ import annotations
 
 class FakeLauncher:
     """Implements ports.Launcher. `alive` holds (run_id, attempt); `fail_with` is raised by the next start; while
-    `unkillable`, what was killed is not gone."""
+    `unkillable`, what was killed is not gone; `broken` runs cannot be looked at."""
 
     def __init__(self):
         self.started = []
         self.killed = []
+        self.workers_killed = []
         self.alive = set()
+        self.broken = set()
         self.unkillable = False
         self.how = "exit status 1"
         self.fail_with = None
@@ -22,11 +24,17 @@ class FakeLauncher:
         self.alive.add((run_id, attempt))
 
     def is_running(self, run_id, attempt, worker):
+        if run_id in self.broken:
+            raise KeyError("a bug")
         return (run_id, attempt) in self.alive
 
-    def kill(self, run_id, attempt):
+    def living(self):
+        return set(self.alive)
+
+    def kill(self, run_id, attempt, worker):
         if (run_id, attempt) in self.alive:
             self.killed.append((run_id, attempt))
+            self.workers_killed.append(worker)
         if not self.unkillable:
             self.alive.discard((run_id, attempt))
         return not self.unkillable

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import threading
 import time
 
@@ -25,6 +26,7 @@ from ferryman_service.application.translating import TranslationLimits, Translat
 from ferryman_service.bundle import manifest as bundles
 from ferryman_service.domain.models import ModelLineage, ModelScores
 from ferryman_service.domain.recipe import resolve_recipe
+from ferryman_service.domain.records import RunState
 from ferryman_service.domain.runs import ProcessIdentity
 from ferryman_service.observability.http import new_registry
 from ferryman_service.observability.rpc import RpcMetrics
@@ -45,6 +47,20 @@ from ferryman_service.stores.runs import SqlRunStore
 from tests.fakes.translator import FakeBundleLoader
 
 WORKER = ProcessIdentity(pid=4242, start_ticks=7, boot_id="boot")
+_HEADER = bundles.ManifestHeader(
+    lineage=ModelLineage(
+        run_id="run_0000000000000000000000",
+        corpus_id="cor_0000000000000000000000",
+        corpus_digest="00" * 32,
+        source_language="en",
+        target_language="de",
+        recipe=resolve_recipe({}),
+    ),
+    scores=ModelScores(bleu=30.5, chrf=60.25, nll_per_token=1.25, weights="best", step=100),
+    parameters=1000,
+    max_sentence_tokens=8,
+    architecture=bundles.Architecture(d_model=8, decoder_layers=1, heads=1, vocabulary_size=32),
+)
 
 
 class LoopbackService:
@@ -130,14 +146,23 @@ class LoopbackService:
         self.runs.claim_attempt(run_id, 1, WORKER)
         return run_id
 
-    def import_model(self, name, *, weights=False):
+    def import_model(self, name, *, weights=False, run_id=_HEADER.lineage.run_id):
         """Publish a bundle that nobody can translate with but the fake loader, nor train from."""
         bundle = self.folder.root / "elsewhere" / name
         bundle.mkdir(parents=True)
         for file in (*bundles.CONTENT_FILES, *([bundles.WEIGHTS_FILE] if weights else [])):
             (bundle / file).write_text(file)
-        bundles.seal(bundle, _HEADER)
+        lineage = dataclasses.replace(_HEADER.lineage, run_id=run_id)
+        bundles.seal(bundle, dataclasses.replace(_HEADER, lineage=lineage))
         return self.models.import_bundle(bundle, name)
+
+    def trained_model(self, name):
+        """Publish a version that training can start from, of a run that has ended and left a checkpoint; return the
+        version and the run's id."""
+        run_id = self.claimed_run()
+        (self.folder.run_dir(run_id) / "checkpoints" / "step-0000000007").mkdir(parents=True)
+        self.runs.change_state(run_id, 1, RunState.CANCELLED)
+        return self.import_model(name, weights=True, run_id=run_id), run_id
 
     async def _start(self):
         pager = Pager(b"key")
@@ -187,19 +212,3 @@ def upload_messages(pairs, **header):
             for split in (corpus_pb2.SPLIT_TRAIN, corpus_pb2.SPLIT_VALIDATION)
         ),
     ]
-
-
-_HEADER = bundles.ManifestHeader(
-    lineage=ModelLineage(
-        run_id="run_0000000000000000000000",
-        corpus_id="cor_0000000000000000000000",
-        corpus_digest="00" * 32,
-        source_language="en",
-        target_language="de",
-        recipe=resolve_recipe({}),
-    ),
-    scores=ModelScores(bleu=30.5, chrf=60.25, nll_per_token=1.25, weights="best", step=100),
-    parameters=1000,
-    max_sentence_tokens=8,
-    architecture=bundles.Architecture(d_model=8, decoder_layers=1, heads=1, vocabulary_size=32),
-)

@@ -1,14 +1,17 @@
 """What dies, and what lives on."""
 
+import contextlib
 import os
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import grpc
 import pytest
 
 from ferryman.v1 import metrics_pb2, training_pb2
+from ferryman_service.training.checkpoint import checkpoint_path, verify_checkpoint
 from tests.system.conftest import Stubs, small_recipe
 
 pytestmark = pytest.mark.system
@@ -70,6 +73,18 @@ def steps_of(records):
     return [record.step.step for record in records if record.HasField("step")]
 
 
+def series_of(records):
+    """What of the steps and validations is a function of recipe, corpus, seed and number of processes."""
+    steps, validations = [], []
+    for record in records:
+        step, validation = record.step, record.validation
+        if record.HasField("step"):
+            steps.append((step.step, step.epoch, step.loss, step.gradient_norm, step.target_tokens))
+        if record.HasField("validation"):
+            validations.append((validation.step, validation.loss, validation.bleu, validation.best))
+    return steps, validations
+
+
 def states_of(records):
     names = [metrics_pb2.RunState.Name(r.state_change.state) for r in records if r.HasField("state_change")]
     return [name.removeprefix("RUN_STATE_") for name in names]
@@ -104,7 +119,14 @@ def test_a_run_that_loses_one_of_its_processes_goes_on_by_itself(start_service):
     records = list(stubs.stream(run.run_id))
     assert states_of(records)[-1] == "SUCCEEDED", stubs.run(run.run_id)
     assert steps_of(records) == list(range(1, 151))
-    assert stubs.run(run.run_id).attempt == 2
+    # The other process may notice by itself, or torchrun may tell it to end before.
+    codes = [record.event.code for record in records if record.HasField("event")]
+    assert codes.count("RESTARTED") + codes.count("HANDED_OVER") == 1
+    ended = stubs.run(run.run_id)
+    assert (ended.attempt, ended.restarts) == (2, 0)
+
+    undisturbed = stubs.start(run.corpus_id, short_recipe(150), processes=2)
+    assert series_of(records) == series_of(stubs.stream(undisturbed.run_id))
 
 
 def test_a_worker_that_is_told_to_stop_leaves_its_run_to_another(start_service):
@@ -247,3 +269,40 @@ def test_a_full_disk_pauses_the_run_and_leaves_the_service_alive(start_service, 
     stubs.training.CancelTraining(training_pb2.CancelTrainingRequest(run_id=run.run_id))
     again = stubs.start(corpus_id, small_recipe(60))
     assert list(stubs.stream(again.run_id))[-1].state_change.state == metrics_pb2.RUN_STATE_SUCCEEDED
+
+
+def fill_up(path):
+    """Leave the disk no byte."""
+    with path.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(1 << 16))
+    with path.open("ab", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(b"x")
+
+
+def test_a_run_whose_disk_has_no_byte_left_goes_on_from_its_last_checkpoint_when_there_is_room(
+    start_service, small_disk
+):
+    folder, wrapper = small_disk
+    service = start_service(data_dir=folder, wrapper=wrapper)
+    stubs = Stubs(service.address)
+    run = stubs.start(stubs.upload().corpus_id, short_recipe(300))
+    stubs.wait_for_step(run.run_id, 30)
+    seen_by_service = Path(f"/proc/{service.process.pid}/root{folder}")
+    fill_up(seen_by_service / "filler")
+    wait_until(lambda: stubs.run(run.run_id).state == metrics_pb2.RUN_STATE_PAUSED, timeout_s=60)
+    wait_until(lambda: not worker_pids(run.run_id))
+
+    request = training_pb2.ListCheckpointsRequest(run_id=run.run_id)
+    last = stubs.training.ListCheckpoints(request).checkpoints[-1]
+    assert last.step >= 20
+    assert verify_checkpoint(checkpoint_path(seen_by_service / "runs" / run.run_id / "checkpoints", last.step))
+
+    (seen_by_service / "filler").unlink()
+    stubs.training.ResumeTraining(training_pb2.ResumeTrainingRequest(run_id=run.run_id))
+    records = list(stubs.stream(run.run_id))
+    assert states_of(records)[-1] == "SUCCEEDED", stubs.run(run.run_id)
+    assert steps_of(records) == list(range(1, 301))
+    codes = [record.event.code for record in records if record.HasField("event")]
+    assert codes.count("DISK_FULL") == codes.count("RESUMED") == 1

@@ -53,7 +53,7 @@ def test_two_processes_train_one_run(tmp_path):
     deadline_s = time.monotonic() + 90
     while launcher.is_running(run.run_id, 1, None) and time.monotonic() < deadline_s:
         time.sleep(0.1)
-    assert launcher.kill(run.run_id, 1)  # harmless after the end
+    assert launcher.kill(run.run_id, 1, None)  # harmless after the end
     log = launcher.log_tail(run.run_id, 1)
     assert launcher.exit_description(run.run_id, 1) == "exit status 0", log
     assert runs.get(run.run_id).state is RunState.SUCCEEDED, log

@@ -106,7 +106,7 @@ def show(context: typer.Context, run_id: RunArgument) -> None:
         ("best BLEU", _best_bleu(run)),
         ("attempt", f"{run.attempt}, {run.restarts} workers died in a row" if run.restarts else run.attempt),
         ("processes", run.processes),
-        ("starts from", run.initial_model or "random weights"),
+        ("starts from", _start(run)),
         ("accepted", _time(run)),
     ]
     if run.error is not None:
@@ -178,6 +178,12 @@ def _requested(run: TrainingRun) -> str:
     if run.cancel_requested:
         return ", cancel requested"
     return ", pause requested" if run.pause_requested else ""
+
+
+def _start(run: TrainingRun) -> str:
+    if run.initial_model is None:
+        return "random weights"
+    return f"{run.initial_model}, with its optimizer" if run.keep_optimizer else run.initial_model
 
 
 def _best_bleu(run: TrainingRun) -> str:

@@ -71,6 +71,7 @@ class TrainingRun(_message.Message):
     RESTARTS_FIELD_NUMBER: _builtins.int
     INITIAL_MODEL_FIELD_NUMBER: _builtins.int
     PROCESSES_FIELD_NUMBER: _builtins.int
+    KEEP_OPTIMIZER_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     """Output only. Server-made id, such as "run_01jd…"."""
     state: _metrics_pb2.RunState.ValueType
@@ -95,6 +96,8 @@ class TrainingRun(_message.Message):
     """Output only. The version whose weights it starts from, "name/7"; empty if it starts from random ones."""
     processes: _builtins.int
     """Output only. Processes that train it together."""
+    keep_optimizer: _builtins.bool
+    """Output only. Whether it starts with Adam's moments of the run that made initial_model, instead of fresh ones."""
     @_builtins.property
     def recipe(self) -> _recipe_pb2.Recipe:
         """Output only. The resolved recipe: every field is set."""
@@ -140,10 +143,11 @@ class TrainingRun(_message.Message):
         restarts: _builtins.int = ...,
         initial_model: _builtins.str = ...,
         processes: _builtins.int = ...,
+        keep_optimizer: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "end_time", b"end_time", "error", b"error", "progress", b"progress", "recipe", b"recipe", "start_time", b"start_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "cancel_requested", b"cancel_requested", "corpus_id", b"corpus_id", "create_time", b"create_time", "end_time", b"end_time", "error", b"error", "initial_model", b"initial_model", "last_sequence", b"last_sequence", "model_name", b"model_name", "model_version", b"model_version", "pause_requested", b"pause_requested", "processes", b"processes", "progress", b"progress", "recipe", b"recipe", "restarts", b"restarts", "run_id", b"run_id", "start_time", b"start_time", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "cancel_requested", b"cancel_requested", "corpus_id", b"corpus_id", "create_time", b"create_time", "end_time", b"end_time", "error", b"error", "initial_model", b"initial_model", "keep_optimizer", b"keep_optimizer", "last_sequence", b"last_sequence", "model_name", b"model_name", "model_version", b"model_version", "pause_requested", b"pause_requested", "processes", b"processes", "progress", b"progress", "recipe", b"recipe", "restarts", b"restarts", "run_id", b"run_id", "start_time", b"start_time", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -252,8 +256,9 @@ class StartTrainingRequest(_message.Message):
     KEEP_OPTIMIZER_FIELD_NUMBER: _builtins.int
     PROCESSES_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
-    """Optional. A UUID made by the caller. The same id with the same body returns the run of the first call, for ever;
-    with another body ALREADY_EXISTS (REQUEST_ID_REUSED).
+    """Optional. A UUID made by the caller. The same id with the same body returns the run of the first call, for ever,
+    whatever has become of the model, the limits and all else that was checked then; with another body ALREADY_EXISTS
+    (REQUEST_ID_REUSED). Only DeleteTrainingRun frees it. With validate_only it is neither looked up nor taken.
     """
     corpus_id: _builtins.str
     """Required. The corpus to train on, as returned by UploadCorpus."""

@@ -102,7 +102,8 @@ class TrainingServiceServicer:
         NOT_FOUND (CORPUS_NOT_FOUND), INVALID_ARGUMENT (INVALID_RECIPE, INVALID_REQUEST), ALREADY_EXISTS
         (REQUEST_ID_REUSED: the same request_id came with another body), RESOURCE_EXHAUSTED (TOO_MANY_RUNS). With
         initial_model also NOT_FOUND (MODEL_NOT_FOUND), FAILED_PRECONDITION (MODEL_HAS_NO_WEIGHTS: it was published by an
-        earlier release; OPTIMIZER_NOT_KEPT: the checkpoints of the run that made it are gone).
+        earlier release; OPTIMIZER_NOT_KEPT: the checkpoints of the run that made it are gone). A known request_id is found
+        before anything else is checked.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -168,7 +169,7 @@ class TrainingServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ListCheckpoints(self, request, context):
-        """The complete checkpoints of a run, by rising step. NOT_FOUND (RUN_NOT_FOUND).
+        """The complete checkpoints of a run, by rising step; one that cannot be read is left out. NOT_FOUND (RUN_NOT_FOUND).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -176,7 +177,8 @@ class TrainingServiceServicer:
 
     def DeleteTrainingRun(self, request, context):
         """Removes a run that has ended, with its records and checkpoints. What it published stays, its request_id is free
-        again. NOT_FOUND (RUN_NOT_FOUND), FAILED_PRECONDITION (RUN_NOT_FINISHED).
+        again. NOT_FOUND (RUN_NOT_FOUND), FAILED_PRECONDITION (RUN_NOT_FINISHED; RUN_STILL_NEEDED: an unfinished run with
+        keep_optimizer has no checkpoint of its own yet and will start with this one's; the metadata's `needed_by` is it).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

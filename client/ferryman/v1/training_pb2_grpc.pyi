@@ -42,7 +42,8 @@ class TrainingServiceStub:
     NOT_FOUND (CORPUS_NOT_FOUND), INVALID_ARGUMENT (INVALID_RECIPE, INVALID_REQUEST), ALREADY_EXISTS
     (REQUEST_ID_REUSED: the same request_id came with another body), RESOURCE_EXHAUSTED (TOO_MANY_RUNS). With
     initial_model also NOT_FOUND (MODEL_NOT_FOUND), FAILED_PRECONDITION (MODEL_HAS_NO_WEIGHTS: it was published by an
-    earlier release; OPTIMIZER_NOT_KEPT: the checkpoints of the run that made it are gone).
+    earlier release; OPTIMIZER_NOT_KEPT: the checkpoints of the run that made it are gone). A known request_id is found
+    before anything else is checked.
     """
     StreamMetrics: _grpc.UnaryStreamMultiCallable[_training_pb2.StreamMetricsRequest, _training_pb2.StreamMetricsResponse]
     """The run's records after `after_sequence`, then live, without gap or duplicate; ends with OK after the record of the
@@ -74,10 +75,11 @@ class TrainingServiceStub:
     (RUN_NOT_FOUND), FAILED_PRECONDITION (ILLEGAL_TRANSITION: it has ended).
     """
     ListCheckpoints: _grpc.UnaryUnaryMultiCallable[_training_pb2.ListCheckpointsRequest, _training_pb2.ListCheckpointsResponse]
-    """The complete checkpoints of a run, by rising step. NOT_FOUND (RUN_NOT_FOUND)."""
+    """The complete checkpoints of a run, by rising step; one that cannot be read is left out. NOT_FOUND (RUN_NOT_FOUND)."""
     DeleteTrainingRun: _grpc.UnaryUnaryMultiCallable[_training_pb2.DeleteTrainingRunRequest, _training_pb2.DeleteTrainingRunResponse]
     """Removes a run that has ended, with its records and checkpoints. What it published stays, its request_id is free
-    again. NOT_FOUND (RUN_NOT_FOUND), FAILED_PRECONDITION (RUN_NOT_FINISHED).
+    again. NOT_FOUND (RUN_NOT_FOUND), FAILED_PRECONDITION (RUN_NOT_FINISHED; RUN_STILL_NEEDED: an unfinished run with
+    keep_optimizer has no checkpoint of its own yet and will start with this one's; the metadata's `needed_by` is it).
     """
 
 @_typing.type_check_only
@@ -94,7 +96,8 @@ class TrainingServiceAsyncStub(TrainingServiceStub):
     NOT_FOUND (CORPUS_NOT_FOUND), INVALID_ARGUMENT (INVALID_RECIPE, INVALID_REQUEST), ALREADY_EXISTS
     (REQUEST_ID_REUSED: the same request_id came with another body), RESOURCE_EXHAUSTED (TOO_MANY_RUNS). With
     initial_model also NOT_FOUND (MODEL_NOT_FOUND), FAILED_PRECONDITION (MODEL_HAS_NO_WEIGHTS: it was published by an
-    earlier release; OPTIMIZER_NOT_KEPT: the checkpoints of the run that made it are gone).
+    earlier release; OPTIMIZER_NOT_KEPT: the checkpoints of the run that made it are gone). A known request_id is found
+    before anything else is checked.
     """
     StreamMetrics: _aio.UnaryStreamMultiCallable[_training_pb2.StreamMetricsRequest, _training_pb2.StreamMetricsResponse]  # type: ignore[assignment]
     """The run's records after `after_sequence`, then live, without gap or duplicate; ends with OK after the record of the
@@ -126,10 +129,11 @@ class TrainingServiceAsyncStub(TrainingServiceStub):
     (RUN_NOT_FOUND), FAILED_PRECONDITION (ILLEGAL_TRANSITION: it has ended).
     """
     ListCheckpoints: _aio.UnaryUnaryMultiCallable[_training_pb2.ListCheckpointsRequest, _training_pb2.ListCheckpointsResponse]  # type: ignore[assignment]
-    """The complete checkpoints of a run, by rising step. NOT_FOUND (RUN_NOT_FOUND)."""
+    """The complete checkpoints of a run, by rising step; one that cannot be read is left out. NOT_FOUND (RUN_NOT_FOUND)."""
     DeleteTrainingRun: _aio.UnaryUnaryMultiCallable[_training_pb2.DeleteTrainingRunRequest, _training_pb2.DeleteTrainingRunResponse]  # type: ignore[assignment]
     """Removes a run that has ended, with its records and checkpoints. What it published stays, its request_id is free
-    again. NOT_FOUND (RUN_NOT_FOUND), FAILED_PRECONDITION (RUN_NOT_FINISHED).
+    again. NOT_FOUND (RUN_NOT_FOUND), FAILED_PRECONDITION (RUN_NOT_FINISHED; RUN_STILL_NEEDED: an unfinished run with
+    keep_optimizer has no checkpoint of its own yet and will start with this one's; the metadata's `needed_by` is it).
     """
 
 class TrainingServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -149,7 +153,8 @@ class TrainingServiceServicer(metaclass=_abc_1.ABCMeta):
         NOT_FOUND (CORPUS_NOT_FOUND), INVALID_ARGUMENT (INVALID_RECIPE, INVALID_REQUEST), ALREADY_EXISTS
         (REQUEST_ID_REUSED: the same request_id came with another body), RESOURCE_EXHAUSTED (TOO_MANY_RUNS). With
         initial_model also NOT_FOUND (MODEL_NOT_FOUND), FAILED_PRECONDITION (MODEL_HAS_NO_WEIGHTS: it was published by an
-        earlier release; OPTIMIZER_NOT_KEPT: the checkpoints of the run that made it are gone).
+        earlier release; OPTIMIZER_NOT_KEPT: the checkpoints of the run that made it are gone). A known request_id is found
+        before anything else is checked.
         """
 
     @_abc_1.abstractmethod
@@ -229,7 +234,7 @@ class TrainingServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _training_pb2.ListCheckpointsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_training_pb2.ListCheckpointsResponse, _abc.Awaitable[_training_pb2.ListCheckpointsResponse]]:
-        """The complete checkpoints of a run, by rising step. NOT_FOUND (RUN_NOT_FOUND)."""
+        """The complete checkpoints of a run, by rising step; one that cannot be read is left out. NOT_FOUND (RUN_NOT_FOUND)."""
 
     @_abc_1.abstractmethod
     def DeleteTrainingRun(
@@ -238,7 +243,8 @@ class TrainingServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_training_pb2.DeleteTrainingRunResponse, _abc.Awaitable[_training_pb2.DeleteTrainingRunResponse]]:
         """Removes a run that has ended, with its records and checkpoints. What it published stays, its request_id is free
-        again. NOT_FOUND (RUN_NOT_FOUND), FAILED_PRECONDITION (RUN_NOT_FINISHED).
+        again. NOT_FOUND (RUN_NOT_FOUND), FAILED_PRECONDITION (RUN_NOT_FINISHED; RUN_STILL_NEEDED: an unfinished run with
+        keep_optimizer has no checkpoint of its own yet and will start with this one's; the metadata's `needed_by` is it).
         """
 
 def add_TrainingServiceServicer_to_server(servicer: TrainingServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -25,7 +25,14 @@ from ferryman_service.application.ports import (
 )
 from ferryman_service.application.reporting import ReporterConfig, SilentReporter, StoreReporter
 from ferryman_service.application.verification import check_export
-from ferryman_service.domain.errors import AttemptFenced, DiskFull, ModelDamaged, ModelNotFound, StoreUnavailable
+from ferryman_service.domain.errors import (
+    AttemptFenced,
+    DiskFull,
+    ModelDamaged,
+    ModelNotFound,
+    RunNotFound,
+    StoreUnavailable,
+)
 from ferryman_service.domain.models import ModelLineage, parse_model_reference
 from ferryman_service.domain.records import EventLevel, RunEvent, RunState
 from ferryman_service.domain.runs import (
@@ -41,8 +48,9 @@ from ferryman_service.domain.training import DiskIsFull, InitialWeights, PauseRe
 
 _log = logging.getLogger(__name__)
 _CLAIM_POLL_S: Final = 0.1
-_LEAVE_TIME_NS: Final = 2_000_000_000
-"""What a worker that was told to end gets to be gone before the next one starts."""
+_LEAVE_TIME_S: Final = 2.0
+"""What a worker that was told to end gets to be gone before the next one starts; doubles while none gets further."""
+_MAX_LEAVE_TIME_S: Final = 60.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +58,7 @@ class WorkerPorts:
     """Everything a worker needs of the world.
 
     `log_tail(run_id, attempt)` reads its own log; `stop_requested` tells whether this process was told to end;
-    `initial(run)` says what fine-tuning starts from.
+    `initial(run)` says what fine-tuning starts from; `free_reserve` frees a little room on a disk that has none.
     """
 
     runs: RunStore
@@ -64,22 +72,24 @@ class WorkerPorts:
     prepared_dir: Path
     initial: Callable[[TrainingRun], InitialWeights | None] = lambda run: None
     stop_requested: Callable[[], bool] = lambda: False
+    free_reserve: Callable[[], None] = lambda: None
 
 
 def execute_attempt(ports: WorkerPorts, run_id: str, attempt: int, worker: ProcessIdentity, run_dir: Path) -> bool:
     """Do the attempt to its end. Return whether the run SUCCEEDED.
 
     A failure that another attempt would repeat leaves the run FAILED, a full disk leaves it PAUSED. An unexpected one
-    (a bug) leaves this function as an exception; the worker dies, and the supervisor lets another try.
+    (a bug), and a store that stays out of reach, leave this function as an exception; the worker dies, and the
+    supervisor lets another try.
     """
     try:
         run = ports.runs.claim_attempt(run_id, attempt, worker)
-    except AttemptFenced as error:
+    except (AttemptFenced, RunNotFound) as error:
         _log.warning("this attempt is not wanted any more: %s", error)
         return False
     try:
         _train_and_publish(ports, run, run_dir)
-    except AttemptFenced as error:
+    except (AttemptFenced, RunNotFound) as error:
         _log.warning("this attempt was overtaken: %s", error)
     except (RunCancelled, PauseRequested, StopRequested, TrainingFailed, DiskIsFull, DiskFull, OSError) as error:
         _conclude(ports, run, error)
@@ -88,32 +98,46 @@ def execute_attempt(ports: WorkerPorts, run_id: str, attempt: int, worker: Proce
     return False
 
 
-def follow_attempt(ports: WorkerPorts, run_id: str, attempt: int, run_dir: Path) -> None:
+def follow_attempt(ports: WorkerPorts, run_id: str, attempt: int, run_dir: Path) -> bool:
     """Train beside rank 0, which alone claims, reports and publishes; return at once if the attempt is over.
 
-    What fails on every rank is rank 0's to write down; a disk without room may be full for this rank alone.
+    Return whether rank 0 has said that it is the end. If not, it may still wait for this process, which must then end
+    with a failure, so that torchrun ends them all. What fails here may fail on this rank alone: it is written down,
+    unless rank 0 was faster.
     """
     while (run := ports.runs.get(run_id)).state is RunState.STARTING and run.attempt == attempt:
         time.sleep(_CLAIM_POLL_S)
     if run.state is not RunState.RUNNING or run.attempt != attempt:
-        return
+        return False
     try:
         ports.engine.train(_job(ports, run, run_dir), SilentReporter())
-    except (RunCancelled, TrainingFailed) as error:
-        _log.info("the training is over: %r", error)
-    except (DiskIsFull, DiskFull, OSError) as error:
+    except RunCancelled as error:
+        _log.info("the training is over: %s", error)
+    except (TrainingFailed, DiskIsFull, DiskFull, OSError) as error:
         _conclude(ports, run, error)
+        return False
+    return True
 
 
 def leave_attempt(ports: WorkerPorts, run_id: str, attempt: int) -> None:
-    """Leave the run to another attempt, from its last checkpoint; harmless if it was left or has ended already."""
+    """Leave the run to another attempt, from its last checkpoint; harmless if it was left or has ended already.
+
+    Who tells the worker to end may be torchrun, because another of its processes died. So an attempt that got no
+    further than those before it counts as if it had died.
+    """
     text = "the worker was told to end"
-    remark = RunEvent(
-        level=EventLevel.INFO, code="HANDED_OVER", message=f"{text}. Another goes on from the last checkpoint"
-    )
-    not_before_ns = time.time_ns() + _LEAVE_TIME_NS
-    handover = Handover(state=RunState.QUEUED, message=text, remark=remark, not_before_ns=not_before_ns)
-    with contextlib.suppress(AttemptFenced):
+    with contextlib.suppress(AttemptFenced, RunNotFound):
+        restarts = ports.runs.get(run_id).restarts
+        pause_s = min(_LEAVE_TIME_S * 2.0**restarts, _MAX_LEAVE_TIME_S)
+        goes_on = f"{text}. Another goes on from the last checkpoint in {pause_s:g} s"
+        handover = Handover(
+            state=RunState.QUEUED,
+            message=text,
+            remark=RunEvent(level=EventLevel.INFO, code="HANDED_OVER", message=goes_on),
+            restarts=restarts + 1,
+            forgiven=True,
+            not_before_ns=time.time_ns() + int(pause_s * 1e9),
+        )
         ports.runs.give_up_attempt(run_id, attempt, handover)
 
 
@@ -132,8 +156,9 @@ def _conclude(ports: WorkerPorts, run: TrainingRun, error: Exception) -> None:
         except (DiskFull, StoreUnavailable):
             if ports.stop_requested():
                 raise  # the supervisor will see a dead worker when it can write again
+            ports.free_reserve()
             time.sleep(ports.reporter.ack_interval_s)
-        except AttemptFenced as fenced:
+        except (AttemptFenced, RunNotFound) as fenced:
             _log.warning("this attempt was overtaken: %s", fenced)
             return
         else:
@@ -145,8 +170,9 @@ def _write_end(ports: WorkerPorts, run: TrainingRun, error: Exception) -> None:
         case RunCancelled():
             ports.runs.change_state(run.run_id, run.attempt, RunState.CANCELLED, "cancelled by the caller")
         case PauseRequested():
-            # The store makes it PAUSED, unless the caller has thought better of it meanwhile.
-            handover = Handover(state=RunState.QUEUED, message="the pause was withdrawn")
+            # The store makes it PAUSED, unless the caller has thought better of it meanwhile: then it keeps its place.
+            withdrawn = "the pause was withdrawn"
+            handover = Handover(state=RunState.QUEUED, message=withdrawn, not_before_ns=time.time_ns())
             ports.runs.give_up_attempt(run.run_id, run.attempt, handover)
         case StopRequested():
             leave_attempt(ports, run.run_id, run.attempt)
@@ -203,13 +229,13 @@ def _train_and_publish(ports: WorkerPorts, run: TrainingRun, run_dir: Path) -> N
     exporting.start()
     try:
         staged = _export(ports, run, trained, exporting)
+        exporting.close()
+        ports.models.publish(run.run_id, run.attempt, staged)
     except BaseException:
         # On a full disk the half-written bundle would leave no room to record what happened.
         ports.models.discard_staging(run.run_id)
         _close_quietly(exporting)
         raise
-    exporting.close()
-    ports.models.publish(run.run_id, run.attempt, staged)
 
 
 def _export(ports: WorkerPorts, run: TrainingRun, trained: TrainedModel, reporter: StoreReporter) -> Path:
@@ -238,5 +264,5 @@ def _close_quietly(reporter: StoreReporter) -> None:
     """Write what was reported; the error that is on its way already says what went wrong."""
     try:
         reporter.close()
-    except (AttemptFenced, DiskIsFull, RunCancelled, TrainingFailed) as error:
-        _log.info("while closing: %r", error)
+    except Exception as error:  # noqa: BLE001
+        _log.warning("the last records are not stored: %r", error)

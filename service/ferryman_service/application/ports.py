@@ -7,7 +7,7 @@ StoreUnavailable when the database cannot be reached, and DiskFull when the disk
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Protocol
 
@@ -42,6 +42,10 @@ class RunStore(Protocol):
 
         Raises RequestIdReused (same id, other digest), TooManyRuns (max_queued runs are QUEUED).
         """
+        ...
+
+    def find(self, key: RequestKey) -> TrainingRun | None:
+        """Return the run of the key in its present state, None if the key is unknown; raises RequestIdReused."""
         ...
 
     def get(self, run_id: str) -> TrainingRun:
@@ -98,6 +102,13 @@ class RunStore(Protocol):
         """
         ...
 
+    def fail_waiting(self, run_id: str, attempt: int, failure: RunFailure) -> TrainingRun:
+        """Make a QUEUED run FAILED that shall have no other attempt after this one.
+
+        Raises AttemptFenced (other attempt, or not QUEUED any more), RunNotFound.
+        """
+        ...
+
     def request_pause(self, run_id: str) -> TrainingRun:
         """Make a QUEUED run PAUSED, set pause_requested on a STARTING or RUNNING one, leave a PAUSED one alone.
 
@@ -136,7 +147,7 @@ class RunFolders(Protocol):
     """What training keeps of a run beside its records."""
 
     def checkpoints(self, run_id: str) -> Sequence[CheckpointInfo]:
-        """Return the complete checkpoints, by rising step; none if there is no folder."""
+        """Return the complete checkpoints, by rising step, but for damaged ones; none if there is no folder."""
         ...
 
     def last_checkpoint(self, run_id: str) -> Path | None:
@@ -211,7 +222,7 @@ class ModelStore(Protocol):
         """Publish the staged bundle as the next version of the run's model and make the run SUCCEEDED, together or
         not at all.
 
-        The run must be EXPORTING. Raises AttemptFenced.
+        The run must be EXPORTING. Raises AttemptFenced, RunCancelled (a cancellation was acknowledged before).
         """
         ...
 
@@ -262,9 +273,16 @@ class Launcher(Protocol):
         process started is known without it."""
         ...
 
-    def kill(self, run_id: str, attempt: int) -> bool:
+    def living(self) -> Set[tuple[str, int]]:
+        """Return the (run_id, attempt) of which processes live, whoever started them; the runs may be gone."""
+        ...
+
+    def kill(self, run_id: str, attempt: int, worker: ProcessIdentity | None) -> bool:
         """End at once whatever is left of the attempt's processes, whoever started them, and wait a little for their
-        end; return whether none is left. Only then may another attempt work in the run's folder."""
+        end; return whether none is left. Only then may another attempt work in the run's folder.
+
+        `worker` is what the attempt was claimed with, if it was.
+        """
         ...
 
     def exit_description(self, run_id: str, attempt: int) -> str:
@@ -305,7 +323,8 @@ class Reporter(Protocol):
 
     def check(self) -> None:
         """Raise RunCancelled or AttemptFenced if the work is no longer wanted, PauseRequested or StopRequested if it is
-        not wanted for now, TrainingFailed if reports cannot be stored. Call it between steps and in every long loop."""
+        not wanted for now, and whatever keeps reports from being stored: DiskIsFull, StoreUnavailable. Call it between
+        steps and in every long loop."""
         ...
 
 

@@ -3,6 +3,7 @@ disk."""
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 import time
@@ -10,21 +11,24 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from ferryman_service.application.ports import AppendAck, RunCancelled, RunStore
-from ferryman_service.domain.errors import AttemptFenced, DiskFull, StoreUnavailable
+from ferryman_service.domain.errors import DiskFull, StoreUnavailable
 from ferryman_service.domain.recipe import StopRecipe
 from ferryman_service.domain.records import EventLevel, Payload, RunEvent, StepMetrics, ValidationMetrics
-from ferryman_service.domain.runs import FailureReason, RunProgress, TrainingFailed, TrainingRun
+from ferryman_service.domain.runs import RunProgress, TrainingRun
 from ferryman_service.domain.training import DiskIsFull, PauseRequested, StopRequested
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReporterConfig:
     """Records are written together every `flush_interval_s`; without any, the store is asked for news every
-    `ack_interval_s`. A store that cannot be reached is tried again for `retry_s`."""
+    `ack_interval_s`. A store that cannot be reached is tried again for `retry_s`: training goes on until it needs the
+    reports to be durable. After that the worker is to die of it, as another process may have better luck."""
 
     flush_interval_s: float = 0.05
     ack_interval_s: float = 0.5
-    retry_s: float = 60.0
+    retry_s: float = 600.0
 
 
 _Report = tuple[Payload, RunProgress | None]
@@ -91,8 +95,8 @@ class StoreReporter:
                 raise self._error
 
     def check(self) -> None:
-        """Raise RunCancelled, PauseRequested, StopRequested, AttemptFenced, or TrainingFailed if the reports cannot be
-        stored."""
+        """Raise RunCancelled, PauseRequested, StopRequested, or what keeps the reports from being stored:
+        AttemptFenced, DiskIsFull, StoreUnavailable, a bug."""
         if self._error is not None:
             raise self._error
         if self._ack.cancel_requested:
@@ -127,8 +131,8 @@ class StoreReporter:
                 for item in batch:
                     if isinstance(item, threading.Event):
                         item.set()
-        except (AttemptFenced, DiskIsFull, TrainingFailed) as error:
-            self._error = error
+        except Exception as error:  # noqa: BLE001
+            self._error = error  # raised by the next call: nobody sees what this thread raises
 
     def _next_batch(self) -> tuple[bool, list[_Item]]:
         """Wait for a report, then take all that have gathered; (False, …) after close."""
@@ -148,7 +152,7 @@ class StoreReporter:
     def _write(self, batch: Sequence[_Report]) -> None:
         payloads = [payload for payload, _ in batch]
         progress = next((progress for _, progress in reversed(batch) if progress is not None), None)
-        give_up_s = time.monotonic() + self._config.retry_s
+        began_s = time.monotonic()
         while True:
             try:
                 self._ack = self._runs.append(self._run_id, self._attempt, payloads, progress)
@@ -156,8 +160,9 @@ class StoreReporter:
             except DiskFull as error:
                 raise DiskIsFull(f"the records cannot be stored: {error}") from error
             except StoreUnavailable as error:
-                if time.monotonic() > give_up_s:
-                    raise TrainingFailed(FailureReason.WORKER_DIED, f"the store is out of reach: {error}") from error
+                if time.monotonic() - began_s > self._config.retry_s:
+                    raise
+                _log.warning("the records cannot be stored, trying again: %s", error)
                 time.sleep(self._config.ack_interval_s)
 
 

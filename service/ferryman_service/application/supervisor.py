@@ -10,13 +10,14 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
+import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from ferryman_service.application.ports import Launcher, RunStore
-from ferryman_service.domain.errors import AttemptFenced, DiskFull, StoreUnavailable
+from ferryman_service.domain.errors import AttemptFenced, DiskFull, RunNotFound, StoreUnavailable
 from ferryman_service.domain.records import ACTIVE_STATES, EventLevel, RunEvent, RunState
 from ferryman_service.domain.runs import FailureReason, Handover, RunFailure, TrainingRun, disk_full_handover
 
@@ -28,13 +29,18 @@ class SupervisorConfig:
     """How many workers at once, how often to look, how long to be patient.
 
     A worker that dies is followed by another, `max_restarts` times in a row without getting further; the pauses before
-    them double from `backoff_s` to `max_backoff_s`.
+    them double from `backoff_s` to `max_backoff_s`. One that does not heed a cancellation or a pause is killed
+    `cancel_grace_s` or `pause_grace_s` later: a pause may have to wait for a large checkpoint. What is left of an
+    attempt that is over is killed `exit_grace_s` after it was found; it is looked for every `leftovers_interval_s`.
     """
 
     max_concurrent_runs: int = 1
     interval_s: float = 0.25
     start_timeout_s: float = 180.0
     cancel_grace_s: float = 30.0
+    pause_grace_s: float = 600.0
+    exit_grace_s: float = 30.0
+    leftovers_interval_s: float = 2.0
     max_restarts: int = 5
     backoff_s: float = 1.0
     max_backoff_s: float = 60.0
@@ -49,7 +55,10 @@ class Supervisor:
         self._launcher = launcher
         self._config = config
         self._launched_at_s: dict[tuple[str, int], float] = {}
-        self._cancel_seen_at_s: dict[str, float] = {}
+        self._asked_at_s: dict[tuple[str, str], float] = {}
+        self._leftovers_since_s: dict[tuple[str, int], float] = {}
+        self._leftovers_seen_at_s = -math.inf
+        self._last_bugs: dict[str, str] = {}
 
     async def run(self) -> None:
         """Tick until cancelled. Workers are not touched when it stops."""
@@ -65,16 +74,27 @@ class Supervisor:
         unfinished = self._runs.unfinished()
         active = [run for run in unfinished if run.state in ACTIVE_STATES]
         for run in active:
-            self._look_after(run)
+            with self._apart(run):
+                self._look_after(run)
         queued = [run for run in unfinished if run.state is RunState.QUEUED]
+        leftovers = self._end_leftovers(active, at_once=bool(queued) and len(active) < self._config.max_concurrent_runs)
+        self._start_waiting(queued, {run.run_id for run in active} | leftovers)
+        self._forget(unfinished)
+
+    def _start_waiting(self, queued: Sequence[TrainingRun], holding: Set[str]) -> None:
+        """Start queued runs as long as there are places; `holding` are the runs that have one."""
         # A run whose worker died or was told to end keeps its place, also while it waits for its time.
         between_workers = [run for run in queued if run.not_before_ns]
         fresh = [run for run in queued if not run.not_before_ns]
-        free = max(0, self._config.max_concurrent_runs - len(active))
-        for run in [*between_workers, *fresh][:free]:
-            if self._is_due(run):
-                self._launch(run)
-        self._forget(unfinished)
+        for run in [*between_workers, *fresh]:
+            holding = holding | {run.run_id}
+            if len(holding) > self._config.max_concurrent_runs:
+                break
+            with self._apart(run):
+                if run.restarts > self._config.max_restarts:
+                    self._fail_waiting(run)
+                elif self._is_due(run):
+                    self._launch(run)
 
     def _is_due(self, run: TrainingRun) -> bool:
         wait_s = (run.not_before_ns - time.time_ns()) / 1e9
@@ -83,7 +103,7 @@ class Supervisor:
 
     def _look_after(self, run: TrainingRun) -> None:
         alive = self._launcher.is_running(run.run_id, run.attempt, run.worker)
-        if (run.cancel_requested or run.pause_requested) and alive and self._out_of_patience(run):
+        if alive and self._out_of_patience(run):
             _log.warning("%s does not listen to its cancellation or pause; ending its worker", run.run_id)
             self._end(run, "the worker did not listen and was killed")
         elif run.worker is None and not alive and (run.run_id, run.attempt) not in self._launched_at_s:
@@ -98,7 +118,7 @@ class Supervisor:
         """Record the attempt, then start its worker. Should this process die in between, nobody claims the attempt, and
         the next supervisor makes a new one; should a worker of the old attempt turn up after all, its claim is
         refused."""
-        if run.attempt and not self._launcher.kill(run.run_id, run.attempt):
+        if run.attempt and not self._launcher.kill(run.run_id, run.attempt, run.worker):
             return  # two attempts must not write into one folder: the next look finds the old one gone
         started = self._runs.begin_attempt(run.run_id, run.attempt)
         if started is None:
@@ -116,17 +136,31 @@ class Supervisor:
     def _end(self, run: TrainingRun, why: str) -> None:
         """See to it that the attempt's processes are gone, all of them, then say how it went and what comes now, unless
         the worker has said it first."""
-        if not self._launcher.kill(run.run_id, run.attempt):
+        if not self._launcher.kill(run.run_id, run.attempt, run.worker):
             return  # the next look finds them gone
         run = self._runs.get(run.run_id)
         if run.state in ACTIVE_STATES:
             self._restart(run, why)
 
+    def _end_leftovers(self, active: Sequence[TrainingRun], *, at_once: bool) -> Set[str]:
+        """See to it that the processes of attempts that are over end; return the runs of which some are left. Such a
+        run may be gone. It has been a while since they were looked for, unless `at_once`."""
+        now_s = time.monotonic()
+        if at_once or now_s - self._leftovers_seen_at_s > self._config.leftovers_interval_s:
+            self._leftovers_seen_at_s = now_s
+            over = self._launcher.living() - {(run.run_id, run.attempt) for run in active}
+            self._leftovers_since_s = {key: self._leftovers_since_s.get(key, now_s) for key in over}
+            for (run_id, attempt), since_s in self._leftovers_since_s.items():
+                if now_s - since_s > self._config.exit_grace_s:
+                    _log.warning("attempt %d of %s is over, but has not ended; killing it", attempt, run_id)
+                    self._launcher.kill(run_id, attempt, None)
+        return {run_id for run_id, _ in self._leftovers_since_s}
+
     def _restart(self, run: TrainingRun, why: str) -> None:
         """Let another worker go on from the last checkpoint, after a pause; fail if too many have died in a row."""
         wanted = not (run.cancel_requested or run.pause_requested)
         if wanted and run.restarts >= self._config.max_restarts:
-            self._fail(run, f"{why}; {run.restarts + 1} workers in a row got no further than each other")
+            self._fail(run, f"{why}; {_no_further(run.restarts + 1)}")
             return
         pause_s = min(self._config.backoff_s * 2.0**run.restarts, self._config.max_backoff_s)
         tail = self._launcher.log_tail(run.run_id, run.attempt)
@@ -146,10 +180,33 @@ class Supervisor:
             self._runs.give_up_attempt(run.run_id, run.attempt, handover)
 
     def _fail(self, run: TrainingRun, message: str) -> None:
-        tail = self._launcher.log_tail(run.run_id, run.attempt)
-        failure = RunFailure(reason=FailureReason.WORKER_DIED, message=message, log_tail=tail)
         with self._unless_overtaken(run):
-            self._runs.change_state(run.run_id, run.attempt, RunState.FAILED, message, failure)
+            self._runs.change_state(run.run_id, run.attempt, RunState.FAILED, message, self._failure(run, message))
+
+    def _fail_waiting(self, run: TrainingRun) -> None:
+        """Fail a run whose workers were told to end too many times in a row: one of them writes that down itself."""
+        message = f"the worker was told to end, by torchrun if one of its processes died; {_no_further(run.restarts)}"
+        with self._unless_overtaken(run):
+            self._runs.fail_waiting(run.run_id, run.attempt, self._failure(run, message))
+
+    def _failure(self, run: TrainingRun, message: str) -> RunFailure:
+        tail = self._launcher.log_tail(run.run_id, run.attempt)
+        return RunFailure(reason=FailureReason.WORKER_DIED, message=message, log_tail=tail)
+
+    @contextmanager
+    def _apart(self, run: TrainingRun) -> Iterator[None]:
+        """Keep what goes wrong with a run from the others; the next look tries again."""
+        try:
+            yield
+        except RunNotFound:
+            _log.info("%s was deleted in the meantime", run.run_id)
+        except (StoreUnavailable, DiskFull) as error:
+            _log.warning("cannot look after %s, trying again: %s", run.run_id, error)
+        except Exception as error:  # noqa: BLE001
+            # The same bug several times a second would fill the log.
+            if self._last_bugs.get(run.run_id) != repr(error):
+                _log.exception("a bug in looking after %s, trying again", run.run_id)
+            self._last_bugs[run.run_id] = repr(error)
 
     @contextmanager
     def _unless_overtaken(self, run: TrainingRun) -> Iterator[None]:
@@ -159,8 +216,10 @@ class Supervisor:
             _log.info("%s ended by itself in the meantime", run.run_id)
 
     def _out_of_patience(self, run: TrainingRun) -> bool:
-        seen_s = self._cancel_seen_at_s.setdefault(run.run_id, time.monotonic())
-        return time.monotonic() - seen_s > self._config.cancel_grace_s
+        now_s = time.monotonic()
+        asked = {name: self._asked_at_s.setdefault((run.run_id, name), now_s) for name in _requests(run)}
+        graces_s = {"cancel": self._config.cancel_grace_s, "pause": self._config.pause_grace_s}
+        return any(now_s - asked_s > graces_s[name] for name, asked_s in asked.items())
 
     def _start_is_overdue(self, run: TrainingRun) -> bool:
         launched_s = self._launched_at_s.get((run.run_id, run.attempt), time.monotonic())
@@ -169,5 +228,17 @@ class Supervisor:
     def _forget(self, unfinished: Sequence[TrainingRun]) -> None:
         known = {run.run_id for run in unfinished}
         self._launched_at_s = {key: at for key, at in self._launched_at_s.items() if key[0] in known}
-        asked = {run.run_id for run in unfinished if run.cancel_requested or run.pause_requested}
-        self._cancel_seen_at_s = {run_id: at for run_id, at in self._cancel_seen_at_s.items() if run_id in asked}
+        self._last_bugs = {run_id: bug for run_id, bug in self._last_bugs.items() if run_id in known}
+        asked = {(run.run_id, name) for run in unfinished for name in _requests(run)}
+        self._asked_at_s = {key: at for key, at in self._asked_at_s.items() if key in asked}
+
+
+def _requests(run: TrainingRun) -> Sequence[str]:
+    """Return what the run's caller has asked its worker for. An export is not paused: it is about to end."""
+    pausing = run.pause_requested and run.state is not RunState.EXPORTING
+    asked = {"cancel": run.cancel_requested, "pause": pausing}
+    return [name for name, is_asked in asked.items() if is_asked]
+
+
+def _no_further(workers: int) -> str:
+    return f"{workers} workers in a row got no further than each other"

@@ -1,13 +1,18 @@
-"""The use cases of training runs: start, look, list, pause, resume, cancel, delete, and the learning-rate curve."""
+"""The use cases of training runs: start, look, list, pause, resume, cancel, delete, and the learning-rate curve.
+
+`unknown` is everywhere what a request holds that the contract does not know: enumeration values, which the parsed
+request leaves out. They are told together with all else that is wrong.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from ferryman_service.application.paging import Page, Pager
 from ferryman_service.application.ports import CorpusStore, ModelStore, RequestKey, RunFolders, RunStore
@@ -19,6 +24,7 @@ from ferryman_service.domain.errors import (
     ModelNotFound,
     OptimizerNotKept,
     RoleNotServed,
+    RunStillNeeded,
     Violation,
 )
 from ferryman_service.domain.ids import RUN_PREFIX, is_model_name, new_id
@@ -33,6 +39,8 @@ _MAX_STEP: Final = 10**9
 _DEFAULT_POINTS: Final = 1000
 _MAX_POINTS: Final = 100_000
 
+_Resolved = TypeVar("_Resolved")
+
 
 @dataclass(frozen=True, kw_only=True)
 class StartRequest:
@@ -46,6 +54,7 @@ class StartRequest:
     initial_model: str = ""
     keep_optimizer: bool = False
     processes: int = 0
+    unknown: Sequence[Violation] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +76,7 @@ class CurveRequest:
     first_step: int
     last_step: int
     max_points: int
+    unknown: Sequence[Violation] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,14 +110,22 @@ class TrainingUseCases:
         self._pager = pager
         self._served = served
         self._limits = limits
+        self._needs = threading.Lock()
+        """Held while it is decided whether a run may start with another's checkpoint, or that other one be deleted."""
+        self._leaving: set[str] = set()
 
     def start(self, request: StartRequest) -> TrainingRun:
-        """Check everything, then record the run; see StartTraining in the contract."""
+        """Check everything, then record the run; see StartTraining in the contract.
+
+        What has changed since the first call of a request_id must not matter, so a known one is found before anything
+        else is looked at.
+        """
         self._require_role()
+        key = _request_key(request)
+        if key is not None and (known := self._runs.find(key)) is not None:
+            return known
         recipe, initial = self._check(request)
         self._corpora.get(request.corpus_id)
-        if initial is not None:
-            self._check_files(initial, keep_optimizer=request.keep_optimizer)
         run = TrainingRun(
             run_id="" if request.validate_only else new_id(RUN_PREFIX),
             state=RunState.QUEUED,
@@ -119,25 +137,36 @@ class TrainingUseCases:
             initial_model="" if initial is None else initial.reference,
             keep_optimizer=request.keep_optimizer,
         )
-        if request.validate_only:
-            return run
-        return self._runs.create(run, _request_key(request), self._limits.max_queued)
+        with self._needs:
+            if initial is not None:
+                self._check_files(initial, keep_optimizer=request.keep_optimizer)
+            if request.validate_only:
+                return run
+            return self._runs.create(run, key, self._limits.max_queued)
 
     def get(self, run_id: str) -> TrainingRun:
         """Return a run; raises InvalidRequest (empty id), RunNotFound."""
         _require(run_id, "run_id")
         return self._runs.get(run_id)
 
-    def list_page(self, wanted: RunFilter, page_size: int, page_token: str) -> Page[TrainingRun]:
-        """Return a page of runs."""
+    def list_page(
+        self, wanted: RunFilter, page_size: int, page_token: str, unknown: Sequence[Violation] = ()
+    ) -> Page[TrainingRun]:
+        """Return a page of runs; raises InvalidRequest."""
         listing = json.dumps(["runs by place", sorted(set(wanted.states)), wanted.model_name, wanted.oldest_first])
-        return self._pager.page(
-            listing=listing,
-            page_size=page_size,
-            page_token=page_token,
-            fetch=lambda after, limit: self._runs.list_page(wanted, after, limit),
-            key_of=lambda run: run.place,
-        )
+
+        def fetch(after: str | None, limit: int) -> Sequence[TrainingRun]:
+            return [] if unknown else self._runs.list_page(wanted, after, limit)
+
+        try:
+            page = self._pager.page(
+                listing=listing, page_size=page_size, page_token=page_token, fetch=fetch, key_of=lambda run: run.place
+            )
+        except InvalidRequest as error:
+            raise InvalidRequest([*unknown, *error.violations]) from None
+        if unknown:
+            raise InvalidRequest(unknown)
+        return page
 
     def cancel(self, run_id: str) -> TrainingRun:
         """Ask a run to stop; raises RunNotFound, IllegalTransition."""
@@ -163,47 +192,51 @@ class TrainingUseCases:
         return self._folders.checkpoints(run.run_id)
 
     def delete(self, run_id: str) -> None:
-        """Remove a run that has ended; raises RunNotFound, RunNotFinished.
+        """Remove a run that has ended; raises RunNotFound, RunNotFinished, RunStillNeeded.
 
         The row goes first: a folder without one is an orphan, which the next start of the service removes.
         """
         self._require_role()
         _require(run_id, "run_id")
-        self._runs.delete(run_id)
+        with self._needs:
+            self._check_not_needed(run_id)
+            self._leaving.add(run_id)
+        try:
+            self._runs.delete(run_id)
+        finally:
+            self._leaving.discard(run_id)
         self._folders.delete(run_id)
 
     def learning_rate_curve(self, request: CurveRequest) -> Curve:
-        """Return the curve that the trainer follows, to the last bit."""
-        schedule, horizon = self._schedule(request)
+        """Return the curve that the trainer follows, to the last bit. Raises InvalidRecipe, InvalidRequest; then
+        RunNotFound."""
+        schedule, horizon = self._schedule(request, list(_bounds_violations(request)))
         first = request.first_step or 1
         last = request.last_step or max(first, schedule.total_steps or horizon or _DEFAULT_CURVE_STEPS)
-        points = request.max_points or _DEFAULT_POINTS
-        violations = [
-            Violation(field=field, description=f"is {value}, must be from {low:,} to {high:,}", reason="OUT_OF_RANGE")
-            for field, value, low, high in (
-                ("first_step", first, 1, _MAX_STEP),
-                ("last_step", last, max(1, first), _MAX_STEP),
-                ("max_points", points, 2, _MAX_POINTS),
-            )
-            if not low <= value <= high
-        ]
-        if violations:
-            raise InvalidRequest(violations)
         peak = schedule.warmup_steps
-        steps = sample_steps(schedule, first, last, points)
+        steps = sample_steps(schedule, first, last, request.max_points or _DEFAULT_POINTS)
         return Curve(points=curve(schedule, steps), schedule=schedule, peak=(peak, learning_rate(schedule, peak)))
 
-    def _schedule(self, request: CurveRequest) -> tuple[LearningRateSchedule, int]:
+    def _schedule(self, request: CurveRequest, violations: list[Violation]) -> tuple[LearningRateSchedule, int]:
+        """Return the schedule and the steps of its run. Raises what the curve does, with these violations too."""
+        schedule, horizon, found = None, 0, list[Violation]()
         if request.schedule is not None:
-            return resolve_schedule(request.schedule), 0
-        if request.recipe is not None:
-            recipe = resolve_recipe(request.recipe)
+            schedule, found = _resolve(resolve_schedule, request.schedule, request.unknown)
+        elif request.recipe is not None:
+            recipe, found = _resolve(resolve_recipe, request.recipe, request.unknown)
+            if recipe is not None:
+                schedule, horizon = recipe.schedule, recipe.stop.max_steps
         elif request.run_id is not None:
-            recipe = self.get(request.run_id).recipe
+            violations = [*required(request.run_id, "run_id"), *violations]
         else:
             text = "is required: one of schedule, recipe and run_id"
-            raise InvalidRequest([Violation(field="subject", description=text, reason="REQUIRED")])
-        return recipe.schedule, recipe.stop.max_steps
+            violations = [Violation(field="subject", description=text, reason="REQUIRED"), *violations]
+        _raise_any(violations, found)
+        if schedule is None:
+            assert request.run_id is not None, "another subject has its schedule, or violations"
+            recipe = self._runs.get(request.run_id).recipe
+            schedule, horizon = recipe.schedule, recipe.stop.max_steps
+        return schedule, horizon
 
     def _require_role(self) -> None:
         if not self._served:
@@ -216,16 +249,40 @@ class TrainingUseCases:
                 "it again, or leave initial_model out",
                 model=initial.reference,
             )
-        if keep_optimizer and self._folders.last_checkpoint(initial.lineage.run_id) is None:
+        if keep_optimizer and not self._keeps_checkpoint(initial.lineage.run_id):
             raise OptimizerNotKept(
                 f"the checkpoints of run {initial.lineage.run_id}, which made {initial.reference}, are gone: leave "
                 "keep_optimizer out",
                 model=initial.reference,
             )
 
+    def _keeps_checkpoint(self, run_id: str) -> bool:
+        # The folder of a run that is being deleted, or was a moment ago, may still be there.
+        known = run_id not in self._leaving and run_id in self._runs.heads([run_id])
+        return known and self._folders.last_checkpoint(run_id) is not None
+
+    def _check_not_needed(self, run_id: str) -> None:
+        """Raise RunStillNeeded if a run has yet to take over the optimizer of this one."""
+        for run in self._runs.unfinished():
+            waits = run.keep_optimizer and self._folders.last_checkpoint(run.run_id) is None
+            if waits and self._source(run) == run_id:
+                raise RunStillNeeded(
+                    f"run {run.run_id}, which is {run.state}, will start with the optimizer of run {run_id}: wait "
+                    "until it has a checkpoint of its own, or cancel it, then delete this one",
+                    run_id=run_id,
+                    needed_by=run.run_id,
+                )
+
+    def _source(self, run: TrainingRun) -> str | None:
+        """Return the id of the run that made the version that a fine-tuning run starts from."""
+        try:
+            return self._models.resolve(parse_model_reference(run.initial_model)).lineage.run_id
+        except ModelNotFound:
+            return None
+
     def _check(self, request: StartRequest) -> tuple[Recipe, ModelVersion | None]:
-        """Return the recipe and the version to start from. Raises InvalidRequest with every violation; then
-        ModelNotFound."""
+        """Return the recipe and the version to start from. Raises InvalidRecipe or InvalidRequest with every violation;
+        then ModelNotFound."""
         violations = list(self._violations(request))
         overrides, initial, missing = request.recipe, None, None
         try:
@@ -237,14 +294,11 @@ class TrainingUseCases:
         if initial is not None:
             overrides, mismatches = _on_top_of(initial, overrides)
             violations += mismatches
-        try:
-            recipe = resolve_recipe(overrides)
-        except InvalidRecipe as error:
-            raise InvalidRecipe([*violations, *error.violations]) from None
-        if violations:
-            raise InvalidRequest(violations)
+        recipe, found = _resolve(resolve_recipe, overrides, request.unknown)
+        _raise_any(violations, found)
         if missing is not None:
             raise missing
+        assert recipe is not None, "a recipe without violations is resolved"
         return recipe, initial
 
     def _initial_model(self, request: StartRequest) -> ModelVersion | None:
@@ -292,10 +346,50 @@ def _on_top_of(initial: ModelVersion, overrides: Overrides) -> tuple[Overrides, 
     return {**overrides, **{part: {**overrides.get(part, {}), **values} for part, values in fixed.items()}}, mismatches
 
 
+def _resolve(
+    resolve: Callable[[Overrides], _Resolved], overrides: Overrides, unknown: Sequence[Violation]
+) -> tuple[_Resolved | None, list[Violation]]:
+    """Return what the overrides resolve to, or None and everything that is wrong with them.
+
+    A conflict beside an unknown value may be that value's fault, and is not told.
+    """
+    try:
+        resolved, found = resolve(overrides), list[Violation]()
+    except InvalidRecipe as error:
+        resolved, found = None, list(error.violations)
+    unclear = tuple(violation.field.rpartition(".")[0] + "." for violation in unknown)
+    certain = [known for known in found if known.reason == "OUT_OF_RANGE" or not known.field.startswith(unclear)]
+    return None if unknown else resolved, [*unknown, *certain]
+
+
+def _raise_any(violations: Sequence[Violation], of_recipe: Sequence[Violation]) -> None:
+    """Raise InvalidRecipe or InvalidRequest with all violations, if there are any."""
+    if of_recipe:
+        raise InvalidRecipe([*violations, *of_recipe])
+    if violations:
+        raise InvalidRequest(violations)
+
+
+def _bounds_violations(request: CurveRequest) -> Iterator[Violation]:
+    """Yield what is wrong with the steps and points that the caller has set."""
+    for field, value, low, high in (
+        ("first_step", request.first_step, 1, _MAX_STEP),
+        ("last_step", request.last_step, max(1, request.first_step), _MAX_STEP),
+        ("max_points", request.max_points, 2, _MAX_POINTS),
+    ):
+        if value and not low <= value <= high:
+            text = f"is {value}, must be from {low:,} to {high:,}"
+            yield Violation(field=field, description=text, reason="OUT_OF_RANGE")
+
+
 def _request_key(request: StartRequest) -> RequestKey | None:
-    if not request.request_id:
+    """Return what the first call of this request is known by; None if there is nothing, or the id is malformed."""
+    if request.validate_only or not request.request_id or any(request_id_violations(request.request_id)):
         return None
-    body = json.dumps([request.corpus_id, request.model_name, request.recipe, *_later_fields(request)], sort_keys=True)
+    fields = [request.corpus_id, request.model_name, request.recipe, *_later_fields(request)]
+    # No run was ever started with a value that is unknown: the content is another, whatever the rest of it.
+    fields += [[violation.field, violation.description] for violation in request.unknown]
+    body = json.dumps(fields, sort_keys=True)
     return RequestKey(request_id=request.request_id.lower(), body_digest=hashlib.sha256(body.encode()).hexdigest())
 
 

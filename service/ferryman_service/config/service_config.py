@@ -42,6 +42,7 @@ class ServiceConfig:
     max_queued_runs: int = 100
     max_restarts: int = 5
     restart_backoff_s: float = 1.0
+    pause_grace_s: float = 600.0
     processes_per_run: int = 1
     max_processes_per_run: int = 8
     max_corpus_bytes: int = 4 * 2**30
@@ -62,6 +63,7 @@ class ServiceConfig:
             "max_queued_runs": (1, 100_000),
             "max_restarts": (0, 1000),
             "restart_backoff_s": (0, 60),
+            "pause_grace_s": (1, 86_400),
             "processes_per_run": (1, 1024),
             "max_processes_per_run": (1, 1024),
             "max_corpus_bytes": (1, 2**50),
@@ -96,6 +98,7 @@ _HELP: Final[Mapping[str, str]] = {
     "max_queued_runs": "runs that may wait; more are refused",
     "max_restarts": "workers of a run that may die one after another without getting further before it fails",
     "restart_backoff_s": "seconds before a worker that died is followed by another; doubles each time, up to 60",
+    "pause_grace_s": "seconds that a worker gets to write its checkpoint after PauseTraining before it is killed",
     "processes_per_run": "processes that train one run together, unless its caller says otherwise",
     "max_processes_per_run": "most processes that a caller may ask for",
     "max_corpus_bytes": "largest corpus that may be uploaded, bytes",

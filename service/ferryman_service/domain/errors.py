@@ -15,6 +15,7 @@
     ├── FailedPrecondition
     │   ├── IllegalTransition
     │   ├── RunNotFinished
+    │   ├── RunStillNeeded
     │   ├── ModelHasNoWeights
     │   ├── OptimizerNotKept
     │   └── RoleNotServed
@@ -132,6 +133,10 @@ class IllegalTransition(FailedPrecondition):
 
 class RunNotFinished(FailedPrecondition):
     """A run that has not ended cannot be deleted."""
+
+
+class RunStillNeeded(FailedPrecondition):
+    """Another run will start with the optimizer in this run's checkpoints."""
 
 
 class ModelHasNoWeights(FailedPrecondition):

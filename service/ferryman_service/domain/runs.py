@@ -78,9 +78,9 @@ class RunProgress:
 class TrainingRun:
     """A training run as the store holds it. Times are nanoseconds since 1970, UTC.
 
-    `restarts` counts the workers that died since the last one that got further. The next attempt starts no earlier than
-    `not_before_ns`, which is 0 unless it follows one that was given up. `initial_model` is "" or the version, "name/7",
-    whose weights training starts from.
+    `restarts` counts the workers that died, or were told to end, without getting further than those before them. The
+    next attempt starts no earlier than `not_before_ns`, which is 0 unless it follows one that was given up.
+    `initial_model` is "" or the version, "name/7", whose weights training starts from.
     """
 
     run_id: str
@@ -116,13 +116,15 @@ class Handover:
     """What becomes of a run when its attempt is given up, unless its caller has asked for something else meanwhile.
 
     `state` is QUEUED, for another attempt no earlier than `not_before_ns`, or PAUSED. `remark` goes into the records,
-    `message` beside the state; `restarts` None leaves the count as it is.
+    `message` beside the state; `restarts` None leaves the count as it is, and so does an attempt that got further, if
+    such are to be `forgiven`.
     """
 
     state: RunState
     message: str
     remark: RunEvent | None = None
     restarts: int | None = None
+    forgiven: bool = False
     not_before_ns: int = 0
 
 

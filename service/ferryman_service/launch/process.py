@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from types import FrameType
 from typing import Final
 
 from ferryman_service.domain.runs import ProcessIdentity
@@ -53,7 +52,7 @@ def is_alive(identity: ProcessIdentity) -> bool:
 def kill_all_with(arguments: Sequence[str], timeout_s: float) -> bool:
     """Send SIGKILL to every process whose command line holds these arguments one after the other, until there is none;
     return False if some have not ended in time. This process is not among them."""
-    wanted = b"\0".join([b"", *(argument.encode() for argument in arguments), b""])
+    wanted = _joined(arguments)
     deadline_s = time.monotonic() + timeout_s
     while True:
         with ExitStack() as opened:
@@ -65,6 +64,41 @@ def kill_all_with(arguments: Sequence[str], timeout_s: float) -> bool:
                     signal.pidfd_send_signal(descriptor, signal.SIGKILL)
             if not all(_ends_within(descriptor, deadline_s - time.monotonic()) for descriptor in found):
                 return False
+
+
+def kill_process(identity: ProcessIdentity, timeout_s: float) -> bool:
+    """Send SIGKILL to this very process; return False if it has not ended in time, or is not ours to kill."""
+    with ExitStack() as opened:
+        try:
+            descriptor = os.pidfd_open(identity.pid)
+            opened.callback(os.close, descriptor)
+            if not is_alive(identity):
+                return True
+            signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+        except ProcessLookupError:
+            return True
+        except PermissionError:
+            return False
+        return _ends_within(descriptor, timeout_s)
+
+
+def what_follows(arguments: Sequence[str]) -> dict[int, list[str]]:
+    """Return, by pid, for every process whose command line holds these arguments one after the other, those behind
+    them."""
+    found = {}
+    for pid in _pids():
+        with contextlib.suppress(ProcessLookupError, FileNotFoundError, PermissionError):
+            _, wanted, rest = _command_line(pid).partition(_joined(arguments))
+            if wanted:
+                found[pid] = rest.decode(errors="replace").split("\0")[:-1]
+    return found
+
+
+def sees_same(pid: int, folder: Path) -> bool:
+    """Tell whether the path leads that process to the same folder; in another container it leads elsewhere."""
+    with contextlib.suppress(OSError):
+        return os.path.samestat(os.stat(f"/proc/{pid}/root{folder}"), os.stat(folder))
+    return False
 
 
 def _pids() -> list[int]:
@@ -81,6 +115,10 @@ def _open_if(pid: int, wanted: bytes, opened: ExitStack) -> list[int]:
             if wanted in _command_line(pid):
                 return [descriptor]
     return []
+
+
+def _joined(arguments: Sequence[str]) -> bytes:
+    return b"\0".join([b"", *(argument.encode() for argument in arguments), b""])
 
 
 def _command_line(pid: int) -> bytes:
@@ -108,22 +146,30 @@ def die_with_parent() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def end_on_sigterm(stop: threading.Event, leave: Callable[[], None], patience_s: float) -> None:
-    """Let SIGTERM set `stop`; if this process has not ended `patience_s` later, call `leave` from another thread and
-    end with status 0, whatever the main thread does. Call it from the main thread."""
+def end_on_sigterm(
+    stop: threading.Event, leave: Callable[[], None], *, status: int, patience_s: float, leave_s: float
+) -> None:
+    """Let SIGTERM set `stop`. If this process has not ended `patience_s` later, call `leave` from another thread and
+    end with `status`, at the latest after another `leave_s`, whatever the other threads do.
 
-    def end_now() -> None:
+    Call it from the main thread.
+    """
+    told, tell = os.pipe()
+    os.set_blocking(tell, False)
+    # A handler in Python waits for the main thread, which may be inside a library for minutes. The interpreter's own,
+    # in C, writes the number of the signal into the pipe at once.
+    signal.set_wakeup_fd(tell)
+    signal.signal(signal.SIGTERM, lambda number, frame: stop.set())
+
+    def watch() -> None:
+        while os.read(told, 1) != bytes([signal.SIGTERM]):
+            pass
+        stop.set()
+        time.sleep(patience_s)
         _log.warning("the work at hand takes too long; ending in the middle of it")
-        try:
-            leave()
-        finally:
-            os._exit(0)
+        leaving = threading.Thread(target=leave, name="leave", daemon=True)
+        leaving.start()
+        leaving.join(leave_s)
+        os._exit(status)
 
-    def end(number: int, frame: FrameType | None) -> None:
-        if not stop.is_set():
-            stop.set()
-            timer = threading.Timer(patience_s, end_now)
-            timer.daemon = True
-            timer.start()
-
-    signal.signal(signal.SIGTERM, end)
+    threading.Thread(target=watch, name="sigterm", daemon=True).start()

@@ -10,13 +10,20 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
 from ferryman_service.domain.runs import ProcessIdentity
-from ferryman_service.launch.process import is_alive, kill_all_with
+from ferryman_service.launch.process import (
+    is_alive,
+    kill_all_with,
+    kill_process,
+    process_identity,
+    sees_same,
+    what_follows,
+)
 
 _LOG_TAIL_BYTES: Final = 8192
 _KILL_TIMEOUT_S: Final = 5.0
@@ -82,10 +89,28 @@ class TorchrunLauncher:
             agent_lives = agent is not None and agent.poll() is None
         return agent_lives or (worker is not None and is_alive(worker))
 
-    def kill(self, run_id: str, attempt: int) -> bool:
+    def living(self) -> Set[tuple[str, int]]:
+        """Return the (run_id, attempt) of the agents and workers that live, also those that another service has
+        started."""
+        return {
+            (rest[0], int(rest[2]))
+            for pid, rest in what_follows(self._begin_of_task()).items()
+            if len(rest) > 2 and rest[2].isdigit() and sees_same(pid, self._config.data_dir.resolve())
+        }
+
+    def kill(self, run_id: str, attempt: int, worker: ProcessIdentity | None) -> bool:
         """End the attempt's agent and workers at once, also those that another service has started; return whether
-        none is left."""
-        return kill_all_with(self._task(run_id, attempt), _KILL_TIMEOUT_S)
+        none is left.
+
+        They are known by their arguments. Our own agent has none for a moment after its start, and the worker that has
+        claimed the attempt may have others, as in a folder that was moved meanwhile.
+        """
+        with self._lock:
+            agent = self._agents.get((run_id, attempt))
+            agent_lives = agent is not None and agent.poll() is None
+        known = [process_identity(agent.pid) if agent is not None and agent_lives else None, worker]
+        gone = [kill_process(identity, _KILL_TIMEOUT_S) for identity in known if identity is not None]
+        return kill_all_with(self._task(run_id, attempt), _KILL_TIMEOUT_S) and all(gone)
 
     def exit_description(self, run_id: str, attempt: int) -> str:
         """Say how the attempt's agent ended, if it was our child."""
@@ -102,8 +127,10 @@ class TorchrunLauncher:
 
     def _task(self, run_id: str, attempt: int) -> tuple[str, ...]:
         """Return the arguments of an attempt, by which its processes are known."""
-        data_dir = str(self._config.data_dir.resolve())
-        return ("--data-dir", data_dir, "--run-id", run_id, "--attempt", str(attempt))
+        return (*self._begin_of_task(), run_id, "--attempt", str(attempt))
+
+    def _begin_of_task(self) -> tuple[str, ...]:
+        return ("--data-dir", str(self._config.data_dir.resolve()), "--run-id")
 
 
 def worker_environment(config: LaunchConfig, processes: int) -> dict[str, str]:

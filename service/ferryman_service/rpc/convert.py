@@ -15,7 +15,7 @@ from ferryman_service.application.metrics_feed import Heartbeat
 from ferryman_service.application.training import Curve
 from ferryman_service.application.translating import TranslateResult
 from ferryman_service.domain.corpora import Corpus, CorpusHeader, SentencePair, Side, Split, SplitStatistics
-from ferryman_service.domain.errors import InvalidRecipe, InvalidRequest, Violation
+from ferryman_service.domain.errors import Violation
 from ferryman_service.domain.models import Model, ModelVersion
 from ferryman_service.domain.recipe import (
     Activation,
@@ -101,26 +101,20 @@ def _not_one_of(names: Iterable[str], number: int, field: str) -> Violation:
     return Violation(field=field, description=text, reason="UNKNOWN_ENUM_VALUE")
 
 
-def recipe_overrides(wire: Message, path: str = "recipe") -> dict[str, Any]:
+def recipe_overrides(wire: Message, path: str, violations: list[Violation]) -> dict[str, Any]:
     """Return the fields of a Recipe or a LearningRateSchedule that are set, as domain.recipe wants them.
 
-    Raises InvalidRecipe with every enumeration value that the contract does not know.
+    Enumeration values that the contract does not know are left out, with a violation each.
     """
-    violations: list[Violation] = []
-    overrides = _set_fields(wire, path, violations)
-    if violations:
-        raise InvalidRecipe(violations)
-    return overrides
-
-
-def _set_fields(wire: Message, path: str, violations: list[Violation]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for descriptor, value in wire.ListFields():
         field = f"{path}.{descriptor.name}"
         if descriptor.message_type is not None:
-            found[descriptor.name] = _set_fields(value, field, violations)
+            found[descriptor.name] = recipe_overrides(value, field, violations)
         elif descriptor.enum_type is not None:
-            found[descriptor.name] = enum_from_wire(_RECIPE_ENUMS[descriptor.name], value, field, violations)
+            member = enum_from_wire(_RECIPE_ENUMS[descriptor.name], value, field, violations)
+            if member is not None:
+                found[descriptor.name] = member
         else:
             found[descriptor.name] = value
     return found
@@ -210,6 +204,7 @@ def run_to_wire(run: TrainingRun) -> training_pb2.TrainingRun:
         restarts=run.restarts,
         initial_model=run.initial_model,
         processes=run.processes,
+        keep_optimizer=run.keep_optimizer,
     )
     if run.failure is not None:
         wire.error.CopyFrom(
@@ -356,17 +351,15 @@ def _duration(time_ns: int) -> Duration:
     return Duration(seconds=time_ns // 10**9, nanos=time_ns % 10**9)
 
 
-def all_enums(kind: type[E], numbers: Iterable[int], field: str) -> list[E]:
-    """Return the different members of a repeated enumeration; raises InvalidRequest with every bad element."""
-    violations: list[Violation] = []
+def all_enums(kind: type[E], numbers: Iterable[int], field: str, violations: list[Violation]) -> list[E]:
+    """Return the different members of a repeated enumeration; every bad element is left out, with a violation."""
     members = [required_enum(kind, number, f"{field}[{index}]", violations) for index, number in enumerate(numbers)]
-    if violations:
-        raise InvalidRequest(violations)
     return list(dict.fromkeys(member for member in members if member is not None))
 
 
-def known_number(wrapper: Any, number: int, field: str) -> int:  # noqa: ANN401 - protobuf has no common type
-    """Return the number of an enumeration that has no domain type; raises InvalidRequest if it is unknown."""
-    if number not in wrapper.values():
-        raise InvalidRequest([_not_one_of(wrapper.keys(), number, field)])
-    return number
+def known_number(wrapper: Any, number: int, field: str, violations: list[Violation]) -> int:  # noqa: ANN401 - protobuf has no common type
+    """Return the number of an enumeration that has no domain type; 0, with a violation, if it is unknown."""
+    if number in wrapper.values():
+        return number
+    violations.append(_not_one_of(wrapper.keys(), number, field))
+    return 0

@@ -12,6 +12,7 @@ import grpc
 from ferryman.v1 import training_pb2, training_pb2_grpc
 from ferryman_service.application.metrics_feed import MetricsFeed
 from ferryman_service.application.training import CurveRequest, StartRequest, TrainingUseCases
+from ferryman_service.domain.errors import Violation
 from ferryman_service.domain.records import RunState
 from ferryman_service.domain.runs import RunFilter
 from ferryman_service.rpc import convert
@@ -32,15 +33,17 @@ class TrainingServicer(training_pb2_grpc.TrainingServiceServicer):
         self, request: training_pb2.StartTrainingRequest, context: Context
     ) -> training_pb2.StartTrainingResponse:
         """Start a run."""
+        unknown: list[Violation] = []
         start = StartRequest(
             request_id=request.request_id,
             corpus_id=request.corpus_id,
             model_name=request.model_name,
-            recipe=convert.recipe_overrides(request.recipe),
+            recipe=convert.recipe_overrides(request.recipe, "recipe", unknown),
             validate_only=request.validate_only,
             initial_model=request.initial_model,
             keep_optimizer=request.keep_optimizer,
             processes=request.processes,
+            unknown=unknown,
         )
         run = await asyncio.to_thread(self._use_cases.start, start)
         return training_pb2.StartTrainingResponse(run=convert.run_to_wire(run))
@@ -63,13 +66,15 @@ class TrainingServicer(training_pb2_grpc.TrainingServiceServicer):
     ) -> training_pb2.GetLRScheduleResponse:
         """Return a learning-rate curve."""
         subject = request.WhichOneof("subject")
+        unknown: list[Violation] = []
         curve_request = CurveRequest(
-            schedule=convert.recipe_overrides(request.schedule, "schedule") if subject == "schedule" else None,
-            recipe=convert.recipe_overrides(request.recipe) if subject == "recipe" else None,
+            schedule=convert.recipe_overrides(request.schedule, subject, unknown) if subject == "schedule" else None,
+            recipe=convert.recipe_overrides(request.recipe, subject, unknown) if subject == "recipe" else None,
             run_id=request.run_id if subject == "run_id" else None,
             first_step=request.first_step,
             last_step=request.last_step,
             max_points=request.max_points,
+            unknown=unknown,
         )
         curve = await asyncio.to_thread(self._use_cases.learning_rate_curve, curve_request)
         return convert.curve_to_wire(curve)
@@ -85,13 +90,14 @@ class TrainingServicer(training_pb2_grpc.TrainingServiceServicer):
         self, request: training_pb2.ListTrainingRunsRequest, context: Context
     ) -> training_pb2.ListTrainingRunsResponse:
         """Return a page of runs."""
-        order = convert.known_number(training_pb2.RunOrder, request.order, "order")
-        wanted = RunFilter(
-            states=convert.all_enums(RunState, request.states, "states"),
-            model_name=request.model_name,
-            oldest_first=order == training_pb2.RUN_ORDER_OLDEST_FIRST,
+        unknown: list[Violation] = []
+        states = convert.all_enums(RunState, request.states, "states", unknown)
+        order = convert.known_number(training_pb2.RunOrder, request.order, "order", unknown)
+        oldest_first = order == training_pb2.RUN_ORDER_OLDEST_FIRST
+        wanted = RunFilter(states=states, model_name=request.model_name, oldest_first=oldest_first)
+        page = await asyncio.to_thread(
+            self._use_cases.list_page, wanted, request.page_size, request.page_token, unknown
         )
-        page = await asyncio.to_thread(self._use_cases.list_page, wanted, request.page_size, request.page_token)
         return training_pb2.ListTrainingRunsResponse(
             runs=[convert.run_to_wire(run) for run in page.items], next_page_token=page.next_page_token
         )

@@ -2,6 +2,7 @@
 
 ferryman.db                   runs, records, and the rows of corpora and models
 page-token.key                secret, signs page tokens
+reserve                       1 MiB that a worker frees to tell of a full disk
 corpora/<corpus_id>/          the four files of a corpus
 corpora/.incoming/            uploads in progress
 prepared/<key>/               subwords and tokens of a corpus, for every run that wants them so
@@ -38,6 +39,11 @@ class DataFolder:
     def database(self) -> Path:
         """The database file."""
         return self.root / "ferryman.db"
+
+    @property
+    def reserve(self) -> Path:
+        """The file that takes the room which a full disk must have left."""
+        return self.root / "reserve"
 
     @property
     def corpora(self) -> Path:

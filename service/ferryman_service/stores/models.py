@@ -29,6 +29,7 @@ from ferryman_service.domain.ids import is_model_name
 from ferryman_service.domain.models import Model, ModelLineage, ModelReference, ModelScores, ModelVersion
 from ferryman_service.domain.recipe import recipe_from_dict, recipe_to_dict
 from ferryman_service.domain.records import RunState
+from ferryman_service.domain.training import RunCancelled
 from ferryman_service.stores import tables
 from ferryman_service.stores.database import disk_errors, reading, writing
 from ferryman_service.stores.folders import HeldFolder, remove_abandoned, remove_folder, sync_folder
@@ -71,7 +72,10 @@ class FileModelStore:
         remove_folder(self._folder.staging_dir(run_id))
 
     def publish(self, run_id: str, attempt: int, staged: Path) -> ModelVersion:
-        """Publish the staged bundle and make the run SUCCEEDED, together or not at all. Raises AttemptFenced."""
+        """Publish the staged bundle and make the run SUCCEEDED, together or not at all.
+
+        Raises AttemptFenced; RunCancelled if a cancellation was acknowledged before.
+        """
         with disk_errors(), ExitStack() as undo:
             _make_read_only(staged)
             with writing(self._engine) as connection:
@@ -80,6 +84,8 @@ class FileModelStore:
                 if RunState(head.state) is not RunState.EXPORTING:
                     text = f"attempt {attempt} of run {run_id} may not publish: the run is {head.state}, not exporting"
                     raise AttemptFenced(text, run_id=run_id, attempt=attempt)
+                if head.cancel_requested:
+                    raise RunCancelled(run_id)
                 version = _describe(connection, head.model_name, staged)
                 assert version.lineage.run_id == run_id, f"the bundle is of run {version.lineage.run_id}"
                 changes = {"model_version": version.version}

@@ -9,7 +9,7 @@ import dataclasses
 import json
 import logging
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,6 +20,7 @@ from ferryman_service.stores.layout import DataFolder
 _log = logging.getLogger(__name__)
 _PREFIX: Final = "step-"
 _POSITION: Final = "position.json"
+_SCORES: Final = ("bleu", "chrf", "nll_per_token")
 
 
 class FileRunFolders:
@@ -29,7 +30,8 @@ class FileRunFolders:
         self._folder = folder
 
     def checkpoints(self, run_id: str) -> Sequence[CheckpointInfo]:
-        """Return the complete checkpoints, by rising step; one that is pruned meanwhile is left out."""
+        """Return the complete checkpoints, by rising step; damaged ones, and one that is pruned meanwhile, are left
+        out."""
         found = [found for path in self._paths(run_id) if (found := _read(path)) is not None]
         best_step = found[-1][1] if found else 0
         return [dataclasses.replace(info, is_best=info.step == best_step) for info, _ in found]
@@ -64,22 +66,29 @@ def _remove(folder: Path) -> None:
 
 
 def _read(path: Path) -> tuple[CheckpointInfo, int] | None:
-    """Return what a checkpoint is, and which step was the best when it was written; None if it was pruned just now."""
+    """Return what a checkpoint is, and which step was the best when it was written; None if it was pruned just now, or
+    is damaged."""
     try:
-        position: dict[str, Any] = json.loads((path / _POSITION).read_bytes())
+        position = json.loads((path / _POSITION).read_bytes())
         size_bytes = sum(file.stat().st_size for file in path.iterdir())
         create_time_ns = path.stat().st_mtime_ns
+        return _info(position, size_bytes, create_time_ns), int(position["best_step"])
     except FileNotFoundError:
         return None
-    scores = position["validated"] or {}
-    info = CheckpointInfo(
-        step=position["step"],
-        epoch=position["epoch"],
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        _log.warning("%s is left out: its %s cannot be read: %r", path, _POSITION, error)
+        return None
+
+
+def _info(position: Mapping[str, Any], size_bytes: int, create_time_ns: int) -> CheckpointInfo:
+    step, epoch = int(position["step"]), int(position["epoch"])
+    # Checkpoints of the release without restarts do not hold the scores of their step.
+    scores = dict(position.get("validated") or {})
+    return CheckpointInfo(
+        step=step,
+        epoch=epoch,
         create_time_ns=create_time_ns,
         size_bytes=size_bytes,
         is_best=False,
-        bleu=scores.get("bleu"),
-        chrf=scores.get("chrf"),
-        nll_per_token=scores.get("nll_per_token"),
+        **{name: float(scores[name]) for name in _SCORES if name in scores},
     )
-    return info, position["best_step"]

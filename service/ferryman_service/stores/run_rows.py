@@ -26,6 +26,9 @@ from ferryman_service.domain.records import (
 from ferryman_service.domain.runs import FailureReason, ProcessIdentity, RunFailure, RunProgress, TrainingRun
 from ferryman_service.stores import tables
 
+DELETING: Final = "deleting"
+"""In place of a state: the run was deleted, and its records are being removed. Nobody sees it any more."""
+
 _HEAD: Final = [
     tables.runs.c[name]
     for name in (
@@ -112,7 +115,8 @@ def record_from_row(row: Row[Any]) -> Record:
 
 def read_run(connection: Connection, run_id: str) -> TrainingRun:
     """Return the run; raises RunNotFound."""
-    row = connection.execute(select(tables.runs).where(tables.runs.c.run_id == run_id)).one_or_none()
+    query = select(tables.runs).where(tables.runs.c.run_id == run_id, tables.runs.c.state != DELETING)
+    row = connection.execute(query).one_or_none()
     if row is None:
         raise run_not_found(run_id)
     return run_from_row(row)
@@ -120,7 +124,8 @@ def read_run(connection: Connection, run_id: str) -> TrainingRun:
 
 def lock_head(connection: Connection, run_id: str) -> Row[Any]:
     """Return the moving part of a run's row, locked until the transaction ends; raises RunNotFound."""
-    query = select(*_HEAD).where(tables.runs.c.run_id == run_id).with_for_update()
+    of_run = (tables.runs.c.run_id == run_id, tables.runs.c.state != DELETING)
+    query = select(*_HEAD).where(*of_run).with_for_update()
     head = connection.execute(query).one_or_none()
     if head is None:
         raise run_not_found(run_id)
@@ -136,6 +141,24 @@ def check_attempt(head: Row[Any], attempt: int) -> None:
             run_id=head.run_id,
             attempt=attempt,
         )
+
+
+def got_further(connection: Connection, run_id: str) -> bool:
+    """Tell whether the run's present worker has reported a step. It reports none that an earlier one did."""
+    records = tables.records.c
+    query = (
+        select(records.kind, records.payload)
+        .where(records.run_id == run_id, records.kind.in_(["step", "state_change"]))
+        .order_by(records.sequence.desc())
+        .limit(2)
+    )
+    for row in connection.execute(query):  # its last steps may be followed by the change to EXPORTING
+        payload = payload_from_dict(row.kind, row.payload)
+        if not isinstance(payload, StateChange):
+            return True
+        if payload.state is not RunState.EXPORTING:
+            return False
+    return False
 
 
 def add_records(connection: Connection, run_id: str, last_sequence: int, payloads: Sequence[Payload]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
@@ -11,9 +12,11 @@ from sqlalchemy import Connection, Engine, Row, delete, func, insert, literal, s
 
 from ferryman_service.domain.errors import (
     AttemptFenced,
+    DiskFull,
     IllegalTransition,
     RequestIdReused,
     RunNotFinished,
+    StoreUnavailable,
     TooManyRuns,
 )
 from ferryman_service.domain.records import Payload, Record, RunState, StateChange, StepMetrics
@@ -30,11 +33,14 @@ from ferryman_service.domain.runs import (
 )
 from ferryman_service.stores import tables
 from ferryman_service.stores.database import reading, writing
+from ferryman_service.stores.earlier_release import uncounted_reports
 from ferryman_service.stores.run_rows import (
+    DELETING,
     add_records,
     check_attempt,
     enter_state,
     failure_to_value,
+    got_further,
     lock_head,
     read_run,
     record_from_row,
@@ -43,9 +49,14 @@ from ferryman_service.stores.run_rows import (
     worker_to_values,
 )
 
+_log = logging.getLogger(__name__)
 _RUNS: Final = tables.runs
 _RECORDS: Final = tables.records
 _UNFINISHED: Final = [state.value for state in RunState if not state.is_terminal]
+_SLICE: Final = 5000
+"""How many records are deleted in one transaction, for which every other writer waits."""
+_SLICE_PAUSE_S: Final = 0.01
+"""Lets the others in between: SQLite's place for a writer is nobody's turn."""
 
 
 class SqlRunStore:
@@ -68,6 +79,11 @@ class SqlRunStore:
             add_records(connection, run.run_id, 0, [StateChange(state=run.state, attempt=run.attempt)])
             return read_run(connection, run.run_id)
 
+    def find(self, key: RequestKey) -> TrainingRun | None:
+        """Return the run of the key, None if the key is unknown; raises RequestIdReused."""
+        with reading(self._engine) as connection:
+            return _run_of_key(connection, key)
+
     def get(self, run_id: str) -> TrainingRun:
         """Return the run; raises RunNotFound."""
         with reading(self._engine) as connection:
@@ -76,7 +92,7 @@ class SqlRunStore:
     def list_page(self, wanted: RunFilter, after: str | None, limit: int) -> Sequence[TrainingRun]:
         """Return the runs that follow the place `after` in the filter's order, at most `limit`."""
         place = (_RUNS.c.create_time_ns, _RUNS.c.run_id)
-        query = select(_RUNS)
+        query = select(_RUNS).where(_RUNS.c.state != DELETING)
         if wanted.states:
             query = query.where(_RUNS.c.state.in_([state.value for state in wanted.states]))
         if wanted.model_name:
@@ -92,7 +108,7 @@ class SqlRunStore:
     def ids(self) -> Sequence[str]:
         """Return the ids of all runs."""
         with reading(self._engine) as connection:
-            return connection.execute(select(_RUNS.c.run_id)).scalars().all()
+            return connection.execute(select(_RUNS.c.run_id).where(_RUNS.c.state != DELETING)).scalars().all()
 
     def unfinished(self) -> Sequence[TrainingRun]:
         """Return all runs that are not terminal, oldest first."""
@@ -122,7 +138,7 @@ class SqlRunStore:
                     run_id=run_id,
                     attempt=attempt,
                 )
-            changes = worker_to_values(worker)
+            changes = worker_to_values(worker) | uncounted_reports(connection, run_id)
             if head.start_time_ns is None:
                 changes["start_time_ns"] = time.time_ns()
             enter_state(connection, head, RunState.RUNNING, changes=changes)
@@ -176,6 +192,17 @@ class SqlRunStore:
                 _hand_over(connection, head, handover)
             return read_run(connection, run_id)
 
+    def fail_waiting(self, run_id: str, attempt: int, failure: RunFailure) -> TrainingRun:
+        """Make a QUEUED run FAILED that shall have no other attempt. Raises AttemptFenced, RunNotFound."""
+        with writing(self._engine) as connection:
+            head = lock_head(connection, run_id)
+            if RunState(head.state) is not RunState.QUEUED or head.attempt != attempt:
+                text = f"run {run_id} does not wait for the attempt after {attempt}: it is {head.state}"
+                raise AttemptFenced(text, run_id=run_id, attempt=attempt)
+            changes = {"failure": failure_to_value(failure)}
+            enter_state(connection, head, RunState.FAILED, failure.message, changes)
+            return read_run(connection, run_id)
+
     def request_pause(self, run_id: str) -> TrainingRun:
         """Pause a QUEUED run, ask an active one to rest. Raises RunNotFound, IllegalTransition."""
         with writing(self._engine) as connection:
@@ -208,14 +235,27 @@ class SqlRunStore:
             return read_run(connection, run_id)
 
     def delete(self, run_id: str) -> None:
-        """Remove a terminal run and its records. Raises RunNotFound, RunNotFinished."""
+        """Remove a terminal run and its records. Raises RunNotFound, RunNotFinished.
+
+        From its first transaction on the run is gone; the records follow in slices. What a crash leaves of them is
+        removed by `recover`.
+        """
         with writing(self._engine) as connection:
             head = lock_head(connection, run_id)
             if not RunState(head.state).is_terminal:
                 text = f"run {run_id} is {head.state}: cancel it and wait for its end, then delete it"
                 raise RunNotFinished(text, run_id=run_id, state=head.state)
-            connection.execute(delete(_RECORDS).where(_RECORDS.c.run_id == run_id))
-            connection.execute(delete(_RUNS).where(_RUNS.c.run_id == run_id))
+            hidden = {"state": DELETING, "request_id": None}
+            connection.execute(update(_RUNS).where(_RUNS.c.run_id == run_id).values(hidden))
+        self._finish_deletion(run_id, head.last_sequence)
+
+    def recover(self) -> None:
+        """Finish the deletions that a crash has interrupted; call it when a service starts."""
+        query = select(_RUNS.c.run_id, _RUNS.c.last_sequence).where(_RUNS.c.state == DELETING)
+        with reading(self._engine) as connection:
+            rows = connection.execute(query).all()
+        for row in rows:
+            self._finish_deletion(row.run_id, row.last_sequence)
 
     def request_cancel(self, run_id: str) -> TrainingRun:
         """Cancel a QUEUED run, ask an active one to stop. Raises RunNotFound, IllegalTransition."""
@@ -250,8 +290,21 @@ class SqlRunStore:
         with reading(self._engine) as connection:
             return {
                 row.run_id: RunHead(state=RunState(row.state), last_sequence=row.last_sequence)
-                for row in connection.execute(query)
+                for row in connection.execute(query.where(_RUNS.c.state != DELETING))
             }
+
+    def _finish_deletion(self, run_id: str, last_sequence: int) -> None:
+        of_run = _RECORDS.c.run_id == run_id
+        try:
+            # The last ones first: who reads them just now finds no gap.
+            for after in range((last_sequence - 1) // _SLICE * _SLICE, -1, -_SLICE):
+                with writing(self._engine) as connection:
+                    connection.execute(delete(_RECORDS).where(of_run, _RECORDS.c.sequence > after))
+                time.sleep(_SLICE_PAUSE_S)
+            with writing(self._engine) as connection:
+                connection.execute(delete(_RUNS).where(_RUNS.c.run_id == run_id))
+        except (DiskFull, StoreUnavailable) as error:
+            _log.warning("records of %s, which was deleted, are left until the next start: %s", run_id, error)
 
     def _acknowledge(self, run_id: str, attempt: int) -> AppendAck:
         with reading(self._engine) as connection:
@@ -289,7 +342,8 @@ def _run_of_key(connection: Connection, key: RequestKey) -> TrainingRun | None:
 
 def _hand_over(connection: Connection, head: Row[Any], handover: Handover) -> None:
     changes = {"not_before_ns": handover.not_before_ns}
-    if handover.restarts is not None:
+    forgiven = handover.forgiven and got_further(connection, head.run_id)
+    if handover.restarts is not None and not forgiven:
         changes["restarts"] = handover.restarts
     enter_state(connection, head, handover.state, handover.message, changes, handover.remark)
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import sqlite3
+import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
-from sqlalchemy import URL, Connection, Engine, create_engine, event
+from sqlalchemy import URL, Connection, Engine, ExceptionContext, create_engine, event
 
 from ferryman_service.domain.errors import DiskFull, FerrymanError, StoreUnavailable
 
@@ -15,6 +19,9 @@ WRITES_OPTION: Final = "ferryman_writes"
 """Execution option of a connection whose next transaction will write."""
 
 _RETRY_S: Final = 0.02
+_PROBE_BYTES: Final = 64 * 1024
+_NO_SPACE: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
+_DISK_FULL: Final = "the disk that holds the database has no space left: free some and try again"
 _WORLD_CODES: Final = frozenset(
     {
         sqlite3.SQLITE_BUSY,
@@ -28,7 +35,19 @@ _WORLD_CODES: Final = frozenset(
 )
 
 
-def create_sqlite_engine(path: Path, busy_timeout_s: float) -> Engine:
+def has_room(folder: Path) -> bool:
+    """Find out by trying: no statistics know of a quota."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(bytes(_PROBE_BYTES))
+            probe.flush()
+            os.fsync(probe.fileno())
+    except OSError as error:
+        return error.errno not in _NO_SPACE
+    return True
+
+
+def create_sqlite_engine(path: Path, busy_timeout_s: float, has_room: Callable[[Path], bool] = has_room) -> Engine:
     """Return an engine for the file, which is created at the first connection.
 
     A writing transaction begins with BEGIN IMMEDIATE: it waits for the one writer's place before it reads, so two
@@ -44,19 +63,32 @@ def create_sqlite_engine(path: Path, busy_timeout_s: float) -> Engine:
         dbapi_connection.execute("PRAGMA synchronous = FULL")
         dbapi_connection.execute("PRAGMA foreign_keys = ON")
 
+    def tell_full_disk(context: ExceptionContext) -> None:
+        # A file system may find out at fsync that there is no room, which SQLite calls an I/O error like any other.
+        error = context.original_exception
+        failed = isinstance(error, sqlite3.Error) and _primary_code(error) == sqlite3.SQLITE_IOERR
+        if failed and not has_room(path.parent):
+            raise DiskFull(_DISK_FULL) from error
+
     event.listen(engine, "connect", configure)
     event.listen(engine, "begin", _begin)
+    event.listen(engine, "handle_error", tell_full_disk)
     return engine
 
 
 def translate_sqlite_error(error: sqlite3.Error) -> FerrymanError | None:
     """Return the domain error for what the world did to the database; None for a mistake of ours."""
-    primary_code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
+    primary_code = _primary_code(error)
     if primary_code == sqlite3.SQLITE_FULL:
-        return DiskFull("the disk that holds the database has no space left: free some and try again")
+        return DiskFull(_DISK_FULL)
     if primary_code in _WORLD_CODES:
         return StoreUnavailable(f"the database cannot be used now ({error}): try again")
     return None
+
+
+def _primary_code(error: sqlite3.Error) -> int:
+    code: int = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR)
+    return code & 0xFF
 
 
 def _begin(connection: Connection) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import heapq
 import io
+import operator
 import random
 import re
 from collections.abc import Iterable, Sequence
@@ -15,8 +17,9 @@ from ferryman_service.domain.recipe import SubwordAlgorithm
 from ferryman_service.domain.runs import FailureReason, TrainingFailed
 from ferryman_service.domain.tokens import BOS, EOS, PAD, UNK
 
-MAX_TRAINING_LINES: Final = 2_000_000
-"""Frequent subwords are frequent in a sample too, and the trainer holds every line in memory."""
+MAX_TRAINING_LINES: Final = 1_000_000
+MAX_TRAINING_CHARACTERS: Final = 40_000_000
+"""Frequent subwords are frequent in a sample too, and the unigram trainer takes some 20 bytes a character: 800 MB."""
 
 # SentencePiece splits its sums by thread and so rounds them differently for another number of threads: a fixed number
 # keeps the model a function of the corpus alone, on any machine.
@@ -83,16 +86,18 @@ def train_subwords(
     character_coverage: float,
     seed: int,
     max_lines: int = MAX_TRAINING_LINES,
+    max_characters: int = MAX_TRAINING_CHARACTERS,
 ) -> Subwords:
     """Learn subwords from normalised lines (both sides of the corpus), write the model file, and return the model.
 
-    Of more than `max_lines` lines a random sample is used. The model file is a function of the lines and the other
-    arguments. Raises TrainingFailed: VOCABULARY_TOO_LARGE or VOCABULARY_TOO_SMALL, naming a size that works.
+    Of more than `max_lines` lines or `max_characters` a random sample is used. The model file is a function of the
+    lines and the other arguments. Raises TrainingFailed: VOCABULARY_TOO_LARGE or VOCABULARY_TOO_SMALL, naming a size
+    that works.
     """
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.Train(
-            sentence_iterator=iter(_sample(lines, max_lines, seed)),
+            sentence_iterator=iter(_sample(lines, max_lines, max_characters, seed)),
             model_writer=model,
             vocab_size=vocabulary_size,
             model_type=algorithm.value,
@@ -112,16 +117,20 @@ def train_subwords(
     return Subwords.load(model_path)
 
 
-def _sample(lines: Iterable[str], max_lines: int, seed: int) -> list[str]:
-    """Reservoir sampling (Vitter 1985, algorithm R): each line is kept with equal probability."""
+def _sample(lines: Iterable[str], max_lines: int, max_characters: int, seed: int) -> list[str]:
+    """Return the lines that drew the lowest numbers, as many as fit, in their order: each is as likely as another."""
     generator = random.Random(seed)  # noqa: S311
-    kept: list[str] = []
+    kept: list[tuple[float, int, str]] = []  # a heap, whose first has the highest number
+    characters, limit = 0, 1.0
     for index, line in enumerate(lines):
-        if index < max_lines:
-            kept.append(line)
-        elif (slot := generator.randrange(index + 1)) < max_lines:
-            kept[slot] = line
-    return kept
+        if (number := generator.random()) >= limit:
+            continue
+        heapq.heappush(kept, (-number, index, line))
+        characters += len(line)
+        while len(kept) > max_lines or characters > max_characters:
+            limit, _, left_out = heapq.heappop(kept)
+            limit, characters = -limit, characters - len(left_out)
+    return [line for _, _, line in sorted(kept, key=operator.itemgetter(1))]
 
 
 def _training_failed(message: str, vocabulary_size: int) -> TrainingFailed:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 import torch
@@ -16,6 +17,11 @@ from torch import Tensor
 from ferryman_service.domain.tokens import BOS, PAD
 from ferryman_service.training.packing import Index
 from ferryman_service.training.pairs import TokenPairs
+
+SOURCE_MULTIPLE: Final = {"cpu": 1, "cuda": 8}
+"""By device: the source positions of a batch for training are a multiple of this. A GPU's attention reads its mask of
+the source in pieces of 16 bytes: another length costs a copy of the mask in every layer, and compiled code would be
+compiled once for lengths that fit and once for the others. No mask has the target's length, which stays as it is."""
 
 
 @dataclass(frozen=True)
@@ -81,27 +87,36 @@ class Batch:
         return halves
 
     def to(self, device: torch.device) -> Batch:
-        """Return the batch on that device."""
+        """Return the batch on that device. Nobody waits until it has arrived on a GPU: what uses it comes after it."""
         return Batch(
-            source_BS=self.source_BS.to(device),
-            decoder_input_BT=self.decoder_input_BT.to(device),
-            label_positions_N=self.label_positions_N.to(device),
-            labels_N=self.labels_N.to(device),
+            source_BS=_moved(self.source_BS, device),
+            decoder_input_BT=_moved(self.decoder_input_BT, device),
+            label_positions_N=_moved(self.label_positions_N, device),
+            labels_N=_moved(self.labels_N, device),
             source_tokens=self.source_tokens,
         )
 
 
-def make_batch(pairs: TokenPairs, index_B: Index) -> Batch:
-    """Return the batch of these pairs."""
+def make_batch(pairs: TokenPairs, index_B: Index, source_multiple: int = 1) -> Batch:
+    """Return the batch of these pairs; the number of its source positions is a multiple of `source_multiple`."""
+    source_BS = pairs.source.padded(index_B)
+    source_BS = np.pad(source_BS, ((0, 0), (0, -source_BS.shape[1] % source_multiple)), constant_values=PAD)
     labels_BT = pairs.target.padded(index_B)
     label_positions_N = np.flatnonzero(labels_BT != PAD)
     return Batch(
-        source_BS=torch.from_numpy(pairs.source.padded(index_B)),
+        source_BS=torch.from_numpy(source_BS),
         decoder_input_BT=torch.from_numpy(_shift_right(labels_BT)),
         label_positions_N=torch.from_numpy(label_positions_N),
         labels_N=torch.from_numpy(labels_BT.ravel()[label_positions_N]),
         source_tokens=int(pairs.source.lengths_P[index_B].sum()),
     )
+
+
+def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+    if device.type != "cuda":
+        return tensor.to(device)
+    # torch keeps pinned memory from being used again before the copy out of it is done.
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def _shift_right(labels_BT: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -39,7 +39,7 @@ TensorGroups = Mapping[str, Mapping[str, Tensor]]
 
 
 class CheckpointDamaged(Exception):
-    """A file of a checkpoint is missing, or is not what was written."""
+    """A file of a checkpoint is missing, is not what was written, or is of another release's form."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,20 +107,18 @@ def load_checkpoint(path: Path) -> Checkpoint:
     digests = verify_checkpoint(path)
     groups = [name.removesuffix(_SUFFIX) for name in digests if name.endswith(_SUFFIX)]
     tensors = {group: safetensors.torch.load_file(path / (group + _SUFFIX)) for group in groups}
-    values = json.loads((path / _POSITION).read_bytes())
-    counters = TraineeCounters(**values.pop("counters"))
-    for name in ("validated", "best"):
-        values[name] = values[name] and ValidationScores(**values[name])
-    values["candidates"] = tuple((step, tuple(rank)) for step, rank in values["candidates"])
-    values["ending"] = values["ending"] and tuple(values["ending"])
-    return Checkpoint(tensors, counters, Position(**values))
+    return Checkpoint(tensors, *_read_position(path))
 
 
 def verify_checkpoint(path: Path) -> Mapping[str, str]:
-    """Return the digest of each file, all found as they were written; raises CheckpointDamaged."""
+    """Return the digest of each file, all found as they were written and of this release's form.
+
+    Raises CheckpointDamaged.
+    """
     digests = _read_manifest(path)
-    for name in digests:
+    for name in {*digests, _POSITION}:
         _verify(path, name, digests)
+    _read_position(path)
     return digests
 
 
@@ -199,6 +197,19 @@ def _read_manifest(path: Path) -> dict[str, str]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointDamaged(f"{path / _MANIFEST} cannot be read: {error}") from error
     return digests
+
+
+def _read_position(path: Path) -> tuple[TraineeCounters, Position]:
+    try:
+        values: Any = json.loads((path / _POSITION).read_bytes())
+        counters = TraineeCounters(**values.pop("counters"))
+        for name in ("validated", "best"):
+            values[name] = values[name] and ValidationScores(**values[name])
+        values["candidates"] = tuple((step, tuple(rank)) for step, rank in values["candidates"])
+        values["ending"] = values["ending"] and tuple(values["ending"])
+        return counters, Position(**values)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointDamaged(f"{path / _POSITION} cannot be read, or is of another release: {error!r}") from error
 
 
 def _verify(path: Path, name: str, digests: Mapping[str, str]) -> None:

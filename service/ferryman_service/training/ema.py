@@ -29,11 +29,6 @@ class MovingAverage:
         decay = ((1 + updates_applied) / (10 + updates_applied)).clamp(max=self._decay)
         self.average.lerp_(self._weights, ((1 - decay) * (1 - not_finite)).to(self.average.dtype))
 
-    @torch.no_grad()
-    def begin_again(self) -> None:
-        """Take the weights as they are now."""
-        self.average.copy_(self._weights)
-
     @contextmanager
     @torch.no_grad()
     def in_place_of_weights(self) -> Iterator[None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from ferryman_service.training.checkpoint import (
     load_checkpoint,
     tidy_up,
 )
+from ferryman_service.training.compile import SETTINGS, compilation_remark, set_up_compilation
 from ferryman_service.training.data import ValidationPairs, tokenise_validation_pairs
 from ferryman_service.training.files import Disk, RunFiles, disk_full_is_told
 from ferryman_service.training.finish import choose_weights
@@ -49,16 +51,21 @@ _BEGINNING: Final = -1
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """Where to train: `device` is "auto" (a GPU if there is one), "cpu" or "cuda"; `threads` None is torch's choice."""
+    """Where and how to train: `device` is "auto" (a GPU if there is one), "cpu" or "cuda"; `threads` None is torch's
+    choice; `compilation` of the layers is "auto" (on a GPU, where Triton and a C compiler are at hand), "on" or "off".
+    """
 
     device: str = "auto"
     threads: int | None = None
+    compilation: str = "auto"
 
     def __post_init__(self) -> None:
         if self.device not in ("auto", "cpu", "cuda"):
             raise ValueError(f'device is {self.device!r}, must be "auto", "cpu" or "cuda"')
         if self.threads is not None and self.threads < 1:
             raise ValueError(f"threads is {self.threads}, must be at least 1")
+        if self.compilation not in SETTINGS:
+            raise ValueError(f'compilation is {self.compilation!r}, must be "auto", "on" or "off"')
 
 
 class TorchTrainingEngine:
@@ -80,7 +87,7 @@ class TorchTrainingEngine:
         budget = TimeBudget(job.recipe.stop.max_time_seconds, self._clock)
         with disk_full_is_told(job.run_dir), join_ranks(self._device()) as ranks:
             self._set_up_torch()
-            return _Run(job, Series(reporter), ranks, budget, self._disk).train()
+            return _Run(job, Series(reporter), ranks, budget, self._disk, self._config.compilation).train()
 
     def _device(self) -> torch.device:
         if self._config.device != "auto":
@@ -97,7 +104,9 @@ class TorchTrainingEngine:
 class _Run:
     """One call of train."""
 
-    def __init__(self, job: TrainingJob, series: Series, ranks: Ranks, budget: TimeBudget, disk: Disk) -> None:
+    def __init__(
+        self, job: TrainingJob, series: Series, ranks: Ranks, budget: TimeBudget, disk: Disk, compilation: str
+    ) -> None:
         self._job = job
         self._recipe = job.recipe
         self._files = RunFiles(job.run_dir)
@@ -105,6 +114,8 @@ class _Run:
         self._ranks = ranks
         self._budget = budget
         self._disk = disk
+        self._compilation = compilation
+        self._compiled = False
 
     def train(self) -> TrainedModel:
         cores = os.cpu_count() or 1
@@ -112,7 +123,10 @@ class _Run:
         prepared = open_prepared(prepared_folder(self._job))
         assert prepared is not None, "the first process has made it"
         subwords = Subwords.load(prepared.subwords)
-        pairs = epoch_source(self._job, prepared, subwords, self._files.epochs / str(self._ranks.rank))
+        # With several ranks nobody may leave alone while the others go on to the next update.
+        check = self._series.check if self._ranks.world_size == 1 else (lambda: None)
+        epochs = self._files.epochs / str(self._ranks.rank)
+        pairs = epoch_source(self._job, prepared, subwords, epochs, check)
         validation = tokenise_validation_pairs(self._job.corpus, subwords, self._recipe.data, threads=cores)
         model = self._new_model(subwords.size)
         validator = Validator(validation, subwords, self._recipe, self._ranks.device, self._series.check)
@@ -120,6 +134,7 @@ class _Run:
         if self._ranks.is_first:
             self._report_start(model, prepared.pairs(), validation, position)
         position = self._loop(trainee, pairs, validator, position)
+        shutil.rmtree(epochs, ignore_errors=True)
         scores = self._choose_weights(model, validator, position)
         return TrainedModel(
             weights=self._files.weights,
@@ -160,10 +175,10 @@ class _Run:
         """Begin at step 0: with random weights, or with those of a published model."""
         initial = self._job.initial
         if initial is None:
-            return new_trainee(model, self._recipe, self._ranks), Position()
+            return self._new_trainee(model), Position()
         try:
             model.load_state_dict(load_file(initial.weights))
-            trainee = new_trainee(model, self._recipe, self._ranks)
+            trainee = self._new_trainee(model)
             if initial.checkpoint is not None:
                 checkpoint = load_checkpoint(initial.checkpoint)
                 trainee.load_moments(checkpoint.tensors, checkpoint.counters.updates_applied)
@@ -174,7 +189,7 @@ class _Run:
 
     def _go_back_to(self, step: int, model: Transformer) -> tuple[Trainee, Position]:
         checkpoint = load_checkpoint(checkpoint_path(self._files.checkpoints, step))
-        trainee = new_trainee(model, self._recipe, self._ranks)
+        trainee = self._new_trainee(model)
         trainee.load(checkpoint.tensors, checkpoint.counters)
         position = checkpoint.position
         self._budget.resume(position.elapsed_s, position.validation_s)
@@ -187,7 +202,12 @@ class _Run:
     def _new_model(self, vocabulary_size: int) -> Transformer:
         torch.manual_seed(self._recipe.seed)  # the same initial weights on all ranks
         model = Transformer(TransformerConfig.from_recipe(self._recipe, vocabulary_size))
-        return model.to(self._ranks.device).train()
+        model = model.to(self._ranks.device).train()
+        self._compiled = set_up_compilation(model, self._compilation, self._ranks.device)
+        return model
+
+    def _new_trainee(self, model: Transformer) -> Trainee:
+        return new_trainee(model, self._recipe, self._ranks, compiled=self._compiled)
 
     def _report_start(
         self, model: Transformer, pairs: TokenPairs, validation: ValidationPairs, position: Position
@@ -201,6 +221,9 @@ class _Run:
             f"{len(validation.sources):,} validation pairs; on {self._ranks.device}{processes}"
         )
         self._series.event(EventLevel.INFO, "TRAINING_STARTED", message)
+        remark = compilation_remark(self._compiled, self._compilation, self._ranks.device)
+        if remark is not None:
+            self._series.event(*remark)
 
     def _loop(
         self, trainee: Trainee, pairs: Callable[[int], TokenPairs], validator: Validator, position: Position

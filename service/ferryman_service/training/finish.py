@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 from ferryman_service.domain.models import ModelScores
@@ -36,11 +37,12 @@ def choose_weights(
 
     Nothing else is changed, so it can be done again. A damaged checkpoint is left out, and an event tells of it.
     """
-    best, scores, step = _best(position, files.checkpoints, reporter)
-    weights = "best"
+    wanted = [step for step, _ in position.candidates]
+    damaged = {step for step in {*wanted, position.best_step} if not _is_intact(files.checkpoints, step, reporter)}
+    scores, step = _best(position, damaged)
+    best, weights = checkpoint_path(files.checkpoints, step), "best"
     remark = f"the checkpoint of step {step} ({_describe(scores)})"
-    wanted = [checkpoint_path(files.checkpoints, candidate) for candidate, _ in position.candidates]
-    several = [path for path in wanted if _is_intact(path, reporter)]
+    several = [checkpoint_path(files.checkpoints, each) for each in wanted if each not in damaged]
     if len(several) > 1 and recipe.averaging is not Averaging.NONE:
         model.load_state_dict(average_checkpoints(several))
         average = validator.score(model)
@@ -58,20 +60,19 @@ def choose_weights(
     )
 
 
-def _best(position: Position, checkpoints: Path, reporter: Reporter) -> tuple[Path, ValidationScores, int]:
-    """Return the best checkpoint, its scores and its step; if it is damaged, the last one, which was just written or
+def _best(position: Position, damaged: Collection[int]) -> tuple[ValidationScores, int]:
+    """Return the best checkpoint's scores and step; if it is damaged, those of the last one, which was just written or
     read."""
     assert position.best is not None, "the loop validates before it ends"
     assert position.validated is not None, "the loop validates before it ends"
-    path = checkpoint_path(checkpoints, position.best_step)
-    if _is_intact(path, reporter):
-        return path, position.best, position.best_step
-    return checkpoint_path(checkpoints, position.step), position.validated, position.step
+    if position.best_step in damaged:
+        return position.validated, position.step
+    return position.best, position.best_step
 
 
-def _is_intact(path: Path, reporter: Reporter) -> bool:
+def _is_intact(checkpoints: Path, step: int, reporter: Reporter) -> bool:
     try:
-        verify_checkpoint(path)
+        verify_checkpoint(checkpoint_path(checkpoints, step))
     except CheckpointDamaged as error:
         reporter.event(EventLevel.WARNING, "CHECKPOINT_DAMAGED", f"{error}; its weights are left out")
         return False

@@ -6,30 +6,43 @@ Only matrix products are counted, forward once and backward twice (Kaplan et al.
 
 from __future__ import annotations
 
-from typing import Final
+import re
+from typing import Final, NamedTuple
 
 import torch
 
 from ferryman_service.domain.recipe import Activation, Precision
 from ferryman_service.model.config import TransformerConfig
 
-# Dense peaks of the tensor cores, FLOP/s, by a part of the device's name: (16 bits, FP32 as TF32). From the makers'
-# data sheets.
+
+class _Peak(NamedTuple):
+    """A device's dense peaks, FLOP/s: of 16 bits, of FP32 multiplied as TF32, and of FP32 as it is."""
+
+    half: float
+    tf32: float
+    fp32: float
+
+
+# By words of the device's name, the first that fit, from the makers' data sheets. V100 and T4 have no TF32.
 _PEAKS: Final = {
-    "H200": (989e12, 494e12),
-    "H100 PCIe": (756e12, 378e12),
-    "H100": (989e12, 494e12),
-    "A100": (312e12, 156e12),
-    "L40S": (362e12, 183e12),
-    "A10G": (70e12, 35e12),
-    "L4": (121e12, 60e12),
-    "V100": (125e12, 15.7e12),
-    "T4": (65e12, 8.1e12),
+    ("H200",): _Peak(989e12, 494e12, 67e12),
+    ("GH200",): _Peak(989e12, 494e12, 67e12),
+    ("H100", "PCIe"): _Peak(756e12, 378e12, 51e12),
+    ("H100", "NVL"): _Peak(835e12, 417e12, 60e12),
+    ("H100",): _Peak(989e12, 494e12, 67e12),
+    ("A100",): _Peak(312e12, 156e12, 19.5e12),
+    ("L40S",): _Peak(362e12, 183e12, 91.6e12),
+    ("L40",): _Peak(181e12, 90.5e12, 90.5e12),
+    ("A10G",): _Peak(70e12, 35e12, 35e12),
+    ("L4",): _Peak(121e12, 60e12, 30.3e12),
+    ("V100",): _Peak(125e12, 15.7e12, 15.7e12),
+    ("T4",): _Peak(65e12, 8.1e12, 8.1e12),
 }
 
 
 def training_flops(config: TransformerConfig, source_tokens: int, target_tokens: int, pairs: int) -> float:
-    """Return the floating-point operations of an update without padding: multiplications and additions, each one.
+    """Return the floating-point operations of one pass over an update's pairs, without padding: each multiplication is
+    one, and each addition.
 
     Sentences are taken to be of equal length, which matters for attention alone.
     """
@@ -47,9 +60,22 @@ def training_flops(config: TransformerConfig, source_tokens: int, target_tokens:
 
 
 def peak_flops(device: torch.device, precision: Precision) -> float | None:
-    """Return the device's peak in the precision, FLOP/s; None if it is not known."""
+    """Return the device's peak in the precision, FLOP/s; None if it is not known.
+
+    FP32 has two: training leaves torch's default, full FP32, as it is, so that a run's losses are those of a CPU; where
+    somebody has allowed TF32, its peak counts.
+    """
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    half, full = next((peaks for part, peaks in _PEAKS.items() if part in name), (None, None))
-    return full if precision is Precision.FP32 else half
+    peak = peak_of(torch.cuda.get_device_name(device))
+    if peak is None or precision is not Precision.FP32:
+        return peak.half if peak else None
+    return peak.tf32 if torch.backends.cuda.matmul.allow_tf32 else peak.fp32
+
+
+def peak_of(device_name: str) -> _Peak | None:
+    """Return the peaks of a device of this name; None if they are not known, as those of a part of a GPU (MIG)."""
+    words = set(re.split(r"[\s-]+", device_name))
+    if "MIG" in words:
+        return None
+    return next((peak for wanted, peak in _PEAKS.items() if words.issuperset(wanted)), None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
@@ -13,7 +13,7 @@ from ferryman_service.domain.recipe import Recipe
 from ferryman_service.domain.records import EventLevel, ValidationMetrics
 from ferryman_service.domain.runs import FailureReason, TrainingFailed
 from ferryman_service.domain.training import PauseRequested, StopRequested
-from ferryman_service.training.batches import make_batch
+from ferryman_service.training.batches import SOURCE_MULTIPLE, make_batch
 from ferryman_service.training.budget import TimeBudget
 from ferryman_service.training.checkpoint import (
     Checkpoint,
@@ -23,12 +23,12 @@ from ferryman_service.training.checkpoint import (
     load_checkpoint,
 )
 from ferryman_service.training.files import Disk
-from ferryman_service.training.packing import Update, plan_epoch
+from ferryman_service.training.packing import EpochPlan, Update, plan_epoch
 from ferryman_service.training.pairs import TokenPairs
 from ferryman_service.training.ranks import Verdict
 from ferryman_service.training.reporting import Series
 from ferryman_service.training.resume import newest_usable
-from ferryman_service.training.retention import with_candidate
+from ferryman_service.training.retention import remove_newer, with_candidate
 from ferryman_service.training.scores import ValidationScores, perplexity
 from ferryman_service.training.step import StepOutcome, Trainee
 from ferryman_service.training.updates import SentUpdate, StepMeter, padding_share
@@ -40,8 +40,8 @@ from ferryman_service.training.writer import CheckpointWriter
 class LoopParts:
     """What the loop works with. Only rank 0 validates, reports and writes.
 
-    `pairs(epoch)` returns the training pairs of a pass. No time limit ends training before `reported_step`: an earlier
-    attempt has reported so far.
+    `pairs(epoch)` returns the training pairs of a pass; if that takes long, it may raise what a request to rest raises.
+    No time limit ends training before `reported_step`: an earlier attempt has reported so far.
     """
 
     trainee: Trainee
@@ -65,11 +65,10 @@ class TrainingLoop:
         self._parts = parts
         self._ranks = parts.trainee.ranks
         self._pairs: TokenPairs | None = None
-        self._plan: Sequence[Update] = []
+        self._plan: EpochPlan | None = None
         self._planned_epoch = 0
         self._sent: deque[SentUpdate] = deque()
-        precision = parts.recipe.optimization.precision
-        self._meter = StepMeter(self._ranks.device, precision, parts.trainee.model.config)
+        self._meter = StepMeter(self._ranks.device, parts.recipe.optimization, parts.trainee.model.config)
         self._writer = CheckpointWriter(parts.checkpoints, parts.disk)
         self._rest: PauseRequested | StopRequested | None = None
         self.position = position or Position()
@@ -92,14 +91,20 @@ class TrainingLoop:
             self._end()
 
     def _go_on(self) -> bool:
+        while self._verdict() is Verdict.FINISH:
+            if self._settle():
+                return False
+            # Outcomes that were still on their way led back to a checkpoint: it may not be the end.
+        return True
+
+    def _verdict(self) -> Verdict:
         verdict = Verdict.GO_ON
         if self._ranks.is_first:
             with self._ranks.others_follow():
                 self._writer.check()
                 if self._is_to_rest() or self._reason_to_stop() is not None:
                     verdict = Verdict.FINISH
-        # Outcomes that were still on their way may lead back to a checkpoint, and then it is not the end.
-        return self._ranks.agree(verdict) is Verdict.GO_ON or not self._settle()
+        return self._ranks.agree(verdict)
 
     def _is_to_rest(self) -> bool:
         self._rest = None
@@ -141,6 +146,7 @@ class TrainingLoop:
                         self._lay_down()
         if self.position.validated is None:
             self._validate()
+        self._see_written()
         if reason is not None:
             self._parts.series.event(EventLevel.INFO, *reason, repeats=True)
 
@@ -149,12 +155,19 @@ class TrainingLoop:
         self._write()
         self._writer.wait()
 
+    def _see_written(self) -> None:
+        """Wait until the last checkpoint is on the disk; a failure is known to all ranks."""
+        if self._ranks.is_first:
+            with self._ranks.others_follow():
+                self._writer.wait()
+
     def _update(self) -> None:
         started_s = self._parts.budget.clock()
         update = self._next_update()
         assert self._pairs is not None
         target_tokens = sum(int(self._pairs.target.lengths_P[index_B].sum()) for index_B in itertools.chain(*update))
-        batches = [make_batch(self._pairs, index_B) for index_B in update[self._ranks.rank]]
+        multiple = SOURCE_MULTIPLE[self._ranks.device.type]
+        batches = [make_batch(self._pairs, index_B, multiple) for index_B in update[self._ranks.rank]]
         on_device = [batch.to(self._ranks.device) for batch in batches]
         outcome = self._parts.trainee.step(on_device, target_tokens)
         position = self.position
@@ -209,8 +222,12 @@ class TrainingLoop:
             self._parts.series.event(EventLevel.WARNING, "ROLLED_BACK", text, repeats=True)
         self.position = replace(checkpoint.position, rollbacks=self.position.rollbacks + 1, skipped_in_a_row=0)
         self._ranks.meet()  # all have read the checkpoint before the first one replaces it
+        if self._ranks.is_first:
+            with self._ranks.others_follow():
+                # What a pause has left beyond knows nothing of the divergence: whoever is next must not begin there.
+                remove_newer(self._parts.checkpoints, int(target), self._parts.disk)
         self._save()
-        self._writer.wait()
+        self._see_written()
 
     def _step_to_go_back_to(self, diverged: str, outcome: StepOutcome) -> int:
         self._writer.wait()
@@ -231,18 +248,21 @@ class TrainingLoop:
     def _next_update(self) -> Update:
         if self._epoch_is_over():
             self.position = replace(self.position, epoch=self.position.epoch + 1, updates_in_epoch=0)
-        self._plan_epoch()
-        return self._plan[self.position.updates_in_epoch]
+        return self._plan_epoch()[self.position.updates_in_epoch]
 
     def _epoch_is_over(self) -> bool:
-        self._plan_epoch()
-        return self.position.updates_in_epoch >= len(self._plan)
+        return not self._plan_epoch().exists(self.position.updates_in_epoch)
 
-    def _plan_epoch(self) -> None:
-        if self._planned_epoch == self.position.epoch:
-            return
+    def _plan_epoch(self) -> EpochPlan:
+        if self._plan is not None and self._planned_epoch == self.position.epoch:
+            return self._plan
         recipe = self._parts.recipe
-        self._pairs = self._parts.pairs(self.position.epoch)
+        try:
+            self._pairs = self._parts.pairs(self.position.epoch)
+        except (PauseRequested, StopRequested):
+            if self._settle():  # else a divergence has left a checkpoint already
+                self._lay_down()
+            raise
         self._planned_epoch = self.position.epoch
         self._plan = plan_epoch(
             self._pairs.source.lengths_P,
@@ -253,18 +273,22 @@ class TrainingLoop:
             ranks=self._ranks.world_size,
             micro_batches=recipe.optimization.accumulation_steps,
         )
+        return self._plan
 
     def _report_step(self, sent: SentUpdate, outcome: StepOutcome) -> None:
         if not self._ranks.is_first:
             return
         series = self._parts.series
-        series.step(self._meter.metrics(sent, outcome, self._parts.budget.clock() - sent.started_s))
+        series.step(self._meter.metrics(sent, outcome, self._parts.budget.clock()))
         if outcome.skipped:
             text = f"step {sent.step}: the gradient's norm is {outcome.gradient_norm}; the weights were left alone"
             series.event(EventLevel.WARNING, "UPDATE_SKIPPED", text, repeats=True)
         if outcome.split:
             text = f"step {sent.step}: the batch did not fit into the device's memory and was computed in halves"
             series.event(EventLevel.WARNING, "OUT_OF_MEMORY_SPLIT", text)
+        if outcome.uncompiled:
+            text = f"step {sent.step}: compiled code failed, and the run goes on without: {outcome.uncompiled}"
+            series.event(EventLevel.WARNING, "COMPILATION_FAILED", text)
 
     def _validate_if_due(self) -> None:
         interval, position = self._parts.recipe.validation.interval_steps, self.position
@@ -291,13 +315,19 @@ class TrainingLoop:
         self._save()
 
     def _scores(self) -> ValidationScores:
-        trainee = self._parts.trainee
+        trainee, validator = self._parts.trainee, self._parts.validator
         try:
             with trainee.published():
-                return self._parts.validator.score(trainee.model)
+                scores = validator.score(trainee.model)
         except (PauseRequested, StopRequested):
             self._lay_down()
             raise
+        if validator.was_split:
+            text = (
+                f"validation at step {self.position.step}: a batch did not fit into the device's memory and was halved"
+            )
+            self._parts.series.event(EventLevel.WARNING, "OUT_OF_MEMORY_SPLIT", text)
+        return scores
 
     def _report_validation(self, scores: ValidationScores, seconds: float) -> None:
         recipe, best, position = self._parts.recipe.validation, self.position.best, self.position

@@ -5,7 +5,11 @@ Shape suffixes: P pairs, K blocks of pairs that stay together, W blocks of a bat
 
 from __future__ import annotations
 
+import bisect
+import copy
+import itertools
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, overload
@@ -23,6 +27,8 @@ _PADDING_SHARE: Final = 0.046
 _MIN_POOL_BATCHES: Final = 4
 _MAX_POOL_BATCHES: Final = 1280
 _POOL_GROWTH: Final = 1.2
+# What is planned at once, if it is not a single pool: some tenths of a second and some hundred bytes a pair.
+_SECTION_PAIRS: Final = 2**17
 
 _STRIPS: Final = 2.0  # measured: fewer pad the target, more the source
 _BLOCKS: Final = 16
@@ -47,17 +53,87 @@ class Limits:
         return cls(target_tokens=tokens, source_positions=_MAX_SOURCE_SLACK * ratio * tokens)
 
 
-class EpochPlan(Sequence[Update]):
-    """The updates of an epoch. Compact: some bytes a pair, whatever the number of updates."""
+@dataclass(frozen=True)
+class Section:
+    """A part of an epoch, planned at once: its pairs, batch after batch, where the batches begin and the last one ends,
+    and which groups, of a batch for each rank, form which update."""
 
-    def __init__(self, order_P: NDArray[np.int32], cuts: Index, groups: Sequence[Index], ranks: int) -> None:
-        self._order_P = order_P
-        self._cuts = cuts
-        self._groups = groups
-        self._ranks = ranks
+    order_P: NDArray[np.int32]
+    cuts: Index
+    groups: Sequence[Index]
+
+    def update(self, number: int, ranks: int) -> Update:
+        """Return the section's update of that number."""
+        update: Update = [[] for _ in range(ranks)]
+        for group in self.groups[number].tolist():
+            first = group * ranks
+            for rank, batch in enumerate(range(first, min(first + ranks, len(self.cuts) - 1))):
+                update[rank].append(self.order_P[self.cuts[batch] : self.cuts[batch + 1]].astype(np.int64))
+        return update
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sections:
+    """What the sections of an epoch are planned from. Each is some of the pools, in their order."""
+
+    order_P: NDArray[np.int32]
+    pools: int
+    source_lengths_P: NDArray[np.integer]
+    target_lengths_P: NDArray[np.integer]
+    limits: Limits
+    ranks: int
+    micro_batches: int
+    bits: np.random.PCG64
 
     def __len__(self) -> int:
-        return len(self._groups)
+        return min(self.pools, max(1, round(len(self.order_P) / _SECTION_PAIRS)))
+
+    def plan(self, number: int) -> Section:
+        """Return the section of that number, counted from 0: a pure function."""
+        edges = [self._pool_start(pool) for pool in range(self._first_pool(number), self._first_pool(number + 1) + 1)]
+        pools, ends = [], [np.zeros(1, np.int64)]
+        for first, end in itertools.pairwise(edges):
+            pool, pool_ends = pack(self.order_P[first:end], self.source_lengths_P, self.target_lengths_P, self.limits)
+            pools.append(pool)
+            ends.append(pool_ends + first - edges[0])
+        cuts = np.concatenate(ends)
+        # The only section of an epoch draws on where the order of the pairs left off, as before there were sections.
+        bits = self.bits.jumped(number) if number else copy.deepcopy(self.bits)
+        groups = np.random.Generator(bits).permutation(-(-(len(cuts) - 1) // self.ranks))
+        return Section(np.concatenate(pools), cuts, np.array_split(groups, -(-len(groups) // self.micro_batches)))
+
+    def _first_pool(self, section: int) -> int:
+        return self.pools * section // len(self)
+
+    def _pool_start(self, pool: int) -> int:
+        """Return the position of a pool's first pair; the first pools may have a pair more than the others."""
+        pairs, longer = divmod(len(self.order_P), self.pools)
+        return pool * pairs + min(pool, longer)
+
+
+class EpochPlan(Sequence[Update]):
+    """The updates of an epoch. Compact: some bytes a pair, whatever the number of updates.
+
+    The sections of a large corpus are planned as they are reached, and all of them for the length: ask whether an
+    update `exists` instead, which plans no further than needed.
+    """
+
+    def __init__(self, sections: Sections) -> None:
+        self._sections = sections
+        self._first_updates = [0]  # of the sections that have been planned, and of the one after them
+        self._number = -1
+        self._section: Section | None = None
+
+    def exists(self, number: int) -> bool:
+        """Tell whether the epoch has an update of that number, counted from 0."""
+        while number >= self._first_updates[-1] and len(self._first_updates) <= len(self._sections):
+            section = self._planned(len(self._first_updates) - 1)
+            self._first_updates.append(self._first_updates[-1] + len(section.groups))
+        return number < self._first_updates[-1]
+
+    def __len__(self) -> int:
+        self.exists(sys.maxsize)
+        return self._first_updates[-1]
 
     @overload
     def __getitem__(self, number: int) -> Update: ...
@@ -66,12 +142,17 @@ class EpochPlan(Sequence[Update]):
     def __getitem__(self, number: int | slice) -> Update | Sequence[Update]:
         if isinstance(number, slice):
             return [self[i] for i in range(*number.indices(len(self)))]
-        update: Update = [[] for _ in range(self._ranks)]
-        for group in self._groups[number].tolist():
-            first = group * self._ranks
-            for rank, batch in enumerate(range(first, min(first + self._ranks, len(self._cuts) - 1))):
-                update[rank].append(self._order_P[self._cuts[batch] : self._cuts[batch + 1]].astype(np.int64))
-        return update
+        if number < 0:
+            number += len(self)
+        if number < 0 or not self.exists(number):
+            raise IndexError(f"the epoch has no update {number}")
+        section = bisect.bisect_right(self._first_updates, number) - 1
+        return self._planned(section).update(number - self._first_updates[section], self._sections.ranks)
+
+    def _planned(self, number: int) -> Section:
+        if self._section is None or self._number != number:
+            self._section, self._number = self._sections.plan(number), number
+        return self._section
 
 
 def plan_epoch(
@@ -91,19 +172,24 @@ def plan_epoch(
     positions, padding included, are bounded too. What the ranks compute at the same time is of similar length; the
     micro-batches of a rank are not.
 
-    Pools of shuffled pairs are sorted so that neighbours are alike and cut where it pads least; batches are shuffled.
+    Pools of shuffled pairs are sorted so that neighbours are alike and cut where it pads least; the batches of a
+    section, which is one pool or several, are shuffled.
     """
-    generator = np.random.Generator(np.random.PCG64([seed, epoch]))
-    order_P = generator.permutation(len(target_lengths_P)).astype(np.int32)
+    bits = np.random.PCG64([seed, epoch])
+    generator = np.random.Generator(bits)
+    order_P = generator.permutation(np.arange(len(target_lengths_P), dtype=np.int32))
     limits = Limits.of(source_lengths_P, target_lengths_P, max(1, batch_target_tokens // (ranks * micro_batches)))
-    pools = np.array_split(order_P, _number_of_pools(order_P, source_lengths_P, target_lengths_P, limits))
-    cuts = [np.zeros(1, np.int64)]
-    for pool in pools:  # views of order_P, which is sorted in place
-        pool[:], ends = pack(pool, source_lengths_P, target_lengths_P, limits)
-        cuts.append(cuts[-1][-1] + ends)
-    cut = np.concatenate(cuts)
-    groups = generator.permutation(-(-(len(cut) - 1) // ranks))
-    return EpochPlan(order_P, cut, np.array_split(groups, -(-len(groups) // micro_batches)), ranks)
+    sections = Sections(
+        order_P=order_P,
+        pools=_number_of_pools(order_P, source_lengths_P, target_lengths_P, limits),
+        source_lengths_P=source_lengths_P,
+        target_lengths_P=target_lengths_P,
+        limits=limits,
+        ranks=ranks,
+        micro_batches=micro_batches,
+        bits=bits,
+    )
+    return EpochPlan(sections)
 
 
 def batches_by_length(

@@ -2,18 +2,21 @@
 
 An entry is a folder named by a digest of everything that it depends on. It is made under another name and then renamed,
 so it is whole or not there; two workers that make it at once make the same, and the second finds its place taken.
+Entries are put in their place, and removed, under a lock: nobody takes away what another has just found whole.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import hashlib
 import json
 import os
 import secrets
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -26,7 +29,7 @@ from ferryman_service.training.data import learn_subwords, tokenise_training_pai
 from ferryman_service.training.pairs import TokenPairs, open_pairs
 from ferryman_service.training.reporting import Reporter
 
-_FORMAT: Final = 1
+_FORMAT: Final = 2
 _MANIFEST: Final = "prepared.json"
 _SUBWORDS: Final = "subwords.model"
 _PAIRS: Final = "pairs"
@@ -50,29 +53,42 @@ class PreparedCorpus:
         """Return the tokenised training pairs; they stay in their files."""
         return open_pairs(self.folder / _PAIRS)
 
+    def keep(self) -> None:
+        """Say that the entry is still in use: one that nobody has used for a week may be removed."""
+        with suppress(FileNotFoundError):
+            os.utime(self.folder)
+
 
 def prepare_corpus(job: TrainingJob, reporter: Reporter, *, threads: int) -> PreparedCorpus:
     """Return the entry for the job, made now unless it is there.
 
     Raises TrainingFailed, OSError, what `check` raises.
     """
-    final = job.prepared_dir / _key(job)
-    if (found := open_prepared(final)) is not None:
-        os.utime(final)
-        return found
+    final = prepared_folder(job)
     job.prepared_dir.mkdir(parents=True, exist_ok=True)
-    _prune(job.prepared_dir)
+    with _locked(job.prepared_dir):
+        if (found := open_prepared(final)) is not None:
+            found.keep()
+            return found
+        _prune(job.prepared_dir)
+        is_damaged = final.exists()
+    if is_damaged:
+        text = "subwords and tokenised pairs of this corpus were damaged on the disk and are made again"
+        reporter.event(EventLevel.WARNING, "PREPARED_CORPUS_DAMAGED", text)
     aside = job.prepared_dir / f".{final.name}-{secrets.token_hex(4)}"
     try:
         _make(aside, job, reporter, threads=threads)
-        shutil.rmtree(final, ignore_errors=True)  # a damaged one
-        try:
-            aside.rename(final)
-        except OSError:
-            if open_prepared(final) is None:  # else another worker was faster, with the same
-                raise
+        return _put_in_place(aside, final)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _put_in_place(aside: Path, final: Path) -> PreparedCorpus:
+    with _locked(final.parent):
+        if (found := open_prepared(final)) is not None:  # another worker was faster, with the same
+            return found
+        shutil.rmtree(final, ignore_errors=True)  # a damaged one
+        aside.rename(final)
     made = open_prepared(final)
     assert made is not None, "what was just written can be read"
     return made
@@ -83,11 +99,10 @@ def open_prepared(folder: Path) -> PreparedCorpus | None:
     try:
         manifest: dict[str, Any] = json.loads((folder / _MANIFEST).read_bytes())
         intact = all((folder / name).stat().st_size == size for name, size in manifest["sizes"].items())
-    except (OSError, ValueError):
+        remarks = [(EventLevel(level), code, text) for level, code, text in manifest["remarks"]]
+    except (OSError, ValueError, KeyError, TypeError):
         return None
-    if not intact:
-        return None
-    return PreparedCorpus(folder, [(EventLevel(level), code, text) for level, code, text in manifest["remarks"]])
+    return PreparedCorpus(folder, remarks) if intact else None
 
 
 def prepared_folder(job: TrainingJob) -> Path:
@@ -96,15 +111,21 @@ def prepared_folder(job: TrainingJob) -> Path:
 
 
 def _key(job: TrainingJob) -> str:
-    """Return the digest of all that an entry depends on. Sampling is not among it: it begins from the text."""
+    """Return the digest of all that an entry depends on.
+
+    Sampling is not among it: it begins from the text. Nor is the recipe's seed: an entry is a function of the corpus,
+    so that runs with several seeds share it, and differ by their training alone.
+    """
     data = {name: value for name, value in dataclasses.asdict(job.recipe.data).items() if name not in _NOT_PREPARED}
     given = "" if job.initial is None else hashlib.sha256(job.initial.subwords.read_bytes()).hexdigest()
     corpus = job.corpus_digest or job.run_id
-    text = json.dumps([_FORMAT, corpus, data, job.recipe.seed, given], sort_keys=True)
+    text = json.dumps([_FORMAT, corpus, data, given], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:40]
 
 
 _NOT_PREPARED: Final = ("sampling_alpha", "bpe_dropout")
+# Of a corpus with more lines than the subword trainer takes, the same ones are drawn for every run.
+_SAMPLE_SEED: Final = 1
 
 
 def _make(folder: Path, job: TrainingJob, reporter: Reporter, *, threads: int) -> None:
@@ -112,7 +133,7 @@ def _make(folder: Path, job: TrainingJob, reporter: Reporter, *, threads: int) -
     recipe: DataRecipe = job.recipe.data
     path = folder / _SUBWORDS
     if job.initial is None:
-        subwords = learn_subwords(job.corpus, recipe, path, seed=job.recipe.seed, check=reporter.check)
+        subwords = learn_subwords(job.corpus, recipe, path, seed=_SAMPLE_SEED, check=reporter.check)
         remark = f"learnt {subwords.size} {recipe.subword_algorithm} subwords"
     else:
         shutil.copyfile(job.initial.subwords, path)
@@ -131,12 +152,31 @@ def _make(folder: Path, job: TrainingJob, reporter: Reporter, *, threads: int) -
 
 
 def _prune(parent: Path) -> None:
-    """Remove the entries that nobody has used for a week, all but the last ones. A run that comes back to one makes the
-    same again."""
-    entries = sorted((path for path in parent.iterdir()), key=lambda path: path.stat().st_mtime)
-    for path in entries[:-_KEPT]:
-        if time.time() - path.stat().st_mtime > _UNUSED_FOR_S:
+    """Remove the entries that nobody has used for a week, all but the last ones, and what workers that died a week ago
+    have left. A run that comes back to one makes the same again."""
+    ages_s = {path: _unused_for_s(path) for path in parent.iterdir()}
+    entries = sorted((path for path in ages_s if not path.name.startswith(".")), key=ages_s.__getitem__)
+    for path in ages_s.keys() - set(entries[:_KEPT]):
+        if ages_s[path] > _UNUSED_FOR_S:
             shutil.rmtree(path, ignore_errors=True)
+
+
+def _unused_for_s(path: Path) -> float:
+    try:
+        return time.time() - path.stat().st_mtime
+    except FileNotFoundError:  # another worker has just given up what it was making
+        return 0.0
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Be the only worker that changes the folder's entries; the lock ends with the process."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _sync(path: Path) -> None:

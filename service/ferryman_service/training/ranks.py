@@ -21,7 +21,8 @@ from torch import Tensor
 
 from ferryman_service.domain.training import RunCancelled
 
-# The others wait while rank 0 prepares a corpus or validates. If a process dies, torchrun ends the group at once.
+# The others wait while rank 0 prepares a corpus or validates. If a process dies, or ends with a failure, torchrun ends
+# the group at once.
 _PATIENCE: Final = datetime.timedelta(days=1)
 
 
@@ -96,7 +97,10 @@ class Ranks:
 
 @contextmanager
 def join_ranks(device: torch.device) -> Iterator[Ranks]:
-    """Join the processes that torchrun started, as its environment tells, and leave them at the end."""
+    """Join the processes that torchrun started, as its environment tells, and leave them at the end.
+
+    On a GPU, who leaves by an error does not say goodbye: NCCL would wait for the others, who may know nothing of it.
+    """
     world_size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     if world_size == 1:
         yield Ranks(rank=0, world_size=1, device=device)
@@ -105,7 +109,10 @@ def join_ranks(device: torch.device) -> Iterator[Ranks]:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_PATIENCE)
+    failed = True
     try:
         yield Ranks(rank=rank, world_size=world_size, device=device)
+        failed = False
     finally:
-        dist.destroy_process_group()
+        if not (failed and device.type == "cuda"):
+            dist.destroy_process_group()

@@ -23,6 +23,14 @@ def with_candidate(
     return tuple(all_steps[-recipe.keep_last :])
 
 
+def remove_newer(folder: Path, step: int, disk: Disk) -> None:
+    """Remove the checkpoints beyond a step, for good."""
+    for path in list_checkpoints(folder):
+        if checkpoint_step(path) > step:
+            disk.remove(path)
+    disk.sync(folder)
+
+
 def prune_checkpoints(folder: Path, position: Position, disk: Disk) -> None:
     """Remove all checkpoints but the averaging's, the best, the one that a divergence leads back to, and the newest
     two, the older of which a damaged newest one falls back to. What is newer than the position is of no use any

@@ -28,28 +28,41 @@ from ferryman_service.training.prepared import PreparedCorpus
 
 _WORD_START: Final = "\u2581"
 _CANDIDATES: Final = 64
+_KNOWN_WORDS: Final = 50_000  # some kilobytes each
 _CHUNK_PAIRS: Final = 4096
 
 Segmentation = tuple[int, ...]
 
 
 def epoch_source(
-    job: TrainingJob, prepared: PreparedCorpus, subwords: Subwords, folder: Path
+    job: TrainingJob,
+    prepared: PreparedCorpus,
+    subwords: Subwords,
+    folder: Path,
+    check: Callable[[], None] = lambda: None,
 ) -> Callable[[int], TokenPairs]:
     """Return what gives the training pairs of an epoch; the same ones for each if the recipe samples nothing.
 
-    Sampled pairs are written to `folder`, where those of earlier epochs are removed.
+    Sampled pairs are written to `folder`, where those of earlier epochs are removed. `check` is called now and then
+    meanwhile; if it raises, the epoch can be asked for again.
     """
     pairs, recipe = prepared.pairs(), job.recipe.data
+
+    def unchanged(_epoch: int) -> TokenPairs:
+        prepared.keep()
+        return pairs
+
     if not (recipe.sampling_alpha or recipe.bpe_dropout):
-        return lambda epoch: pairs
+        return unchanged
     sampler = WordSampler(subwords, recipe, job.recipe.seed)
 
     def sampled(epoch: int) -> TokenPairs:
+        prepared.keep()
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         with PairWriter(folder / str(epoch)) as writer:
             for first in range(0, len(pairs), _CHUNK_PAIRS):
+                check()
                 end = min(first + _CHUNK_PAIRS, len(pairs))
                 sides = [
                     _resegment(side, range(first, end), sampler, [job.recipe.seed, epoch, number, first], recipe)
@@ -76,6 +89,8 @@ class WordSampler:
         """Return the segmentation that a number, equally distributed over 0 to 1, stands for."""
         found = self._known.get(word)
         if found is None:
+            if len(self._known) == _KNOWN_WORDS:
+                self._known.clear()  # the frequent ones are soon back
             found = self._known[word] = self._candidates(word)
         segmentations, cumulative = found
         return segmentations[min(bisect.bisect_right(cumulative, number), len(segmentations) - 1)]

@@ -5,6 +5,7 @@ Shape suffixes: B sentences, T target positions, N target tokens without padding
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -19,11 +20,14 @@ from ferryman_service.domain.runs import FailureReason, TrainingFailed
 from ferryman_service.domain.schedule import learning_rate
 from ferryman_service.model.transformer import Transformer
 from ferryman_service.training.batches import Batch
+from ferryman_service.training.compile import reason_of, stop_compiling
 from ferryman_service.training.ema import MovingAverage
 from ferryman_service.training.loss import r_drop_loss, smoothed_cross_entropy
 from ferryman_service.training.optimizer import FlatAdam
 from ferryman_service.training.precision import DTYPES, LossScale, autocast
 from ferryman_service.training.ranks import Ranks
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +47,7 @@ class StepOutcome:
     """What an update found: losses per target token in nats, the gradient's norm before clipping, the learning rate.
 
     `skipped`: the norm is not finite and nothing was changed. `split`: the batch did not fit, halves of it did.
+    `uncompiled`: why compiled code failed; this update and all after it do without.
     """
 
     loss: float
@@ -51,14 +56,16 @@ class StepOutcome:
     learning_rate: float
     skipped: bool = False
     split: bool = False
+    uncompiled: str = ""
 
 
 class PendingOutcome:
     """The outcome of an update that a GPU may still be computing. Its numbers are on their way to the CPU."""
 
-    def __init__(self, numbers: Tensor, learning_rate: float, *, split: bool) -> None:
+    def __init__(self, numbers: Tensor, learning_rate: float, *, split: bool, uncompiled: str = "") -> None:
         self._learning_rate = learning_rate
         self._split = split
+        self._uncompiled = uncompiled
         self._event: torch.cuda.Event | None = None
         self._numbers = numbers
         if numbers.is_cuda:
@@ -83,19 +90,26 @@ class PendingOutcome:
             learning_rate=self._learning_rate,
             skipped=not math.isfinite(norm),
             split=self._split,
+            uncompiled=self._uncompiled,
         )
 
 
 class Trainee:
-    """What is trained: a model, its optimizer, and what an update needs. Make one with `new_trainee`."""
+    """What is trained: a model, its optimizer, and what an update needs. Make one with `new_trainee`.
 
-    def __init__(self, model: Transformer, recipe: Recipe, ranks: Ranks, optimizer: FlatAdam) -> None:
+    `compiled`: the model runs compiled code, which may fail where the model as it is would not.
+    """
+
+    def __init__(
+        self, model: Transformer, recipe: Recipe, ranks: Ranks, optimizer: FlatAdam, *, compiled: bool
+    ) -> None:
         self.model = model
         self.ranks = ranks
         self._seed = recipe.seed
         self._recipe = recipe.optimization
         self._schedule = recipe.schedule
         self._optimizer = optimizer
+        self._compiled = compiled
         self._scale = LossScale(self._recipe.precision, ranks.device)
         self._average = MovingAverage(optimizer.weights, self._recipe.ema_decay) if self._recipe.ema_decay else None
         self._rate_scale = 1.0
@@ -108,7 +122,7 @@ class Trainee:
         gradient is not finite is skipped on the device, without anybody waiting for the news.
         Raises TrainingFailed (OUT_OF_MEMORY).
         """
-        sums, split = self._gradients(micro_batches, target_tokens)
+        sums, split, uncompiled = self._compiled_or_not(micro_batches, target_tokens)
         self.ranks.sum(self._optimizer.gradient, sums)
         rate = self._rate_scale * learning_rate(self._schedule, self._updates_done + 1)
         norm, not_finite = self._optimizer.step(rate, self._scale.value)
@@ -116,17 +130,12 @@ class Trainee:
         self._updates_done += 1
         if self._average is not None:
             self._average.update(self._optimizer.updates_applied, not_finite)
-        return PendingOutcome(torch.cat((sums, norm.to(sums.dtype).view(1))), rate, split=split)
+        numbers = torch.cat((sums, norm.to(sums.dtype).view(1)))
+        return PendingOutcome(numbers, rate, split=split, uncompiled=uncompiled)
 
     def scale_rate(self, factor: float) -> None:
         """Multiply the learning rate from now on."""
         self._rate_scale *= factor
-
-    def start_from(self, weights: Mapping[str, Tensor]) -> None:
-        """Begin with these weights instead of random ones; raises RuntimeError if they are another model's."""
-        self.model.load_state_dict(dict(weights))
-        if self._average is not None:
-            self._average.begin_again()
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """Return, by group and parameter name, all tensors that the next updates depend on; not copies."""
@@ -166,6 +175,24 @@ class Trainee:
         """Let the model hold the weights that are validated and published, for a while."""
         with nullcontext() if self._average is None else self._average.in_place_of_weights():
             yield
+
+    def _compiled_or_not(self, micro_batches: Sequence[Batch], target_tokens: int) -> tuple[Tensor, bool, str]:
+        """Return what `_gradients` does, and why compiled code failed; then all of it is done again without.
+
+        That this update's dropout is drawn anew from its seed makes the second time as good as the first.
+        """
+        try:
+            return *self._gradients(micro_batches, target_tokens), ""
+        except TrainingFailed:
+            raise
+        except Exception as error:  # whatever compilers raise; what is no fault of theirs is raised again below
+            if not self._compiled:
+                raise
+            _log.warning("compiled code failed, going on without", exc_info=True)
+            reason = reason_of(error)
+        stop_compiling()
+        self._compiled = False
+        return *self._gradients(micro_batches, target_tokens), reason
 
     def _gradients(self, micro_batches: Sequence[Batch], target_tokens: int) -> tuple[Tensor, bool]:
         """Return the sums of loss and negative log-likelihood over this rank's share, divided by all target tokens, and
@@ -213,12 +240,12 @@ class Trainee:
         )
 
 
-def new_trainee(model: Transformer, recipe: Recipe, ranks: Ranks) -> Trainee:
-    """Return the model with an optimizer that has done nothing yet.
+def new_trainee(model: Transformer, recipe: Recipe, ranks: Ranks, *, compiled: bool = False) -> Trainee:
+    """Return the model, whose layers may be `compiled`, with an optimizer that has done nothing yet.
 
     The model is on the ranks' device and stays there: its parameters now lie in one tensor.
     """
-    return Trainee(model, recipe, ranks, FlatAdam(model, recipe.optimization))
+    return Trainee(model, recipe, ranks, FlatAdam(model, recipe.optimization), compiled=compiled)
 
 
 def batch_losses(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from ferryman_service.domain.recipe import Precision
+from ferryman_service.domain.recipe import OptimizationRecipe
 from ferryman_service.domain.records import StepMetrics
 from ferryman_service.model.config import TransformerConfig
 from ferryman_service.training.batches import Batch
@@ -31,21 +32,29 @@ class SentUpdate:
 
 
 class StepMeter:
-    """Makes the records of updates."""
+    """Makes the records of updates, in the order in which they were sent."""
 
-    def __init__(self, device: torch.device, precision: Precision, config: TransformerConfig) -> None:
+    def __init__(self, device: torch.device, recipe: OptimizationRecipe, config: TransformerConfig) -> None:
         self._device = device
         self._config = config
-        self._peak_flops = peak_flops(device, precision)
+        self._passes = 2 if recipe.r_drop_alpha else 1
+        self._peak_flops = peak_flops(device, recipe.precision)
+        self._known_s = -math.inf
 
     def flops(self, batches: Sequence[Batch]) -> float:
-        """Return the arithmetic in this process's share of an update; 0 if the device's peak is not known."""
+        """Return the arithmetic in this process's share of an update: R-Drop goes twice over it."""
         source, target = sum(b.source_tokens for b in batches), sum(b.target_tokens for b in batches)
         pairs = sum(len(b.source_BS) for b in batches)
-        return training_flops(self._config, source, target, pairs) if pairs and self._peak_flops else 0.0
+        return self._passes * training_flops(self._config, source, target, pairs) if pairs else 0.0
 
-    def metrics(self, sent: SentUpdate, outcome: StepOutcome, seconds: float) -> StepMetrics:
-        """Return the record of an update that took so long."""
+    def metrics(self, sent: SentUpdate, outcome: StepOutcome, now_s: float) -> StepMetrics:
+        """Return the record of an update whose outcome is known now.
+
+        The device works on one update after the other: this one has taken the time since it was sent, or since the one
+        before it was known if that was later.
+        """
+        seconds = now_s - max(sent.started_s, self._known_s)
+        self._known_s = now_s
         return StepMetrics(
             step=sent.step,
             epoch=sent.epoch,

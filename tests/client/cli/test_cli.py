@@ -163,8 +163,10 @@ def test_fine_tuning(run, fake, client, corpus):
     tuned = client.get_training_run(started)
     assert (tuned.initial_model, tuned.processes) == ("base/1", 2)
     shown = run("runs", "show", started).stdout
-    assert "starts from:   base/1\n" in shown
+    assert "starts from:   base/1, with its optimizer\n" in shown
     assert "processes:     2\n" in shown
+    afresh = run("train", corpus.corpus_id, "m", "--initial-model", "base").stdout.strip()
+    assert "starts from:   base/1\n" in run("runs", "show", afresh).stdout
     missing = run("train", corpus.corpus_id, "m", "--initial-model", "nobody")
     assert (missing.exit_code, missing.stderr) == (2, "Error: no model 'nobody'\n")
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import time
 
 import pytest
 
@@ -18,7 +19,7 @@ from ferryman_service.bundle.manifest import CONTENT_FILES, WEIGHTS_FILE, Archit
 from ferryman_service.domain.corpora import CorpusHeader, SentencePair, Split
 from ferryman_service.domain.errors import DiskFull, StoreUnavailable
 from ferryman_service.domain.models import ModelLineage, ModelReference, ModelScores
-from ferryman_service.domain.records import EventLevel, RunEvent, RunState, StateChange
+from ferryman_service.domain.records import EventLevel, RunEvent, RunState, StateChange, StepMetrics
 from ferryman_service.domain.runs import FailureReason, TrainingFailed
 from ferryman_service.domain.training import DiskIsFull, PauseRequested, RunCancelled, StopRequested
 from ferryman_service.domain.translation import Hypothesis, Timings, Translation
@@ -221,10 +222,32 @@ def test_a_worker_that_is_told_to_end_leaves_the_run_to_another(house, new_run):
 
     succeeded, run = house.work(new_run, run_on, stop_requested=lambda: True)
     assert not succeeded
-    assert (run.state, run.worker, run.restarts) == (RunState.QUEUED, None, 0)
+    assert (run.state, run.worker, run.restarts) == (RunState.QUEUED, None, 1)
     assert run.not_before_ns > run.create_time_ns, "it keeps its place"
     event, change = house.payloads(run.run_id)[-2:]
     assert (event.code, change.message) == ("HANDED_OVER", "the worker was told to end")
+
+
+def test_a_worker_that_got_further_may_be_told_to_end(house, new_run):
+    def get_further(reporter):
+        reporter.step(step(1))
+        reporter.flush()
+        raise StopRequested
+
+    _, run = house.work(new_run, get_further)
+    assert (run.state, run.progress.step, run.restarts) == (RunState.QUEUED, 1, 0)
+
+
+def test_the_pauses_double_while_none_that_is_told_to_end_gets_further(house, new_run):
+    run, _ = house.start(new_run)
+    waits_s = []
+    for attempt in range(1, 8):
+        leave_attempt(house.ports(), run.run_id, attempt)
+        left = house.runs.get(run.run_id)
+        assert left.restarts == attempt
+        waits_s.append(left.not_before_ns / 1e9 - time.time())
+        house.runs.begin_attempt(run.run_id, attempt)
+    assert waits_s == pytest.approx([2, 4, 8, 16, 32, 60, 60], abs=2)
 
 
 @pytest.mark.parametrize("error", [PauseRequested(), StopRequested(), DiskIsFull("full")])
@@ -236,6 +259,7 @@ def test_a_cancellation_that_comes_meanwhile_is_kept(house, new_run, error):
 def test_a_pause_that_was_withdrawn_meanwhile_does_not_happen(house, new_run):
     _, run = house.work(new_run, house.raise_after(house.runs.request_resume, PauseRequested()))
     assert run.state is RunState.QUEUED
+    assert run.not_before_ns > run.create_time_ns, "it keeps its place"
 
 
 def test_a_pause_that_comes_while_a_worker_ends_happens(house, new_run):
@@ -258,14 +282,20 @@ class FullStore:
         return getattr(self.runs, name)
 
 
+def step(number):
+    return StepMetrics(**dict.fromkeys(StepMetrics.__dataclass_fields__, 1) | {"step": number, "skipped": False})
+
+
 def raise_disk_full(reporter):
     raise DiskIsFull("no space left in /data")
 
 
 def test_a_disk_that_is_really_full_is_told_when_there_is_room(house, new_run):
     store = FullStore(house.runs, [DiskFull("not a byte"), StoreUnavailable("disk I/O error"), DiskFull("not a byte")])
-    _, run = house.work(new_run, raise_disk_full, runs=store)
+    freed = []
+    _, run = house.work(new_run, raise_disk_full, runs=store, free_reserve=lambda: freed.append(len(store.refusals)))
     assert (run.state, store.refusals) == (RunState.PAUSED, [])
+    assert freed == [2, 1, 0]
     assert "/data" in house.payloads(run.run_id)[-1].message
 
 
@@ -281,6 +311,8 @@ def test_leaving_an_attempt_that_has_ended_does_no_harm(house, new_run):
     _, run = house.work(new_run)
     leave_attempt(house.ports(), run.run_id, 1)
     assert house.runs.get(run.run_id).state is RunState.SUCCEEDED
+    house.runs.delete(run.run_id)
+    leave_attempt(house.ports(), run.run_id, 1)
 
 
 @pytest.mark.parametrize("over", ["other attempt", "not running", "ended"])
@@ -294,27 +326,90 @@ def test_a_process_that_comes_too_late_does_not_train(house, new_run, over):
             house.runs.change_state(run.run_id, 1, RunState.EXPORTING)
         case "ended":
             house.runs.change_state(run.run_id, 1, RunState.CANCELLED)
-    follow_attempt(house.ports(raise_disk_full), run.run_id, 1, run_dir)
+    assert not follow_attempt(house.ports(raise_disk_full), run.run_id, 1, run_dir)
     assert house.runs.get(run.run_id).state is not RunState.PAUSED
 
 
 @pytest.mark.parametrize(
-    ("error", "state"),
+    ("error", "state", "went_well"),
     [
-        (RunCancelled("rank 0 gave up"), RunState.RUNNING),
-        (TrainingFailed(FailureReason.NON_FINITE_LOSS, "on all ranks"), RunState.RUNNING),
-        (DiskIsFull("no space left for this rank"), RunState.PAUSED),
+        (RunCancelled("rank 0 gave up"), RunState.RUNNING, True),
+        (TrainingFailed(FailureReason.OUT_OF_MEMORY, "on this rank"), RunState.FAILED, False),
+        (DiskIsFull("no space left for this rank"), RunState.PAUSED, False),
     ],
 )
-def test_a_process_beside_the_first_writes_down_nothing_but_a_full_disk(house, new_run, error, state):
+def test_a_process_beside_the_first_writes_down_what_may_have_failed_in_it_alone(
+    house, new_run, error, state, went_well
+):
     run, run_dir = house.start(new_run)
     house.runs.claim_attempt(run.run_id, 1, house.worker)
 
     def fail(reporter):
         raise error
 
-    follow_attempt(house.ports(fail), run.run_id, 1, run_dir)
-    assert house.runs.get(run.run_id).state is state
+    assert follow_attempt(house.ports(fail), run.run_id, 1, run_dir) is went_well
+    run = house.runs.get(run.run_id)
+    assert run.state is state
+    assert (run.failure is not None) == (state is RunState.FAILED)
+
+
+def test_a_process_beside_the_first_comes_to_the_same_end(house, new_run):
+    run, run_dir = house.start(new_run)
+    house.runs.claim_attempt(run.run_id, 1, house.worker)
+    assert follow_attempt(house.ports(), run.run_id, 1, run_dir)
+
+
+def test_a_store_that_stays_out_of_reach_ends_the_worker_and_not_the_run(house, new_run):
+    def fail(reporter):
+        raise StoreUnavailable("the database is locked")
+
+    run, run_dir = house.start(new_run)
+    with pytest.raises(StoreUnavailable):
+        execute_attempt(house.ports(fail), run.run_id, 1, house.worker, run_dir)
+    assert house.runs.get(run.run_id).state is RunState.RUNNING, "the supervisor lets another go on"
+
+
+def test_an_attempt_whose_run_was_deleted_is_over(house, new_run):
+    def delete(reporter):
+        [run] = house.runs.unfinished()
+        house.runs.change_state(run.run_id, 1, RunState.CANCELLED)
+        house.runs.delete(run.run_id)
+        while True:
+            reporter.check()
+
+    run, run_dir = house.start(new_run)
+    assert not execute_attempt(house.ports(delete), run.run_id, 1, house.worker, run_dir)
+
+
+class FullModels:
+    """A model store with no room for publication."""
+
+    def __init__(self, models):
+        self.models = models
+
+    def publish(self, run_id, attempt, staged):
+        assert staged.exists()
+        raise DiskFull("no space left")
+
+    def __getattr__(self, name):
+        return getattr(self.models, name)
+
+
+def test_a_disk_that_is_full_when_the_model_is_published_holds_no_half_bundle(house, new_run):
+    _, run = house.work(new_run, models=FullModels(house.models))
+    assert run.state is RunState.PAUSED
+    assert list(house.folder.staging.iterdir()) == []
+
+
+def test_a_cancellation_that_comes_just_before_publication_publishes_nothing(house, new_run):
+    class LateCancel(FullModels):
+        def publish(self, run_id, attempt, staged):
+            assert house.runs.request_cancel(run_id).cancel_requested
+            return self.models.publish(run_id, attempt, staged)
+
+    succeeded, run = house.work(new_run, models=LateCancel(house.models))
+    assert (succeeded, run.state) == (False, RunState.CANCELLED)
+    assert house.models.list_page(None, 10) == []
 
 
 def test_a_bug_leaves_with_its_stack_trace(house, new_run):

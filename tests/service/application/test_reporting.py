@@ -1,12 +1,13 @@
 """Reports become durable in order; the worker hears of cancellation, fencing and full disks."""
 
+import dataclasses
 import time
 
 import pytest
 
 from ferryman_service.application.ports import RunCancelled
 from ferryman_service.application.reporting import ReporterConfig, StoreReporter
-from ferryman_service.domain.errors import AttemptFenced, DiskFull
+from ferryman_service.domain.errors import AttemptFenced, DiskFull, StoreUnavailable
 from ferryman_service.domain.records import EventLevel, RunEvent, RunState, StepMetrics
 from ferryman_service.domain.training import DiskIsFull, PauseRequested, StopRequested
 
@@ -81,6 +82,52 @@ def test_a_full_disk_is_told(running_run):
     wait_until_check_raises(reporter, DiskIsFull)
     with pytest.raises(DiskIsFull):
         reporter.close()
+
+
+class BrokenStore:
+    """A run store that fails in a way that nobody has thought of."""
+
+    def append(self, run_id, attempt, payloads, progress):
+        raise ValueError("Out of range float values are not JSON compliant")
+
+
+def test_a_bug_in_the_background_is_not_lost(running_run):
+    reporter = make_reporter(BrokenStore(), running_run())
+    reporter.step(step(1))
+    wait_until_check_raises(reporter, ValueError)
+    for call in (reporter.flush, reporter.close):
+        with pytest.raises(ValueError, match="JSON"):
+            call()
+
+
+class LockedStore:
+    """A run store that cannot be reached the first times."""
+
+    def __init__(self, runs, times):
+        self.runs, self.times = runs, times
+
+    def append(self, *arguments):
+        self.times -= 1
+        if self.times >= 0:
+            raise StoreUnavailable("the database is locked")
+        return self.runs.append(*arguments)
+
+
+def test_a_store_that_cannot_be_reached_for_a_while_gets_every_report(runs, running_run):
+    run = running_run()
+    reporter = make_reporter(LockedStore(runs, 5), run)
+    reporter.step(step(1))
+    reporter.close()
+    assert runs.get(run.run_id).progress.step == 1
+
+
+def test_a_store_that_stays_out_of_reach_is_told_as_such(runs, running_run):
+    locked = LockedStore(runs, 10**6)
+    reporter = StoreReporter(locked, running_run(), dataclasses.replace(FAST, retry_s=0.02))
+    reporter.start()
+    wait_until_check_raises(reporter, StoreUnavailable)
+    with pytest.raises(StoreUnavailable):
+        reporter.flush()
 
 
 def test_a_pause_and_the_end_of_the_process_reach_the_worker(runs, running_run):

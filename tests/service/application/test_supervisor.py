@@ -37,6 +37,9 @@ def test_runs_wait_for_a_free_place_in_order(runs, launcher, queue_run, worker):
     runs.claim_attempt(first.run_id, 1, worker)
     runs.change_state(first.run_id, 1, RunState.CANCELLED)
     supervisor.tick()
+    assert launcher.started == [(first.run_id, 1)], "the worker of the first has not gone yet, nor has its memory"
+    launcher.alive.clear()
+    supervisor.tick()
     assert launcher.started == [(first.run_id, 1), (second.run_id, 1)]
 
 
@@ -251,7 +254,128 @@ def test_a_worker_that_does_not_listen_is_killed_after_the_grace(runs, launcher,
     supervisor = make_supervisor(runs, launcher, cancel_grace_s=-1)
     supervisor.tick()
     assert launcher.killed == [(run.run_id, 1)]
+    assert launcher.workers_killed == [run.worker]
     assert runs.get(run.run_id).state is RunState.CANCELLED
+
+
+def test_a_pause_has_a_grace_of_its_own(runs, launcher, running_run):
+    run = running_run()
+    launcher.alive.add((run.run_id, 1))
+    runs.request_pause(run.run_id)
+    patient = make_supervisor(runs, launcher, cancel_grace_s=-1, pause_grace_s=60)
+    patient.tick()
+    assert launcher.killed == []
+    runs.request_cancel(run.run_id)
+    make_supervisor(runs, launcher, cancel_grace_s=60, pause_grace_s=60).tick()
+    assert launcher.killed == [], "the cancellation's time begins with the cancellation"
+    make_supervisor(runs, launcher, pause_grace_s=-1).tick()
+    assert launcher.killed == [(run.run_id, 1)]
+
+
+def test_an_export_is_not_killed_for_a_pause(runs, launcher, running_run):
+    run = running_run()
+    launcher.alive.add((run.run_id, 1))
+    runs.request_pause(run.run_id)
+    runs.change_state(run.run_id, 1, RunState.EXPORTING)
+    make_supervisor(runs, launcher, pause_grace_s=-1).tick()
+    assert launcher.killed == []
+
+
+@pytest.mark.parametrize("end", ["succeeded", "paused", "deleted"])
+def test_a_worker_that_has_written_its_end_but_does_not_go_is_killed_after_a_grace(runs, launcher, running_run, end):
+    run = running_run()
+    launcher.alive.add((run.run_id, 1))
+    if end == "paused":
+        runs.give_up_attempt(run.run_id, 1, Handover(state=RunState.PAUSED, message=""))
+    else:
+        runs.change_state(run.run_id, 1, RunState.CANCELLED)
+    if end == "deleted":
+        runs.delete(run.run_id)
+    make_supervisor(runs, launcher, exit_grace_s=60).tick()
+    assert launcher.killed == []
+    make_supervisor(runs, launcher, exit_grace_s=-1).tick()
+    assert launcher.killed == [(run.run_id, 1)]
+
+
+def test_what_a_finished_run_has_left_holds_its_place(runs, launcher, queue_run):
+    run = queue_run()
+    launcher.alive.add(("run_that_was_deleted", 3))
+    supervisor = make_supervisor(runs, launcher, max_concurrent_runs=1)
+    supervisor.tick()
+    assert launcher.started == []
+    make_supervisor(runs, launcher, max_concurrent_runs=2).tick()
+    assert launcher.started == [(run.run_id, 1)]
+
+
+def test_a_run_that_cannot_be_looked_after_does_not_starve_the_others(runs, launcher, running_run, queue_run, caplog):
+    broken, dead, waiting = running_run(), running_run(), queue_run()
+    launcher.broken.add(broken.run_id)
+    supervisor = make_supervisor(runs, launcher, max_concurrent_runs=4, backoff_s=0.0)
+    supervisor.tick()
+    assert runs.get(dead.run_id).state is RunState.QUEUED
+    assert launcher.started == [(waiting.run_id, 1)]
+    supervisor.tick()
+    assert launcher.started == [(waiting.run_id, 1), (dead.run_id, 2)]
+    bugs = [record.getMessage() for record in caplog.records if record.exc_info]
+    assert [broken.run_id in message for message in bugs] == [True], "told once"
+
+
+class DeletingStore:
+    """A run store whose callers delete a run between the supervisor's look and its deed."""
+
+    def __init__(self, runs):
+        self.runs = runs
+
+    def unfinished(self):
+        found = self.runs.unfinished()
+        self.runs.request_cancel(found[0].run_id)
+        self.runs.delete(found[0].run_id)
+        return found
+
+    def __getattr__(self, name):
+        return getattr(self.runs, name)
+
+
+def test_a_run_that_is_deleted_meanwhile_does_not_starve_the_others(runs, launcher, queue_run):
+    _, other = queue_run(), queue_run()
+    make_supervisor(DeletingStore(runs), launcher, max_concurrent_runs=2).tick()
+    assert launcher.started == [(other.run_id, 1)]
+
+
+def hand_over(runs, launcher, supervisor, run, worker, attempt, step=None):
+    """Let an attempt start, claim, report perhaps, and be told to end."""
+    supervisor.tick()
+    assert launcher.started[-1] == (run.run_id, attempt)
+    runs.claim_attempt(run.run_id, attempt, worker)
+    if step is not None:
+        values = dict.fromkeys(StepMetrics.__dataclass_fields__, 1)
+        runs.append(run.run_id, attempt, [StepMetrics(**values | {"step": step})], None)
+    restarts = runs.get(run.run_id).restarts
+    handover = Handover(state=RunState.QUEUED, message="told to end", restarts=restarts + 1, forgiven=True)
+    runs.give_up_attempt(run.run_id, attempt, handover)
+    launcher.alive.clear()
+
+
+def test_too_many_handovers_without_getting_further_fail_the_run(runs, launcher, queue_run, worker):
+    run = queue_run()
+    supervisor = make_supervisor(runs, launcher, max_restarts=2)
+    for attempt in (1, 2, 3):
+        hand_over(runs, launcher, supervisor, run, worker, attempt)
+    supervisor.tick()
+    run = runs.get(run.run_id)
+    assert (run.state, run.attempt, run.failure.reason) == (RunState.FAILED, 3, FailureReason.WORKER_DIED)
+    assert "3 workers in a row" in run.failure.message
+    assert run.failure.log_tail == "last words of attempt 3"
+
+
+def test_an_operator_may_end_a_worker_that_gets_further_as_often_as_he_likes(runs, launcher, queue_run, worker):
+    run = queue_run()
+    supervisor = make_supervisor(runs, launcher, max_restarts=0)
+    for attempt in range(1, 5):
+        hand_over(runs, launcher, supervisor, run, worker, attempt, step=attempt)
+        assert runs.get(run.run_id).restarts == 0
+    supervisor.tick()
+    assert launcher.started[-1] == (run.run_id, 5)
 
 
 def test_a_worker_within_its_grace_is_not_killed(runs, launcher, running_run):

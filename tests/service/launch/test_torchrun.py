@@ -74,7 +74,7 @@ def launch(tmp_path):
     yield make
     for launcher in started:
         for run_id, attempt in launcher._agents:
-            launcher.kill(run_id, attempt)
+            launcher.kill(run_id, attempt, None)
             launcher._agents[run_id, attempt].wait()
 
 
@@ -114,9 +114,9 @@ def test_a_living_worker_runs_until_it_is_killed(launch):
     launcher.start("run_x", 1, 1)
     assert launcher.is_running("run_x", 1, None)
     assert launcher.exit_description("run_x", 1) == ""
-    assert launcher.kill("run_x", 1)
+    assert launcher.kill("run_x", 1, None)
     assert ended(launcher) == "killed by signal 9"
-    assert launcher.kill("run_x", 1)
+    assert launcher.kill("run_x", 1, None)
 
 
 def test_attempts_are_told_apart(launch):
@@ -124,7 +124,7 @@ def test_attempts_are_told_apart(launch):
     launcher.start("run_x", 1, 1)
     assert not launcher.is_running("run_x", 2, None)
     assert not launcher.is_running("run_y", 1, None)
-    assert launcher.kill("run_x", 2)
+    assert launcher.kill("run_x", 2, None)
     assert launcher.is_running("run_x", 1, None)
 
 
@@ -134,7 +134,7 @@ def test_the_whole_group_is_killed(launch):
     launcher.start("run_x", 1, 1)
     wait_until(lambda: launcher.log_tail("run_x", 1).endswith("\n"))
     child = process_identity(int(launcher.log_tail("run_x", 1)))
-    assert launcher.kill("run_x", 1)
+    assert launcher.kill("run_x", 1, None)
     assert not is_alive(child)
 
 
@@ -146,9 +146,33 @@ def test_a_worker_outlives_the_service_and_is_found_again(launch, tmp_path):
     launcher = launch()
     assert launcher.is_running("run_x", 1, worker)
     assert not launcher.is_running("run_x", 1, None)
-    assert launcher.kill("run_x", 1)
+    assert launcher.kill("run_x", 1, None)
     assert not launcher.is_running("run_x", 1, worker)
     assert launcher.exit_description("run_x", 1) == ""
+
+
+def test_what_lives_is_found_whoever_has_started_it(launch, tmp_path):
+    launcher = launch()
+    launcher.start("run_x", 1, 1)
+    launcher.start("run_x", 12, 1)
+    launch(data_dir=tmp_path / "other").start("run_y", 1, 1)
+    wait_until(lambda: all(launcher.log_tail("run_x", attempt) for attempt in (1, 12)))
+    another_service = launch()
+    assert another_service.living() == {("run_x", 1), ("run_x", 12)}
+    assert another_service.kill("run_x", 12, None)
+    assert another_service.living() == {("run_x", 1)}
+
+
+def test_a_worker_with_other_arguments_is_killed_by_its_identity(launch, tmp_path):
+    elsewhere = launch(data_dir=tmp_path / "before it was moved")
+    elsewhere.start("run_x", 1, 1)
+    wait_until(lambda: elsewhere.log_tail("run_x", 1))
+    worker = process_identity(elsewhere._agents["run_x", 1].pid)
+    launcher = launch()
+    assert launcher.kill("run_x", 1, None)
+    assert is_alive(worker)
+    assert launcher.kill("run_x", 1, worker)
+    assert not is_alive(worker)
 
 
 def test_workers_that_ended_are_collected_when_the_next_one_starts(launch):

@@ -24,6 +24,7 @@ def step(number, **changes):
         "step_seconds": 0.1,
         "padding_share": 0.25,
         "memory_bytes": 1 << 20,
+        "model_flops_utilization": 0.375,
     }
     return StepMetrics(**values | changes)
 
@@ -71,6 +72,7 @@ def test_gauges_show_the_last_of_an_active_run(runs, observer, sample, start_run
     assert sample("ferryman_training_run_learning_rate", run=run_id) == 0.001
     assert sample("ferryman_training_run_gradient_norm", run=run_id) == 1.5
     assert sample("ferryman_training_run_target_tokens_per_second", run=run_id) == 1000
+    assert sample("ferryman_training_run_model_flops_utilization", run=run_id) == 0.375
     assert sample("ferryman_training_run_validation_bleu", run=run_id) == 12.5
 
 

@@ -4,10 +4,9 @@ import dataclasses
 
 import pytest
 
-from ferryman.v1 import corpus_pb2, metrics_pb2, model_pb2, recipe_pb2, translation_pb2
+from ferryman.v1 import corpus_pb2, metrics_pb2, model_pb2, recipe_pb2, training_pb2, translation_pb2
 from ferryman_service.domain import recipe as recipes
 from ferryman_service.domain.corpora import Side, Split
-from ferryman_service.domain.errors import InvalidRecipe
 from ferryman_service.domain.models import ModelScores
 from ferryman_service.domain.recipe import resolve_recipe, resolve_schedule
 from ferryman_service.domain.records import EventLevel, RunEvent, RunState, StateChange, StepMetrics, ValidationMetrics
@@ -61,8 +60,15 @@ def test_messages_have_the_fields_of_their_dataclass(domain, wire):
     assert {field.name for field in dataclasses.fields(domain)} == {field.name for field in wire.DESCRIPTOR.fields}
 
 
+def overrides_of(wire):
+    violations = []
+    overrides = convert.recipe_overrides(wire, "recipe", violations)
+    assert violations == []
+    return overrides
+
+
 def test_nothing_set_is_nothing_overridden():
-    assert convert.recipe_overrides(recipe_pb2.Recipe()) == {}
+    assert overrides_of(recipe_pb2.Recipe()) == {}
 
 
 def test_zero_is_a_value_where_the_contract_lets_it_be_set():
@@ -72,7 +78,7 @@ def test_zero_is_a_value_where_the_contract_lets_it_be_set():
         stop=recipe_pb2.StopRecipe(max_steps=0, max_epochs=3),
         seed=0,
     )
-    assert convert.recipe_overrides(wire) == {
+    assert overrides_of(wire) == {
         "preset": recipes.Preset.BIG,
         "model": {"dropout": 0.0},
         "stop": {"max_steps": 0, "max_epochs": 3},
@@ -81,12 +87,24 @@ def test_zero_is_a_value_where_the_contract_lets_it_be_set():
 
 
 def test_unknown_numbers_are_named_by_their_path():
-    wire = recipe_pb2.Recipe(preset=99, schedule=recipe_pb2.LearningRateSchedule(kind=77))
-    with pytest.raises(InvalidRecipe) as caught:
-        convert.recipe_overrides(wire)
-    assert [(violation.field, violation.reason) for violation in caught.value.violations] == [
+    wire = recipe_pb2.Recipe(preset=99, schedule=recipe_pb2.LearningRateSchedule(kind=77, warmup_steps=5), seed=3)
+    violations = []
+    assert convert.recipe_overrides(wire, "recipe", violations) == {"schedule": {"warmup_steps": 5}, "seed": 3}
+    assert [(violation.field, violation.reason) for violation in violations] == [
         ("recipe.preset", "UNKNOWN_ENUM_VALUE"),
         ("recipe.schedule.kind", "UNKNOWN_ENUM_VALUE"),
+    ]
+
+
+def test_unknown_elements_and_orders_are_named_and_left_out():
+    violations = []
+    states = convert.all_enums(RunState, [1, 0, 99, 1], "states", violations)
+    assert convert.known_number(training_pb2.RunOrder, 9, "order", violations) == 0
+    assert states == [RunState.QUEUED]
+    assert [(violation.field, violation.reason) for violation in violations] == [
+        ("states[1]", "REQUIRED"),
+        ("states[2]", "UNKNOWN_ENUM_VALUE"),
+        ("order", "UNKNOWN_ENUM_VALUE"),
     ]
 
 
@@ -97,9 +115,9 @@ def test_unknown_numbers_are_named_by_their_path():
 def test_a_resolved_recipe_survives_the_round_trip(overrides):
     recipe = resolve_recipe(overrides)
     wire = convert.recipe_to_wire(recipe)
-    assert resolve_recipe(convert.recipe_overrides(wire)) == recipe
+    assert resolve_recipe(overrides_of(wire)) == recipe
 
 
 def test_a_schedule_survives_the_round_trip():
     schedule = resolve_schedule({"kind": ScheduleKind.LINEAR, "total_steps": 9000, "peak_learning_rate": 0.1})
-    assert resolve_schedule(convert.recipe_overrides(convert.schedule_to_wire(schedule))) == schedule
+    assert resolve_schedule(overrides_of(convert.schedule_to_wire(schedule))) == schedule

@@ -12,6 +12,7 @@ from ferryman_service.bundle import manifest as bundles
 from ferryman_service.domain.errors import AttemptFenced, DiskFull, InvalidRequest, ModelDamaged, ModelNotFound
 from ferryman_service.domain.models import ModelReference
 from ferryman_service.domain.records import RunState, StateChange
+from ferryman_service.domain.training import RunCancelled
 from ferryman_service.stores.models import FileModelStore
 
 CRASH = """
@@ -90,6 +91,15 @@ def test_only_the_newest_attempt_of_an_exporting_run_publishes(models, runs, run
             models.publish(run.run_id, attempt, staged)
         assert runs.get(run.run_id) == before
         assert (staged / bundles.MANIFEST_FILE).exists()
+    assert models.list_page(None, 9) == []
+
+
+def test_an_acknowledged_cancellation_is_not_published_over(models, runs, exporting, stage):
+    run = exporting()
+    assert runs.request_cancel(run.run_id).cancel_requested
+    with pytest.raises(RunCancelled):
+        models.publish(run.run_id, 1, stage(run))
+    assert runs.get(run.run_id).state is RunState.EXPORTING, "the worker writes down that it was cancelled"
     assert models.list_page(None, 9) == []
 
 

@@ -2,12 +2,14 @@
 
 import dataclasses
 import math
+import sqlite3
 import subprocess
 import sys
 import threading
 import time
 
 import pytest
+from sqlalchemy import event, func, select
 
 from ferryman_service.domain.errors import (
     AttemptFenced,
@@ -15,13 +17,16 @@ from ferryman_service.domain.errors import (
     FerrymanError,
     IllegalTransition,
     RequestIdReused,
+    RunNotFinished,
     RunNotFound,
+    StoreUnavailable,
     TooManyRuns,
 )
 from ferryman_service.domain.ids import RUN_PREFIX, new_id
 from ferryman_service.domain.records import EventLevel, RunEvent, RunState, StateChange, StepMetrics, ValidationMetrics
 from ferryman_service.domain.runs import (
     FailureReason,
+    Handover,
     ProcessIdentity,
     RequestKey,
     RunFailure,
@@ -29,6 +34,10 @@ from ferryman_service.domain.runs import (
     RunHead,
     RunProgress,
 )
+from ferryman_service.stores import tables
+from ferryman_service.stores.database import open_database
+from ferryman_service.stores.runs import SqlRunStore
+from ferryman_service.stores.sqlite import create_sqlite_engine, has_room
 
 STEP = StepMetrics(
     step=3,
@@ -86,6 +95,19 @@ runs = SqlRunStore(open_database(Path(sys.argv[1])))
 notes = [RunEvent(level=EventLevel.INFO, code="NOTE", message="x" * 500)] * 7
 while True:
     print(runs.append(sys.argv[2], 1, notes, None).last_sequence, flush=True)
+"""
+
+
+DELETE = """
+import os, sys
+from pathlib import Path
+from sqlalchemy import event
+from ferryman_service.stores.database import open_database
+from ferryman_service.stores.runs import SqlRunStore
+database = open_database(Path(sys.argv[1]))
+commits = iter(range(9))
+event.listen(database, "commit", lambda connection: next(commits) == int(sys.argv[3]) and os._exit(9))
+SqlRunStore(database).delete(sys.argv[2])
 """
 
 
@@ -383,3 +405,124 @@ def test_a_full_disk_is_told_and_loses_nothing(runs, running, fill_disk, free_di
     free_disk()
     assert runs.append(run.run_id, 1, large, None).last_sequence == 4
     assert sequences(runs, run.run_id) == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(("has_room", "error"), [(has_room, StoreUnavailable), (lambda folder: False, DiskFull)])
+def test_an_io_error_without_any_room_is_a_full_disk(folder, runs, has_room, error):
+    engine = create_sqlite_engine(folder.database, 1.0, has_room)
+
+    def fail(cursor, statement, parameters, context):
+        failed = sqlite3.OperationalError("disk I/O error")
+        failed.sqlite_errorcode = sqlite3.SQLITE_IOERR_FSYNC
+        raise failed
+
+    event.listen(engine, "do_execute", fail)
+    with pytest.raises(error):
+        SqlRunStore(engine).ids()
+
+
+@pytest.mark.parametrize(
+    ("payloads", "state", "restarts"),
+    [
+        ([], RunState.RUNNING, 3),
+        ([NOTE, VALIDATION], RunState.RUNNING, 3),
+        ([NOTE, STEP, NOTE], RunState.RUNNING, 0),
+        ([STEP], RunState.EXPORTING, 0),
+        ([NOTE], RunState.EXPORTING, 3),
+    ],
+)
+def test_an_attempt_that_got_further_is_forgiven_its_end(runs, running, payloads, state, restarts):
+    run = running(restarts=2)
+    if payloads:
+        runs.append(run.run_id, 1, payloads, None)
+    if state is RunState.EXPORTING:
+        runs.change_state(run.run_id, 1, state)
+    handover = Handover(state=RunState.QUEUED, message="", restarts=3, forgiven=True)
+    assert runs.give_up_attempt(run.run_id, 1, handover).restarts == restarts
+
+
+def test_the_steps_of_an_earlier_attempt_forgive_nothing(runs, running, worker):
+    run = running()
+    runs.append(run.run_id, 1, [STEP], None)
+    handover = Handover(state=RunState.QUEUED, message="", restarts=1, forgiven=True)
+    runs.give_up_attempt(run.run_id, 1, handover)
+    runs.begin_attempt(run.run_id, 1)
+    assert runs.give_up_attempt(run.run_id, 2, handover).restarts == 1
+
+
+def test_a_waiting_run_can_fail(runs, make_run, running):
+    failure = RunFailure(reason=FailureReason.WORKER_DIED, message="too many", log_tail="last words\n")
+    waiting = runs.create(make_run(), None, 9)
+    with pytest.raises(AttemptFenced):
+        runs.fail_waiting(waiting.run_id, 1, failure)
+    failed = runs.fail_waiting(waiting.run_id, 0, failure)
+    assert (failed.state, failed.failure) == (RunState.FAILED, failure)
+    assert runs.records_after(waiting.run_id, 1, 9)[0].payload.message == "too many"
+    active = running()
+    with pytest.raises(AttemptFenced):
+        runs.fail_waiting(active.run_id, 1, failure)
+    assert runs.get(active.run_id) == active
+
+
+def ended_run(runs, running, records=12_000):
+    run = running()
+    runs.append(run.run_id, 1, [NOTE] * (records - 4), None)
+    return runs.change_state(run.run_id, 1, RunState.FAILED)
+
+
+def count_rows(database, run_id):
+    with database.connect() as connection:
+        return [
+            connection.execute(select(func.count()).select_from(table).where(table.c.run_id == run_id)).scalar_one()
+            for table in (tables.runs, tables.records)
+        ]
+
+
+def test_only_a_run_that_has_ended_is_deleted(runs, running):
+    run = running()
+    with pytest.raises(RunNotFinished):
+        runs.delete(run.run_id)
+    assert runs.get(run.run_id) == run
+
+
+def test_a_deletion_is_many_short_transactions_and_its_readers_find_no_gap(folder, database, runs, running):
+    run, other = ended_run(runs, running), running()
+    reader = open_database(folder.database)
+    seen = []
+
+    def look(_connection):
+        found = sequences(SqlRunStore(reader), run.run_id)
+        assert found == list(range(1, len(found) + 1))
+        seen.append(len(found))
+
+    event.listen(database, "commit", look)
+    runs.delete(run.run_id)
+    event.remove(database, "commit", look)
+    reader.dispose()
+    assert seen == [12_000, 12_000, 10_000, 5_000, 0], "before each commit"
+    assert count_rows(database, run.run_id) == [0, 0]
+    assert sequences(runs, other.run_id) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("commit", [1, 2, 3, 4])
+def test_a_deletion_that_is_interrupted_is_finished_at_the_next_start(folder, database, runs, running, commit):
+    run, other = ended_run(runs, running), running()
+    crashed = subprocess.run([sys.executable, "-c", DELETE, folder.database, run.run_id, str(commit)], timeout=60)
+    assert crashed.returncode == 9
+    assert count_rows(database, run.run_id)[0] == 1
+    for call in (runs.get, runs.delete, runs.request_cancel):
+        with pytest.raises(RunNotFound):
+            call(run.run_id)
+    assert runs.heads([run.run_id]) == {}
+    assert runs.ids() == [found.run_id for found in runs.list_page(RunFilter(), None, 9)] == [other.run_id]
+    runs.recover()
+    assert count_rows(database, run.run_id) == [0, 0]
+    assert runs.get(other.run_id) == other
+
+
+def test_the_request_of_a_deleted_run_is_forgotten(runs, make_run):
+    key = RequestKey(request_id="r", body_digest="d")
+    run = runs.create(make_run(), key, 1)
+    runs.request_cancel(run.run_id)
+    runs.delete(run.run_id)
+    assert runs.create(make_run(), key, 1).run_id != run.run_id

@@ -1,3 +1,4 @@
+import hashlib
 import json
 
 import numpy as np
@@ -21,6 +22,7 @@ from ferryman_service.training.checkpoint import (
 from ferryman_service.training.files import Disk
 from ferryman_service.training.pairs import TokenPairs, TokenSide
 from ferryman_service.training.ranks import Ranks
+from ferryman_service.training.resume import newest_usable
 from ferryman_service.training.retention import prune_checkpoints, with_candidate
 from ferryman_service.training.scores import ValidationScores
 from ferryman_service.training.step import new_trainee
@@ -98,6 +100,31 @@ def test_damage_is_seen(tmp_path, trained, damage, name):
     damage(path / name)
     with pytest.raises(CheckpointDamaged):
         load_checkpoint(path)
+
+
+def as_the_release_without_restarts_wrote_it(path):
+    position = {"step": 2, "epoch": 1, "updates_in_epoch": 2, "best": None, "best_step": 0, "validations_since_best": 0}
+    (path / "position.json").write_text(json.dumps(position))
+
+
+def as_a_release_to_come_may_write_it(path):
+    position = json.loads((path / "position.json").read_bytes())
+    (path / "position.json").write_text(json.dumps(position | {"news": 1}))
+
+
+@pytest.mark.parametrize("rewrite", [as_the_release_without_restarts_wrote_it, as_a_release_to_come_may_write_it])
+def test_a_checkpoint_of_another_release_gives_way_to_the_one_before(tmp_path, trained, rewrite):
+    before = save(tmp_path, trained, Position(step=1))
+    path = save(tmp_path, trained, Position(step=2))
+    rewrite(path)
+    manifest = json.loads((path / "manifest.json").read_bytes())
+    manifest["sha256"]["position.json"] = hashlib.sha256((path / "position.json").read_bytes()).hexdigest()
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointDamaged, match="another release"):
+        load_checkpoint(path)
+    found, [damage] = newest_usable(tmp_path)
+    assert found == before
+    assert str(path) in damage
 
 
 def test_a_checkpoint_that_was_not_finished_is_invisible(tmp_path, trained):

@@ -1,10 +1,14 @@
+import random
 from collections import Counter
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ferryman_service.domain.corpora import Side, Split
 from ferryman_service.domain.runs import FailureReason, TrainingFailed
-from ferryman_service.training.corpus import DropReason, clean_pairs, describe_drops, read_pairs
+from ferryman_service.training.corpus import DropReason, SeenKeys, clean_pairs, describe_drops, read_pairs
 
 
 def test_only_a_line_feed_ends_a_line(write_corpus):
@@ -36,6 +40,31 @@ def test_duplicates_stay_where_they_are_wanted(write_corpus):
     corpus = write_corpus([], [("a", "b"), ("a", "b")])
     assert len(list(clean_pairs(corpus, Split.VALIDATION, dropped, keep_duplicates=True))) == 2
     assert not dropped
+
+
+def test_the_first_of_equal_pairs_is_kept_however_far_apart_they_are(write_corpus):
+    generator = random.Random(1)
+    train = [(str(generator.randrange(200)), str(generator.randrange(200))) for _ in range(40_000)]
+    dropped = Counter()
+    kept = [(pair.source, pair.target) for pair in clean_pairs(write_corpus(train, []), Split.TRAIN, dropped)]
+    assert kept == list(dict.fromkeys(train))
+    assert dropped == {DropReason.DUPLICATE: len(train) - len(kept)}
+
+
+@given(st.lists(st.lists(st.integers(0, 60) | st.integers(2**64 - 3, 2**64 - 1), max_size=30), max_size=20))
+def test_a_key_is_new_once(chunks):
+    keys, seen = SeenKeys(), set()
+    for chunk in chunks:
+        expected = [key not in seen and not seen.add(key) for key in chunk]
+        assert keys.add(np.array(chunk, np.uint64)).tolist() == expected
+
+
+def test_many_keys_are_merged_into_few_levels():
+    keys = SeenKeys()
+    chunks = np.random.default_rng(1).integers(0, 2**64 - 1, (200, 500), np.uint64)
+    assert all(keys.add(chunk).all() for chunk in chunks)
+    assert keys.levels <= 8
+    assert not any(keys.add(chunk).any() for chunk in chunks)
 
 
 def damage_utf8(path):

@@ -122,7 +122,7 @@ def test_dropped_validation_pairs_are_reported(job, small_recipe, reporter, reve
     assert reporter.messages("VALIDATION_PAIRS_DROPPED") == ["dropped validation pairs: 1 of 41 (1 EMPTY)"]
 
 
-@pytest.mark.parametrize("values", [{"device": "tpu"}, {"threads": 0}])
+@pytest.mark.parametrize("values", [{"device": "tpu"}, {"threads": 0}, {"compilation": "yes"}])
 def test_a_wrong_config_is_refused(values):
     with pytest.raises(ValueError, match="must be"):
         EngineConfig(**values)

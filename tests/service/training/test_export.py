@@ -14,7 +14,7 @@ from ferryman_service.bundle.manifest import (
     WEIGHTS_FILE,
     verify,
 )
-from ferryman_service.domain.recipe import NormPlacement
+from ferryman_service.domain.recipe import Activation, NormPlacement, Positions
 from ferryman_service.domain.tokens import BOS, EOS
 from ferryman_service.domain.translation import CancelToken, SearchOptions
 from ferryman_service.model.session import TorchDecoder
@@ -68,6 +68,10 @@ def test_translates_token_for_token_as_the_network(bundle_dir, trained_model, op
 
 
 def test_every_step_gives_the_networks_numbers(bundle_dir, trained_model):
+    assert_steps_are_equal(bundle_dir, trained_model)
+
+
+def assert_steps_are_equal(bundle_dir, trained_model):
     architecture = verify(bundle_dir).header.architecture
     sources = [[5, 6, 7, 8, 9, EOS], [10, 11, EOS], [12, EOS]]
     sessions = [
@@ -83,6 +87,34 @@ def test_every_step_gives_the_networks_numbers(bundle_dir, trained_model):
         assert ours.tokens_RK.shape == (len(parents), 12)
         assert ours.log_probs_RK.dtype == np.float32
         assert ours.tokens_RK.dtype == np.int64
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"norm": NormPlacement.DEEP, "activation": Activation.GELU},
+        {
+            "norm": NormPlacement.PRE,
+            "activation": Activation.SWIGLU,
+            "positions": Positions.ROPE,
+            "encoder_layers": 12,
+            "d_model": 16,
+            "heads": 2,
+        },
+    ],
+    ids=["deep, gelu", "pre 12+2, swiglu, rope"],
+)
+def test_every_kind_of_network_is_exported(tmp_path, model):
+    recipe = small_recipe(**model)
+    trained = random_trained_model(tmp_path, recipe)
+    bundle = tmp_path / "bundle"
+    bundle.mkdir()
+    OnnxExporter().export(trained, some_lineage(recipe), bundle)
+    assert_steps_are_equal(bundle, trained)
+    sentences, options = random_sentences(20, seed=3), SearchOptions(beam_size=2)
+    found = tokens_of(load(bundle), sentences, options)
+    assert found == tokens_of(OnnxExporter().reference(trained), sentences, options)
+    assert len({tokens[0] for tokens in found}) > 5  # the translations are not all the same
 
 
 def test_pre_norm_and_long_sentences(tmp_path):

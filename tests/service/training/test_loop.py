@@ -12,7 +12,8 @@ from ferryman_service.training.loop import LoopParts, TrainingLoop
 from ferryman_service.training.pairs import open_pairs
 from ferryman_service.training.ranks import Ranks
 from ferryman_service.training.reporting import Series
-from ferryman_service.training.step import new_trainee
+from ferryman_service.training.step import PendingOutcome, new_trainee
+from ferryman_service.training.updates import SentUpdate, StepMeter
 from ferryman_service.training.validate import Validator
 
 CPU = torch.device("cpu")
@@ -96,4 +97,40 @@ def test_metrics_say_what_they_promise(make_parts, small_recipe, reporter):
         assert step.perplexity == pytest.approx(2.718281828**step.nll_per_token, rel=1e-6)
     first, last = reporter.steps[0], reporter.steps[-1]
     assert last.loss < first.loss
+    assert reporter.validations[-1].translated_pairs == 40
+
+
+def test_updates_that_overlap_are_each_given_their_own_time(small_recipe):
+    """As on a GPU, where an update is sent before the one before it is known."""
+    recipe = small_recipe()
+    meter = StepMeter(CPU, recipe.optimization, TransformerConfig.from_recipe(recipe, 36))
+    pending = PendingOutcome(torch.zeros(3), 0.001, split=False)
+    seconds = []
+    for started_s, known_s in ((0.0, 2.0), (1.0, 4.0), (3.0, 6.0), (10.0, 11.0)):
+        sent = SentUpdate(1, 1, 100, 0.0, 0.0, started_s, pending)
+        metrics = meter.metrics(sent, pending.read(), known_s)
+        seconds.append(metrics.step_seconds)
+        assert metrics.target_tokens_per_second == 100 / metrics.step_seconds
+    assert seconds == [2.0, 2.0, 2.0, 1.0]
+
+
+class FitsOnly(torch.nn.Module):
+    """Fails, as a full device does, on more sentences than these while nothing is trained."""
+
+    def __init__(self, sentences):
+        super().__init__()
+        self.sentences = sentences
+
+    def forward(self, x):
+        if not self.training and len(x) > self.sentences:
+            raise torch.OutOfMemoryError
+        return x
+
+
+def test_a_validation_that_does_not_fit_is_halved_and_told(make_parts, small_recipe, reporter):
+    parts = make_parts(small_recipe(stop={"max_steps": 1}))
+    parts.trainee.model.encoder_norm = FitsOnly(7)
+    TrainingLoop(parts).run()
+    (message,) = reporter.messages("OUT_OF_MEMORY_SPLIT")
+    assert message.startswith("validation at step 1")
     assert reporter.validations[-1].translated_pairs == 40

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ferryman_service.training.packing import Limits, batches_by_length, pack, plan_epoch
+from ferryman_service.training.packing import EpochPlan, Limits, Section, batches_by_length, pack, plan_epoch
 
 PAIRS = st.lists(st.tuples(st.integers(2, 60), st.integers(2, 60)), min_size=1, max_size=300)
 LENGTHS = PAIRS.map(lambda pairs: np.array(pairs, np.uint16))
@@ -57,6 +57,82 @@ def test_the_limits_are_kept(lengths, limit, ranks, micro_batches):
         if len(index) > 1:
             assert target[index].sum() <= share
             assert len(index) * source[index].max() <= 1.5 * share * source.sum() / target.sum()
+
+
+SECTION_PAIRS = 2**17
+"""About as many pairs are planned at once."""
+
+
+def test_the_sections_of_a_large_corpus_hold_every_pair_once():
+    lengths = captions(3 * SECTION_PAIRS)
+    updates = plan(lengths, 4096, ranks=2, micro_batches=2)
+    batches = flat(updates)
+    assert sorted(i for index in batches for i in index) == list(range(len(lengths)))
+    assert padding_share(lengths, batches) < 0.05
+    assert sum(len(update[0]) < 2 for update in updates) <= 3  # the last update of each section may be smaller
+    means = [lengths[index, 1].mean() for index in batches]
+    assert abs(np.corrcoef(means, np.arange(len(means)))[0, 1]) < 0.1
+
+
+def test_an_update_is_the_same_whatever_was_asked_before():
+    lengths = captions(2 * SECTION_PAIRS)
+
+    def fresh():
+        return plan_epoch(lengths[:, 0], lengths[:, 1], batch_target_tokens=2048, seed=1, epoch=1, micro_batches=2)
+
+    def listed(update):
+        return [index.tolist() for batches in update for index in batches]
+
+    in_order = [listed(update) for update in fresh()]
+    again = fresh()
+    for number in (len(in_order) - 1, 0, len(in_order) // 2, -1):
+        assert listed(again[number]) == in_order[number]
+
+
+class CountedSections:
+    """Sections of so many updates, of one pair each, in the order of the pairs; it keeps which were planned."""
+
+    ranks = 1
+
+    def __init__(self, sizes):
+        self.sizes = sizes
+        self.planned = []
+
+    def __len__(self):
+        return len(self.sizes)
+
+    def plan(self, number):
+        self.planned.append(number)
+        first, size = sum(self.sizes[:number]), self.sizes[number]
+        groups = [np.array([group]) for group in range(size)]
+        return Section(np.arange(first, first + size, dtype=np.int32), np.arange(size + 1), groups)
+
+
+SIZES = st.lists(st.integers(1, 5), min_size=1, max_size=6)
+
+
+@given(SIZES, st.data())
+def test_updates_are_numbered_through_the_sections(sizes, data):
+    epoch = EpochPlan(CountedSections(sizes))
+    for number in data.draw(st.lists(st.integers(0, sum(sizes) + 2), max_size=10)):
+        assert epoch.exists(number) is (number < sum(sizes))
+        if epoch.exists(number):
+            assert epoch[number][0][0].tolist() == [number]
+        else:
+            with pytest.raises(IndexError, match=f"no update {number}"):
+                epoch[number]
+    assert len(epoch) == sum(sizes)
+    assert [update[0][0].tolist() for update in epoch] == [[number] for number in range(sum(sizes))]
+    assert [update[0][0].tolist() for update in epoch[-2:]] == [[n] for n in range(sum(sizes))[-2:]]
+
+
+def test_a_section_is_planned_when_it_is_reached_and_once():
+    sections = CountedSections([3, 2, 4])
+    epoch = EpochPlan(sections)
+    for number, planned in enumerate([[0], [0], [0], [0, 1], [0, 1], [0, 1, 2]]):
+        assert epoch.exists(number)
+        epoch[number]
+        assert sections.planned == planned
 
 
 @given(LENGTHS, PARTS, PARTS, PARTS)

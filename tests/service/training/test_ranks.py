@@ -65,7 +65,8 @@ def two_processes(tmp_path):
 
 
 def test_an_update_of_two_ranks_is_that_of_one_on_the_whole_batch(two_processes):
-    """The halves have different numbers of tokens, and in the second update one rank has no batch."""
+    """The halves have different numbers of tokens, and in the second update one rank has no batch. In the others each
+    has several micro-batches; without clipping, which divides in FP32, gradients are equal to the last digits."""
     two_processes("""
         source = [[5, 6, 7], [8, 9], [10, 11, 12, 13, 14], [4]]
         pairs = TokenPairs(TokenSide.from_sentences(source), TokenSide.from_sentences([s[::-1] for s in source]))
@@ -87,6 +88,15 @@ def test_an_update_of_two_ranks_is_that_of_one_on_the_whole_batch(two_processes)
                 assert abs(one.gradient_norm - both.gradient_norm) < 1e-6, (one, both)
                 for mine, theirs in zip(together.model.parameters(), alone.model.parameters()):
                     torch.testing.assert_close(mine.grad, theirs.grad, atol=1e-6, rtol=1e-6)
+            recipe = make_small_recipe(optimization={"adam_epsilon": 1e-3, "clip_norm": 0.0})
+            for parts in ([[[0], [1]], [[2], [3]]], [[[3], [0, 2]], [[1]]], [[[0], [1], [2, 3]], []]):
+                split, whole = trainee_of(ranks), trainee_of(Ranks(rank=0, world_size=1, device=torch.device("cpu")))
+                one = whole.step([make_batch(pairs, np.arange(4))], tokens).read()
+                both = split.step([make_batch(pairs, np.array(part)) for part in parts[rank]], tokens).read()
+                assert abs(one.loss - both.loss) < 1e-12, (one, both)
+                for mine, theirs in zip(split.model.parameters(), whole.model.parameters()):
+                    assert mine.grad.dtype is torch.float64
+                    torch.testing.assert_close(mine.grad, theirs.grad, atol=1e-12, rtol=1e-10)
         for name, weight in alone.model.state_dict().items():
             torch.testing.assert_close(together.model.state_dict()[name], weight, atol=1e-5, rtol=1e-4)
     """)

@@ -1,5 +1,6 @@
 """A run that dies anywhere goes on as if nothing had happened: the same weights, the same series of reports."""
 
+import contextlib
 import dataclasses
 import errno
 import itertools
@@ -9,10 +10,13 @@ import pytest
 import safetensors.torch
 import torch
 
+from ferryman_service.domain.recipe import Precision
 from ferryman_service.domain.runs import FailureReason, TrainingFailed
 from ferryman_service.domain.training import DiskIsFull, InitialWeights, PauseRequested, StopRequested
+from ferryman_service.training.checkpoint import load_checkpoint
 from ferryman_service.training.engine import EngineConfig, TorchTrainingEngine
 from ferryman_service.training.files import Disk
+from ferryman_service.training.optimizer import MOMENTS
 from ferryman_service.training.step import Trainee
 
 CONFIG = EngineConfig(device="cpu", threads=1)
@@ -272,6 +276,103 @@ def test_a_divergence_goes_back_with_a_lower_rate_and_fails_in_the_end(make_job,
     with pytest.raises(TrainingFailed, match="lower the learning rate") as caught:
         outcome(make_job(stubborn), DurableReporter())
     assert caught.value.reason is FailureReason.NON_FINITE_LOSS
+
+
+@pytest.mark.parametrize("precision", [Precision.BF16, Precision.FP16])
+def test_a_death_in_half_precision_leaves_no_trace(make_job, recipe, precision, monkeypatch):
+    """Nor in the loss scale, which a gradient that overflows in the second step halves."""
+    real, deaths = Trainee.step, []
+
+    def step(self, micro_batches, target_tokens):
+        if self.counters().updates_done in deaths:
+            raise Crash
+        return real(self, micro_batches, 0 if self.counters().updates_done == 1 else target_tokens)
+
+    monkeypatch.setattr(Trainee, "step", step)
+    recipe = dataclasses.replace(recipe, optimization=dataclasses.replace(recipe.optimization, precision=precision))
+    unbroken, broken = make_job(recipe), make_job(recipe)
+    expected = outcome(unbroken, DurableReporter())
+    reporter = DurableReporter()
+    deaths.append(5)
+    with pytest.raises(Crash):
+        outcome(broken, reporter)
+    deaths.clear()
+    again = outcome(broken, reporter)
+    assert again[0] == expected[0]
+    assert repr(again[1:]) == repr(expected[1:])  # not ==: a NaN equals nothing
+    assert reporter.remarks.count("RESUMED") == 1
+    theirs, mine = (load_checkpoint(max((work.run_dir / "checkpoints").iterdir())) for work in (unbroken, broken))
+    assert mine.counters == theirs.counters
+    scale = (2.0**15, 5) if precision is Precision.FP16 else (1.0, 0)
+    assert (mine.counters.loss_scale, mine.counters.loss_scale_good_steps) == scale
+    for group, tensors in theirs.tensors.items():
+        assert all(torch.equal(mine.tensors[group][name], tensor) for name, tensor in tensors.items()), group
+
+
+def test_a_kept_optimizer_is_that_of_the_checkpoint(make_job, small_recipe):
+    """The checkpoint at step 0 of the new run shows what it begins with."""
+    first, second = make_job(small_recipe()), make_job(small_recipe(stop={"max_steps": 1}))
+    trained = TorchTrainingEngine(CONFIG).train(first, DurableReporter())
+    path = max((first.run_dir / "checkpoints").iterdir())
+    initial = InitialWeights(weights=trained.weights, subwords=trained.subwords, checkpoint=path)
+    outcome(dataclasses.replace(second, initial=initial), DurableReporter())
+    kept, begun = load_checkpoint(path), load_checkpoint(second.run_dir / "checkpoints" / "step-0000000000")
+    assert kept.counters.updates_applied == 20
+    assert (begun.counters.updates_applied, begun.counters.updates_done) == (20, 0)
+    for moment in MOMENTS:
+        assert kept.tensors[moment].keys() == begun.tensors[moment].keys()
+        assert any(tensor.any() for tensor in kept.tensors[moment].values())
+        assert all(torch.equal(begun.tensors[moment][name], each) for name, each in kept.tensors[moment].items())
+    weights = safetensors.torch.load_file(trained.weights)
+    assert all(torch.equal(begun.tensors["weights"][name], weight) for name, weight in weights.items())
+
+
+def test_without_a_kept_optimizer_it_is_fresh(make_job, small_recipe):
+    """And the moving average begins with the weights that were given."""
+    first = make_job(small_recipe())
+    second = make_job(small_recipe(stop={"max_steps": 1}, optimization={"ema_decay": 0.9}))
+    trained = TorchTrainingEngine(CONFIG).train(first, DurableReporter())
+    initial = InitialWeights(weights=trained.weights, subwords=trained.subwords)
+    outcome(dataclasses.replace(second, initial=initial), DurableReporter())
+    begun = load_checkpoint(second.run_dir / "checkpoints" / "step-0000000000")
+    assert begun.counters.updates_applied == 0
+    assert not any(tensor.any() for moment in MOMENTS for tensor in begun.tensors[moment].values())
+    weights = safetensors.torch.load_file(trained.weights)
+    assert all(torch.equal(begun.tensors["ema"][name], weight) for name, weight in weights.items())
+
+
+def test_a_death_around_a_rollback_to_before_a_pause_leaves_no_trace(make_job, small_recipe, monkeypatch):
+    """What the pause has left lies beyond the checkpoint that the divergence leads back to."""
+    real = Trainee.step
+
+    def step(self, micro_batches, target_tokens):
+        poisoned = self.counters().updates_done >= 6 and self.counters().rate_scale == 1.0
+        return real(self, micro_batches, 0 if poisoned else target_tokens)
+
+    monkeypatch.setattr(Trainee, "step", step)
+    recipe = small_recipe(
+        optimization={"max_skipped_updates": 0, "max_rollbacks": 1},
+        stop={"max_steps": 8},
+        validation={"interval_steps": 4, "max_translated_pairs": 2},
+    )
+    weights, series, _ = outcome(make_job(recipe), DurableReporter())
+    first = next(number for number in itertools.count(1) if _steps_before(make_job(recipe), number) == 5)
+    for number in itertools.count(1):
+        work, reporter = make_job(recipe), DurableReporter()
+        reporter.raise_at = {first: StopRequested()}
+        with pytest.raises(StopRequested):
+            outcome(work, reporter)
+        disk = FailingDisk(number, Crash(), half=number % 2)
+        work = dataclasses.replace(work, reported_step=5)
+        with contextlib.suppress(Crash):
+            outcome(work, reporter, TorchTrainingEngine(CONFIG, disk=disk))
+        if disk.was_reached:
+            again = outcome(work, reporter)
+            assert repr(again[1]) == repr(series), number  # not ==: a NaN equals nothing
+            assert again[0] == weights, number
+        else:
+            break
+    assert number > 20
 
 
 def test_fine_tuning_starts_from_weights_and_may_keep_the_optimizer(make_job, small_recipe):

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from ferryman_service.domain.recipe import SelectionMetric
+from ferryman_service.domain.runs import FailureReason, TrainingFailed
 from ferryman_service.domain.training import RunCancelled
 from ferryman_service.model.config import TransformerConfig
 from ferryman_service.model.transformer import Transformer
@@ -69,6 +70,43 @@ def test_a_cancelled_run_stops_validating(pieces):
 
     with pytest.raises(RunCancelled):
         validator(pairs, subwords, recipe, check).score(model.train())
+    assert model.training
+
+
+class FitsOnly(torch.nn.Module):
+    """Fails, as a full device does, on more sentences than these."""
+
+    def __init__(self, sentences):
+        super().__init__()
+        self.sentences = sentences
+
+    def forward(self, x):
+        if len(x) > self.sentences:
+            raise torch.OutOfMemoryError
+        return x
+
+
+def test_a_batch_that_does_not_fit_is_scored_in_halves(pieces):
+    pairs, subwords, recipe, model = pieces
+    ours = validator(pairs, subwords, recipe)
+    whole = ours.score(model)
+    assert not ours.was_split
+    model.encoder_norm = FitsOnly(3)
+    halved = ours.score(model)
+    assert ours.was_split
+    assert (halved.bleu, halved.chrf, halved.translated_pairs) == (whole.bleu, whole.chrf, 7)
+    assert halved.nll_per_token == pytest.approx(whole.nll_per_token, rel=1e-5)
+    model.encoder_norm = torch.nn.Identity()
+    ours.score(model)
+    assert not ours.was_split
+
+
+def test_a_pair_that_does_not_fit_fails_the_run_with_a_cure(pieces):
+    pairs, subwords, recipe, model = pieces
+    model.encoder_norm = FitsOnly(0)
+    with pytest.raises(TrainingFailed, match=r"shape \(1, \d+\) to \(1, \d+\).*batch_target_tokens") as caught:
+        validator(pairs, subwords, recipe).score(model.train())
+    assert caught.value.reason is FailureReason.OUT_OF_MEMORY
     assert model.training
 
 

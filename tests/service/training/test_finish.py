@@ -1,0 +1,122 @@
+"""The weights that training ends with: which checkpoints they come from, and what damaged ones lead to."""
+
+import dataclasses
+
+import pytest
+import safetensors.torch
+import torch
+
+from ferryman_service.domain.recipe import Averaging, SelectionMetric
+from ferryman_service.training.average import average_checkpoints
+from ferryman_service.training.checkpoint import checkpoint_path, load_checkpoint, load_weights
+from ferryman_service.training.engine import EngineConfig, TorchTrainingEngine
+
+ENGINE = TorchTrainingEngine(EngineConfig(device="cpu", threads=1))
+
+
+@pytest.fixture
+def make_recipe(small_recipe):
+    """Makes a recipe whose rate jumps about so that averaging pays; validations of steps 10, 20, .. 60."""
+
+    def make(*, optimization=None, **validation):
+        return small_recipe(
+            stop={"max_steps": 60},
+            schedule={"factor": 8.0, "warmup_steps": 20},
+            validation={"keep_last": 3, "max_translated_pairs": 4, "metric": SelectionMetric.LOSS, **validation},
+            optimization=optimization or {},
+        )
+
+    return make
+
+
+def checkpoint_of(work, step):
+    return checkpoint_path(work.run_dir / "checkpoints", step)
+
+
+def end_of(work):
+    return load_checkpoint(checkpoint_of(work, 60)).position
+
+
+def assert_weights_are(trained, expected):
+    found = safetensors.torch.load_file(trained.weights)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], weight) for name, weight in expected.items())
+
+
+def best_steps(reporter, count):
+    return sorted(sorted(reporter.validations, key=lambda each: each.nll_per_token)[:count], key=lambda each: each.step)
+
+
+@pytest.mark.parametrize("averaging", Averaging)
+def test_the_weights_are_those_that_averaging_asks_for(job, make_recipe, reporter, averaging):
+    work = job(make_recipe(averaging=averaging))
+    trained = ENGINE.train(work, reporter)
+    [best] = best_steps(reporter, 1)
+    if averaging is Averaging.NONE:
+        assert_weights_are(trained, load_weights(checkpoint_of(work, best.step)))
+        assert (trained.scores.weights, trained.scores.step) == ("best", best.step)
+        assert trained.scores.nll_per_token == best.nll_per_token
+        assert "not the average" not in reporter.messages("WEIGHTS_CHOSEN")[0]
+        return
+    steps = {Averaging.LAST: [40, 50, 60], Averaging.BEST: [each.step for each in best_steps(reporter, 3)]}[averaging]
+    assert [step for step, _ in end_of(work).candidates] == steps
+    assert_weights_are(trained, average_checkpoints([checkpoint_of(work, step) for step in steps]))
+    assert (trained.scores.weights, trained.scores.step) == ("average", 60)
+    assert trained.scores.nll_per_token < best.nll_per_token
+    assert f"the average of the {averaging} 3 checkpoints" in reporter.messages("WEIGHTS_CHOSEN")[0]
+
+
+def test_an_average_that_is_worse_than_the_best_checkpoint_is_not_taken(job, small_recipe, reporter):
+    """While a network learns fast, its mean with what it was is behind it."""
+    work = job(small_recipe(stop={"max_steps": 60}, validation={"metric": SelectionMetric.LOSS, "keep_last": 6}))
+    trained = ENGINE.train(work, reporter)
+    assert_weights_are(trained, load_weights(checkpoint_of(work, 60)))
+    assert (trained.scores.weights, trained.scores.step) == ("best", 60)
+    assert "the checkpoint of step 60" in reporter.messages("WEIGHTS_CHOSEN")[0]
+    assert "not the average of the last 6 checkpoints" in reporter.messages("WEIGHTS_CHOSEN")[0]
+
+
+def test_with_a_moving_average_it_is_what_is_published(job, make_recipe, reporter):
+    work = job(make_recipe(averaging=Averaging.NONE, optimization={"ema_decay": 0.9}))
+    trained = ENGINE.train(work, reporter)
+    groups = load_checkpoint(checkpoint_of(work, trained.scores.step)).tensors
+    assert_weights_are(trained, groups["ema"])
+    assert not torch.equal(groups["ema"]["embedding.weight"], groups["weights"]["embedding.weight"])
+
+
+def damage(path):
+    data = bytearray((path / "weights.safetensors").read_bytes())
+    data[-1] ^= 1
+    (path / "weights.safetensors").write_bytes(bytes(data))
+
+
+def test_a_damaged_checkpoint_is_left_out_of_the_average(job, make_recipe, reporter):
+    """The end of training is done again, as after a death in it, and finds one of three checkpoints damaged."""
+    work = job(make_recipe())
+    ENGINE.train(work, reporter)
+    reporter.events.clear()
+    damage(checkpoint_of(work, 50))
+    trained = ENGINE.train(dataclasses.replace(work, reported_step=60), reporter)
+    assert_weights_are(trained, average_checkpoints([checkpoint_of(work, step) for step in (40, 60)]))
+    (message,) = reporter.messages("CHECKPOINT_DAMAGED")
+    assert str(checkpoint_of(work, 50)) in message
+    assert "the average of the last 2 checkpoints" in reporter.messages("WEIGHTS_CHOSEN")[0]
+
+
+def test_in_place_of_a_damaged_best_checkpoint_the_last_one_is_taken(job, small_recipe, reporter):
+    """After the warm-up the rate is far too high: the first validation stays the best."""
+    recipe = small_recipe(
+        stop={"max_steps": 30},
+        schedule={"factor": 100.0, "warmup_steps": 400},
+        validation={"metric": SelectionMetric.LOSS, "keep_last": 3, "averaging": Averaging.NONE},
+    )
+    work = job(recipe)
+    first = ENGINE.train(work, reporter)
+    assert first.scores.step < 30
+    reporter.events.clear()
+    damage(checkpoint_of(work, first.scores.step))
+    trained = ENGINE.train(dataclasses.replace(work, reported_step=30), reporter)
+    assert_weights_are(trained, load_weights(checkpoint_of(work, 30)))
+    last = reporter.validations[2]
+    assert (trained.scores.step, trained.scores.nll_per_token) == (last.step, last.nll_per_token)
+    assert len(reporter.messages("CHECKPOINT_DAMAGED")) == 1
