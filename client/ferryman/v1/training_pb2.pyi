@@ -91,7 +91,9 @@ class TrainingRun(_message.Message):
     pause_requested: _builtins.bool
     """Output only. Whether PauseTraining was called and the worker has not come to rest yet."""
     restarts: _builtins.int
-    """Output only. Workers that died in a row without getting further; one too many and the run is FAILED (WORKER_DIED)."""
+    """Output only. Workers in a row that died, or handed the run over, without a step of their own; one too many and the
+    run is FAILED (WORKER_DIED).
+    """
     initial_model: _builtins.str
     """Output only. The version whose weights it starts from, "name/7"; empty if it starts from random ones."""
     processes: _builtins.int

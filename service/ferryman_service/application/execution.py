@@ -206,13 +206,12 @@ def initial_weights(models: ModelStore, folders: RunFolders, run: TrainingRun) -
         weights, subwords = models.weights(version)
     except (ModelNotFound, ModelDamaged) as error:
         raise TrainingFailed(FailureReason.INITIAL_MODEL_UNUSABLE, error.message) from error
-    # Only the first attempt looks at the other run's optimizer; later ones go on from a checkpoint of their own.
-    wanted = run.keep_optimizer and folders.last_checkpoint(run.run_id) is None
-    checkpoint = folders.last_checkpoint(version.lineage.run_id) if wanted else None
-    if wanted and checkpoint is None:
+    checkpoint = folders.last_checkpoint(version.lineage.run_id) if run.keep_optimizer else None
+    # Later attempts go on from a checkpoint of their own.
+    if run.keep_optimizer and checkpoint is None and folders.last_checkpoint(run.run_id) is None:
         text = f"the checkpoints of run {version.lineage.run_id}, with the optimizer of {run.initial_model}, are gone"
         raise TrainingFailed(FailureReason.INITIAL_MODEL_UNUSABLE, text)
-    return InitialWeights(weights=weights, subwords=subwords, checkpoint=checkpoint)
+    return InitialWeights(weights=weights, subwords=subwords, keep_optimizer=run.keep_optimizer, checkpoint=checkpoint)
 
 
 def _train_and_publish(ports: WorkerPorts, run: TrainingRun, run_dir: Path) -> None:

@@ -30,10 +30,11 @@ class DiskIsFull(Exception):
 @dataclass(frozen=True, kw_only=True)
 class InitialWeights:
     """What fine-tuning starts from: weights (safetensors), their subword model, and the checkpoint whose optimizer
-    moments are kept (None: fresh ones)."""
+    moments are kept, if `keep_optimizer` wants that. It may be gone (None) once the run has checkpoints of its own."""
 
     weights: Path
     subwords: Path
+    keep_optimizer: bool = False
     checkpoint: Path | None = None
 
 

@@ -179,7 +179,9 @@ class _Run:
         try:
             model.load_state_dict(load_file(initial.weights))
             trainee = self._new_trainee(model)
-            if initial.checkpoint is not None:
+            if initial.keep_optimizer:
+                if initial.checkpoint is None:
+                    raise CheckpointDamaged("the run's own checkpoints are, and those with the optimizer are gone")
                 checkpoint = load_checkpoint(initial.checkpoint)
                 trainee.load_moments(checkpoint.tensors, checkpoint.counters.updates_applied)
         except (CheckpointDamaged, OSError, SafetensorError, RuntimeError, KeyError) as error:

@@ -76,13 +76,16 @@ class Ranks:
     def meet(self) -> None:
         """Wait until all ranks have come here."""
         if self.world_size > 1:
-            dist.all_reduce(torch.zeros(1, device=self.device))
+            dist.all_reduce(torch.zeros(1))
 
     def share(self, numbers: list[float]) -> list[float]:
-        """Return the numbers of rank 0; all ranks must give as many."""
+        """Return the numbers of rank 0; all ranks must give as many.
+
+        They go from CPU to CPU: nobody waits for a GPU's queue, and no GPU spins while rank 0 does something alone.
+        """
         if self.world_size == 1:
             return numbers
-        shared = torch.tensor(numbers, dtype=torch.float64, device=self.device)
+        shared = torch.tensor(numbers, dtype=torch.float64)
         dist.broadcast(shared, src=0)
         values: list[float] = shared.tolist()
         return values
@@ -108,7 +111,7 @@ def join_ranks(device: torch.device) -> Iterator[Ranks]:
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_PATIENCE)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=_PATIENCE)
     failed = True
     try:
         yield Ranks(rank=rank, world_size=world_size, device=device)

@@ -314,7 +314,7 @@ def test_a_kept_optimizer_is_that_of_the_checkpoint(make_job, small_recipe):
     first, second = make_job(small_recipe()), make_job(small_recipe(stop={"max_steps": 1}))
     trained = TorchTrainingEngine(CONFIG).train(first, DurableReporter())
     path = max((first.run_dir / "checkpoints").iterdir())
-    initial = InitialWeights(weights=trained.weights, subwords=trained.subwords, checkpoint=path)
+    initial = InitialWeights(weights=trained.weights, subwords=trained.subwords, keep_optimizer=True, checkpoint=path)
     outcome(dataclasses.replace(second, initial=initial), DurableReporter())
     kept, begun = load_checkpoint(path), load_checkpoint(second.run_dir / "checkpoints" / "step-0000000000")
     assert kept.counters.updates_applied == 20
@@ -382,7 +382,9 @@ def test_fine_tuning_starts_from_weights_and_may_keep_the_optimizer(make_job, sm
     checkpoint = max((first.run_dir / "checkpoints").iterdir())
     series = {}
     for kept in (None, checkpoint):
-        initial = InitialWeights(weights=trained.weights, subwords=trained.subwords, checkpoint=kept)
+        initial = InitialWeights(
+            weights=trained.weights, subwords=trained.subwords, keep_optimizer=kept is not None, checkpoint=kept
+        )
         reporter = DurableReporter()
         outcome(dataclasses.replace(make_job(recipe), initial=initial), reporter)
         series[kept] = [item for item in reporter.series if hasattr(item, "gradient_norm")]
