@@ -27,6 +27,13 @@ from ferryman_service.launch.process import (
 
 _LOG_TAIL_BYTES: Final = 8192
 _KILL_TIMEOUT_S: Final = 5.0
+# glibc would give the memory of large tensors back at every update, and the kernel would clear it anew: 5 to 8 % of a
+# small model's step (docs/lab-log.md).
+_ALLOCATOR: Final = {
+    "MALLOC_MMAP_THRESHOLD_": str(2**30),
+    "MALLOC_TRIM_THRESHOLD_": str(2**32),
+    "MALLOC_TOP_PAD_": str(2**26),
+}
 _STOP_TIMEOUT_S: Final = 45
 """How long torchrun's agent waits for workers that were told to end; they take at most 30 s."""
 
@@ -145,6 +152,8 @@ def worker_environment(config: LaunchConfig, processes: int) -> dict[str, str]:
     # makes training 45 times slower; this bound costs nothing on a quiet machine (docs/lab-log.md).
     if "OMP_WAIT_POLICY" not in environment:
         environment.setdefault("GOMP_SPINCOUNT", "10000")
+    for name, value in _ALLOCATOR.items():
+        environment.setdefault(name, value)
     return environment
 
 

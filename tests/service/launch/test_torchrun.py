@@ -16,6 +16,7 @@ TELL = """
 import json, os, sys
 told = {"arguments": sys.argv[1:], "stdin": sys.stdin.read(), "session": os.getsid(0) == os.getpid(),
         "threads": os.environ["OMP_NUM_THREADS"], "extra": os.environ.get("EXTRA"),
+        "allocator": os.environ["MALLOC_TRIM_THRESHOLD_"],
         "stop_timeout": os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]}
 print(json.dumps(told))
 print("on stderr", file=sys.stderr)
@@ -96,6 +97,7 @@ def test_a_worker_is_a_program_of_its_own(launch, tmp_path, monkeypatch):
         "threads": str(max(1, len(os.sched_getaffinity(0)) // 2)),
         "stop_timeout": "45",
         "extra": "more",
+        "allocator": str(2**32),
     }
     assert on_stderr == "on stderr"
 
@@ -107,6 +109,13 @@ def test_threads_are_those_of_the_config_else_of_the_environment(launch, monkeyp
     launcher.start("run_x", 1, 1)
     ended(launcher)
     assert json.loads(launcher.log_tail("run_x", 1).splitlines()[0])["threads"] == expected
+
+
+def test_the_allocator_is_set_up_unless_the_environment_says_how(launch):
+    launcher = launch(TELL, environment={"MALLOC_TRIM_THRESHOLD_": "1"})
+    launcher.start("run_x", 1, 1)
+    ended(launcher)
+    assert json.loads(launcher.log_tail("run_x", 1).splitlines()[0])["allocator"] == "1"
 
 
 def test_a_living_worker_runs_until_it_is_killed(launch):
