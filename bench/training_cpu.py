@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -109,6 +110,7 @@ def limit_for(mean_tokens: float, pairs: TokenPairs, first_guess: int, seed: int
 def preprocess_for_fairseq(python: Path, task: PeerTask, folder: Path) -> Path:
     """Return fairseq's binary form of the token ids. Its dictionary is ours: four special symbols and the others."""
     binary = folder / "fairseq"
+    shutil.rmtree(binary, ignore_errors=True)  # of the preset before: fairseq overwrites nothing
     dictionary = folder / "dict.txt"
     dictionary.write_text("".join(f"{token} 1\n" for token in range(_FIRST_NORMAL_ID, task.vocabulary)))
     command = [str(python), "-m", "fairseq_cli.preprocess", "-s", "source", "-t", "target", "--joined-dictionary"]
