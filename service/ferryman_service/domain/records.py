@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import enum
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -139,7 +138,7 @@ def payload_to_dict(payload: Payload) -> tuple[str, dict[str, Any]]:
     """Return (kind, JSON types). Floats survive a JSON round trip to the last bit; NaN and infinities need json's
     default."""
     kind = next(name for name, cls in _KINDS.items() if type(payload) is cls)
-    return kind, dataclasses.asdict(payload)
+    return kind, dict(vars(payload))  # payloads are flat
 
 
 def payload_from_dict(kind: str, values: Mapping[str, Any]) -> Payload:

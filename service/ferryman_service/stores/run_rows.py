@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from sqlalchemy import Connection, Row, insert, select, update
+from sqlalchemy import Connection, Row, bindparam, insert, select, update
 
 from ferryman_service.domain.errors import AttemptFenced, RunNotFound
 from ferryman_service.domain.recipe import recipe_from_dict, recipe_to_dict
@@ -44,6 +44,11 @@ _HEAD: Final = [
         "start_time_ns",
     )
 ]
+# Built once: a statement takes longer to build than to run, and training waits for the interpreter meanwhile.
+_HEAD_OF_RUN: Final = (
+    select(*_HEAD).where(tables.runs.c.run_id == bindparam("of_run"), tables.runs.c.state != DELETING).with_for_update()
+)
+_INSERT_RECORDS: Final = insert(tables.records)
 
 
 def run_to_values(run: TrainingRun) -> dict[str, Any]:
@@ -124,9 +129,7 @@ def read_run(connection: Connection, run_id: str) -> TrainingRun:
 
 def lock_head(connection: Connection, run_id: str) -> Row[Any]:
     """Return the moving part of a run's row, locked until the transaction ends; raises RunNotFound."""
-    of_run = (tables.runs.c.run_id == run_id, tables.runs.c.state != DELETING)
-    query = select(*_HEAD).where(*of_run).with_for_update()
-    head = connection.execute(query).one_or_none()
+    head = connection.execute(_HEAD_OF_RUN, {"of_run": run_id}).one_or_none()
     if head is None:
         raise run_not_found(run_id)
     return head
@@ -168,7 +171,7 @@ def add_records(connection: Connection, run_id: str, last_sequence: int, payload
     for sequence, payload in enumerate(payloads, last_sequence + 1):
         kind, values = payload_to_dict(payload)
         rows.append({"run_id": run_id, "sequence": sequence, "time_ns": time_ns, "kind": kind, "payload": values})
-    connection.execute(insert(tables.records), rows)
+    connection.execute(_INSERT_RECORDS, rows)
     return last_sequence + len(rows)
 
 

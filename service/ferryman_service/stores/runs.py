@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
-from sqlalchemy import Connection, Engine, Row, delete, func, insert, literal, select, tuple_, update
+from sqlalchemy import Connection, Engine, Row, bindparam, delete, func, insert, literal, select, tuple_, update
 
 from ferryman_service.domain.errors import (
     AttemptFenced,
@@ -51,6 +51,7 @@ from ferryman_service.stores.run_rows import (
 
 _log = logging.getLogger(__name__)
 _RUNS: Final = tables.runs
+_UPDATE_RUN: Final = update(_RUNS).where(_RUNS.c.run_id == bindparam("of_run"))
 _RECORDS: Final = tables.records
 _UNFINISHED: Final = [state.value for state in RunState if not state.is_terminal]
 _SLICE: Final = 5000
@@ -159,7 +160,7 @@ class SqlRunStore:
                 values["restarts"] = 0  # a resumed worker reports only steps that no earlier one did
             if progress is not None:
                 values["progress"] = dataclasses.asdict(progress)
-            connection.execute(update(_RUNS).where(_RUNS.c.run_id == run_id).values(values))
+            connection.execute(_UPDATE_RUN, {"of_run": run_id, **values})
         last_sequence = values.get("last_sequence", head.last_sequence)
         return AppendAck(
             last_sequence=last_sequence, cancel_requested=head.cancel_requested, pause_requested=head.pause_requested
