@@ -37,6 +37,8 @@ _BLOCKS: Final = 16
 _BATCH_COST: Final = 0.2
 _EMPTINESS_COST: Final = 1.0
 _MAX_SOURCE_SLACK: Final = 1.5
+# Where pairs of unlike lengths are kept: source positions of a batch for each target token of its limit.
+_UNLIKE_SIDES: Final = 4.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,8 +197,9 @@ def plan_epoch(
 def batches_by_length(
     source_lengths_P: NDArray[np.integer], target_lengths_P: NDArray[np.integer], target_tokens: int
 ) -> list[Index]:
-    """Return batches of all pairs, for when only the padding matters and not who meets whom."""
-    limits = Limits(target_tokens=target_tokens, source_positions=math.inf)
+    """Return batches of all pairs, for when only the padding matters and not who meets whom. Long sources with short
+    targets make small batches: their positions take memory too."""
+    limits = Limits(target_tokens=target_tokens, source_positions=_UNLIKE_SIDES * target_tokens)
     order_P, ends = pack(np.arange(len(source_lengths_P), dtype=np.int32), source_lengths_P, target_lengths_P, limits)
     return np.split(order_P.astype(np.int64), ends[:-1])
 

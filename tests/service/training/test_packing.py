@@ -216,3 +216,11 @@ def test_batches_by_length_hold_all_pairs(lengths, limit):
     batches = batches_by_length(*lengths.T, limit)
     assert sorted(np.concatenate(batches).tolist()) == list(range(len(lengths)))
     assert all(lengths[index, 1].sum() <= limit for index in batches)
+
+
+def test_batches_by_length_are_small_where_sources_are_long():
+    lengths = np.tile(np.array([[256, 2]], np.int64), (1500, 1))
+    batches = batches_by_length(*lengths.T, 4096)
+    assert sum(map(len, batches)) == 1500
+    assert max(map(len, batches)) * 256 <= 4 * 4096
+    assert len(batches) < 40
