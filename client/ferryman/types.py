@@ -396,8 +396,9 @@ class RunError:
 class TrainingRun:
     """A training run. Of a run that was only validated `run_id` is empty and `create_time` None.
 
-    `restarts` counts the workers that died in a row without getting further; `initial_model` is None or the version,
-    "name/7", whose weights it starts from, and `keep_optimizer` says whether it starts with that version's optimizer.
+    `restarts` counts the workers in a row that died, or gave up, without a step of their own; `initial_model` is None
+    or the version, "name/7", whose weights it starts from, and `keep_optimizer` says whether it starts with that
+    version's optimizer.
     """
 
     run_id: str

@@ -104,7 +104,7 @@ def show(context: typer.Context, run_id: RunArgument) -> None:
         ("step", f"{run.progress.step:,} (epoch {run.progress.epoch}, {run.progress.fraction:.0%})"),
         ("target tokens", f"{run.progress.target_tokens:,}"),
         ("best BLEU", _best_bleu(run)),
-        ("attempt", f"{run.attempt}, {run.restarts} workers died in a row" if run.restarts else run.attempt),
+        ("attempt", f"{run.attempt}, {run.restarts} workers in a row got no further" if run.restarts else run.attempt),
         ("processes", run.processes),
         ("starts from", _start(run)),
         ("accepted", _time(run)),
