@@ -26,11 +26,16 @@ QUICK ?=
 SEEDS ?=
 PAIRS ?=
 PROCESSES ?=
+# Serving: MODEL is the folder of a trained bundle, RATE the requests/s of the soak.
+MODEL ?=
+COMPUTE_TYPE ?=
+RATE ?=
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .PHONY: help setup demo test check quick system protos protos-drift buf-lint lint types layers dockerfile wheel-smoke \
-  bench-quality bench-quality-tok bench-export bench-training-cpu bench-training-gpu bench-overhead bench-corpora soak clean
+  bench-quality bench-quality-tok bench-export bench-training-cpu bench-training-gpu bench-overhead bench-corpora \
+  bench-serving-cpu bench-load bench-decode-step soak clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -122,9 +127,22 @@ bench-overhead: $(READY) ## what reports and store cost of a small model's step
 bench-corpora: $(READY) ## memory and start-up time on 10 million sentence pairs: [PAIRS=]
 	@$(BIN)/python -m bench.corpora $(if $(PAIRS),--pairs "$(PAIRS)")
 
-soak: $(READY) ## let training die at every change to the disk, and kill real workers: [MINUTES= PROCESSES=]
+bench-serving-cpu: $(READY) ## latency, throughput, memory and BLEU of the engine beside CTranslate2: [MODEL= DATA= QUICK=1]
+	@$(BIN)/python -m bench.serving_cpu $(if $(DATA),--data "$(DATA)") $(if $(MODEL),--model "$(MODEL)") \
+	  $(if $(QUICK),--quick)
+
+bench-load: $(READY) ## requests/s that the service holds, beside a plain server around CTranslate2: [MODEL= DATA= COMPUTE_TYPE= QUICK=1]
+	@$(BIN)/python -m bench.load $(if $(DATA),--data "$(DATA)") $(if $(MODEL),--model "$(MODEL)") \
+	  $(if $(COMPUTE_TYPE),--compute-type "$(COMPUTE_TYPE)") $(if $(QUICK),--quick)
+
+bench-decode-step: $(READY) ## what forms of a decoder step and of its matrix products cost in ONNX Runtime: [PRESET=tiny|base]
+	@$(BIN)/python -m bench.decode_step $(if $(PRESET),--presets "$(PRESET)")
+
+soak: $(READY) ## training that dies everywhere, and a translation service under load: [MINUTES= PROCESSES= MODEL= RATE=]
 	FERRYMAN_SOAK=1 $(BIN)/python -m pytest tests/service/training/test_resume.py
 	$(BIN)/python -m bench.kill $(if $(MINUTES),--minutes "$(MINUTES)") $(if $(PROCESSES),--processes "$(PROCESSES)")
+	$(BIN)/python -m bench.load --soak $(or $(MINUTES),10) $(if $(DATA),--data "$(DATA)") \
+	  $(if $(MODEL),--model "$(MODEL)") $(if $(RATE),--rate "$(RATE)")
 
 clean: ## remove caches, builds, and what demo and benchmarks left; the virtual environment stays
 	rm -rf build dist demo-output bench-output .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Sequence
+import os
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Sequence
 from types import TracebackType
-from typing import Any, Literal, Self, TypeVar, overload
+from typing import Any, Literal, Self, TypeVar, Unpack, overload
 
 import grpc
 from google.protobuf.message import Message
 
 from ferryman import _convert, types
 from ferryman._channel import ChannelOptions, channel_options
-from ferryman._convert import Call, Pages, SearchOptions, encode
+from ferryman._convert import Call, Pages, encode
+from ferryman._download import ModelFolder
 from ferryman._rpc_errors import error_from_rpc
+from ferryman._stream import Sentence, StreamBook, each_in_thread
 from ferryman._tail import MetricsTail
 from ferryman._upload import CorpusText, read_pieces
 from ferryman.errors import Unavailable
@@ -224,22 +227,89 @@ class AsyncClient:
         """See `Client.get_model`."""
         return await self._call(_convert.get_model(model))
 
+    async def set_model_alias(
+        self, name: str, alias: str, version: int, *, timeout_s: float | None = None
+    ) -> types.Model:
+        """See `Client.set_model_alias`."""
+        return await self._call(_convert.set_model_alias(name, alias, version), timeout_s)
+
+    async def delete_model_alias(self, name: str, alias: str) -> None:
+        """See `Client.delete_model_alias`."""
+        await self._call(_convert.delete_model_alias(name, alias))
+
+    async def delete_model_version(self, model: str) -> None:
+        """See `Client.delete_model_version`."""
+        await self._call(_convert.delete_model_version(model))
+
+    async def download_model(self, model: str, folder: str | os.PathLike[str]) -> types.ModelVersion:
+        """See `Client.download_model`; files are written in a thread, the loop is not blocked."""
+        with ModelFolder(folder) as target:
+            async with contextlib.aclosing(self._stream(_convert.download_model(model))) as stream:
+                async for item in stream:
+                    await _to_its_end(target.accept, item)
+            return await _to_its_end(target.finish)
+
+    async def load_model(self, model: str, *, timeout_s: float | None = None) -> types.LoadedModel:
+        """See `Client.load_model`."""
+        return await self._call(_convert.load_model(model), timeout_s)
+
+    async def unload_model(self, model: str, *, timeout_s: float | None = None) -> bool:
+        """See `Client.unload_model`."""
+        return await self._call(_convert.unload_model(model), timeout_s)
+
+    async def list_loaded_models(self) -> list[types.LoadedModel]:
+        """See `Client.list_loaded_models`."""
+        return await self._call(_convert.list_loaded_models())
+
     async def translate(
         self,
         model: str,
         sentences: str | Sequence[str],
         *,
-        beam_size: int | None = None,
-        n_best: int | None = None,
-        length_penalty: float | None = None,
-        max_length: int | None = None,
+        target_prefixes: str | Sequence[str] = (),
+        split_sentences: bool = False,
         timeout_s: float | None = None,
+        **options: Unpack[types.TranslateOptions],
     ) -> types.TranslationResult:
         """See `Client.translate`; cancelling the task cancels the work on the server."""
-        options = SearchOptions(
-            beam_size=beam_size, n_best=n_best, length_penalty=length_penalty, max_length=max_length
-        )
-        return await self._call(_convert.translate(model, sentences, options), timeout_s)
+        call = _convert.translate(model, sentences, target_prefixes, split_sentences, options)
+        return await self._call(call, timeout_s)
+
+    async def translate_stream(
+        self,
+        model: str,
+        sentences: Iterable[Sentence] | AsyncIterable[Sentence],
+        *,
+        in_order: bool = False,
+        split_sentences: bool = False,
+        window: int | None = None,
+        timeout_s: float | None = None,
+        **options: Unpack[types.TranslateOptions],
+    ) -> AsyncGenerator[types.StreamTranslation]:
+        """See `Client.translate_stream`; `sentences` may be an asynchronous iterable, any other is read in a thread.
+
+        Who stops early closes it: `contextlib.aclosing`.
+        """
+        call = _convert.translate_stream(model, split_sentences, window, options)
+        book = StreamBook(window, in_order=in_order)
+        changed = asyncio.Event()
+        reading = asyncio.create_task(_take_all(sentences, book, changed))
+        reading.add_done_callback(lambda _: changed.set())
+        method = self._channel.stream_stream(call.path, encode, call.response_type.FromString)
+        responses = method(_stream_requests(call, book, reading, changed), timeout=timeout_s)
+        try:
+            async for response in responses:
+                for result in book.accept(call.read(response)):
+                    book.give()
+                    changed.set()
+                    yield result
+            await reading
+        except grpc.aio.AioRpcError as error:
+            raise error_from_rpc(error) from error
+        finally:
+            responses.cancel()
+            reading.cancel()
+            await asyncio.wait((reading,))
 
     # --- How calls are made -------------------------------------------------------------------------------------------
 
@@ -290,3 +360,42 @@ async def _read_in_thread(requests: Iterator[Message]) -> AsyncIterator[Message]
     """Yield the requests, each read in a thread."""
     while isinstance(request := await asyncio.to_thread(next, requests, None), Message):
         yield request
+
+
+async def _take_all(
+    sentences: Iterable[Sentence] | AsyncIterable[Sentence], book: StreamBook, changed: asyncio.Event
+) -> None:
+    """Take all sentences, each as soon as there is room; raises what reading them does."""
+    async for item in sentences if isinstance(sentences, AsyncIterable) else each_in_thread(sentences):
+        await _until(lambda: book.has_room, changed)
+        book.take(item)
+        changed.set()
+
+
+async def _stream_requests(
+    call: Call[types.StreamTranslateResponse], book: StreamBook, reading: asyncio.Task[None], changed: asyncio.Event
+) -> AsyncIterator[Message]:
+    """Yield the requests of a stream, its sentences as soon as they are read."""
+    yield call.request
+    while True:
+        await _until(lambda: book.has_news or reading.done(), changed)
+        if not book.has_news:
+            return
+        yield book.message()
+
+
+async def _until(condition: Callable[[], bool], changed: asyncio.Event) -> None:
+    """Wait until the condition holds; it is looked at after every change. Several may wait for one event."""
+    while not condition():
+        changed.clear()
+        await changed.wait()
+
+
+async def _to_its_end(work: Callable[..., T], *arguments: object) -> T:
+    """Do the work in a thread; a cancellation takes effect after it, so that no thread writes into what is removed."""
+    task = asyncio.ensure_future(asyncio.to_thread(work, *arguments))
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait((task,))
+        raise

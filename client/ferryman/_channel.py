@@ -9,7 +9,7 @@ from typing import Any, Final
 
 ChannelOptions = Sequence[tuple[str, Any]]
 
-# Without DeleteTrainingRun: repeated after an answer that was lost, it would say that there is no such run.
+# Without what deletes and unloads: repeated after an answer that was lost, it would say that there is nothing.
 _RETRIED: Final = {
     "ferryman.v1.TrainingService": (
         "StartTraining",  # idempotent by its request_id, which the client always sends
@@ -22,7 +22,14 @@ _RETRIED: Final = {
         "ListCheckpoints",
     ),
     "ferryman.v1.CorpusService": ("GetCorpus", "ListCorpora"),
-    "ferryman.v1.ModelService": ("ListModels", "GetModel"),
+    "ferryman.v1.ModelService": (
+        "ListModels",
+        "GetModel",
+        "SetModelAlias",
+        "DownloadModel",  # only until its first message has come
+        "LoadModel",
+        "ListLoadedModels",
+    ),
     "ferryman.v1.TranslationService": ("Translate",),
 }
 _RETRY_POLICY: Final = {

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from types import TracebackType
-from typing import Any, Literal, Self, TypeVar, overload
+from typing import Any, Literal, Self, TypeVar, Unpack, overload
 
 import grpc
 from google.protobuf.message import Message
 
 from ferryman import _convert, types
 from ferryman._channel import ChannelOptions, channel_options
-from ferryman._convert import Call, Pages, SearchOptions, encode
+from ferryman._convert import Call, Pages, encode
+from ferryman._download import ModelFolder
 from ferryman._rpc_errors import error_from_rpc
+from ferryman._stream import Sentence, SentencePump, StreamBook
 from ferryman._tail import MetricsTail
 from ferryman._upload import CorpusText, read_pieces
 from ferryman.errors import Unavailable
@@ -78,8 +81,9 @@ class Client:
         """Start a run that publishes the next version of `model_name`; returns at once.
 
         `request_id` is a UUID: the same one with the same arguments returns the same run, for ever. By default a new
-        one is made. `validate_only` checks everything and starts nothing. `initial_model` ("en-de" or "en-de/7") is
-        fine-tuned, with `keep_optimizer` from Adam's moments of the run that made it. `processes` train it together.
+        one is made. `validate_only` checks everything and starts nothing. `initial_model` (a reference, such as
+        "en-de/7") is fine-tuned, with `keep_optimizer` from Adam's moments of the run that made it. `processes` train
+        it together.
         Raises CorpusNotFound, InvalidRecipe, InvalidRequest, RequestIdReused, TooManyRuns, RoleNotServed,
         ModelNotFound, ModelHasNoWeights, OptimizerNotKept.
         """
@@ -247,30 +251,117 @@ class Client:
         return self._all(_convert.list_models)
 
     def get_model(self, model: str) -> types.ModelDetails:
-        """Return the model and its latest version ("name") or a certain one ("name/version"). Raises ModelNotFound."""
+        """Return the model, and the version of it that the reference names: "name" the latest, "name/7" that one,
+        "name@production" what the alias points at. Raises ModelNotFound, InvalidRequest."""
         return self._call(_convert.get_model(model))
+
+    def set_model_alias(self, name: str, alias: str, version: int, *, timeout_s: float | None = None) -> types.Model:
+        """Let `name@alias` be `version` of the model from now on; no request fails, whatever the alias was before.
+
+        A server that has the alias's present version in memory loads the new one first, which may take longer than the
+        client's deadline: `timeout_s`. Raises ModelNotFound, InvalidRequest, ModelDamaged, ModelTooLarge.
+        """
+        return self._call(_convert.set_model_alias(name, alias, version), timeout_s)
+
+    def delete_model_alias(self, name: str, alias: str) -> None:
+        """Remove the alias; what it points at stays. Raises ModelNotFound, InvalidRequest."""
+        self._call(_convert.delete_model_alias(name, alias))
+
+    def delete_model_version(self, model: str) -> None:
+        """Remove the version "name/version" for ever; its number is not given again.
+
+        Raises ModelInUse (an alias points at it, or an unfinished run starts from it), ModelNotFound, InvalidRequest.
+        """
+        self._call(_convert.delete_model_version(model))
+
+    def download_model(self, model: str, folder: str | os.PathLike[str]) -> types.ModelVersion:
+        """Download the version that the reference names into `folder`, which must not exist, and return it.
+
+        Size and digest of every file are checked; the folder appears whole or not at all. `ferryman-service
+        import-model` publishes it on another server. No deadline.
+        Raises ModelNotFound, InvalidRequest, ModelDamaged; FileExistsError and other OSErrors of the folder.
+        """
+        with ModelFolder(folder) as target:
+            with contextlib.closing(self._stream(_convert.download_model(model))) as stream:
+                for item in stream:
+                    target.accept(item)
+            return target.finish()
+
+    def load_model(self, model: str, *, timeout_s: float | None = None) -> types.LoadedModel:
+        """Load the version that the reference names into the server's memory and warm it up; return when it is ready.
+
+        After DeadlineExceeded the server goes on loading. Raises ModelNotFound, InvalidRequest, ModelDamaged,
+        ModelTooLarge, RoleNotServed.
+        """
+        return self._call(_convert.load_model(model), timeout_s)
+
+    def unload_model(self, model: str, *, timeout_s: float | None = None) -> bool:
+        """Take the version that the reference names out of the server's memory; return whether it was there.
+
+        Returns when the translations that it serves have ended. Raises ModelNotFound, InvalidRequest, RoleNotServed.
+        """
+        return self._call(_convert.unload_model(model), timeout_s)
+
+    def list_loaded_models(self) -> list[types.LoadedModel]:
+        """Return what is in the server's memory, the most recently used first. Raises RoleNotServed."""
+        return self._call(_convert.list_loaded_models())
 
     def translate(
         self,
         model: str,
         sentences: str | Sequence[str],
         *,
-        beam_size: int | None = None,
-        n_best: int | None = None,
-        length_penalty: float | None = None,
-        max_length: int | None = None,
+        target_prefixes: str | Sequence[str] = (),
+        split_sentences: bool = False,
         timeout_s: float | None = None,
+        **options: Unpack[types.TranslateOptions],
     ) -> types.TranslationResult:
-        """Translate one sentence or several with "name" (latest version) or "name/version".
+        """Translate one sentence or several with "name" (latest version), "name/version" or "name@alias".
 
-        What is None takes the service's default: beam 5, the best hypothesis only, length penalty 1, a maximum length
-        of two times the source plus 10 subwords. Raises ModelNotFound, InvalidSentence, InvalidRequest,
-        DeadlineExceeded, ModelDamaged, RoleNotServed.
+        `options`: `ferryman.TranslateOptions`, such as `beam_size=1` or `sampling=Sampling(top_k=10)`. What is not
+        given, or None, takes the service's default: beam 5, the best hypothesis only, length penalty 1, a maximum
+        length of two times the source plus 10 subwords. `target_prefixes`: words that each translation must begin with.
+        `split_sentences`: the entries are texts, whose sentences are translated one by one and joined again.
+        Raises ModelNotFound, InvalidSentence, InvalidRequest, QueueFull, DeadlineExceeded, ModelDamaged, ModelTooLarge,
+        RoleNotServed.
         """
-        options = SearchOptions(
-            beam_size=beam_size, n_best=n_best, length_penalty=length_penalty, max_length=max_length
-        )
-        return self._call(_convert.translate(model, sentences, options), timeout_s)
+        call = _convert.translate(model, sentences, target_prefixes, split_sentences, options)
+        return self._call(call, timeout_s)
+
+    def translate_stream(
+        self,
+        model: str,
+        sentences: Iterable[Sentence],
+        *,
+        in_order: bool = False,
+        split_sentences: bool = False,
+        window: int | None = None,
+        timeout_s: float | None = None,
+        **options: Unpack[types.TranslateOptions],
+    ) -> Generator[types.StreamTranslation]:
+        """Translate any number of sentences in bounded memory; yield results as they finish, or `in_order`.
+
+        A sentence is a string, an (id, sentence) pair or a `StreamSentence`; a result has its sentence's id, a string's
+        is its number from 0. `sentences` is read in another thread, at most two windows ahead of the results that you
+        have taken; `window` (default 256) bounds what the server works on at a time. A sentence that cannot be
+        translated has a result with an error. What `sentences` raises is raised here, after the results of what came
+        before. No deadline unless `timeout_s`; nothing is repeated. Who stops early closes it: `contextlib.closing`.
+        Raises what `translate` does, but for QueueFull (a stream waits) and InvalidSentence; ServerShuttingDown.
+        """
+        call = _convert.translate_stream(model, split_sentences, window, options)
+        pump = SentencePump(call, sentences, StreamBook(window, in_order=in_order))
+        method = self._channel.stream_stream(call.path, encode, call.response_type.FromString)
+        responses = method(pump.requests(), timeout=timeout_s)
+        try:
+            for response in responses:
+                yield from pump.results(call.read(response))
+            if pump.failure is not None:
+                raise pump.failure
+        except grpc.RpcError as error:
+            raise error_from_rpc(error) from error
+        finally:
+            pump.close()
+            responses.cancel()
 
     # --- How calls are made -------------------------------------------------------------------------------------------
 

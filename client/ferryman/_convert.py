@@ -286,6 +286,76 @@ def get_model(model: str) -> Call[types.ModelDetails]:
     )
 
 
+def set_model_alias(name: str, alias: str, version: int) -> Call[types.Model]:
+    """SetModelAlias."""
+    return Call(
+        path=MODEL + "SetModelAlias",
+        request=model_pb2.SetModelAliasRequest(name=name, alias=alias, version=version),
+        response_type=model_pb2.SetModelAliasResponse,
+        read=lambda response: from_message(types.Model, response.model),
+    )
+
+
+def delete_model_alias(name: str, alias: str) -> Call[None]:
+    """DeleteModelAlias."""
+    return Call(
+        path=MODEL + "DeleteModelAlias",
+        request=model_pb2.DeleteModelAliasRequest(name=name, alias=alias),
+        response_type=model_pb2.DeleteModelAliasResponse,
+        read=lambda _: None,
+    )
+
+
+def delete_model_version(model: str) -> Call[None]:
+    """DeleteModelVersion."""
+    return Call(
+        path=MODEL + "DeleteModelVersion",
+        request=model_pb2.DeleteModelVersionRequest(model=model),
+        response_type=model_pb2.DeleteModelVersionResponse,
+        read=lambda _: None,
+    )
+
+
+def download_model(model: str) -> Call[types.DownloadHeader | types.DownloadChunk]:
+    """DownloadModel; the first response is the header."""
+    return Call(
+        path=MODEL + "DownloadModel",
+        request=model_pb2.DownloadModelRequest(model=model),
+        response_type=model_pb2.DownloadModelResponse,
+        read=_download_item,
+    )
+
+
+def load_model(model: str) -> Call[types.LoadedModel]:
+    """LoadModel."""
+    return Call(
+        path=MODEL + "LoadModel",
+        request=model_pb2.LoadModelRequest(model=model),
+        response_type=model_pb2.LoadModelResponse,
+        read=lambda response: from_message(types.LoadedModel, response.loaded_model),
+    )
+
+
+def unload_model(model: str) -> Call[bool]:
+    """UnloadModel."""
+    return Call(
+        path=MODEL + "UnloadModel",
+        request=model_pb2.UnloadModelRequest(model=model),
+        response_type=model_pb2.UnloadModelResponse,
+        read=lambda response: bool(response.was_loaded),
+    )
+
+
+def list_loaded_models() -> Call[list[types.LoadedModel]]:
+    """ListLoadedModels."""
+    return Call(
+        path=MODEL + "ListLoadedModels",
+        request=model_pb2.ListLoadedModelsRequest(),
+        response_type=model_pb2.ListLoadedModelsResponse,
+        read=lambda response: [from_message(types.LoadedModel, message) for message in response.loaded_models],
+    )
+
+
 # --- Translation ------------------------------------------------------------------------------------------------------
 
 
@@ -293,24 +363,69 @@ def get_model(model: str) -> Call[types.ModelDetails]:
 class SearchOptions:
     """The options of a translation; the names are those of TranslateOptions."""
 
-    beam_size: int | None
-    n_best: int | None
-    length_penalty: float | None
-    max_length: int | None
+    beam_size: int | None = None
+    n_best: int | None = None
+    length_penalty: float | None = None
+    max_length: int | None = None
+    max_length_ratio: float | None = None
+    min_length: int | None = None
+    patience: float | None = None
+    early_stopping: types.EarlyStopping | str | None = None
+    sampling: types.Sampling | None = None
+    repetition_penalty: float | None = None
+    no_repeat_ngram_size: int | None = None
+    return_token_scores: bool | None = None
+    return_alignment: bool | None = None
 
 
-def translate(model: str, sentences: str | Sequence[str], options: SearchOptions) -> Call[types.TranslationResult]:
+def translate(
+    model: str,
+    sentences: str | Sequence[str],
+    target_prefixes: Sequence[str],
+    split_sentences: bool,
+    options: types.TranslateOptions,
+) -> Call[types.TranslationResult]:
     """Translate; a single string is one sentence. Raises InvalidRequest."""
     request = translation_pb2.TranslateRequest(
-        model=model, sentences=[sentences] if isinstance(sentences, str) else sentences
+        model=model,
+        sentences=[sentences] if isinstance(sentences, str) else sentences,
+        target_prefixes=[target_prefixes] if isinstance(target_prefixes, str) else target_prefixes,
+        split_sentences=split_sentences,
     )
-    _fill(options, request.options, "options", InvalidRequest)
+    _fill(SearchOptions(**options), request.options, "options", InvalidRequest)
     return Call(
         path=TRANSLATION + "Translate",
         request=request,
         response_type=translation_pb2.TranslateResponse,
         read=lambda response: from_message(types.TranslationResult, response),
     )
+
+
+def translate_stream(
+    model: str, split_sentences: bool, window: int | None, options: types.TranslateOptions
+) -> Call[types.StreamTranslateResponse]:
+    """StreamTranslate; the call's request is the configuration. Raises InvalidRequest."""
+    request = translation_pb2.StreamTranslateRequest()
+    config = request.config
+    config.model, config.split_sentences = model, split_sentences
+    if window is not None:
+        config.window = window
+    _fill(SearchOptions(**options), config.options, "config.options", InvalidRequest)
+    return Call(
+        path=TRANSLATION + "StreamTranslate",
+        request=request,
+        response_type=translation_pb2.StreamTranslateResponse,
+        read=lambda response: from_message(types.StreamTranslateResponse, response),
+    )
+
+
+def stream_sentences(sentences: Iterable[types.StreamSentence]) -> Message:
+    """Return a further request of StreamTranslate."""
+    wire = [
+        translation_pb2.StreamSentence(id=item.id, sentence=item.sentence, target_prefix=item.target_prefix)
+        for item in sentences
+    ]
+    return translation_pb2.StreamTranslateRequest(sentences=translation_pb2.StreamSentences(sentences=wire))
 
 
 # --- Reading and writing ----------------------------------------------------------------------------------------------
@@ -376,6 +491,12 @@ def _corpus(response: Any) -> types.Corpus:  # noqa: ANN401 (two responses hold 
 
 def _page(cls: type[T], messages: Iterable[Message], response: Any) -> Page[T]:  # noqa: ANN401
     return Page(items=[from_message(cls, message) for message in messages], next_page_token=response.next_page_token)
+
+
+def _download_item(response: model_pb2.DownloadModelResponse) -> types.DownloadHeader | types.DownloadChunk:
+    if response.HasField("header"):
+        return from_message(types.DownloadHeader, response.header)
+    return from_message(types.DownloadChunk, response.chunk)
 
 
 def _stream_item(response: training_pb2.StreamMetricsResponse) -> types.MetricRecord | types.Heartbeat:

@@ -7,7 +7,7 @@ from typing import Any, Final
 import grpc
 from google.protobuf.any_pb2 import Any as AnyMessage
 from google.protobuf.message import DecodeError
-from google.rpc.error_details_pb2 import BadRequest, ErrorInfo
+from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
 from google.rpc.status_pb2 import Status
 
 from ferryman.errors import FerrymanError, Violation, error_class
@@ -20,7 +20,7 @@ def error_from_rpc(error: Any) -> FerrymanError:  # noqa: ANN401 (grpc.RpcError 
     """Return the error that a failed call stands for; `error` is a grpc.Call or a grpc.aio.AioRpcError."""
     code: grpc.StatusCode = error.code()
     message = error.details() or code.name
-    info, violations = ErrorInfo(), []
+    info, violations, retry_delay_s = ErrorInfo(), [], None
     for detail in _details(error):
         if detail.Is(ErrorInfo.DESCRIPTOR):
             detail.Unpack(info)
@@ -28,10 +28,19 @@ def error_from_rpc(error: Any) -> FerrymanError:  # noqa: ANN401 (grpc.RpcError 
             bad_request = BadRequest()
             detail.Unpack(bad_request)
             violations = [_violation(item) for item in bad_request.field_violations]
+        elif detail.Is(RetryInfo.DESCRIPTOR):
+            retry = RetryInfo()
+            detail.Unpack(retry)
+            retry_delay_s = retry.retry_delay.ToNanoseconds() / 1e9
     # Another domain's reason says nothing here: a proxy may have answered.
     reason = info.reason if info.domain == ERROR_DOMAIN else ""
     return error_class(reason, code)(
-        message, reason=reason or None, metadata=dict(info.metadata), violations=violations, code=code
+        message,
+        reason=reason or None,
+        metadata=dict(info.metadata),
+        violations=violations,
+        code=code,
+        retry_delay_s=retry_delay_s,
     )
 
 
@@ -45,6 +54,10 @@ def status_from_error(error: FerrymanError) -> Status:
             for item in error.violations
         ]
         _add(status, BadRequest(field_violations=violations))
+    if error.retry_delay_s is not None:
+        retry = RetryInfo()
+        retry.retry_delay.FromNanoseconds(round(error.retry_delay_s * 1e9))
+        _add(status, retry)
     return status
 
 
@@ -62,7 +75,7 @@ def _violation(item: BadRequest.FieldViolation) -> Violation:
     return Violation(field=item.field, description=item.description, reason=item.reason or "INVALID_VALUE")
 
 
-def _add(status: Status, detail: ErrorInfo | BadRequest) -> None:
+def _add(status: Status, detail: ErrorInfo | BadRequest | RetryInfo) -> None:
     packed = AnyMessage()
     packed.Pack(detail)
     status.details.append(packed)

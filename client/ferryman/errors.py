@@ -17,6 +17,7 @@
     │   ├── RunNotFinished
     │   ├── RunStillNeeded
     │   ├── ModelHasNoWeights
+    │   ├── ModelInUse
     │   ├── OptimizerNotKept
     │   └── RoleNotServed
     ├── OutOfRange
@@ -24,6 +25,8 @@
     ├── ResourceExhausted
     │   ├── CorpusTooLarge
     │   ├── DiskFull
+    │   ├── ModelTooLarge
+    │   ├── QueueFull
     │   └── TooManyRuns
     ├── Unavailable              also: the server cannot be reached
     │   ├── StoreUnavailable
@@ -61,7 +64,7 @@ class FerrymanError(Exception):
 
     `message` is for people; `reason` is the stable UPPER_SNAKE_CASE name to tell cases apart, by default the class's
     own; `metadata` holds the dynamic parts of the message; `violations` is empty but for InvalidArgument; `code` is the
-    status.
+    status; `retry_delay_s` is when the server thinks that it is worth another try, None if it does not say.
     """
 
     default_code: ClassVar[grpc.StatusCode] = grpc.StatusCode.UNKNOWN
@@ -74,6 +77,7 @@ class FerrymanError(Exception):
         metadata: Mapping[str, str] | None = None,
         violations: Sequence[Violation] = (),
         code: grpc.StatusCode | None = None,
+        retry_delay_s: float | None = None,
     ) -> None:
         super().__init__(message)
         self.message = message
@@ -81,6 +85,7 @@ class FerrymanError(Exception):
         self.metadata = dict(metadata or {})
         self.violations = tuple(violations)
         self.code = code or self.default_code
+        self.retry_delay_s = retry_delay_s
 
 
 class InvalidArgument(FerrymanError):
@@ -126,7 +131,7 @@ class RunNotFound(NotFound):
 
 
 class ModelNotFound(NotFound):
-    """No such model, or no such version of it."""
+    """No such model, or no such version or alias of it."""
 
 
 class AlreadyExists(FerrymanError):
@@ -161,6 +166,10 @@ class ModelHasNoWeights(FailedPrecondition):
     """The model was published without the weights that training could start from."""
 
 
+class ModelInUse(FailedPrecondition):
+    """An alias points at the version, or an unfinished run starts from it: it cannot be deleted."""
+
+
 class OptimizerNotKept(FailedPrecondition):
     """The checkpoints of the run that made the model are gone, and with them Adam's moments."""
 
@@ -191,6 +200,14 @@ class CorpusTooLarge(ResourceExhausted):
 
 class DiskFull(ResourceExhausted):
     """The server's disk has no space left."""
+
+
+class ModelTooLarge(ResourceExhausted):
+    """A model by itself takes more memory than the operator allows for all."""
+
+
+class QueueFull(ResourceExhausted):
+    """More waits to be translated than the server admits; there should be room in `retry_delay_s`."""
 
 
 class TooManyRuns(ResourceExhausted):
@@ -230,7 +247,7 @@ class DataLoss(FerrymanError):
 
 
 class ModelDamaged(DataLoss):
-    """A file of a published model is missing or is not what was published."""
+    """A file of a published model is missing or is not what was published, on the server or after a download."""
 
 
 def reason_of(error: type[FerrymanError]) -> str:

@@ -8,9 +8,9 @@
         assert client.translate("en-de", "hallo").translations[0].text == "HALLO"
 
 Corpora are kept in memory; a run "trains" at once, along a script of records; a run that succeeds publishes a model;
-every model translates with your function. A run that `hold_after` holds can be paused, resumed and cancelled. It checks
-no more of a request than it needs, resolves no recipe, and answers GetLRSchedule with one and the same function of the
-step whatever the schedule.
+every model translates with your function, can be downloaded, and is in memory from its first translation on. A run that
+`hold_after` holds can be paused, resumed and cancelled. It checks no more of a request than it needs, resolves no
+recipe, and answers GetLRSchedule with one and the same function of the step whatever the schedule.
 """
 
 # ruff: noqa: N802  (gRPC names the methods of a servicer)
@@ -28,14 +28,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from types import TracebackType
-from typing import Any, Final, NoReturn, Self, TypeVar
+from typing import Any, Final, NoReturn, Self, TypeVar, cast
 
 import grpc
 from google.protobuf.message import Message
 from grpc_status import rpc_status
 
 from ferryman import errors, types
-from ferryman._convert import record_to_message
+from ferryman._convert import SearchOptions, record_to_message
 from ferryman._mapping import fill_message, from_message
 from ferryman._rpc_errors import status_from_error
 from ferryman.types import RunState
@@ -57,6 +57,8 @@ Pair = tuple[str, str]
 _PAGE_SIZE: Final = 50
 _LAST_STEP: Final = 50_000
 _HEARTBEAT_INTERVAL_S: Final = 0.1
+_CHUNK_BYTES: Final = 1 << 20
+_MODEL_BYTES: Final = 4_000_000
 
 
 def noam_learning_rate(step: int) -> float:
@@ -122,7 +124,8 @@ class FakeFerryman:
     ) -> None:
         """Store; `start` or a `with` block serves.
 
-        `translate` translates a sentence. `script` is what every run records, by default `training_script()`.
+        `translate` translates a sentence; what it raises of `ferryman.errors` the caller gets, InvalidSentence in a
+        stream as the error of that sentence. `script` is what every run records, by default `training_script()`.
         `hold_after`: runs stand still after so many records, until `release` or CancelTraining. `learning_rate` is the
         curve that GetLRSchedule answers with. A held run that is paused and resumed is still held.
         """
@@ -132,6 +135,8 @@ class FakeFerryman:
         self.learning_rate = learning_rate
         self.calls: list[str] = []
         """The names of the RPCs that arrived, failed ones too, in order."""
+        self.translate_options: list[types.TranslateOptions] = []
+        """The options that each Translate and StreamTranslate has set, in order."""
         self.pairs: dict[str, dict[str, list[Pair]]] = {}
         """The sentence pairs of each corpus: by corpus id, then by split ("train", "validation")."""
         self.backend = _Backend(self)
@@ -263,10 +268,13 @@ class _Backend:
         self.changed = threading.Condition(threading.RLock())
         self.corpora: dict[str, types.Corpus] = {}
         self.models: dict[str, list[types.ModelVersion]] = {}
+        self.aliases: defaultdict[str, dict[str, types.ModelAlias]] = defaultdict(dict)
+        self.loaded: dict[str, types.LoadedModel] = {}
         self.runs: dict[str, _FakeRun] = {}
         self.requests: dict[str, tuple[bytes, str]] = {}
         self._fake = fake
         self._numbers = itertools.count(1)
+        self._versions: defaultdict[str, itertools.count[int]] = defaultdict(lambda: itertools.count(1))
 
     def once(self, request_id: str, body: bytes, create: Callable[[], str]) -> str:
         """Return the id that `create` made for this request_id, now or earlier; raises RequestIdReused."""
@@ -411,10 +419,10 @@ class _Backend:
     def publish(self, name: str, *, run_id: str, corpus_id: str, recipe: types.Recipe) -> types.ModelVersion:
         with self.changed:
             corpus = self.corpora.get(corpus_id)
-            versions = self.models.setdefault(name, [])
+            number = next(self._versions[name])
             version = types.ModelVersion(
                 name=name,
-                version=len(versions) + 1,
+                version=number,
                 source_language=corpus.source_language if corpus else "en",
                 target_language=corpus.target_language if corpus else "de",
                 run_id=run_id,
@@ -422,23 +430,60 @@ class _Backend:
                 recipe=recipe,
                 scores=types.ModelScores(bleu=31.5, chrf=55.0, nll_per_token=1.5, weights="best", step=4),
                 parameters=1_000_000,
-                size_bytes=4_000_000,
-                digest=hashlib.sha256(f"{name}/{len(versions)}".encode()).hexdigest(),
+                size_bytes=_MODEL_BYTES,
+                digest=hashlib.sha256(_manifest(name, number)).hexdigest(),
                 create_time=datetime.now(UTC),
             )
-            versions.append(version)
+            self.models.setdefault(name, []).append(version)
             return version
 
     def model(self, name: str) -> types.Model:
         versions = _found(self.models, name, errors.ModelNotFound, "model")
-        return types.Model(name=name, latest_version=versions[-1], versions=tuple(v.version for v in versions))
+        aliases = tuple(alias for _, alias in sorted(self.aliases[name].items()))
+        numbers = tuple(version.version for version in versions)
+        return types.Model(name=name, latest_version=versions[-1], versions=numbers, aliases=aliases)
 
     def version(self, reference: str) -> types.ModelVersion:
-        name, _, number = reference.partition("/")
-        for version in _found(self.models, name, errors.ModelNotFound, "model")[::-1]:
+        named, _, alias = reference.partition("@")
+        name, _, number = named.partition("/")
+        versions = _found(self.models, name, errors.ModelNotFound, "model")
+        if alias:
+            number = str(_found(self.aliases[name], alias, errors.ModelNotFound, f"alias of model {name}").version)
+        for version in versions[::-1]:
             if number in ("", str(version.version)):
                 return version
         raise errors.ModelNotFound(f"no version {number} of model {name}")
+
+    def set_alias(self, name: str, alias: str, number: int) -> types.Model:
+        with self.changed:
+            version = self.version(f"{name}/{number}")
+            moved = types.ModelAlias(alias=alias, version=version.version, update_time=datetime.now(UTC))
+            self.aliases[name][alias] = moved
+            return self.model(name)
+
+    def delete_alias(self, name: str, alias: str) -> None:
+        with self.changed:
+            self.version(f"{name}@{alias}")
+            del self.aliases[name][alias]
+
+    def delete_version(self, reference: str) -> None:
+        with self.changed:
+            version = self.version(reference)
+            aliases = [
+                alias for alias, target in self.aliases[version.name].items() if target.version == version.version
+            ]
+            if aliases:
+                raise errors.ModelInUse(f"alias {aliases[0]} points at {reference}", metadata={"aliases": aliases[0]})
+            self.models[version.name].remove(version)
+            if not self.models[version.name]:
+                del self.models[version.name]
+            self.loaded.pop(version.reference, None)
+
+    def load(self, version: types.ModelVersion) -> types.LoadedModel:
+        with self.changed:
+            loaded = types.LoadedModel(model=version.reference, memory_bytes=version.size_bytes, load_time_s=0.5)
+            self.loaded.pop(version.reference, None)  # the most recently used comes last
+            return self.loaded.setdefault(version.reference, loaded)
 
     def _record(self, run: _FakeRun, state: RunState, attempt: int) -> None:
         run.pending.appendleft(types.StateChange(state=state, attempt=attempt))
@@ -645,6 +690,73 @@ class _Models(_Servicer, model_pb2_grpc.ModelServiceServicer):
         response = _filled(model_pb2.GetModelResponse(), "model", self.backend.model(version.name))
         return _filled(response, "version", version)
 
+    @_rpc
+    def SetModelAlias(
+        self, request: model_pb2.SetModelAliasRequest, context: grpc.ServicerContext
+    ) -> model_pb2.SetModelAliasResponse:
+        model = self.backend.set_alias(request.name, request.alias, request.version)
+        return _filled(model_pb2.SetModelAliasResponse(), "model", model)
+
+    @_rpc
+    def DeleteModelAlias(
+        self, request: model_pb2.DeleteModelAliasRequest, context: grpc.ServicerContext
+    ) -> model_pb2.DeleteModelAliasResponse:
+        self.backend.delete_alias(request.name, request.alias)
+        return model_pb2.DeleteModelAliasResponse()
+
+    @_rpc
+    def DeleteModelVersion(
+        self, request: model_pb2.DeleteModelVersionRequest, context: grpc.ServicerContext
+    ) -> model_pb2.DeleteModelVersionResponse:
+        self.backend.delete_version(request.model)
+        return model_pb2.DeleteModelVersionResponse()
+
+    def DownloadModel(
+        self, request: model_pb2.DownloadModelRequest, context: grpc.ServicerContext
+    ) -> Iterator[model_pb2.DownloadModelResponse]:
+        try:
+            self.fake.arrive("DownloadModel")
+            version = self.backend.version(request.model)
+        except errors.FerrymanError as error:
+            _abort(context, error)
+        contents = model_files(version.name, version.version)
+        files = tuple(
+            types.DownloadFile(name=name, size_bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+            for name, content in contents.items()
+        )
+        header = types.DownloadHeader(version=version, files=files)
+        yield _filled(model_pb2.DownloadModelResponse(), "header", header)
+        for number, content in enumerate(contents.values()):
+            for offset in range(0, len(content), _CHUNK_BYTES):
+                data = content[offset : offset + _CHUNK_BYTES]
+                yield model_pb2.DownloadModelResponse(
+                    chunk=model_pb2.DownloadChunk(file=number, offset=offset, data=data)
+                )
+
+    @_rpc
+    def LoadModel(
+        self, request: model_pb2.LoadModelRequest, context: grpc.ServicerContext
+    ) -> model_pb2.LoadModelResponse:
+        loaded = self.backend.load(self.backend.version(request.model))
+        return _filled(model_pb2.LoadModelResponse(), "loaded_model", loaded)
+
+    @_rpc
+    def UnloadModel(
+        self, request: model_pb2.UnloadModelRequest, context: grpc.ServicerContext
+    ) -> model_pb2.UnloadModelResponse:
+        version = self.backend.version(request.model)
+        was_loaded = self.backend.loaded.pop(version.reference, None) is not None
+        return model_pb2.UnloadModelResponse(was_loaded=was_loaded)
+
+    @_rpc
+    def ListLoadedModels(
+        self, request: model_pb2.ListLoadedModelsRequest, context: grpc.ServicerContext
+    ) -> model_pb2.ListLoadedModelsResponse:
+        response = model_pb2.ListLoadedModelsResponse()
+        for loaded in reversed(list(self.backend.loaded.values())):
+            _checked(fill_message(loaded, response.loaded_models.add()))
+        return response
+
 
 class _Translations(_Servicer, translation_pb2_grpc.TranslationServiceServicer):
     @_rpc
@@ -652,30 +764,95 @@ class _Translations(_Servicer, translation_pb2_grpc.TranslationServiceServicer):
         self, request: translation_pb2.TranslateRequest, context: grpc.ServicerContext
     ) -> translation_pb2.TranslateResponse:
         version = self.backend.version(request.model)
-        n_best = request.options.n_best or 1
+        self.backend.load(version)
+        self.fake.translate_options.append(_set_options(request.options))
+        prefixes = request.target_prefixes or [""] * len(request.sentences)
         result = types.TranslationResult(
             model=version.reference,
-            translations=tuple(self._translation(sentence, n_best) for sentence in request.sentences),
-            timings=types.TranslateTimings(queue_s=0.0, text_s=0.001, encode_s=0.002, decode_s=0.004, total_s=0.007),
+            translations=tuple(
+                self._translation(sentence, prefix, request.options)
+                for sentence, prefix in zip(request.sentences, prefixes, strict=True)
+            ),
+            timings=types.TranslateTimings(
+                queue_s=0.0, text_s=0.001, encode_s=0.002, decode_s=0.004, total_s=0.007, steps=5, mean_batch_rows=5.0
+            ),
         )
         response = translation_pb2.TranslateResponse()
         _checked(fill_message(result, response))
         return response
 
-    def _translation(self, sentence: str, n_best: int) -> types.Translation:
-        """Return `n_best` hypotheses, all the same but for their scores; one, empty, for an empty sentence."""
-        text = self.fake.translate(sentence) if sentence else ""
+    def StreamTranslate(
+        self, request_iterator: Iterator[translation_pb2.StreamTranslateRequest], context: grpc.ServicerContext
+    ) -> Iterator[translation_pb2.StreamTranslateResponse]:
+        """Answer each message with one, its last sentence first: as from any server, order is not to be relied on."""
+        try:
+            self.fake.arrive("StreamTranslate")
+            config = next(request_iterator).config
+            version = self.backend.version(config.model)
+            self.backend.load(version)
+            self.fake.translate_options.append(_set_options(config.options))
+        except errors.FerrymanError as error:
+            _abort(context, error)
+        for request in request_iterator:
+            results = [self._outcome(sentence, config.options) for sentence in reversed(request.sentences.sentences)]
+            answer = types.StreamTranslateResponse(model=version.reference, translations=tuple(results))
+            response = translation_pb2.StreamTranslateResponse()
+            _checked(fill_message(answer, response))
+            yield response
+
+    def _outcome(
+        self, item: translation_pb2.StreamSentence, options: translation_pb2.TranslateOptions
+    ) -> types.StreamTranslation:
+        try:
+            translation = self._translation(item.sentence, item.target_prefix, options)
+        except errors.InvalidSentence as error:
+            reason = error.violations[0].reason if error.violations else error.reason
+            return types.StreamTranslation(id=item.id, error=types.SentenceError(reason=reason, message=error.message))
+        return types.StreamTranslation(id=item.id, translation=translation)
+
+    def _translation(self, sentence: str, prefix: str, options: translation_pb2.TranslateOptions) -> types.Translation:
+        """Return as many hypotheses as asked for, all the same but for their scores; one for an empty sentence."""
+        text = " ".join(part for part in (prefix, self.fake.translate(sentence) if sentence else "") if part)
+        pieces = (*text.split(), "</s>")
+        asked = options.return_token_scores or options.return_alignment
         hypotheses = [
             types.Hypothesis(
                 text=text,
                 score=-0.1 * rank,
-                log_probability=-0.1 * rank * (len(text.split()) + 1),
-                target_tokens=len(text.split()) + 1,
+                log_probability=-0.1 * rank * len(pieces),
+                target_tokens=len(pieces),
                 finished=True,
+                pieces=pieces if asked else (),
+                token_log_probabilities=(-0.1 * rank,) * len(pieces) if options.return_token_scores else (),
+                alignment=tuple(range(len(pieces))) if options.return_alignment else (),
             )
-            for rank in range(1, (n_best if sentence else 1) + 1)
+            for rank in range(1, ((options.n_best or 1) if sentence else 1) + 1)
         ]
-        return types.Translation(hypotheses=tuple(hypotheses), source_tokens=len(sentence.split()) + bool(sentence))
+        source = (*sentence.split(), "</s>") if sentence else ()
+        return types.Translation(
+            hypotheses=tuple(hypotheses), source_tokens=len(source), source_pieces=source if asked else ()
+        )
+
+
+def _set_options(message: translation_pb2.TranslateOptions) -> types.TranslateOptions:
+    values = vars(from_message(SearchOptions, message))
+    return cast("types.TranslateOptions", {name: value for name, value in values.items() if value is not None})
+
+
+def _manifest(name: str, version: int) -> bytes:
+    return f"the manifest of the fake model {name}/{version}".encode()
+
+
+def model_files(name: str, version: int) -> dict[str, bytes]:
+    """Return what a download of a fake model brings: files of the right names, and nothing that could translate."""
+    manifest = _manifest(name, version)
+    subwords = f"the subwords of the fake model {name}/{version}".encode()
+    return {
+        "manifest.json": manifest,
+        "decoder.onnx": b"",
+        "encoder.onnx": bytes(_MODEL_BYTES - len(manifest) - len(subwords)),
+        "subwords.model": subwords,
+    }
 
 
 def _read_upload(requests: Iterable[corpus_pb2.UploadCorpusRequest]) -> dict[str, list[Pair]]:

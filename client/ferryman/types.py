@@ -9,6 +9,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 from datetime import datetime
+from typing import TypedDict
 
 # --- Recipes ----------------------------------------------------------------------------------------------------------
 
@@ -474,12 +475,22 @@ class ModelVersion:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ModelAlias:
+    """A name for one version of a model, which can be moved to another; `update_time` is when it was last set."""
+
+    alias: str
+    version: int
+    update_time: datetime
+
+
+@dataclass(frozen=True, kw_only=True)
 class Model:
-    """A name with its newest version and the numbers of all, rising."""
+    """A name with its newest version, the numbers of all, rising, and its aliases, by name."""
 
     name: str
     latest_version: ModelVersion
     versions: tuple[int, ...]
+    aliases: tuple[ModelAlias, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -490,14 +501,93 @@ class ModelDetails:
     version: ModelVersion
 
 
+@dataclass(frozen=True, kw_only=True)
+class LoadedModel:
+    """A version in the memory of the server, "name/version". `load_time_s`: to read it and to warm it up."""
+
+    model: str
+    memory_bytes: int
+    load_time_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class DownloadFile:
+    """A file of a published version; `sha256` is hexadecimal."""
+
+    name: str
+    size_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class DownloadHeader:
+    """What a download begins with: the version, and its files in the order in which they follow."""
+
+    version: ModelVersion
+    files: tuple[DownloadFile, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DownloadChunk:
+    """A piece of a file: the file's place in the header, from 0, and the piece's first byte in it."""
+
+    file: int
+    offset: int
+    data: bytes
+
+
 # --- Translation ------------------------------------------------------------------------------------------------------
+
+
+class EarlyStopping(enum.StrEnum):
+    """When a beam search has found enough: at the FIRST beam_size hypotheses, or when no better one can come."""
+
+    FIRST = "first"
+    OPTIMAL = "optimal"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """Random sampling from the model's distribution; what is None takes the service's default.
+
+    Logits are divided by `temperature`; drawn is from the `top_k` most probable subwords (0: all), then from the
+    smallest set of them whose probabilities reach `top_p`. The same `seed` gives the same samples.
+    """
+
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int | None = None
+
+
+class TranslateOptions(TypedDict, total=False):
+    """How to search for a translation: the keyword arguments that `translate` and `translate_stream` share.
+
+    Ranges and defaults: protos/ferryman/v1/translation.proto, message TranslateOptions.
+    """
+
+    beam_size: int | None
+    n_best: int | None
+    length_penalty: float | None
+    max_length: int | None
+    max_length_ratio: float | None
+    min_length: int | None
+    patience: float | None
+    early_stopping: EarlyStopping | str | None
+    sampling: Sampling | None
+    repetition_penalty: float | None
+    no_repeat_ngram_size: int | None
+    return_token_scores: bool | None
+    return_alignment: bool | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Hypothesis:
     """One translation of a sentence. `score` is log_probability / target_tokens ** length_penalty (natural logarithm).
 
-    `finished` is False if the hypothesis was cut at the length limit.
+    `finished` is False if the hypothesis was cut at the length limit. `pieces` are its subwords, with
+    `return_token_scores` or `return_alignment`; `token_log_probabilities` belong to them, and so does `alignment`: the
+    source piece, from 0, that each looks at most.
     """
 
     text: str
@@ -505,14 +595,19 @@ class Hypothesis:
     log_probability: float
     target_tokens: int
     finished: bool
+    pieces: tuple[str, ...] = ()
+    token_log_probabilities: tuple[float, ...] = ()
+    alignment: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Translation:
-    """The hypotheses for one sentence, best first."""
+    """The hypotheses for one sentence, best first. `source_pieces` are the source's subwords, when the hypotheses have
+    theirs."""
 
     hypotheses: tuple[Hypothesis, ...]
     source_tokens: int
+    source_pieces: tuple[str, ...] = ()
 
     @property
     def text(self) -> str:
@@ -522,13 +617,19 @@ class Translation:
 
 @dataclass(frozen=True, kw_only=True)
 class TranslateTimings:
-    """Where the time of a request went on the server, seconds."""
+    """Where the time of a request went on the server, seconds.
+
+    `queue_s`, `encode_s`, `decode_s` and `steps` are of the sentence that took most; `mean_batch_rows` is how many rows
+    (sentences times beam, other callers' included) a decoding step computed.
+    """
 
     queue_s: float
     text_s: float
     encode_s: float
     decode_s: float
     total_s: float
+    steps: int = 0
+    mean_batch_rows: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -538,3 +639,38 @@ class TranslationResult:
     model: str
     translations: tuple[Translation, ...]
     timings: TranslateTimings
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamSentence:
+    """A sentence of a stream, its caller's id, and the words that its translation must begin with."""
+
+    id: str
+    sentence: str
+    target_prefix: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SentenceError:
+    """Why a sentence of a stream has no translation: a stable UPPER_SNAKE_CASE reason, and what to do about it."""
+
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamTranslation:
+    """What became of a sentence of a stream: either `translation` or `error` is set. `id` is the caller's, or the
+    sentence's number from 0."""
+
+    id: str
+    translation: Translation | None = None
+    error: SentenceError | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamTranslateResponse:
+    """Translations of a stream that have finished, and the model that made them, "name/version"."""
+
+    model: str
+    translations: tuple[StreamTranslation, ...]

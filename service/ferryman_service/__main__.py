@@ -50,8 +50,9 @@ def _parser(environment: Mapping[str, str]) -> argparse.ArgumentParser:
     importing = commands.add_parser(
         "import-model", parents=[common], help="publish a model bundle that was trained elsewhere"
     )
-    importing.add_argument("bundle", type=Path, help="its folder: DATA_DIR/models/NAME/VERSION of the other server")
-
+    importing.add_argument(
+        "bundle", type=Path, help="its folder: a download, or DATA_DIR/models/NAME/VERSION of the other server"
+    )
     importing.add_argument("name", help="the model to publish it as, such as en-de")
     return parser
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from ferryman_service.application.corpora import CorpusUseCases
+from ferryman_service.application.loaded_models import LoadedModels, LoadingLimits
 from ferryman_service.application.metrics_feed import FeedConfig, MetricsFeed
 from ferryman_service.application.models import ModelUseCases
 from ferryman_service.application.paging import Pager
@@ -18,7 +19,7 @@ from ferryman_service.application.ports import BundleLoader
 from ferryman_service.application.supervisor import Supervisor, SupervisorConfig
 from ferryman_service.application.training import RunLimits, TrainingUseCases
 from ferryman_service.application.translating import TranslationLimits, TranslationUseCases
-from ferryman_service.config.service_config import Device, Role, ServiceConfig
+from ferryman_service.config.service_config import Role, ServiceConfig
 from ferryman_service.domain.models import ModelVersion
 from ferryman_service.launch.torchrun import LaunchConfig, TorchrunLauncher, torchrun_command
 from ferryman_service.observability.http import MetricsEndpoint, new_registry
@@ -39,10 +40,12 @@ from ferryman_service.stores.lock import FolderLock
 from ferryman_service.stores.models import FileModelStore
 from ferryman_service.stores.run_folders import FileRunFolders
 from ferryman_service.stores.runs import SqlRunStore
+from ferryman_service.text.sentences import SentencexSplitter
 
 _log = logging.getLogger(__name__)
 _HEALTH_TIMEOUT_S: Final = 5.0
 _RESTART_PAUSE_S: Final = 1.0
+_BYTES_PER_MIB: Final = 2**20
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,14 @@ class _UseCases:
     corpora: CorpusUseCases
     models: ModelUseCases
     translation: TranslationUseCases
+    loaded: LoadedModels | None
+
+    def close(self) -> None:
+        """Wait for translations and loads in hand, then free the models."""
+        self.translation.close()
+        self.models.close()
+        if self.loaded is not None:
+            self.loaded.close()
 
 
 class Service:
@@ -74,7 +85,7 @@ class Service:
         server: rpc.RpcServer,
         endpoint: MetricsEndpoint,
         background: tuple[Supervisor | RunObserver, ...],
-        translation: TranslationUseCases,
+        use_cases: _UseCases,
     ) -> None:
         """Store the parts."""
         self._config = config
@@ -82,7 +93,7 @@ class Service:
         self._server = server
         self._endpoint = endpoint
         self._background = background
-        self._translation = translation
+        self._use_cases = use_cases
         self._tasks: list[asyncio.Task[None]] = []
         self.port = 0
         self.metrics_port = 0
@@ -102,7 +113,7 @@ class Service:
             with contextlib.suppress(asyncio.CancelledError):
                 await task
         await self._server.stop(self._config.grace_s)
-        await asyncio.to_thread(self._translation.close)
+        await asyncio.to_thread(self._use_cases.close)
         self._endpoint.stop()
         if self._lock is not None:
             self._lock.release()
@@ -121,9 +132,9 @@ def build_service(config: ServiceConfig) -> Service:
     if lock is not None:
         lock.acquire()
     stores = _open_stores(folder, config)
+    stores.models.recover()
     if trains:
         stores.corpora.recover()
-        stores.models.recover()
         stores.runs.recover()
         stores.folders.delete_orphans(stores.runs.ids())
     registry = new_registry()
@@ -132,10 +143,15 @@ def build_service(config: ServiceConfig) -> Service:
     return Service(
         config=config,
         lock=lock,
-        server=_build_server(use_cases, RpcMetrics(registry), TranslationMetrics(registry), config),
+        server=_build_server(
+            use_cases,
+            RpcMetrics(registry),
+            TranslationMetrics(registry, use_cases.translation.queued_tokens),
+            config,
+        ),
         endpoint=MetricsEndpoint(registry, config.metrics_host, config.metrics_port),
         background=(_build_supervisor(stores, config), observer) if trains else (),
-        translation=use_cases.translation,
+        use_cases=use_cases,
     )
 
 
@@ -165,6 +181,7 @@ def _open_stores(folder: DataFolder, config: ServiceConfig) -> _Stores:
 
 def _build_use_cases(stores: _Stores, config: ServiceConfig) -> _UseCases:
     pager = Pager(stores.folder.page_token_key())
+    loaded = _build_loaded_models(stores, config) if Role.TRANSLATION in config.roles else None
     return _UseCases(
         training=TrainingUseCases(
             runs=stores.runs,
@@ -181,16 +198,14 @@ def _build_use_cases(stores: _Stores, config: ServiceConfig) -> _UseCases:
         ),
         feed=MetricsFeed(stores.runs, FeedConfig(heartbeat_s=config.heartbeat_s)),
         corpora=CorpusUseCases(corpora=stores.corpora, pager=pager),
-        models=ModelUseCases(models=stores.models, pager=pager),
+        models=ModelUseCases(models=stores.models, loaded=loaded, pager=pager),
         translation=TranslationUseCases(
             models=stores.models,
-            loader=_build_loader(config) if Role.TRANSLATION in config.roles else None,
-            limits=TranslationLimits(
-                max_sentences=config.max_sentences,
-                threads=config.translation_threads,
-                max_loaded_models=config.max_loaded_models,
-            ),
+            loaded=loaded,
+            splitter=SentencexSplitter(),
+            limits=TranslationLimits(max_sentences=config.max_sentences, queue_tokens=config.queue_tokens),
         ),
+        loaded=loaded,
     )
 
 
@@ -207,16 +222,21 @@ def _require_packages(config: ServiceConfig) -> None:
             )
 
 
+def _build_loaded_models(stores: _Stores, config: ServiceConfig) -> LoadedModels:
+    limits = LoadingLimits(
+        max_loaded_models=config.max_loaded_models, memory_bytes=config.model_memory_mib * _BYTES_PER_MIB
+    )
+    return LoadedModels(stores.models, _build_loader(config), limits)
+
+
 def _build_loader(config: ServiceConfig) -> BundleLoader:
     """Import ONNX Runtime only where it is used: a service without the translation role starts sooner."""
-    from ferryman_service.pipeline.translator import MicroBatchLimit
     from ferryman_service.translation.loader import OnnxBundleLoader
-    from ferryman_service.translation.onnx_decoder import OnnxConfig, cuda_is_available
+    from ferryman_service.translation.onnx_model import OnnxConfig
+    from ferryman_service.translation.scheduler import SchedulerConfig
 
-    if config.device is Device.CUDA and not cuda_is_available():
-        raise OSError("--device cuda: ONNX Runtime here has no CUDA; install onnxruntime-gpu, or choose --device cpu")
-    cuda = config.device is not Device.CPU and cuda_is_available()
-    return OnnxBundleLoader(OnnxConfig(cuda=cuda), MicroBatchLimit())
+    scheduler = SchedulerConfig(threads=config.translation_threads, max_rows=config.max_batch_rows)
+    return OnnxBundleLoader(OnnxConfig(compute_type=config.compute_type), scheduler)
 
 
 def _build_supervisor(stores: _Stores, config: ServiceConfig) -> Supervisor:
@@ -241,7 +261,7 @@ def _build_server(
         training=TrainingServicer(use_cases.training, use_cases.feed, shutdown),
         corpora=CorpusServicer(use_cases.corpora),
         models=ModelServicer(use_cases.models),
-        translation=TranslationServicer(use_cases.translation, translations),
+        translation=TranslationServicer(use_cases.translation, translations, shutdown),
     )
     by_role = {Role.TRAINING: rpc.TRAINING, Role.TRANSLATION: rpc.TRANSLATION}
     rpc_config = rpc.RpcConfig(

@@ -62,7 +62,6 @@ def main() -> int:
 
 def _build(folder: DataFolder, device: Device, stop: threading.Event) -> WorkerPorts:
     """The composition root of the worker. It imports what takes seconds, in which torchrun's agent may die."""
-    from ferryman_service.pipeline.translator import MicroBatchLimit
     from ferryman_service.stores.corpora import CorpusLimits, FileCorpusStore
     from ferryman_service.stores.database import open_database
     from ferryman_service.stores.models import FileModelStore
@@ -72,7 +71,8 @@ def _build(folder: DataFolder, device: Device, stop: threading.Event) -> WorkerP
     from ferryman_service.training.engine import EngineConfig, TorchTrainingEngine
     from ferryman_service.training.export import OnnxExporter
     from ferryman_service.translation.loader import OnnxBundleLoader
-    from ferryman_service.translation.onnx_decoder import OnnxConfig
+    from ferryman_service.translation.onnx_model import OnnxConfig
+    from ferryman_service.translation.scheduler import SchedulerConfig
 
     make_reserve(folder.reserve)
     database = open_database(folder.database)
@@ -83,7 +83,7 @@ def _build(folder: DataFolder, device: Device, stop: threading.Event) -> WorkerP
         models=models,
         engine=TorchTrainingEngine(EngineConfig(device=device.value)),
         exporter=OnnxExporter(),
-        loader=OnnxBundleLoader(OnnxConfig(), MicroBatchLimit()),
+        loader=OnnxBundleLoader(OnnxConfig(), SchedulerConfig()),
         log_tail=lambda run_id, attempt: read_log_tail(folder.worker_log(run_id, attempt)),
         reporter=ReporterConfig(),
         prepared_dir=folder.prepared,

@@ -10,7 +10,8 @@ from ferryman.testing import FakeFerryman
 GUIDE = Path(__file__).parents[2] / "docs" / "api.md"
 
 
-def test_the_python_blocks_run(capsys):
+def test_the_python_blocks_run(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the guide downloads a model
     blocks = re.findall(r"^```python\n(.*?)^```$", GUIDE.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
     assert len(blocks) >= 6
     with FakeFerryman() as fake:

@@ -33,6 +33,34 @@ async def test_a_run_from_corpus_to_translation(fake, async_client):
     assert [c.corpus_id async for c in async_client.list_corpora()] == [corpus.corpus_id]
 
 
+async def test_the_life_of_a_version(fake, async_client, tmp_path):
+    fake.add_model("m"), fake.add_model("m")
+    assert (await async_client.set_model_alias("m", "production", 1)).aliases[0].version == 1
+    assert (await async_client.translate("m@production", "x")).model == "m/1"
+    assert (await async_client.load_model("m")).model == "m/2"
+    assert [loaded.model for loaded in await async_client.list_loaded_models()] == ["m/2", "m/1"]
+    assert await async_client.unload_model("m/2")
+    version = await async_client.download_model("m@production", tmp_path / "bundle")
+    assert version.reference == "m/1"
+    assert sum(file.stat().st_size for file in (tmp_path / "bundle").iterdir()) == version.size_bytes
+    with pytest.raises(errors.ModelInUse):
+        await async_client.delete_model_version("m/1")
+    await async_client.delete_model_alias("m", "production")
+    await async_client.delete_model_version("m/1")
+    assert (await async_client.get_model("m")).model.versions == (2,)
+
+
+async def test_a_download_whose_task_is_cancelled_leaves_nothing(fake, async_client, tmp_path):
+    fake.add_model("m")
+    task = asyncio.create_task(async_client.download_model("m", tmp_path / "bundle"))
+    while not list(tmp_path.iterdir()):
+        await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert list(tmp_path.iterdir()) == []
+
+
 async def test_errors_are_those_of_the_tree(async_client):
     with pytest.raises(errors.ModelNotFound, match="nope"):
         await async_client.translate("nope", "x")

@@ -158,10 +158,20 @@ MESSAGES = {
     types.Model: model_pb2.Model,
     types.ModelVersion: model_pb2.ModelVersion,
     types.ModelScores: model_pb2.ModelScores,
+    types.ModelAlias: model_pb2.ModelAlias,
+    types.LoadedModel: model_pb2.LoadedModel,
+    types.DownloadHeader: model_pb2.DownloadHeader,
+    types.DownloadFile: model_pb2.DownloadFile,
+    types.DownloadChunk: model_pb2.DownloadChunk,
     types.Translation: translation_pb2.Translation,
     types.Hypothesis: translation_pb2.Hypothesis,
     types.TranslationResult: translation_pb2.TranslateResponse,
     types.TranslateTimings: translation_pb2.TranslateTimings,
+    types.Sampling: translation_pb2.Sampling,
+    types.StreamTranslateResponse: translation_pb2.StreamTranslateResponse,
+    types.StreamTranslation: translation_pb2.StreamTranslation,
+    types.SentenceError: translation_pb2.SentenceError,
+    types.StreamSentence: translation_pb2.StreamSentence,
     _convert.SearchOptions: translation_pb2.TranslateOptions,
 }
 
@@ -185,6 +195,7 @@ ENUMS = [
     (types.RunState, metrics_pb2.RunState),
     (types.EventLevel, metrics_pb2.EventLevel),
     (types.RunOrder, training_pb2.RunOrder),
+    (types.EarlyStopping, translation_pb2.EarlyStopping),
 ]
 
 

@@ -121,3 +121,15 @@ def test_a_reason_of_another_domain_is_none_of_ours():
         FailedCall(grpc.StatusCode.UNAVAILABLE, with_info(ErrorInfo(reason="RUN_NOT_FOUND", domain="proxy.example")))
     )
     assert type(error) is errors.Unavailable
+
+
+def test_the_delay_that_the_server_asks_for_is_told(fake, client):
+    fake.add_model("m")
+    fake.fail_next("Translate", errors.QueueFull("full", retry_delay_s=1.25))
+    with pytest.raises(errors.QueueFull) as caught:
+        client.translate("m", "x")
+    assert caught.value.retry_delay_s == 1.25
+    fake.fail_next("Translate", errors.ModelTooLarge("large"))
+    with pytest.raises(errors.ModelTooLarge) as caught:
+        client.translate("m", "x")
+    assert caught.value.retry_delay_s is None

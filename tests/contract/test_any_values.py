@@ -8,7 +8,7 @@ from google.protobuf.descriptor import FieldDescriptor as Field
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ferryman.v1 import training_pb2, translation_pb2
+from ferryman.v1 import model_pb2, training_pb2, translation_pb2
 
 ALLOWED = {grpc.StatusCode.OK, grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND}
 STATE_FORBIDS = grpc.StatusCode.FAILED_PRECONDITION
@@ -16,13 +16,16 @@ INTERESTING = [0, 1, 2, 3, 4, 8, 64, 100, 512, 1000]
 NUMBERS = {
     Field.CPPTYPE_INT32: st.sampled_from(INTERESTING) | st.integers(-(2**31), 2**31 - 1),
     Field.CPPTYPE_INT64: st.sampled_from(INTERESTING) | st.integers(-(2**63), 2**63 - 1),
+    Field.CPPTYPE_UINT64: st.sampled_from(INTERESTING) | st.integers(0, 2**64 - 1),
     Field.CPPTYPE_DOUBLE: st.sampled_from([0.0, 0.1, 0.5, 1.0, 2.0]) | st.floats(),
     Field.CPPTYPE_BOOL: st.just(True),
     Field.CPPTYPE_ENUM: st.integers(0, 6) | st.integers(-(2**31), 2**31 - 1),
 }
 TEXTS = {
     "initial_model": st.sampled_from(["en-de", "en-de/1", "pretrained", "pretrained/2"]),
-    "model": st.sampled_from(["en-de", "en-de/1", "en-de/2", "nobody"]),
+    "model": st.sampled_from(["en-de", "en-de/1", "en-de/2", "nobody", "en-de@production", "en-de@x"]),
+    "name": st.sampled_from(["en-de", "nobody"]),
+    "alias": st.sampled_from(["production", "x", "7"]),
     "sentences": st.sampled_from(["a dog", "", "word " * 9, "\x00", "\N{DOG FACE}"]),
 }
 
@@ -34,9 +37,7 @@ def messages(descriptor, skip=()):
 
 
 def values(field):
-    if field.message_type is not None:
-        return messages(field.message_type)
-    one = NUMBERS.get(field.cpp_type)
+    one = messages(field.message_type) if field.message_type is not None else NUMBERS.get(field.cpp_type)
     if one is None:
         one = TEXTS.get(field.name, st.nothing()) | st.text(max_size=100)
     return st.lists(one, max_size=5) if field.is_repeated else one
@@ -114,6 +115,24 @@ def test_translate(service, fields):
 
 
 @any_values
+@given(
+    st.lists(messages(translation_pb2.StreamTranslateConfig.DESCRIPTOR, skip=["options"]), max_size=2),
+    st.lists(messages(translation_pb2.StreamTranslateRequest.DESCRIPTOR, skip=["config"]), max_size=3),
+)
+def test_stream_translate(service, configs, requests):
+    """Each sentence of a stream that ends well is answered once."""
+    wire = [translation_pb2.StreamTranslateRequest(config=fields) for fields in configs]
+    wire += [translation_pb2.StreamTranslateRequest(**fields) for fields in requests]
+    call = service.translation_stub.StreamTranslate(iter(wire), timeout=20)
+    with contextlib.suppress(grpc.RpcError):
+        answered = [item.id for response in call for item in response.translations]
+    assert call.code() in ALLOWED, (call.code(), call.details(), wire)
+    if call.code() is grpc.StatusCode.OK:
+        sent = [sentence.id for request in wire for sentence in request.sentences.sentences]
+        assert sorted(answered) == sorted(sent)
+
+
+@any_values
 @given(messages(training_pb2.ListTrainingRunsRequest.DESCRIPTOR))
 def test_list_training_runs(service, fields):
     check(service.training_stub.ListTrainingRuns, training_pb2.ListTrainingRunsRequest(**fields))
@@ -151,3 +170,26 @@ def test_bytes_that_are_no_message(service, refused):
     for refusal in (refused(unary, b"\xff"), refused(stream, iter([b"\xff"]))):
         assert (refusal.code, refusal.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_REQUEST")
         assert refusal.violations == [("request", "MALFORMED")]
+
+
+MODEL_REQUESTS = {
+    method.name: method.input_type for method in model_pb2.DESCRIPTOR.services_by_name["ModelService"].methods
+}
+
+
+@settings(any_values, max_examples=300)
+@given(st.sampled_from(sorted(MODEL_REQUESTS)).flatmap(lambda m: st.tuples(st.just(m), messages(MODEL_REQUESTS[m]))))
+def test_models(service, called):
+    """Last: it also deletes."""
+    if not service.models.list_page(None, 1):
+        service.import_model("en-de")
+    method, fields = called
+    request = getattr(model_pb2, f"{method}Request")(**fields)
+    if method != "DownloadModel":
+        check(getattr(service.model_stub, method), request, STATE_FORBIDS)
+        return
+    call = service.model_stub.DownloadModel(request, timeout=20)
+    with contextlib.suppress(grpc.RpcError):
+        first, *_ = [response.WhichOneof("item") for response in call]
+        assert first == "header"
+    assert call.code() in ALLOWED, (call.code(), call.details(), request)

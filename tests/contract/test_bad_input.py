@@ -357,6 +357,34 @@ def translate(model="en-de", sentences=("hello",), **options):
         ),
         (translate(beam_size=2, n_best=3), "INVALID_REQUEST", [("options.n_best", "CONFLICT")]),
         (
+            translate(
+                beam_size=3,
+                n_best=40,
+                max_length_ratio=float("nan"),
+                min_length=-1,
+                patience=0,
+                early_stopping=9,
+                sampling={"temperature": 0, "top_k": -1, "top_p": 1.5},
+                repetition_penalty=0,
+                no_repeat_ngram_size=-1,
+            ),
+            "INVALID_REQUEST",
+            [
+                ("options.early_stopping", "UNKNOWN_ENUM_VALUE"),
+                ("options.beam_size", "CONFLICT"),
+                ("options.n_best", "OUT_OF_RANGE"),
+                ("options.max_length_ratio", "OUT_OF_RANGE"),
+                ("options.min_length", "OUT_OF_RANGE"),
+                ("options.patience", "OUT_OF_RANGE"),
+                ("options.repetition_penalty", "OUT_OF_RANGE"),
+                ("options.no_repeat_ngram_size", "OUT_OF_RANGE"),
+                ("options.sampling.temperature", "OUT_OF_RANGE"),
+                ("options.sampling.top_k", "OUT_OF_RANGE"),
+                ("options.sampling.top_p", "OUT_OF_RANGE"),
+            ],
+        ),
+        (translate(min_length=7, max_length=7), "INVALID_REQUEST", [("options.min_length", "CONFLICT")]),
+        (
             translate(sentences=["fine", "word " * 20, "too " * 9]),
             "INVALID_SENTENCE",
             [("sentences[1]", "SENTENCE_TOO_LONG"), ("sentences[2]", "SENTENCE_TOO_LONG")],
@@ -381,6 +409,35 @@ def test_translations(service, refused, request_message, reason, violations):
         ),
         ("model_stub", "GetModel", model_pb2.GetModelRequest(model="x/0"), [("model", "INVALID_MODEL_REFERENCE")]),
         ("model_stub", "ListModels", model_pb2.ListModelsRequest(page_size=-2), [("page_size", "OUT_OF_RANGE")]),
+        (
+            "model_stub",
+            "SetModelAlias",
+            model_pb2.SetModelAliasRequest(name="EN", alias="42", version=-1),
+            [("name", "INVALID_MODEL_NAME"), ("alias", "INVALID_ALIAS"), ("version", "OUT_OF_RANGE")],
+        ),
+        (
+            "model_stub",
+            "DeleteModelAlias",
+            model_pb2.DeleteModelAliasRequest(),
+            [("name", "INVALID_MODEL_NAME"), ("alias", "INVALID_ALIAS")],
+        ),
+        *(
+            (
+                "model_stub",
+                method,
+                getattr(model_pb2, f"{method}Request")(model=model),
+                [("model", "INVALID_MODEL_REFERENCE")],
+            )
+            for method, model in (
+                ("GetModel", "en-de@"),
+                ("DeleteModelVersion", "en-de"),
+                ("DeleteModelVersion", "en-de@production"),
+                ("DeleteModelVersion", "../../1"),
+                ("DownloadModel", "../../etc/passwd"),
+                ("LoadModel", ""),
+                ("UnloadModel", "en-de@7"),
+            )
+        ),
         ("training_stub", "GetTrainingRun", training_pb2.GetTrainingRunRequest(), [("run_id", "REQUIRED")]),
         ("training_stub", "CancelTraining", training_pb2.CancelTrainingRequest(), [("run_id", "REQUIRED")]),
         ("training_stub", "PauseTraining", training_pb2.PauseTrainingRequest(), [("run_id", "REQUIRED")]),
@@ -474,6 +531,36 @@ def test_other_requests(service, refused, stub, method, request_message, violati
             for method in ("PauseTraining", "ResumeTraining", "ListCheckpoints", "DeleteTrainingRun")
         ),
         ("model_stub", "GetModel", model_pb2.GetModelRequest(model="fr-it"), "MODEL_NOT_FOUND", ("model", "fr-it")),
+        (
+            "model_stub",
+            "SetModelAlias",
+            model_pb2.SetModelAliasRequest(name="en-de", alias="production", version=99),
+            "MODEL_NOT_FOUND",
+            ("model", "en-de/99"),
+        ),
+        (
+            "model_stub",
+            "DeleteModelAlias",
+            model_pb2.DeleteModelAliasRequest(name="en-de", alias="production"),
+            "MODEL_NOT_FOUND",
+            ("model", "en-de@production"),
+        ),
+        *(
+            (
+                "model_stub",
+                method,
+                getattr(model_pb2, f"{method}Request")(model=model),
+                "MODEL_NOT_FOUND",
+                ("model", model),
+            )
+            for method, model in (
+                ("DeleteModelVersion", "en-de/99"),
+                ("DownloadModel", "en-de@production"),
+                ("LoadModel", "fr-it"),
+                ("UnloadModel", "en-de/99"),
+            )
+        ),
+        ("translation_stub", "Translate", translate("en-de@x"), "MODEL_NOT_FOUND", ("model", "en-de@x")),
         ("translation_stub", "Translate", translate("en-de/99"), "MODEL_NOT_FOUND", ("model", "en-de/99")),
     ],
 )
@@ -501,10 +588,20 @@ def test_a_role_that_is_not_served(make_service, refused):
         (service.training_stub.ResumeTraining, training_pb2.ResumeTrainingRequest(run_id=NO_SUCH_RUN)),
         (service.training_stub.DeleteTrainingRun, training_pb2.DeleteTrainingRunRequest(run_id=NO_SUCH_RUN)),
         (service.translation_stub.Translate, translate()),
+        (service.model_stub.LoadModel, model_pb2.LoadModelRequest(model="en-de")),
+        (service.model_stub.UnloadModel, model_pb2.UnloadModelRequest(model="en-de")),
+        (service.model_stub.ListLoadedModels, model_pb2.ListLoadedModelsRequest()),
     ]
     for rpc, request in calls:
         refusal = refused(rpc, request)
         assert (refusal.code, refusal.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "ROLE_NOT_SERVED")
+
+
+def test_an_unknown_alias_is_told_which_there_are(service, refused):
+    service.models.set_alias("en-de", "canary", 1)
+    refusal = refused(service.translation_stub.Translate, translate("en-de@live"))
+    assert refusal.message == "model 'en-de' has no alias 'live': its aliases are canary"
+    service.models.delete_alias("en-de", "canary")
 
 
 def test_cancelling_what_has_ended(service, refused):

@@ -1,6 +1,7 @@
 """Every error that the comments of the contract's methods promise is had, with the status code they name."""
 
 import re
+import threading
 import uuid
 from pathlib import Path
 
@@ -8,12 +9,14 @@ import grpc
 import pytest
 
 from ferryman.v1 import corpus_pb2, model_pb2, training_pb2, translation_pb2
-from ferryman_service.domain.errors import DiskFull
+from ferryman_service.application.loaded_models import LoadingLimits
+from ferryman_service.bundle.manifest import verify
+from ferryman_service.domain.errors import DiskFull, ModelDamaged
+from ferryman_service.domain.models import parse_model_reference
 from ferryman_service.domain.records import RunState
-from ferryman_service.pipeline.translator import MicroBatchLimit
-from ferryman_service.translation.loader import OnnxBundleLoader
-from ferryman_service.translation.onnx_decoder import OnnxConfig
+from tests.fakes.bundle_loader import SpyBundleLoader
 from tests.fakes.loopback_service import upload_messages
+from tests.fakes.translator import FakeBundleLoader
 
 PROTOS = Path(__file__).parents[2] / "protos/ferryman/v1"
 CODES = {code.name for code in grpc.StatusCode}
@@ -109,12 +112,96 @@ def full_disk(service):
     return upload(service)
 
 
-def damaged_model(service):
+class CheckingLoader(FakeBundleLoader):
+    """A loader that checks the files, as a real one does."""
+
+    def load(self, bundle):
+        verify(bundle)
+        return super().load(bundle)
+
+
+def load(service, _, model):
+    return by_model(service, "LoadModel", model)
+
+
+def damaged_model(service, call=translate):
     version = service.import_model("damaged")
     file = service.models.bundle_dir(version) / "decoder.onnx"
     file.chmod(0o644)
     file.write_bytes(b"not what was published")
-    return translate(service, "a", model="damaged")
+    return call(service, "a", model="damaged")
+
+
+def translate_stream(service, *sentences, model="en-de"):
+    """Return a call of a stream that sends the sentences in one message, and does not half-close."""
+    wire = [translation_pb2.StreamSentence(sentence=sentence) for sentence in sentences]
+
+    def messages():
+        yield translation_pb2.StreamTranslateRequest(config=translation_pb2.StreamTranslateConfig(model=model))
+        yield translation_pb2.StreamTranslateRequest(sentences=translation_pb2.StreamSentences(sentences=wire))
+        threading.Event().wait(2)
+
+    return service.translation_stub.StreamTranslate, messages()
+
+
+def one_sentence_too_many(service):
+    """Return a call that finds the queue full: another one waits in it."""
+    call, request = translate(service, "wait")
+    service.waiting = call.future(request)  # kept: gRPC cancels a call that nobody holds
+    assert service.loader.translator.busy.wait(10)
+    return translate(service, "a b c")
+
+
+def stopped_stream(service):
+    """Return a call of a stream on a server that then stops."""
+    call, request = translate_stream(service, "wait")
+
+    def stop():
+        assert service.loader.translator.busy.wait(10)
+        service.stop()
+
+    threading.Thread(target=stop).start()
+    return call, request
+
+
+def by_model(service, method, model="nobody"):
+    """Return a call of a method whose request is nothing but a reference."""
+    return getattr(service.model_stub, method), getattr(model_pb2, f"{method}Request")(model=model)
+
+
+def set_alias(service, name="en-de", alias="production", version=1):
+    request = model_pb2.SetModelAliasRequest(name=name, alias=alias, version=version)
+    return service.model_stub.SetModelAlias, request
+
+
+def delete_alias(service, alias="production"):
+    request = model_pb2.DeleteModelAliasRequest(name="en-de", alias=alias)
+    return service.model_stub.DeleteModelAlias, request
+
+
+def served_alias(service, *, failures=(), memory_bytes=100):
+    """Return a call that moves an alias from a version in memory to one that cannot be loaded."""
+    service.import_model("en-de")
+    call, request = set_alias(service)
+    call(request)
+    service.loaded.load(service.models.resolve(parse_model_reference("en-de@production")))
+    service.loader.failures += failures
+    service.loader.memory_bytes = memory_bytes
+    return set_alias(service, version=2)
+
+
+def aliased_version(service):
+    call, request = set_alias(service)
+    call(request)
+    return by_model(service, "DeleteModelVersion", "en-de/1")
+
+
+def truncated_model(service):
+    version = service.import_model("damaged")
+    file = service.models.bundle_dir(version) / "decoder.onnx"
+    file.chmod(0o644)
+    file.write_bytes(b"")
+    return by_model(service, "DownloadModel", "damaged")
 
 
 PROVOKED = {
@@ -142,6 +229,30 @@ PROVOKED = {
     ("GetModel", "INVALID_REQUEST"): lambda service: (
         service.model_stub.GetModel,
         model_pb2.GetModelRequest(model="a/b"),
+    ),
+    ("SetModelAlias", "MODEL_NOT_FOUND"): lambda service: set_alias(service, version=2),
+    ("SetModelAlias", "INVALID_REQUEST"): lambda service: set_alias(service, alias="7"),
+    ("SetModelAlias", "MODEL_DAMAGED"): lambda service: served_alias(service, failures=[ModelDamaged("broken")]),
+    ("SetModelAlias", "MODEL_TOO_LARGE"): lambda service: served_alias(service, memory_bytes=1000),
+    ("DeleteModelAlias", "MODEL_NOT_FOUND"): delete_alias,
+    ("DeleteModelAlias", "INVALID_REQUEST"): lambda service: delete_alias(service, "../x"),
+    ("DeleteModelVersion", "MODEL_NOT_FOUND"): lambda service: by_model(service, "DeleteModelVersion", "en-de/2"),
+    ("DeleteModelVersion", "MODEL_IN_USE"): aliased_version,
+    ("DeleteModelVersion", "INVALID_REQUEST"): lambda service: by_model(service, "DeleteModelVersion", "en-de"),
+    ("DownloadModel", "MODEL_NOT_FOUND"): lambda service: by_model(service, "DownloadModel"),
+    ("DownloadModel", "INVALID_REQUEST"): lambda service: by_model(service, "DownloadModel", "../x"),
+    ("DownloadModel", "MODEL_DAMAGED"): truncated_model,
+    ("LoadModel", "MODEL_NOT_FOUND"): lambda service: by_model(service, "LoadModel"),
+    ("LoadModel", "INVALID_REQUEST"): lambda service: by_model(service, "LoadModel", "a@7"),
+    ("LoadModel", "MODEL_DAMAGED"): lambda service: damaged_model(service, load),
+    ("LoadModel", "MODEL_TOO_LARGE"): lambda service: by_model(service, "LoadModel", "en-de"),
+    ("LoadModel", "ROLE_NOT_SERVED"): lambda service: by_model(service, "LoadModel", "en-de"),
+    ("UnloadModel", "MODEL_NOT_FOUND"): lambda service: by_model(service, "UnloadModel"),
+    ("UnloadModel", "INVALID_REQUEST"): lambda service: by_model(service, "UnloadModel", "a/0"),
+    ("UnloadModel", "ROLE_NOT_SERVED"): lambda service: by_model(service, "UnloadModel", "en-de"),
+    ("ListLoadedModels", "ROLE_NOT_SERVED"): lambda service: (
+        service.model_stub.ListLoadedModels,
+        model_pb2.ListLoadedModelsRequest(),
     ),
     ("StartTraining", "CORPUS_NOT_FOUND"): lambda service: start(service, corpus_id="nobody"),
     ("StartTraining", "INVALID_RECIPE"): lambda service: start(service, recipe={"seed": -1}),
@@ -180,13 +291,28 @@ PROVOKED = {
     ("Translate", "INVALID_REQUEST"): lambda service: translate(service),
     ("Translate", "INVALID_SENTENCE"): lambda service: translate(service, "too many words " * 9),
     ("Translate", "MODEL_DAMAGED"): damaged_model,
+    ("Translate", "MODEL_TOO_LARGE"): lambda service: translate(service, "a"),
     ("Translate", "ROLE_NOT_SERVED"): lambda service: translate(service, "a"),
+    ("Translate", "QUEUE_FULL"): one_sentence_too_many,
+    ("StreamTranslate", "MODEL_NOT_FOUND"): lambda service: translate_stream(service, "a", model="nobody"),
+    ("StreamTranslate", "INVALID_REQUEST"): lambda service: translate_stream(service),
+    ("StreamTranslate", "MODEL_DAMAGED"): lambda service: damaged_model(service, translate_stream),
+    ("StreamTranslate", "MODEL_TOO_LARGE"): lambda service: translate_stream(service, "a"),
+    ("StreamTranslate", "ROLE_NOT_SERVED"): lambda service: translate_stream(service, "a"),
+    ("StreamTranslate", "SERVER_SHUTTING_DOWN"): stopped_stream,
 }
 SERVICES = {
     "CORPUS_TOO_LARGE": {"max_corpus_bytes": 50_000},
     "TOO_MANY_RUNS": {"max_queued_runs": 1},
     "ROLE_NOT_SERVED": {"translates": False},
-    "MODEL_DAMAGED": {"loader": OnnxBundleLoader(OnnxConfig(), MicroBatchLimit())},
+    "MODEL_DAMAGED": {"loader": CheckingLoader()},
+    "QUEUE_FULL": {"queue_tokens": 5},
+    "MODEL_TOO_LARGE": {"loading_limits": LoadingLimits(memory_bytes=999)},
+    ("SetModelAlias", "MODEL_DAMAGED"): {"loader": SpyBundleLoader()},
+    ("SetModelAlias", "MODEL_TOO_LARGE"): {
+        "loader": SpyBundleLoader(),
+        "loading_limits": LoadingLimits(memory_bytes=999),
+    },
 }
 
 
@@ -196,7 +322,7 @@ def test_the_comments_promise_what_is_provoked_here():
 
 @pytest.mark.parametrize(("method", "reason"), PROVOKED)
 def test_the_promise_is_kept(make_service, refused, method, reason):
-    service = make_service(**SERVICES.get(reason, {}))
+    service = make_service(**SERVICES.get((method, reason), SERVICES.get(reason, {})))
     service.import_model("en-de")
     refusal = refused(*PROVOKED[method, reason](service))
     assert (refusal.code.name, refusal.reason) == (promises()[method, reason], reason)

@@ -1,5 +1,7 @@
 """Every RPC of the contract once, with nothing but the generated stubs."""
 
+import hashlib
+
 import grpc
 import pytest
 from google.protobuf.descriptor import FieldDescriptor
@@ -12,6 +14,7 @@ from ferryman.v1 import (
     training_pb2,
     translation_pb2,
 )
+from ferryman_service.bundle import manifest as bundles
 from ferryman_service.domain.records import (
     EventLevel,
     RunEvent,
@@ -196,6 +199,72 @@ def test_models(service):
     assert (version.version, version.source_language, version.parameters) == (1, "en", 1000)
     assert version.scores == model_pb2.ModelScores(bleu=30.5, chrf=60.25, nll_per_token=1.25, weights="best", step=100)
     assert version.recipe.model.d_model == 128
+
+
+def test_aliases(service):
+    service.import_model("aliased"), service.import_model("aliased")
+    stub = service.model_stub
+    stub.SetModelAlias(model_pb2.SetModelAliasRequest(name="aliased", alias="canary", version=2))
+    model = stub.SetModelAlias(model_pb2.SetModelAliasRequest(name="aliased", alias="live", version=1)).model
+    assert [(alias.alias, alias.version) for alias in model.aliases] == [("canary", 2), ("live", 1)]
+    assert model.aliases[0].update_time.seconds > 1_700_000_000
+    found = stub.GetModel(model_pb2.GetModelRequest(model="aliased@live"))
+    assert (found.model, found.version.version) == (model, 1)
+    assert model in stub.ListModels(model_pb2.ListModelsRequest()).models
+    request = translation_pb2.TranslateRequest(model="aliased@canary", sentences=["a dog"])
+    assert service.translation_stub.Translate(request).model == "aliased/2"
+    tuned = service.import_model("pretrained", weights=True)
+    stub.SetModelAlias(model_pb2.SetModelAliasRequest(name="pretrained", alias="live", version=1))
+    assert service.start_run(initial_model="pretrained@live").initial_model == tuned.reference
+    stub.DeleteModelAlias(model_pb2.DeleteModelAliasRequest(name="aliased", alias="live"))
+    found = stub.GetModel(model_pb2.GetModelRequest(model="aliased"))
+    assert [alias.alias for alias in found.model.aliases] == ["canary"]
+
+
+def test_deleting_versions(service):
+    for _ in range(2):
+        service.import_model("short-lived")
+    for version in (2, 1):
+        request = model_pb2.DeleteModelVersionRequest(model=f"short-lived/{version}")
+        assert service.model_stub.DeleteModelVersion(request) == model_pb2.DeleteModelVersionResponse()
+    names = [model.name for model in service.model_stub.ListModels(model_pb2.ListModelsRequest()).models]
+    assert "short-lived" not in names
+    assert service.import_model("short-lived").version == 3
+
+
+def test_downloads(service):
+    version = service.import_model("downloaded")
+    encoder = service.models.bundle_dir(version) / "encoder.onnx"
+    header, *chunks = (
+        getattr(response, response.WhichOneof("item"))
+        for response in service.model_stub.DownloadModel(model_pb2.DownloadModelRequest(model="downloaded"))
+    )
+    assert header.version == service.model_stub.GetModel(model_pb2.GetModelRequest(model="downloaded/1")).version
+    names = ["manifest.json", *sorted(bundles.CONTENT_FILES)]
+    assert [file.name for file in header.files] == names
+    assert header.files[0].sha256 == version.digest
+    assert sum(file.size_bytes for file in header.files) == version.size_bytes
+    assert [(chunk.file, chunk.offset) for chunk in chunks] == [(number, 0) for number in range(len(names))]
+    assert chunks[names.index("encoder.onnx")].data == encoder.read_bytes()
+    assert [hashlib.sha256(chunk.data).hexdigest() for chunk in chunks] == [file.sha256 for file in header.files]
+
+
+def test_models_in_memory(make_service):
+    service = make_service()
+    service.import_model("a"), service.import_model("b")
+    stub = service.model_stub
+    first = stub.LoadModel(model_pb2.LoadModelRequest(model="a")).loaded_model
+    assert (first.model, first.memory_bytes) == ("a/1", 1000)
+    assert first.load_time.ToNanoseconds() > 0
+    service.translation_stub.Translate(translation_pb2.TranslateRequest(model="b", sentences=["x"]))
+    assert stub.LoadModel(model_pb2.LoadModelRequest(model="a/1")).loaded_model == first
+    listed = stub.ListLoadedModels(model_pb2.ListLoadedModelsRequest()).loaded_models
+    assert [loaded.model for loaded in listed] == ["a/1", "b/1"]
+    assert listed[0] == first
+    unload = model_pb2.UnloadModelRequest(model="b")
+    assert [stub.UnloadModel(unload).was_loaded for _ in range(2)] == [True, False]
+    listed = stub.ListLoadedModels(model_pb2.ListLoadedModelsRequest()).loaded_models
+    assert [loaded.model for loaded in listed] == ["a/1"]
 
 
 def test_translations(service):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
+import itertools
 import threading
 import time
 
@@ -18,14 +18,12 @@ from ferryman.v1 import (
     translation_pb2_grpc,
 )
 from ferryman_service.application.corpora import CorpusUseCases
+from ferryman_service.application.loaded_models import LoadedModels, LoadingLimits
 from ferryman_service.application.metrics_feed import FeedConfig, MetricsFeed
 from ferryman_service.application.models import ModelUseCases
 from ferryman_service.application.paging import Pager
 from ferryman_service.application.training import RunLimits, TrainingUseCases
 from ferryman_service.application.translating import TranslationLimits, TranslationUseCases
-from ferryman_service.bundle import manifest as bundles
-from ferryman_service.domain.models import ModelLineage, ModelScores
-from ferryman_service.domain.recipe import resolve_recipe
 from ferryman_service.domain.records import RunState
 from ferryman_service.domain.runs import ProcessIdentity
 from ferryman_service.observability.http import new_registry
@@ -44,23 +42,11 @@ from ferryman_service.stores.layout import DataFolder
 from ferryman_service.stores.models import FileModelStore
 from ferryman_service.stores.run_folders import FileRunFolders
 from ferryman_service.stores.runs import SqlRunStore
+from ferryman_service.text.sentences import SentencexSplitter
+from tests.fakes.bundles import HEADER, write_bundle
 from tests.fakes.translator import FakeBundleLoader
 
 WORKER = ProcessIdentity(pid=4242, start_ticks=7, boot_id="boot")
-_HEADER = bundles.ManifestHeader(
-    lineage=ModelLineage(
-        run_id="run_0000000000000000000000",
-        corpus_id="cor_0000000000000000000000",
-        corpus_digest="00" * 32,
-        source_language="en",
-        target_language="de",
-        recipe=resolve_recipe({}),
-    ),
-    scores=ModelScores(bleu=30.5, chrf=60.25, nll_per_token=1.25, weights="best", step=100),
-    parameters=1000,
-    max_sentence_tokens=8,
-    architecture=bundles.Architecture(d_model=8, decoder_layers=1, heads=1, vocabulary_size=32),
-)
 
 
 class LoopbackService:
@@ -75,7 +61,9 @@ class LoopbackService:
         heartbeat_s=30.0,
         max_corpus_bytes=1_000_000,
         max_queued_runs=1000,
+        queue_tokens=TranslationLimits.queue_tokens,
         loader=None,
+        loading_limits=None,
         **config,
     ):
         self.folder = DataFolder(root / "data")
@@ -86,9 +74,12 @@ class LoopbackService:
         self.corpora = FileCorpusStore(self._database, self.folder, CorpusLimits(max_bytes=max_corpus_bytes))
         self.models = FileModelStore(self._database, self.folder)
         self.loader = loader or FakeBundleLoader()
+        self.loaded = LoadedModels(self.models, self.loader, loading_limits or LoadingLimits()) if translates else None
         self.registry = new_registry()
         self._trains, self._translates, self._heartbeat_s = trains, translates, heartbeat_s
         self._max_queued_runs = max_queued_runs
+        self._queue_tokens = queue_tokens
+        self._bundles = itertools.count(1)
         self._rpc_config = rpc.RpcConfig(
             port=config.pop("port", 0),
             serving=[rpc.CORPORA, rpc.MODELS, *[rpc.TRAINING] * trains, *[rpc.TRANSLATION] * translates],
@@ -123,6 +114,9 @@ class LoopbackService:
         """End everything; harmless after stop."""
         self.stop(grace_s=0)
         self._translation.close()
+        self._models.close()
+        if self.loaded is not None:
+            self.loaded.close()
         self.channel.close()
         self._end()
 
@@ -146,15 +140,10 @@ class LoopbackService:
         self.runs.claim_attempt(run_id, 1, WORKER)
         return run_id
 
-    def import_model(self, name, *, weights=False, run_id=_HEADER.lineage.run_id):
+    def import_model(self, name, *, weights=False, run_id=HEADER.lineage.run_id):
         """Publish a bundle that nobody can translate with but the fake loader, nor train from."""
-        bundle = self.folder.root / "elsewhere" / name
-        bundle.mkdir(parents=True)
-        for file in (*bundles.CONTENT_FILES, *([bundles.WEIGHTS_FILE] if weights else [])):
-            (bundle / file).write_text(file)
-        lineage = dataclasses.replace(_HEADER.lineage, run_id=run_id)
-        bundles.seal(bundle, dataclasses.replace(_HEADER, lineage=lineage))
-        return self.models.import_bundle(bundle, name)
+        folder = self.folder.root / "elsewhere" / str(next(self._bundles))
+        return self.models.import_bundle(write_bundle(folder, weights=weights, run_id=run_id), name)
 
     def trained_model(self, name):
         """Publish a version that training can start from, of a run that has ended and left a checkpoint; return the
@@ -176,17 +165,20 @@ class LoopbackService:
             served=self._trains,
             limits=RunLimits(max_queued=self._max_queued_runs, max_processes=4),
         )
+        self._models = ModelUseCases(models=self.models, loaded=self.loaded, pager=pager)
         self._translation = TranslationUseCases(
             models=self.models,
-            loader=self.loader if self._translates else None,
-            limits=TranslationLimits(max_sentences=1024),
+            loaded=self.loaded,
+            splitter=SentencexSplitter(),
+            limits=TranslationLimits(queue_tokens=self._queue_tokens),
         )
+        translation_metrics = TranslationMetrics(self.registry, self._translation.queued_tokens)
         feed = MetricsFeed(self.runs, FeedConfig(heartbeat_s=self._heartbeat_s))
         servicers = rpc.Servicers(
             training=TrainingServicer(training, feed, shutdown),
             corpora=CorpusServicer(CorpusUseCases(corpora=self.corpora, pager=pager)),
-            models=ModelServicer(ModelUseCases(models=self.models, pager=pager)),
-            translation=TranslationServicer(self._translation, TranslationMetrics(self.registry)),
+            models=ModelServicer(self._models),
+            translation=TranslationServicer(self._translation, translation_metrics, shutdown),
         )
         self._server = rpc.RpcServer(servicers, CallInterceptor(RpcMetrics(self.registry)), shutdown, self._rpc_config)
         return await self._server.start()

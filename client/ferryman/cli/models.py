@@ -1,8 +1,9 @@
-"""`ferryman models`: look at published models."""
+"""`ferryman models`: look at published models, name, download and delete them, and hold them in memory."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Final
 
 import typer
 
@@ -10,10 +11,22 @@ from ferryman.cli.common import connect, print_fields, print_table
 
 app = typer.Typer(no_args_is_help=True, help="Published models.")
 
+_LOAD_TIMEOUT_S: Final = 600.0
+"""Big models take longer to read than the client's own deadline allows."""
+_REFERENCE: Final = typer.Argument(
+    metavar="MODEL", help='"name" for the latest version, "name/version", or "name@alias".'
+)
+
 
 @app.command("list")
-def list_(context: typer.Context) -> None:
+def list_(
+    context: typer.Context,
+    loaded: Annotated[bool, typer.Option("--loaded", help="List what is in the server's memory instead.")] = False,
+) -> None:
     """List the models with their latest version."""
+    if loaded:
+        _list_loaded(context)
+        return
     with connect(context) as client:
         rows = [
             (
@@ -31,7 +44,7 @@ def list_(context: typer.Context) -> None:
 @app.command()
 def show(
     context: typer.Context,
-    model: Annotated[str, typer.Argument(metavar="MODEL", help='"name" for the latest version, or "name/version".')],
+    model: Annotated[str, _REFERENCE],
 ) -> None:
     """Show a version of a model."""
     with connect(context) as client:
@@ -41,6 +54,7 @@ def show(
         [
             ("model", version.reference),
             ("all versions", ", ".join(map(str, details.model.versions))),
+            ("aliases", ", ".join(f"{alias.alias} → {alias.version}" for alias in details.model.aliases) or "-"),
             ("languages", f"{version.source_language} to {version.target_language}"),
             ("BLEU", f"{scores.bleu:.1f}"),
             ("chrF", f"{scores.chrf:.1f}"),
@@ -54,3 +68,71 @@ def show(
             ("published", version.create_time.isoformat(timespec="seconds")),
         ]
     )
+
+
+@app.command()
+def alias(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The model's name.")],
+    alias: Annotated[str, typer.Argument(metavar="ALIAS", help='The alias, such as "production".')],
+    version: Annotated[int | None, typer.Argument(metavar="[VERSION]", help="The version to point at.")] = None,
+    delete: Annotated[bool, typer.Option("--delete", help="Remove the alias instead.")] = False,
+) -> None:
+    """Let NAME@ALIAS be a version of the model, or nothing any more."""
+    if delete == (version is not None):
+        raise typer.BadParameter("give either a VERSION or --delete")
+    with connect(context) as client:
+        if version is None:
+            client.delete_model_alias(name, alias)
+            print("deleted")
+        else:
+            client.set_model_alias(name, alias, version, timeout_s=_LOAD_TIMEOUT_S)
+            print(f"{name}@{alias} is {name}/{version}")
+
+
+@app.command()
+def delete(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(metavar="MODEL", help='The version, "name/version".')],
+) -> None:
+    """Delete a version for ever; its number is not given again."""
+    with connect(context) as client:
+        client.delete_model_version(model)
+    print("deleted")
+
+
+@app.command()
+def download(
+    context: typer.Context,
+    model: Annotated[str, _REFERENCE],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder that does not exist yet.")],
+) -> None:
+    """Download a version; `ferryman-service import-model FOLDER NAME` publishes it on another server."""
+    with connect(context) as client:
+        version = client.download_model(model, folder)
+    print(f"{version.reference}: {version.size_bytes / 1e6:.1f} MB in {folder}")
+
+
+@app.command()
+def load(context: typer.Context, model: Annotated[str, _REFERENCE]) -> None:
+    """Load a version into the server's memory, so that no translation waits for that."""
+    with connect(context) as client:
+        loaded = client.load_model(model, timeout_s=_LOAD_TIMEOUT_S)
+    print(f"{loaded.model}: {loaded.memory_bytes / 1e6:.1f} MB, loaded in {loaded.load_time_s:.1f} s")
+
+
+@app.command()
+def unload(context: typer.Context, model: Annotated[str, _REFERENCE]) -> None:
+    """Take a version out of the server's memory, once its translations have ended."""
+    with connect(context) as client:
+        was_loaded = client.unload_model(model, timeout_s=_LOAD_TIMEOUT_S)
+    print("unloaded" if was_loaded else "was not loaded")
+
+
+def _list_loaded(context: typer.Context) -> None:
+    with connect(context) as client:
+        rows = [
+            (loaded.model, f"{loaded.memory_bytes / 1e6:.1f} MB", f"{loaded.load_time_s:.1f} s")
+            for loaded in client.list_loaded_models()
+        ]
+    print_table(("in memory, last used first", "memory", "load time"), rows)

@@ -2,75 +2,148 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict
-from typing import Annotated, Final
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any
 
 import typer
 
-from ferryman import Translation
+from ferryman import EarlyStopping, Sampling, SentenceError, StreamSentence, TranslateOptions, Translation
 from ferryman.cli.common import connect
 from ferryman.errors import InvalidSentence
 
-BATCH_SENTENCES: Final = 64
-"""Lines of standard input that are sent in one call."""
+
+def _option(text: str, *names: str) -> Any:  # noqa: ANN401 (typer's own)
+    return typer.Option(*names, help=text, show_default=False)
 
 
 def translate(
     context: typer.Context,
-    model: Annotated[str, typer.Argument(metavar="MODEL", help='"name" for the latest version, or "name/version".')],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help='"name" for the latest version, "name/version", or "name@alias".')
+    ],
     text: Annotated[
         list[str] | None, typer.Argument(help="Sentences; without any, the lines of standard input.")
     ] = None,
-    beam_size: Annotated[int | None, typer.Option(help="Hypotheses kept at each step; 1 is greedy.")] = None,
-    n_best: Annotated[int | None, typer.Option(help="Hypotheses to print: number, score and text, by tabs.")] = None,
-    length_penalty: Annotated[float | None, typer.Option(help="Exponent of the length normalisation.")] = None,
-    max_length: Annotated[int | None, typer.Option(help="Longest translation, in subwords.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a sentence.")] = False,
+    beam_size: Annotated[int | None, _option("Hypotheses kept at each step; 1 is greedy.")] = None,
+    n_best: Annotated[int | None, _option("Hypotheses to print: number, score and text, by tabs.")] = None,
+    length_penalty: Annotated[float | None, _option("Exponent of the length normalisation.")] = None,
+    max_length: Annotated[int | None, _option("Longest translation, in subwords.")] = None,
+    max_length_ratio: Annotated[float | None, _option("Longest translation, as a multiple of the source.")] = None,
+    min_length: Annotated[int | None, _option("Shortest translation, in subwords.")] = None,
+    patience: Annotated[float | None, _option("Multiplies the hypotheses that a beam waits for.")] = None,
+    early_stopping: Annotated[EarlyStopping | None, _option("When a beam has found enough.")] = None,
+    sample: Annotated[bool, _option("Draw at random instead of searching.", "--sample")] = False,
+    temperature: Annotated[float | None, _option("Divides the logits; implies --sample.")] = None,
+    top_k: Annotated[int | None, _option("Draw from so many subwords; implies --sample.")] = None,
+    top_p: Annotated[float | None, _option("Draw from so much probability; implies --sample.")] = None,
+    seed: Annotated[int | None, _option("The same seed draws the same; implies --sample.")] = None,
+    repetition_penalty: Annotated[float | None, _option("Above 1, what was said becomes less probable.")] = None,
+    no_repeat_ngram_size: Annotated[int | None, _option("No so many subwords in a row twice.")] = None,
+    prefix: Annotated[str, _option("Words that every translation must begin with.")] = "",
+    split: Annotated[bool, _option("Split each text or line into sentences first.", "--split")] = False,
+    token_scores: Annotated[bool, _option("Subwords and scores, with --json.", "--token-scores")] = False,
+    alignment: Annotated[bool, _option("Subwords and what they look at, with --json.", "--alignment")] = False,
+    as_json: Annotated[bool, _option("Print one JSON object a sentence.", "--json")] = False,
 ) -> None:
-    """Translate sentences, one a line."""
-    sentences = text or _standard_input()
-    # A person who types wants each answer at once.
-    batch_size = 1 if not text and sys.stdin.isatty() else BATCH_SENTENCES
-    numbers = itertools.count()
+    """Translate sentences, one a line. A line of standard input that cannot be translated gives an empty one."""
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    options = TranslateOptions(
+        beam_size=beam_size,
+        n_best=n_best,
+        length_penalty=length_penalty,
+        max_length=max_length,
+        max_length_ratio=max_length_ratio,
+        min_length=min_length,
+        patience=patience,
+        early_stopping=early_stopping,
+        sampling=sampling if sample or sampling != Sampling() else None,
+        repetition_penalty=repetition_penalty,
+        no_repeat_ngram_size=no_repeat_ngram_size,
+        return_token_scores=token_scores or None,
+        return_alignment=alignment or None,
+    )
+    job = _Job(model=model, prefix=prefix, split=split, as_json=as_json, numbered=n_best is not None, options=options)
+    if text:
+        _translate_arguments(context, job, text)
+    else:
+        _translate_lines(context, job)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Job:
+    """What is to be done with every sentence, and how it is printed."""
+
+    model: str
+    prefix: str
+    split: bool
+    as_json: bool
+    numbered: bool
+    options: TranslateOptions
+
+    def show(self, number: int, source: str, translation: Translation) -> None:
+        if self.as_json:
+            print(json.dumps({"source": source, **_lean(translation)}, ensure_ascii=False), flush=True)
+        elif self.numbered:
+            for hypothesis in translation.hypotheses:
+                print(f"{number}\t{hypothesis.score:.4f}\t{hypothesis.text}", flush=True)
+        else:
+            # A text that was split may have line breaks; what is printed has one line for each.
+            print(" ".join(translation.text.splitlines()), flush=True)
+
+    def show_error(self, number: int, source: str, error: SentenceError) -> None:
+        if self.as_json:
+            print(json.dumps({"source": source, "error": _lean(error)}, ensure_ascii=False), flush=True)
+        elif not self.numbered:
+            print(flush=True)
+        print(f"line {number + 1}: {error.reason}: {error.message}", file=sys.stderr)
+
+
+def _lean(value: Translation | SentenceError) -> dict[str, Any]:
+    """Return the fields, without what nobody asked for."""
+    return asdict(value, dict_factory=lambda fields: {name: item for name, item in fields if item != ()})
+
+
+def _translate_arguments(context: typer.Context, job: _Job, sentences: Sequence[str]) -> None:
+    prefixes = [job.prefix] * len(sentences) if job.prefix else []
     with connect(context) as client:
-        for batch in _batches(sentences, batch_size):
-            result = client.translate(
-                model,
-                batch,
-                beam_size=beam_size,
-                n_best=n_best,
-                length_penalty=length_penalty,
-                max_length=max_length,
-            )
-            for source, translation in zip(batch, result.translations, strict=True):
-                print(_render(next(numbers), source, translation, as_json, n_best), flush=True)
+        result = client.translate(
+            job.model, sentences, target_prefixes=prefixes, split_sentences=job.split, **job.options
+        )
+    for number, (source, translation) in enumerate(zip(sentences, result.translations, strict=True)):
+        job.show(number, source, translation)
 
 
-def _standard_input() -> Iterator[str]:
+def _translate_lines(context: typer.Context, job: _Job) -> None:
+    """Translate standard input as a stream: any number of lines in bounded memory, in order."""
+    sources: deque[str] = deque()
+    failed = False
+    with connect(context) as client:
+        stream = client.translate_stream(
+            job.model, _lines(sources, job.prefix), in_order=True, split_sentences=job.split, **job.options
+        )
+        with closing(stream) as results:
+            for number, result in enumerate(results):
+                source = sources.popleft()
+                if result.translation is not None:
+                    job.show(number, source, result.translation)
+                elif result.error is not None:
+                    job.show_error(number, source, result.error)
+                    failed = True
+    if failed:
+        raise typer.Exit(2)
+
+
+def _lines(sources: deque[str], prefix: str) -> Iterator[StreamSentence]:
+    """Yield the lines of standard input, and remember them in `sources`."""
     for number, line in enumerate(sys.stdin.buffer, start=1):
         try:
-            yield line.decode().rstrip("\r\n")
+            source = line.decode().rstrip("\r\n")
         except UnicodeDecodeError as error:
             raise InvalidSentence(f"standard input, line {number}: not UTF-8 ({error.reason})") from error
-
-
-def _batches(sentences: Iterable[str], size: int) -> Iterator[list[str]]:
-    iterator = iter(sentences)
-    while batch := list(itertools.islice(iterator, size)):
-        yield batch
-
-
-def _render(number: int, source: str, translation: Translation, as_json: bool, n_best: int | None) -> str:
-    if as_json:
-        return json.dumps({"source": source, **asdict(translation)}, ensure_ascii=False)
-    if n_best is None:
-        return translation.text
-    return "\n".join(_n_best_lines(number, translation))
-
-
-def _n_best_lines(number: int, translation: Translation) -> Sequence[str]:
-    return [f"{number}\t{hypothesis.score:.4f}\t{hypothesis.text}" for hypothesis in translation.hypotheses]
+        sources.append(source)
+        yield StreamSentence(id="", sentence=source, target_prefix=prefix)

@@ -23,30 +23,69 @@ _sym_db = _symbol_database.Default()
 
 
 from ferryman.v1 import recipe_pb2 as ferryman_dot_v1_dot_recipe__pb2
+from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x66\x65rryman/v1/model.proto\x12\x0b\x66\x65rryman.v1\x1a\x18\x66\x65rryman/v1/recipe.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"Z\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x31\n\x0elatest_version\x18\x02 \x01(\x0b\x32\x19.ferryman.v1.ModelVersion\x12\x10\n\x08versions\x18\x03 \x03(\x03\"\xba\x02\n\x0cModelVersion\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x03\x12\x17\n\x0fsource_language\x18\x03 \x01(\t\x12\x17\n\x0ftarget_language\x18\x04 \x01(\t\x12\x0e\n\x06run_id\x18\x05 \x01(\t\x12\x11\n\tcorpus_id\x18\x06 \x01(\t\x12#\n\x06recipe\x18\x07 \x01(\x0b\x32\x13.ferryman.v1.Recipe\x12(\n\x06scores\x18\x08 \x01(\x0b\x32\x18.ferryman.v1.ModelScores\x12\x12\n\nparameters\x18\t \x01(\x03\x12\x12\n\nsize_bytes\x18\n \x01(\x03\x12\x0e\n\x06\x64igest\x18\x0b \x01(\t\x12/\n\x0b\x63reate_time\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"_\n\x0bModelScores\x12\x0c\n\x04\x62leu\x18\x01 \x01(\x01\x12\x0c\n\x04\x63hrf\x18\x02 \x01(\x01\x12\x15\n\rnll_per_token\x18\x03 \x01(\x01\x12\x0f\n\x07weights\x18\x04 \x01(\t\x12\x0c\n\x04step\x18\x05 \x01(\x03\":\n\x11ListModelsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"Q\n\x12ListModelsResponse\x12\"\n\x06models\x18\x01 \x03(\x0b\x32\x12.ferryman.v1.Model\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\" \n\x0fGetModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\"a\n\x10GetModelResponse\x12!\n\x05model\x18\x01 \x01(\x0b\x32\x12.ferryman.v1.Model\x12*\n\x07version\x18\x02 \x01(\x0b\x32\x19.ferryman.v1.ModelVersion2\xa6\x01\n\x0cModelService\x12M\n\nListModels\x12\x1e.ferryman.v1.ListModelsRequest\x1a\x1f.ferryman.v1.ListModelsResponse\x12G\n\x08GetModel\x12\x1c.ferryman.v1.GetModelRequest\x1a\x1d.ferryman.v1.GetModelResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x66\x65rryman/v1/model.proto\x12\x0b\x66\x65rryman.v1\x1a\x18\x66\x65rryman/v1/recipe.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x84\x01\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x31\n\x0elatest_version\x18\x02 \x01(\x0b\x32\x19.ferryman.v1.ModelVersion\x12\x10\n\x08versions\x18\x03 \x03(\x03\x12(\n\x07\x61liases\x18\x04 \x03(\x0b\x32\x17.ferryman.v1.ModelAlias\"]\n\nModelAlias\x12\r\n\x05\x61lias\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x03\x12/\n\x0bupdate_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xba\x02\n\x0cModelVersion\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x03\x12\x17\n\x0fsource_language\x18\x03 \x01(\t\x12\x17\n\x0ftarget_language\x18\x04 \x01(\t\x12\x0e\n\x06run_id\x18\x05 \x01(\t\x12\x11\n\tcorpus_id\x18\x06 \x01(\t\x12#\n\x06recipe\x18\x07 \x01(\x0b\x32\x13.ferryman.v1.Recipe\x12(\n\x06scores\x18\x08 \x01(\x0b\x32\x18.ferryman.v1.ModelScores\x12\x12\n\nparameters\x18\t \x01(\x03\x12\x12\n\nsize_bytes\x18\n \x01(\x03\x12\x0e\n\x06\x64igest\x18\x0b \x01(\t\x12/\n\x0b\x63reate_time\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"_\n\x0bModelScores\x12\x0c\n\x04\x62leu\x18\x01 \x01(\x01\x12\x0c\n\x04\x63hrf\x18\x02 \x01(\x01\x12\x15\n\rnll_per_token\x18\x03 \x01(\x01\x12\x0f\n\x07weights\x18\x04 \x01(\t\x12\x0c\n\x04step\x18\x05 \x01(\x03\":\n\x11ListModelsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"Q\n\x12ListModelsResponse\x12\"\n\x06models\x18\x01 \x03(\x0b\x32\x12.ferryman.v1.Model\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\" \n\x0fGetModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\"a\n\x10GetModelResponse\x12!\n\x05model\x18\x01 \x01(\x0b\x32\x12.ferryman.v1.Model\x12*\n\x07version\x18\x02 \x01(\x0b\x32\x19.ferryman.v1.ModelVersion\"D\n\x14SetModelAliasRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x61lias\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\x03\":\n\x15SetModelAliasResponse\x12!\n\x05model\x18\x01 \x01(\x0b\x32\x12.ferryman.v1.Model\"6\n\x17\x44\x65leteModelAliasRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x61lias\x18\x02 \x01(\t\"\x1a\n\x18\x44\x65leteModelAliasResponse\"*\n\x19\x44\x65leteModelVersionRequest\x12\r\n\x05model\x18\x01 \x01(\t\"\x1c\n\x1a\x44\x65leteModelVersionResponse\"%\n\x14\x44ownloadModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\"{\n\x15\x44ownloadModelResponse\x12-\n\x06header\x18\x01 \x01(\x0b\x32\x1b.ferryman.v1.DownloadHeaderH\x00\x12+\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x1a.ferryman.v1.DownloadChunkH\x00\x42\x06\n\x04item\"f\n\x0e\x44ownloadHeader\x12*\n\x07version\x18\x01 \x01(\x0b\x32\x19.ferryman.v1.ModelVersion\x12(\n\x05\x66iles\x18\x02 \x03(\x0b\x32\x19.ferryman.v1.DownloadFile\"@\n\x0c\x44ownloadFile\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x03\x12\x0e\n\x06sha256\x18\x03 \x01(\t\";\n\rDownloadChunk\x12\x0c\n\x04\x66ile\x18\x01 \x01(\x05\x12\x0e\n\x06offset\x18\x02 \x01(\x03\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"`\n\x0bLoadedModel\x12\r\n\x05model\x18\x01 \x01(\t\x12\x14\n\x0cmemory_bytes\x18\x02 \x01(\x03\x12,\n\tload_time\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\"!\n\x10LoadModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\"C\n\x11LoadModelResponse\x12.\n\x0cloaded_model\x18\x01 \x01(\x0b\x32\x18.ferryman.v1.LoadedModel\"#\n\x12UnloadModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\")\n\x13UnloadModelResponse\x12\x12\n\nwas_loaded\x18\x01 \x01(\x08\"\x19\n\x17ListLoadedModelsRequest\"K\n\x18ListLoadedModelsResponse\x12/\n\rloaded_models\x18\x01 \x03(\x0b\x32\x18.ferryman.v1.LoadedModel2\x9f\x06\n\x0cModelService\x12M\n\nListModels\x12\x1e.ferryman.v1.ListModelsRequest\x1a\x1f.ferryman.v1.ListModelsResponse\x12G\n\x08GetModel\x12\x1c.ferryman.v1.GetModelRequest\x1a\x1d.ferryman.v1.GetModelResponse\x12V\n\rSetModelAlias\x12!.ferryman.v1.SetModelAliasRequest\x1a\".ferryman.v1.SetModelAliasResponse\x12_\n\x10\x44\x65leteModelAlias\x12$.ferryman.v1.DeleteModelAliasRequest\x1a%.ferryman.v1.DeleteModelAliasResponse\x12\x65\n\x12\x44\x65leteModelVersion\x12&.ferryman.v1.DeleteModelVersionRequest\x1a\'.ferryman.v1.DeleteModelVersionResponse\x12X\n\rDownloadModel\x12!.ferryman.v1.DownloadModelRequest\x1a\".ferryman.v1.DownloadModelResponse0\x01\x12J\n\tLoadModel\x12\x1d.ferryman.v1.LoadModelRequest\x1a\x1e.ferryman.v1.LoadModelResponse\x12P\n\x0bUnloadModel\x12\x1f.ferryman.v1.UnloadModelRequest\x1a .ferryman.v1.UnloadModelResponse\x12_\n\x10ListLoadedModels\x12$.ferryman.v1.ListLoadedModelsRequest\x1a%.ferryman.v1.ListLoadedModelsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'ferryman.v1.model_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_MODEL']._serialized_start=99
-  _globals['_MODEL']._serialized_end=189
-  _globals['_MODELVERSION']._serialized_start=192
-  _globals['_MODELVERSION']._serialized_end=506
-  _globals['_MODELSCORES']._serialized_start=508
-  _globals['_MODELSCORES']._serialized_end=603
-  _globals['_LISTMODELSREQUEST']._serialized_start=605
-  _globals['_LISTMODELSREQUEST']._serialized_end=663
-  _globals['_LISTMODELSRESPONSE']._serialized_start=665
-  _globals['_LISTMODELSRESPONSE']._serialized_end=746
-  _globals['_GETMODELREQUEST']._serialized_start=748
-  _globals['_GETMODELREQUEST']._serialized_end=780
-  _globals['_GETMODELRESPONSE']._serialized_start=782
-  _globals['_GETMODELRESPONSE']._serialized_end=879
-  _globals['_MODELSERVICE']._serialized_start=882
-  _globals['_MODELSERVICE']._serialized_end=1048
+  _globals['_MODEL']._serialized_start=132
+  _globals['_MODEL']._serialized_end=264
+  _globals['_MODELALIAS']._serialized_start=266
+  _globals['_MODELALIAS']._serialized_end=359
+  _globals['_MODELVERSION']._serialized_start=362
+  _globals['_MODELVERSION']._serialized_end=676
+  _globals['_MODELSCORES']._serialized_start=678
+  _globals['_MODELSCORES']._serialized_end=773
+  _globals['_LISTMODELSREQUEST']._serialized_start=775
+  _globals['_LISTMODELSREQUEST']._serialized_end=833
+  _globals['_LISTMODELSRESPONSE']._serialized_start=835
+  _globals['_LISTMODELSRESPONSE']._serialized_end=916
+  _globals['_GETMODELREQUEST']._serialized_start=918
+  _globals['_GETMODELREQUEST']._serialized_end=950
+  _globals['_GETMODELRESPONSE']._serialized_start=952
+  _globals['_GETMODELRESPONSE']._serialized_end=1049
+  _globals['_SETMODELALIASREQUEST']._serialized_start=1051
+  _globals['_SETMODELALIASREQUEST']._serialized_end=1119
+  _globals['_SETMODELALIASRESPONSE']._serialized_start=1121
+  _globals['_SETMODELALIASRESPONSE']._serialized_end=1179
+  _globals['_DELETEMODELALIASREQUEST']._serialized_start=1181
+  _globals['_DELETEMODELALIASREQUEST']._serialized_end=1235
+  _globals['_DELETEMODELALIASRESPONSE']._serialized_start=1237
+  _globals['_DELETEMODELALIASRESPONSE']._serialized_end=1263
+  _globals['_DELETEMODELVERSIONREQUEST']._serialized_start=1265
+  _globals['_DELETEMODELVERSIONREQUEST']._serialized_end=1307
+  _globals['_DELETEMODELVERSIONRESPONSE']._serialized_start=1309
+  _globals['_DELETEMODELVERSIONRESPONSE']._serialized_end=1337
+  _globals['_DOWNLOADMODELREQUEST']._serialized_start=1339
+  _globals['_DOWNLOADMODELREQUEST']._serialized_end=1376
+  _globals['_DOWNLOADMODELRESPONSE']._serialized_start=1378
+  _globals['_DOWNLOADMODELRESPONSE']._serialized_end=1501
+  _globals['_DOWNLOADHEADER']._serialized_start=1503
+  _globals['_DOWNLOADHEADER']._serialized_end=1605
+  _globals['_DOWNLOADFILE']._serialized_start=1607
+  _globals['_DOWNLOADFILE']._serialized_end=1671
+  _globals['_DOWNLOADCHUNK']._serialized_start=1673
+  _globals['_DOWNLOADCHUNK']._serialized_end=1732
+  _globals['_LOADEDMODEL']._serialized_start=1734
+  _globals['_LOADEDMODEL']._serialized_end=1830
+  _globals['_LOADMODELREQUEST']._serialized_start=1832
+  _globals['_LOADMODELREQUEST']._serialized_end=1865
+  _globals['_LOADMODELRESPONSE']._serialized_start=1867
+  _globals['_LOADMODELRESPONSE']._serialized_end=1934
+  _globals['_UNLOADMODELREQUEST']._serialized_start=1936
+  _globals['_UNLOADMODELREQUEST']._serialized_end=1971
+  _globals['_UNLOADMODELRESPONSE']._serialized_start=1973
+  _globals['_UNLOADMODELRESPONSE']._serialized_end=2014
+  _globals['_LISTLOADEDMODELSREQUEST']._serialized_start=2016
+  _globals['_LISTLOADEDMODELSREQUEST']._serialized_end=2041
+  _globals['_LISTLOADEDMODELSRESPONSE']._serialized_start=2043
+  _globals['_LISTLOADEDMODELSRESPONSE']._serialized_end=2118
+  _globals['_MODELSERVICE']._serialized_start=2121
+  _globals['_MODELSERVICE']._serialized_end=2920
 # @@protoc_insertion_point(module_scope)

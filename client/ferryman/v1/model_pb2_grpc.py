@@ -26,7 +26,9 @@ if _version_not_supported:
 
 
 class ModelServiceStub:
-    """Holds published models. Every error carries google.rpc.ErrorInfo (domain "ferryman.v1").
+    """Holds published models. A *reference* names a version of one: "name" the latest, "name/7" exactly that one,
+    "name@production" the one that the alias points at now. Every error carries google.rpc.ErrorInfo (domain
+    "ferryman.v1"); INVALID_ARGUMENT also carries google.rpc.BadRequest with all violations at once.
     """
 
     def __init__(self, channel):
@@ -45,10 +47,47 @@ class ModelServiceStub:
                 request_serializer=ferryman_dot_v1_dot_model__pb2.GetModelRequest.SerializeToString,
                 response_deserializer=ferryman_dot_v1_dot_model__pb2.GetModelResponse.FromString,
                 _registered_method=True)
+        self.SetModelAlias = channel.unary_unary(
+                '/ferryman.v1.ModelService/SetModelAlias',
+                request_serializer=ferryman_dot_v1_dot_model__pb2.SetModelAliasRequest.SerializeToString,
+                response_deserializer=ferryman_dot_v1_dot_model__pb2.SetModelAliasResponse.FromString,
+                _registered_method=True)
+        self.DeleteModelAlias = channel.unary_unary(
+                '/ferryman.v1.ModelService/DeleteModelAlias',
+                request_serializer=ferryman_dot_v1_dot_model__pb2.DeleteModelAliasRequest.SerializeToString,
+                response_deserializer=ferryman_dot_v1_dot_model__pb2.DeleteModelAliasResponse.FromString,
+                _registered_method=True)
+        self.DeleteModelVersion = channel.unary_unary(
+                '/ferryman.v1.ModelService/DeleteModelVersion',
+                request_serializer=ferryman_dot_v1_dot_model__pb2.DeleteModelVersionRequest.SerializeToString,
+                response_deserializer=ferryman_dot_v1_dot_model__pb2.DeleteModelVersionResponse.FromString,
+                _registered_method=True)
+        self.DownloadModel = channel.unary_stream(
+                '/ferryman.v1.ModelService/DownloadModel',
+                request_serializer=ferryman_dot_v1_dot_model__pb2.DownloadModelRequest.SerializeToString,
+                response_deserializer=ferryman_dot_v1_dot_model__pb2.DownloadModelResponse.FromString,
+                _registered_method=True)
+        self.LoadModel = channel.unary_unary(
+                '/ferryman.v1.ModelService/LoadModel',
+                request_serializer=ferryman_dot_v1_dot_model__pb2.LoadModelRequest.SerializeToString,
+                response_deserializer=ferryman_dot_v1_dot_model__pb2.LoadModelResponse.FromString,
+                _registered_method=True)
+        self.UnloadModel = channel.unary_unary(
+                '/ferryman.v1.ModelService/UnloadModel',
+                request_serializer=ferryman_dot_v1_dot_model__pb2.UnloadModelRequest.SerializeToString,
+                response_deserializer=ferryman_dot_v1_dot_model__pb2.UnloadModelResponse.FromString,
+                _registered_method=True)
+        self.ListLoadedModels = channel.unary_unary(
+                '/ferryman.v1.ModelService/ListLoadedModels',
+                request_serializer=ferryman_dot_v1_dot_model__pb2.ListLoadedModelsRequest.SerializeToString,
+                response_deserializer=ferryman_dot_v1_dot_model__pb2.ListLoadedModelsResponse.FromString,
+                _registered_method=True)
 
 
 class ModelServiceServicer:
-    """Holds published models. Every error carries google.rpc.ErrorInfo (domain "ferryman.v1").
+    """Holds published models. A *reference* names a version of one: "name" the latest, "name/7" exactly that one,
+    "name@production" the one that the alias points at now. Every error carries google.rpc.ErrorInfo (domain
+    "ferryman.v1"); INVALID_ARGUMENT also carries google.rpc.BadRequest with all violations at once.
     """
 
     def ListModels(self, request, context):
@@ -59,8 +98,75 @@ class ModelServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GetModel(self, request, context):
-        """One model and one of its versions. NOT_FOUND (MODEL_NOT_FOUND), INVALID_ARGUMENT (INVALID_REQUEST: a reference that
-        is not "name" or "name/version").
+        """One model and one of its versions. NOT_FOUND (MODEL_NOT_FOUND), INVALID_ARGUMENT (INVALID_REQUEST: what is no
+        reference).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetModelAlias(self, request, context):
+        """Lets an alias point at a version, wherever it pointed before: for each request either the old version or the new
+        one, and no request fails. If the server translates and has the alias's present target in memory, it loads and warms
+        up the new one before the alias moves. Setting an alias where it is is no error. NOT_FOUND (MODEL_NOT_FOUND: no such
+        version), INVALID_ARGUMENT (INVALID_REQUEST), and, the alias staying where it was, DATA_LOSS (MODEL_DAMAGED) and
+        RESOURCE_EXHAUSTED (MODEL_TOO_LARGE) of that load.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteModelAlias(self, request, context):
+        """Removes an alias; what it pointed at stays. NOT_FOUND (MODEL_NOT_FOUND: no such alias), INVALID_ARGUMENT
+        (INVALID_REQUEST).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteModelVersion(self, request, context):
+        """Removes a version and its files. Its number is never given again, also if it was the latest. Requests that it serves
+        go on to their end; runs that made it or were trained from it stay as they are. NOT_FOUND (MODEL_NOT_FOUND),
+        FAILED_PRECONDITION (MODEL_IN_USE: an alias points at it, which the metadata's `aliases` name, or an unfinished run
+        starts from it, which is the metadata's `needed_by`), INVALID_ARGUMENT (INVALID_REQUEST: not "name/version").
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DownloadModel(self, request, context):
+        """The files of a version: first a header, then the files in its order, each from its beginning to its end without gap.
+        What arrives is what was published only if every size and SHA-256 is that of the header. A version that is deleted
+        meanwhile arrives whole. NOT_FOUND (MODEL_NOT_FOUND), INVALID_ARGUMENT (INVALID_REQUEST: what is no reference),
+        DATA_LOSS (MODEL_DAMAGED: a file is missing or has another size).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def LoadModel(self, request, context):
+        """Loads a version into the memory of this server and warms it up, so that no translation waits for that; returns when
+        it is ready, at once if it was. Models that translations ask for are loaded by themselves. It is not pinned: when
+        the server's limits want it, the least recently used models leave. After DEADLINE_EXCEEDED the load goes on. NOT_FOUND
+        (MODEL_NOT_FOUND), INVALID_ARGUMENT (INVALID_REQUEST: what is no reference), DATA_LOSS (MODEL_DAMAGED),
+        RESOURCE_EXHAUSTED (MODEL_TOO_LARGE: by itself it takes more memory than the server may use for all models),
+        FAILED_PRECONDITION (ROLE_NOT_SERVED: this server does not translate).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UnloadModel(self, request, context):
+        """Takes a version out of the memory of this server; returns when the translations that it serves have ended and its
+        memory is free. The next translation that asks for it loads it again. No error if it was not in memory. NOT_FOUND
+        (MODEL_NOT_FOUND), INVALID_ARGUMENT (INVALID_REQUEST: what is no reference), FAILED_PRECONDITION (ROLE_NOT_SERVED).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListLoadedModels(self, request, context):
+        """What is in the memory of this server, the most recently used first. FAILED_PRECONDITION (ROLE_NOT_SERVED).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -79,6 +185,41 @@ def add_ModelServiceServicer_to_server(servicer, server):
                     request_deserializer=ferryman_dot_v1_dot_model__pb2.GetModelRequest.FromString,
                     response_serializer=ferryman_dot_v1_dot_model__pb2.GetModelResponse.SerializeToString,
             ),
+            'SetModelAlias': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetModelAlias,
+                    request_deserializer=ferryman_dot_v1_dot_model__pb2.SetModelAliasRequest.FromString,
+                    response_serializer=ferryman_dot_v1_dot_model__pb2.SetModelAliasResponse.SerializeToString,
+            ),
+            'DeleteModelAlias': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteModelAlias,
+                    request_deserializer=ferryman_dot_v1_dot_model__pb2.DeleteModelAliasRequest.FromString,
+                    response_serializer=ferryman_dot_v1_dot_model__pb2.DeleteModelAliasResponse.SerializeToString,
+            ),
+            'DeleteModelVersion': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteModelVersion,
+                    request_deserializer=ferryman_dot_v1_dot_model__pb2.DeleteModelVersionRequest.FromString,
+                    response_serializer=ferryman_dot_v1_dot_model__pb2.DeleteModelVersionResponse.SerializeToString,
+            ),
+            'DownloadModel': grpc.unary_stream_rpc_method_handler(
+                    servicer.DownloadModel,
+                    request_deserializer=ferryman_dot_v1_dot_model__pb2.DownloadModelRequest.FromString,
+                    response_serializer=ferryman_dot_v1_dot_model__pb2.DownloadModelResponse.SerializeToString,
+            ),
+            'LoadModel': grpc.unary_unary_rpc_method_handler(
+                    servicer.LoadModel,
+                    request_deserializer=ferryman_dot_v1_dot_model__pb2.LoadModelRequest.FromString,
+                    response_serializer=ferryman_dot_v1_dot_model__pb2.LoadModelResponse.SerializeToString,
+            ),
+            'UnloadModel': grpc.unary_unary_rpc_method_handler(
+                    servicer.UnloadModel,
+                    request_deserializer=ferryman_dot_v1_dot_model__pb2.UnloadModelRequest.FromString,
+                    response_serializer=ferryman_dot_v1_dot_model__pb2.UnloadModelResponse.SerializeToString,
+            ),
+            'ListLoadedModels': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListLoadedModels,
+                    request_deserializer=ferryman_dot_v1_dot_model__pb2.ListLoadedModelsRequest.FromString,
+                    response_serializer=ferryman_dot_v1_dot_model__pb2.ListLoadedModelsResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'ferryman.v1.ModelService', rpc_method_handlers)
@@ -88,7 +229,9 @@ def add_ModelServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class ModelService:
-    """Holds published models. Every error carries google.rpc.ErrorInfo (domain "ferryman.v1").
+    """Holds published models. A *reference* names a version of one: "name" the latest, "name/7" exactly that one,
+    "name@production" the one that the alias points at now. Every error carries google.rpc.ErrorInfo (domain
+    "ferryman.v1"); INVALID_ARGUMENT also carries google.rpc.BadRequest with all violations at once.
     """
 
     @staticmethod
@@ -135,6 +278,195 @@ class ModelService:
             '/ferryman.v1.ModelService/GetModel',
             ferryman_dot_v1_dot_model__pb2.GetModelRequest.SerializeToString,
             ferryman_dot_v1_dot_model__pb2.GetModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetModelAlias(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/ferryman.v1.ModelService/SetModelAlias',
+            ferryman_dot_v1_dot_model__pb2.SetModelAliasRequest.SerializeToString,
+            ferryman_dot_v1_dot_model__pb2.SetModelAliasResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteModelAlias(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/ferryman.v1.ModelService/DeleteModelAlias',
+            ferryman_dot_v1_dot_model__pb2.DeleteModelAliasRequest.SerializeToString,
+            ferryman_dot_v1_dot_model__pb2.DeleteModelAliasResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteModelVersion(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/ferryman.v1.ModelService/DeleteModelVersion',
+            ferryman_dot_v1_dot_model__pb2.DeleteModelVersionRequest.SerializeToString,
+            ferryman_dot_v1_dot_model__pb2.DeleteModelVersionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DownloadModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/ferryman.v1.ModelService/DownloadModel',
+            ferryman_dot_v1_dot_model__pb2.DownloadModelRequest.SerializeToString,
+            ferryman_dot_v1_dot_model__pb2.DownloadModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LoadModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/ferryman.v1.ModelService/LoadModel',
+            ferryman_dot_v1_dot_model__pb2.LoadModelRequest.SerializeToString,
+            ferryman_dot_v1_dot_model__pb2.LoadModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UnloadModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/ferryman.v1.ModelService/UnloadModel',
+            ferryman_dot_v1_dot_model__pb2.UnloadModelRequest.SerializeToString,
+            ferryman_dot_v1_dot_model__pb2.UnloadModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListLoadedModels(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/ferryman.v1.ModelService/ListLoadedModels',
+            ferryman_dot_v1_dot_model__pb2.ListLoadedModelsRequest.SerializeToString,
+            ferryman_dot_v1_dot_model__pb2.ListLoadedModelsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -27,7 +27,10 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class ModelServiceStub:
-    """Holds published models. Every error carries google.rpc.ErrorInfo (domain "ferryman.v1")."""
+    """Holds published models. A *reference* names a version of one: "name" the latest, "name/7" exactly that one,
+    "name@production" the one that the alias points at now. Every error carries google.rpc.ErrorInfo (domain
+    "ferryman.v1"); INVALID_ARGUMENT also carries google.rpc.BadRequest with all violations at once.
+    """
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -36,24 +39,106 @@ class ModelServiceStub:
     ListModels: _grpc.UnaryUnaryMultiCallable[_model_pb2.ListModelsRequest, _model_pb2.ListModelsResponse]
     """Models by name, page by page. INVALID_ARGUMENT (INVALID_REQUEST: a page token that is not ours)."""
     GetModel: _grpc.UnaryUnaryMultiCallable[_model_pb2.GetModelRequest, _model_pb2.GetModelResponse]
-    """One model and one of its versions. NOT_FOUND (MODEL_NOT_FOUND), INVALID_ARGUMENT (INVALID_REQUEST: a reference that
-    is not "name" or "name/version").
+    """One model and one of its versions. NOT_FOUND (MODEL_NOT_FOUND), INVALID_ARGUMENT (INVALID_REQUEST: what is no
+    reference).
     """
+    SetModelAlias: _grpc.UnaryUnaryMultiCallable[_model_pb2.SetModelAliasRequest, _model_pb2.SetModelAliasResponse]
+    """Lets an alias point at a version, wherever it pointed before: for each request either the old version or the new
+    one, and no request fails. If the server translates and has the alias's present target in memory, it loads and warms
+    up the new one before the alias moves. Setting an alias where it is is no error. NOT_FOUND (MODEL_NOT_FOUND: no such
+    version), INVALID_ARGUMENT (INVALID_REQUEST), and, the alias staying where it was, DATA_LOSS (MODEL_DAMAGED) and
+    RESOURCE_EXHAUSTED (MODEL_TOO_LARGE) of that load.
+    """
+    DeleteModelAlias: _grpc.UnaryUnaryMultiCallable[_model_pb2.DeleteModelAliasRequest, _model_pb2.DeleteModelAliasResponse]
+    """Removes an alias; what it pointed at stays. NOT_FOUND (MODEL_NOT_FOUND: no such alias), INVALID_ARGUMENT
+    (INVALID_REQUEST).
+    """
+    DeleteModelVersion: _grpc.UnaryUnaryMultiCallable[_model_pb2.DeleteModelVersionRequest, _model_pb2.DeleteModelVersionResponse]
+    """Removes a version and its files. Its number is never given again, also if it was the latest. Requests that it serves
+    go on to their end; runs that made it or were trained from it stay as they are. NOT_FOUND (MODEL_NOT_FOUND),
+    FAILED_PRECONDITION (MODEL_IN_USE: an alias points at it, which the metadata's `aliases` name, or an unfinished run
+    starts from it, which is the metadata's `needed_by`), INVALID_ARGUMENT (INVALID_REQUEST: not "name/version").
+    """
+    DownloadModel: _grpc.UnaryStreamMultiCallable[_model_pb2.DownloadModelRequest, _model_pb2.DownloadModelResponse]
+    """The files of a version: first a header, then the files in its order, each from its beginning to its end without gap.
+    What arrives is what was published only if every size and SHA-256 is that of the header. A version that is deleted
+    meanwhile arrives whole. NOT_FOUND (MODEL_NOT_FOUND), INVALID_ARGUMENT (INVALID_REQUEST: what is no reference),
+    DATA_LOSS (MODEL_DAMAGED: a file is missing or has another size).
+    """
+    LoadModel: _grpc.UnaryUnaryMultiCallable[_model_pb2.LoadModelRequest, _model_pb2.LoadModelResponse]
+    """Loads a version into the memory of this server and warms it up, so that no translation waits for that; returns when
+    it is ready, at once if it was. Models that translations ask for are loaded by themselves. It is not pinned: when
+    the server's limits want it, the least recently used models leave. After DEADLINE_EXCEEDED the load goes on. NOT_FOUND
+    (MODEL_NOT_FOUND), INVALID_ARGUMENT (INVALID_REQUEST: what is no reference), DATA_LOSS (MODEL_DAMAGED),
+    RESOURCE_EXHAUSTED (MODEL_TOO_LARGE: by itself it takes more memory than the server may use for all models),
+    FAILED_PRECONDITION (ROLE_NOT_SERVED: this server does not translate).
+    """
+    UnloadModel: _grpc.UnaryUnaryMultiCallable[_model_pb2.UnloadModelRequest, _model_pb2.UnloadModelResponse]
+    """Takes a version out of the memory of this server; returns when the translations that it serves have ended and its
+    memory is free. The next translation that asks for it loads it again. No error if it was not in memory. NOT_FOUND
+    (MODEL_NOT_FOUND), INVALID_ARGUMENT (INVALID_REQUEST: what is no reference), FAILED_PRECONDITION (ROLE_NOT_SERVED).
+    """
+    ListLoadedModels: _grpc.UnaryUnaryMultiCallable[_model_pb2.ListLoadedModelsRequest, _model_pb2.ListLoadedModelsResponse]
+    """What is in the memory of this server, the most recently used first. FAILED_PRECONDITION (ROLE_NOT_SERVED)."""
 
 @_typing.type_check_only
 class ModelServiceAsyncStub(ModelServiceStub):
-    """Holds published models. Every error carries google.rpc.ErrorInfo (domain "ferryman.v1")."""
+    """Holds published models. A *reference* names a version of one: "name" the latest, "name/7" exactly that one,
+    "name@production" the one that the alias points at now. Every error carries google.rpc.ErrorInfo (domain
+    "ferryman.v1"); INVALID_ARGUMENT also carries google.rpc.BadRequest with all violations at once.
+    """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     ListModels: _aio.UnaryUnaryMultiCallable[_model_pb2.ListModelsRequest, _model_pb2.ListModelsResponse]  # type: ignore[assignment]
     """Models by name, page by page. INVALID_ARGUMENT (INVALID_REQUEST: a page token that is not ours)."""
     GetModel: _aio.UnaryUnaryMultiCallable[_model_pb2.GetModelRequest, _model_pb2.GetModelResponse]  # type: ignore[assignment]
-    """One model and one of its versions. NOT_FOUND (MODEL_NOT_FOUND), INVALID_ARGUMENT (INVALID_REQUEST: a reference that
-    is not "name" or "name/version").
+    """One model and one of its versions. NOT_FOUND (MODEL_NOT_FOUND), INVALID_ARGUMENT (INVALID_REQUEST: what is no
+    reference).
     """
+    SetModelAlias: _aio.UnaryUnaryMultiCallable[_model_pb2.SetModelAliasRequest, _model_pb2.SetModelAliasResponse]  # type: ignore[assignment]
+    """Lets an alias point at a version, wherever it pointed before: for each request either the old version or the new
+    one, and no request fails. If the server translates and has the alias's present target in memory, it loads and warms
+    up the new one before the alias moves. Setting an alias where it is is no error. NOT_FOUND (MODEL_NOT_FOUND: no such
+    version), INVALID_ARGUMENT (INVALID_REQUEST), and, the alias staying where it was, DATA_LOSS (MODEL_DAMAGED) and
+    RESOURCE_EXHAUSTED (MODEL_TOO_LARGE) of that load.
+    """
+    DeleteModelAlias: _aio.UnaryUnaryMultiCallable[_model_pb2.DeleteModelAliasRequest, _model_pb2.DeleteModelAliasResponse]  # type: ignore[assignment]
+    """Removes an alias; what it pointed at stays. NOT_FOUND (MODEL_NOT_FOUND: no such alias), INVALID_ARGUMENT
+    (INVALID_REQUEST).
+    """
+    DeleteModelVersion: _aio.UnaryUnaryMultiCallable[_model_pb2.DeleteModelVersionRequest, _model_pb2.DeleteModelVersionResponse]  # type: ignore[assignment]
+    """Removes a version and its files. Its number is never given again, also if it was the latest. Requests that it serves
+    go on to their end; runs that made it or were trained from it stay as they are. NOT_FOUND (MODEL_NOT_FOUND),
+    FAILED_PRECONDITION (MODEL_IN_USE: an alias points at it, which the metadata's `aliases` name, or an unfinished run
+    starts from it, which is the metadata's `needed_by`), INVALID_ARGUMENT (INVALID_REQUEST: not "name/version").
+    """
+    DownloadModel: _aio.UnaryStreamMultiCallable[_model_pb2.DownloadModelRequest, _model_pb2.DownloadModelResponse]  # type: ignore[assignment]
+    """The files of a version: first a header, then the files in its order, each from its beginning to its end without gap.
+    What arrives is what was published only if every size and SHA-256 is that of the header. A version that is deleted
+    meanwhile arrives whole. NOT_FOUND (MODEL_NOT_FOUND), INVALID_ARGUMENT (INVALID_REQUEST: what is no reference),
+    DATA_LOSS (MODEL_DAMAGED: a file is missing or has another size).
+    """
+    LoadModel: _aio.UnaryUnaryMultiCallable[_model_pb2.LoadModelRequest, _model_pb2.LoadModelResponse]  # type: ignore[assignment]
+    """Loads a version into the memory of this server and warms it up, so that no translation waits for that; returns when
+    it is ready, at once if it was. Models that translations ask for are loaded by themselves. It is not pinned: when
+    the server's limits want it, the least recently used models leave. After DEADLINE_EXCEEDED the load goes on. NOT_FOUND
+    (MODEL_NOT_FOUND), INVALID_ARGUMENT (INVALID_REQUEST: what is no reference), DATA_LOSS (MODEL_DAMAGED),
+    RESOURCE_EXHAUSTED (MODEL_TOO_LARGE: by itself it takes more memory than the server may use for all models),
+    FAILED_PRECONDITION (ROLE_NOT_SERVED: this server does not translate).
+    """
+    UnloadModel: _aio.UnaryUnaryMultiCallable[_model_pb2.UnloadModelRequest, _model_pb2.UnloadModelResponse]  # type: ignore[assignment]
+    """Takes a version out of the memory of this server; returns when the translations that it serves have ended and its
+    memory is free. The next translation that asks for it loads it again. No error if it was not in memory. NOT_FOUND
+    (MODEL_NOT_FOUND), INVALID_ARGUMENT (INVALID_REQUEST: what is no reference), FAILED_PRECONDITION (ROLE_NOT_SERVED).
+    """
+    ListLoadedModels: _aio.UnaryUnaryMultiCallable[_model_pb2.ListLoadedModelsRequest, _model_pb2.ListLoadedModelsResponse]  # type: ignore[assignment]
+    """What is in the memory of this server, the most recently used first. FAILED_PRECONDITION (ROLE_NOT_SERVED)."""
 
 class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Holds published models. Every error carries google.rpc.ErrorInfo (domain "ferryman.v1")."""
+    """Holds published models. A *reference* names a version of one: "name" the latest, "name/7" exactly that one,
+    "name@production" the one that the alias points at now. Every error carries google.rpc.ErrorInfo (domain
+    "ferryman.v1"); INVALID_ARGUMENT also carries google.rpc.BadRequest with all violations at once.
+    """
 
     @_abc_1.abstractmethod
     def ListModels(
@@ -69,8 +154,88 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _model_pb2.GetModelRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_model_pb2.GetModelResponse, _abc.Awaitable[_model_pb2.GetModelResponse]]:
-        """One model and one of its versions. NOT_FOUND (MODEL_NOT_FOUND), INVALID_ARGUMENT (INVALID_REQUEST: a reference that
-        is not "name" or "name/version").
+        """One model and one of its versions. NOT_FOUND (MODEL_NOT_FOUND), INVALID_ARGUMENT (INVALID_REQUEST: what is no
+        reference).
         """
+
+    @_abc_1.abstractmethod
+    def SetModelAlias(
+        self,
+        request: _model_pb2.SetModelAliasRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_model_pb2.SetModelAliasResponse, _abc.Awaitable[_model_pb2.SetModelAliasResponse]]:
+        """Lets an alias point at a version, wherever it pointed before: for each request either the old version or the new
+        one, and no request fails. If the server translates and has the alias's present target in memory, it loads and warms
+        up the new one before the alias moves. Setting an alias where it is is no error. NOT_FOUND (MODEL_NOT_FOUND: no such
+        version), INVALID_ARGUMENT (INVALID_REQUEST), and, the alias staying where it was, DATA_LOSS (MODEL_DAMAGED) and
+        RESOURCE_EXHAUSTED (MODEL_TOO_LARGE) of that load.
+        """
+
+    @_abc_1.abstractmethod
+    def DeleteModelAlias(
+        self,
+        request: _model_pb2.DeleteModelAliasRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_model_pb2.DeleteModelAliasResponse, _abc.Awaitable[_model_pb2.DeleteModelAliasResponse]]:
+        """Removes an alias; what it pointed at stays. NOT_FOUND (MODEL_NOT_FOUND: no such alias), INVALID_ARGUMENT
+        (INVALID_REQUEST).
+        """
+
+    @_abc_1.abstractmethod
+    def DeleteModelVersion(
+        self,
+        request: _model_pb2.DeleteModelVersionRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_model_pb2.DeleteModelVersionResponse, _abc.Awaitable[_model_pb2.DeleteModelVersionResponse]]:
+        """Removes a version and its files. Its number is never given again, also if it was the latest. Requests that it serves
+        go on to their end; runs that made it or were trained from it stay as they are. NOT_FOUND (MODEL_NOT_FOUND),
+        FAILED_PRECONDITION (MODEL_IN_USE: an alias points at it, which the metadata's `aliases` name, or an unfinished run
+        starts from it, which is the metadata's `needed_by`), INVALID_ARGUMENT (INVALID_REQUEST: not "name/version").
+        """
+
+    @_abc_1.abstractmethod
+    def DownloadModel(
+        self,
+        request: _model_pb2.DownloadModelRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_model_pb2.DownloadModelResponse], _abc.AsyncIterator[_model_pb2.DownloadModelResponse]]:
+        """The files of a version: first a header, then the files in its order, each from its beginning to its end without gap.
+        What arrives is what was published only if every size and SHA-256 is that of the header. A version that is deleted
+        meanwhile arrives whole. NOT_FOUND (MODEL_NOT_FOUND), INVALID_ARGUMENT (INVALID_REQUEST: what is no reference),
+        DATA_LOSS (MODEL_DAMAGED: a file is missing or has another size).
+        """
+
+    @_abc_1.abstractmethod
+    def LoadModel(
+        self,
+        request: _model_pb2.LoadModelRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_model_pb2.LoadModelResponse, _abc.Awaitable[_model_pb2.LoadModelResponse]]:
+        """Loads a version into the memory of this server and warms it up, so that no translation waits for that; returns when
+        it is ready, at once if it was. Models that translations ask for are loaded by themselves. It is not pinned: when
+        the server's limits want it, the least recently used models leave. After DEADLINE_EXCEEDED the load goes on. NOT_FOUND
+        (MODEL_NOT_FOUND), INVALID_ARGUMENT (INVALID_REQUEST: what is no reference), DATA_LOSS (MODEL_DAMAGED),
+        RESOURCE_EXHAUSTED (MODEL_TOO_LARGE: by itself it takes more memory than the server may use for all models),
+        FAILED_PRECONDITION (ROLE_NOT_SERVED: this server does not translate).
+        """
+
+    @_abc_1.abstractmethod
+    def UnloadModel(
+        self,
+        request: _model_pb2.UnloadModelRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_model_pb2.UnloadModelResponse, _abc.Awaitable[_model_pb2.UnloadModelResponse]]:
+        """Takes a version out of the memory of this server; returns when the translations that it serves have ended and its
+        memory is free. The next translation that asks for it loads it again. No error if it was not in memory. NOT_FOUND
+        (MODEL_NOT_FOUND), INVALID_ARGUMENT (INVALID_REQUEST: what is no reference), FAILED_PRECONDITION (ROLE_NOT_SERVED).
+        """
+
+    @_abc_1.abstractmethod
+    def ListLoadedModels(
+        self,
+        request: _model_pb2.ListLoadedModelsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_model_pb2.ListLoadedModelsResponse, _abc.Awaitable[_model_pb2.ListLoadedModelsResponse]]:
+        """What is in the memory of this server, the most recently used first. FAILED_PRECONDITION (ROLE_NOT_SERVED)."""
 
 def add_ModelServiceServicer_to_server(servicer: ModelServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

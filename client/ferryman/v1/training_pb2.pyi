@@ -269,10 +269,10 @@ class StartTrainingRequest(_message.Message):
     validate_only: _builtins.bool
     """Optional. True: check everything and start nothing; the response holds the run that would start, without an id."""
     initial_model: _builtins.str
-    """Optional. Fine-tuning: the published version to start from, "name" (its newest) or "name/7". Its network and its
-    subwords are used: `recipe.model` (but for the dropouts), `recipe.data.vocabulary_size` and
-    `recipe.data.subword_algorithm` default to the version's and must equal them, else INVALID_ARGUMENT with every
-    mismatch (reason CONFLICT). The rest is the recipe's. Default: random weights.
+    """Optional. Fine-tuning: the published version to start from, "name" (its newest), "name/7" or "name@alias", as it is
+    when the run is accepted. Its network and its subwords are used: `recipe.model` (but for the dropouts),
+    `recipe.data.vocabulary_size` and `recipe.data.subword_algorithm` default to the version's and must equal them, else
+    INVALID_ARGUMENT with every mismatch (reason CONFLICT). The rest is the recipe's. Default: random weights.
     """
     keep_optimizer: _builtins.bool
     """Optional. With initial_model: start with Adam's moments of the last checkpoint of the run that made it, instead of

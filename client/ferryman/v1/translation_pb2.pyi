@@ -8,6 +8,7 @@ from google.protobuf import descriptor as _descriptor
 from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -19,6 +20,30 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _EarlyStopping:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _EarlyStoppingEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_EarlyStopping.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    EARLY_STOPPING_UNSPECIFIED: _EarlyStopping.ValueType  # 0
+    """FIRST."""
+    EARLY_STOPPING_FIRST: _EarlyStopping.ValueType  # 1
+    """As soon as beam_size times patience hypotheses have finished."""
+    EARLY_STOPPING_OPTIMAL: _EarlyStopping.ValueType  # 2
+    """Not before no unfinished hypothesis can still become one of the n_best. Slower."""
+
+class EarlyStopping(_EarlyStopping, metaclass=_EarlyStoppingEnumTypeWrapper):
+    """When a beam search has found enough."""
+
+EARLY_STOPPING_UNSPECIFIED: EarlyStopping.ValueType  # 0
+"""FIRST."""
+EARLY_STOPPING_FIRST: EarlyStopping.ValueType  # 1
+"""As soon as beam_size times patience hypotheses have finished."""
+EARLY_STOPPING_OPTIMAL: EarlyStopping.ValueType  # 2
+"""Not before no unfinished hypothesis can still become one of the n_best. Slower."""
+Global___EarlyStopping: _TypeAlias = EarlyStopping  # noqa: Y015
+
 @_typing.final
 class TranslateRequest(_message.Message):
     """Request of Translate."""
@@ -28,8 +53,17 @@ class TranslateRequest(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     SENTENCES_FIELD_NUMBER: _builtins.int
     OPTIONS_FIELD_NUMBER: _builtins.int
+    TARGET_PREFIXES_FIELD_NUMBER: _builtins.int
+    SPLIT_SENTENCES_FIELD_NUMBER: _builtins.int
     model: _builtins.str
-    """Required. "name" for the latest version, "name/version" for a certain one."""
+    """Required. "name" for the latest version, "name/version" for a certain one, "name@alias" for what an alias names."""
+    split_sentences: _builtins.bool
+    """Optional. Split each entry of `sentences`, a text in the model's source language, into sentences first, translate
+    them one by one and join their translations: by the white space of the text where it holds a line break, as between
+    paragraphs, else by a space. Each sentence is bounded by max_sentence_tokens by itself; all entries of a request
+    may have 16,384 sentences together, in a stream each entry. Scores and counts are those of all sentences together.
+    Needs n_best 1, no target prefixes, no token scores and no alignment. Default: false.
+    """
     @_builtins.property
     def sentences(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Required. The sentences, 1 to 1,024 (the server may be set to another limit). Leading, trailing and repeated white
@@ -41,16 +75,24 @@ class TranslateRequest(_message.Message):
     def options(self) -> Global___TranslateOptions:
         """Optional. How to search."""
 
+    @_builtins.property
+    def target_prefixes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Optional. Words that each translation must begin with, one entry per sentence, empty for none; either no entry or
+        as many as sentences. They are part of the hypothesis's text, tokens, length and score.
+        """
+
     def __init__(
         self,
         *,
         model: _builtins.str = ...,
         sentences: _abc.Iterable[_builtins.str] | None = ...,
         options: Global___TranslateOptions | None = ...,
+        target_prefixes: _abc.Iterable[_builtins.str] | None = ...,
+        split_sentences: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["options", b"options"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "options", b"options", "sentences", b"sentences"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "options", b"options", "sentences", b"sentences", "split_sentences", b"split_sentences", "target_prefixes", b"target_prefixes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -66,18 +108,59 @@ class TranslateOptions(_message.Message):
     N_BEST_FIELD_NUMBER: _builtins.int
     LENGTH_PENALTY_FIELD_NUMBER: _builtins.int
     MAX_LENGTH_FIELD_NUMBER: _builtins.int
+    MAX_LENGTH_RATIO_FIELD_NUMBER: _builtins.int
+    MIN_LENGTH_FIELD_NUMBER: _builtins.int
+    PATIENCE_FIELD_NUMBER: _builtins.int
+    EARLY_STOPPING_FIELD_NUMBER: _builtins.int
+    SAMPLING_FIELD_NUMBER: _builtins.int
+    REPETITION_PENALTY_FIELD_NUMBER: _builtins.int
+    NO_REPEAT_NGRAM_SIZE_FIELD_NUMBER: _builtins.int
+    RETURN_TOKEN_SCORES_FIELD_NUMBER: _builtins.int
+    RETURN_ALIGNMENT_FIELD_NUMBER: _builtins.int
     beam_size: _builtins.int
-    """Optional. Hypotheses kept at each step, 1 to 32; 1 is greedy search. Default: 5."""
+    """Optional. Hypotheses kept at each step, 1 to 32; 1 is greedy search. Default: 5, with sampling n_best. With
+    sampling it must be unset.
+    """
     n_best: _builtins.int
-    """Optional. Hypotheses to return per sentence, 1 to beam_size. Default: 1."""
+    """Optional. Hypotheses to return per sentence, 1 to beam_size; with sampling, independent samples, 1 to 32.
+    Default: 1.
+    """
     length_penalty: _builtins.float
     """Optional. Exponent alpha of the length normalisation: score = log-probability / length^alpha, the length counted in
     subwords with the end symbol; -5 to 5. Default: 1.
     """
     max_length: _builtins.int
-    """Optional. Longest translation in subwords, 1 to 4096; an unfinished hypothesis is cut there. Default: two times the
-    source's subwords plus 10, at most the model's max_sentence_tokens.
+    """Optional. Longest translation in subwords, the end symbol included, 1 to 4096; an unfinished hypothesis is cut
+    there. Default: two times the source's subwords plus 10, at most the model's max_sentence_tokens.
     """
+    max_length_ratio: _builtins.float
+    """Optional. Longest translation as a multiple of the source's subwords, above 0 to 100, rounded up; with max_length,
+    the smaller counts. Default: none.
+    """
+    min_length: _builtins.int
+    """Optional. Shortest translation in subwords, the end symbol not counted, 0 to 4095: before, the end symbol is no
+    candidate. Must be below max_length; where max_length follows from the source, the maximum wins. Default: 0.
+    """
+    patience: _builtins.float
+    """Optional. Multiplies the number of finished hypotheses that FIRST waits for, 1 to 10 (Kasai et al., 2022).
+    Default: 1.
+    """
+    early_stopping: Global___EarlyStopping.ValueType
+    """Optional. When a beam search ends. Default: FIRST."""
+    repetition_penalty: _builtins.float
+    """Optional. Divides the positive and multiplies the negative logits of subwords that the hypothesis holds already
+    (Keskar et al., 2019), above 0 to 10; 1 does nothing. Default: 1.
+    """
+    no_repeat_ngram_size: _builtins.int
+    """Optional. No sequence of so many subwords may come twice in a translation, 0 to 32; 0 allows all. Default: 0."""
+    return_token_scores: _builtins.bool
+    """Optional. Return subwords and their log-probabilities. Default: false."""
+    return_alignment: _builtins.bool
+    """Optional. Return which source subword each target subword looks at most. Default: false."""
+    @_builtins.property
+    def sampling(self) -> Global___Sampling:
+        """Optional. Draw the translation at random instead of searching for the most probable."""
+
     def __init__(
         self,
         *,
@@ -85,10 +168,19 @@ class TranslateOptions(_message.Message):
         n_best: _builtins.int | None = ...,
         length_penalty: _builtins.float | None = ...,
         max_length: _builtins.int | None = ...,
+        max_length_ratio: _builtins.float | None = ...,
+        min_length: _builtins.int | None = ...,
+        patience: _builtins.float | None = ...,
+        early_stopping: Global___EarlyStopping.ValueType = ...,
+        sampling: Global___Sampling | None = ...,
+        repetition_penalty: _builtins.float | None = ...,
+        no_repeat_ngram_size: _builtins.int | None = ...,
+        return_token_scores: _builtins.bool = ...,
+        return_alignment: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_beam_size", b"_beam_size", "_length_penalty", b"_length_penalty", "_max_length", b"_max_length", "_n_best", b"_n_best", "beam_size", b"beam_size", "length_penalty", b"length_penalty", "max_length", b"max_length", "n_best", b"n_best"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_beam_size", b"_beam_size", "_length_penalty", b"_length_penalty", "_max_length", b"_max_length", "_max_length_ratio", b"_max_length_ratio", "_min_length", b"_min_length", "_n_best", b"_n_best", "_no_repeat_ngram_size", b"_no_repeat_ngram_size", "_patience", b"_patience", "_repetition_penalty", b"_repetition_penalty", "beam_size", b"beam_size", "length_penalty", b"length_penalty", "max_length", b"max_length", "max_length_ratio", b"max_length_ratio", "min_length", b"min_length", "n_best", b"n_best", "no_repeat_ngram_size", b"no_repeat_ngram_size", "patience", b"patience", "repetition_penalty", b"repetition_penalty", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_beam_size", b"_beam_size", "_length_penalty", b"_length_penalty", "_max_length", b"_max_length", "_n_best", b"_n_best", "beam_size", b"beam_size", "length_penalty", b"length_penalty", "max_length", b"max_length", "n_best", b"n_best"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_beam_size", b"_beam_size", "_length_penalty", b"_length_penalty", "_max_length", b"_max_length", "_max_length_ratio", b"_max_length_ratio", "_min_length", b"_min_length", "_n_best", b"_n_best", "_no_repeat_ngram_size", b"_no_repeat_ngram_size", "_patience", b"_patience", "_repetition_penalty", b"_repetition_penalty", "beam_size", b"beam_size", "early_stopping", b"early_stopping", "length_penalty", b"length_penalty", "max_length", b"max_length", "max_length_ratio", b"max_length_ratio", "min_length", b"min_length", "n_best", b"n_best", "no_repeat_ngram_size", b"no_repeat_ngram_size", "patience", b"patience", "repetition_penalty", b"repetition_penalty", "return_alignment", b"return_alignment", "return_token_scores", b"return_token_scores", "sampling", b"sampling"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__beam_size: _TypeAlias = _typing.Literal["beam_size"]  # noqa: Y015
     _WhichOneofArgType__beam_size: _TypeAlias = _typing.Literal["_beam_size", b"_beam_size"]  # noqa: Y015
@@ -96,8 +188,18 @@ class TranslateOptions(_message.Message):
     _WhichOneofArgType__length_penalty: _TypeAlias = _typing.Literal["_length_penalty", b"_length_penalty"]  # noqa: Y015
     _WhichOneofReturnType__max_length: _TypeAlias = _typing.Literal["max_length"]  # noqa: Y015
     _WhichOneofArgType__max_length: _TypeAlias = _typing.Literal["_max_length", b"_max_length"]  # noqa: Y015
+    _WhichOneofReturnType__max_length_ratio: _TypeAlias = _typing.Literal["max_length_ratio"]  # noqa: Y015
+    _WhichOneofArgType__max_length_ratio: _TypeAlias = _typing.Literal["_max_length_ratio", b"_max_length_ratio"]  # noqa: Y015
+    _WhichOneofReturnType__min_length: _TypeAlias = _typing.Literal["min_length"]  # noqa: Y015
+    _WhichOneofArgType__min_length: _TypeAlias = _typing.Literal["_min_length", b"_min_length"]  # noqa: Y015
     _WhichOneofReturnType__n_best: _TypeAlias = _typing.Literal["n_best"]  # noqa: Y015
     _WhichOneofArgType__n_best: _TypeAlias = _typing.Literal["_n_best", b"_n_best"]  # noqa: Y015
+    _WhichOneofReturnType__no_repeat_ngram_size: _TypeAlias = _typing.Literal["no_repeat_ngram_size"]  # noqa: Y015
+    _WhichOneofArgType__no_repeat_ngram_size: _TypeAlias = _typing.Literal["_no_repeat_ngram_size", b"_no_repeat_ngram_size"]  # noqa: Y015
+    _WhichOneofReturnType__patience: _TypeAlias = _typing.Literal["patience"]  # noqa: Y015
+    _WhichOneofArgType__patience: _TypeAlias = _typing.Literal["_patience", b"_patience"]  # noqa: Y015
+    _WhichOneofReturnType__repetition_penalty: _TypeAlias = _typing.Literal["repetition_penalty"]  # noqa: Y015
+    _WhichOneofArgType__repetition_penalty: _TypeAlias = _typing.Literal["_repetition_penalty", b"_repetition_penalty"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__beam_size) -> _WhichOneofReturnType__beam_size | None: ...
     @_typing.overload
@@ -105,9 +207,70 @@ class TranslateOptions(_message.Message):
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_length) -> _WhichOneofReturnType__max_length | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_length_ratio) -> _WhichOneofReturnType__max_length_ratio | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__min_length) -> _WhichOneofReturnType__min_length | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__n_best) -> _WhichOneofReturnType__n_best | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__no_repeat_ngram_size) -> _WhichOneofReturnType__no_repeat_ngram_size | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__patience) -> _WhichOneofReturnType__patience | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__repetition_penalty) -> _WhichOneofReturnType__repetition_penalty | None: ...
 
 Global___TranslateOptions: _TypeAlias = TranslateOptions  # noqa: Y015
+
+@_typing.final
+class Sampling(_message.Message):
+    """Random sampling from the model's distribution."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TEMPERATURE_FIELD_NUMBER: _builtins.int
+    TOP_K_FIELD_NUMBER: _builtins.int
+    TOP_P_FIELD_NUMBER: _builtins.int
+    SEED_FIELD_NUMBER: _builtins.int
+    temperature: _builtins.float
+    """Optional. Divides the logits, above 0 to 100. Default: 1."""
+    top_k: _builtins.int
+    """Optional. Draw from the so many most probable subwords, 0 for all. Default: 0."""
+    top_p: _builtins.float
+    """Optional. Draw from the smallest set of most probable subwords whose probabilities reach this sum, above 0 to 1,
+    after top_k (Holtzman et al., 2020). Default: 1.
+    """
+    seed: _builtins.int
+    """Optional. The same seed, sentence and options give the same samples. Default: drawn at random."""
+    def __init__(
+        self,
+        *,
+        temperature: _builtins.float | None = ...,
+        top_k: _builtins.int | None = ...,
+        top_p: _builtins.float | None = ...,
+        seed: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "seed", b"seed", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "seed", b"seed", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
+    _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
+    _WhichOneofReturnType__temperature: _TypeAlias = _typing.Literal["temperature"]  # noqa: Y015
+    _WhichOneofArgType__temperature: _TypeAlias = _typing.Literal["_temperature", b"_temperature"]  # noqa: Y015
+    _WhichOneofReturnType__top_k: _TypeAlias = _typing.Literal["top_k"]  # noqa: Y015
+    _WhichOneofArgType__top_k: _TypeAlias = _typing.Literal["_top_k", b"_top_k"]  # noqa: Y015
+    _WhichOneofReturnType__top_p: _TypeAlias = _typing.Literal["top_p"]  # noqa: Y015
+    _WhichOneofArgType__top_p: _TypeAlias = _typing.Literal["_top_p", b"_top_p"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__seed) -> _WhichOneofReturnType__seed | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__temperature) -> _WhichOneofReturnType__temperature | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__top_k) -> _WhichOneofReturnType__top_k | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__top_p) -> _WhichOneofReturnType__top_p | None: ...
+
+Global___Sampling: _TypeAlias = Sampling  # noqa: Y015
 
 @_typing.final
 class TranslateResponse(_message.Message):
@@ -151,21 +314,27 @@ class Translation(_message.Message):
 
     HYPOTHESES_FIELD_NUMBER: _builtins.int
     SOURCE_TOKENS_FIELD_NUMBER: _builtins.int
+    SOURCE_PIECES_FIELD_NUMBER: _builtins.int
     source_tokens: _builtins.int
     """Subwords of the source, end symbol included; 0 for an empty sentence."""
     @_builtins.property
     def hypotheses(self) -> _containers.RepeatedCompositeFieldContainer[Global___Hypothesis]:
         """The hypotheses, best first: n_best of them, fewer only if the search found fewer. For an empty sentence one, empty."""
 
+    @_builtins.property
+    def source_pieces(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The source's subwords, end symbol included, if token scores or an alignment were asked for."""
+
     def __init__(
         self,
         *,
         hypotheses: _abc.Iterable[Global___Hypothesis] | None = ...,
         source_tokens: _builtins.int = ...,
+        source_pieces: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["hypotheses", b"hypotheses", "source_tokens", b"source_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["hypotheses", b"hypotheses", "source_pieces", b"source_pieces", "source_tokens", b"source_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -182,16 +351,33 @@ class Hypothesis(_message.Message):
     LOG_PROBABILITY_FIELD_NUMBER: _builtins.int
     TARGET_TOKENS_FIELD_NUMBER: _builtins.int
     FINISHED_FIELD_NUMBER: _builtins.int
+    PIECES_FIELD_NUMBER: _builtins.int
+    TOKEN_LOG_PROBABILITIES_FIELD_NUMBER: _builtins.int
+    ALIGNMENT_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     """The text."""
     score: _builtins.float
     """Length-normalised log-probability, see TranslateOptions.length_penalty."""
     log_probability: _builtins.float
-    """Natural logarithm of the hypothesis's probability."""
+    """Natural logarithm of the hypothesis's probability under the model, without penalties and temperature."""
     target_tokens: _builtins.int
     """Subwords, end symbol included if it was reached."""
     finished: _builtins.bool
     """Whether the hypothesis ended with the end symbol, not at the length limit."""
+    @_builtins.property
+    def pieces(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The subwords, end symbol included if it was reached, if token scores or an alignment were asked for."""
+
+    @_builtins.property
+    def token_log_probabilities(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """Natural logarithm of each subword's probability, if asked for; the sum is log_probability."""
+
+    @_builtins.property
+    def alignment(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """For each subword, the source subword (from 0) that it attends to most, if asked for: mean over the heads of the
+        last decoder layer.
+        """
+
     def __init__(
         self,
         *,
@@ -200,10 +386,13 @@ class Hypothesis(_message.Message):
         log_probability: _builtins.float = ...,
         target_tokens: _builtins.int = ...,
         finished: _builtins.bool = ...,
+        pieces: _abc.Iterable[_builtins.str] | None = ...,
+        token_log_probabilities: _abc.Iterable[_builtins.float] | None = ...,
+        alignment: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["finished", b"finished", "log_probability", b"log_probability", "score", b"score", "target_tokens", b"target_tokens", "text", b"text"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alignment", b"alignment", "finished", b"finished", "log_probability", b"log_probability", "pieces", b"pieces", "score", b"score", "target_tokens", b"target_tokens", "text", b"text", "token_log_probabilities", b"token_log_probabilities"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -220,21 +409,29 @@ class TranslateTimings(_message.Message):
     ENCODE_FIELD_NUMBER: _builtins.int
     DECODE_FIELD_NUMBER: _builtins.int
     TOTAL_FIELD_NUMBER: _builtins.int
+    STEPS_FIELD_NUMBER: _builtins.int
+    MEAN_BATCH_ROWS_FIELD_NUMBER: _builtins.int
+    steps: _builtins.int
+    """Decoding steps, of the sentence that took most."""
+    mean_batch_rows: _builtins.float
+    """Rows (sentences times beam, others' included) that a step computed, on average over the steps of this request's
+    sentences.
+    """
     @_builtins.property
     def queue(self) -> _duration_pb2.Duration:
-        """Waiting for a free decoder."""
+        """Waiting for a place in the running batch; of the sentence that waited longest."""
 
     @_builtins.property
     def text(self) -> _duration_pb2.Duration:
-        """Normalising, splitting into subwords and joining them again."""
+        """Normalising, splitting into subwords and joining them again, of all sentences together."""
 
     @_builtins.property
     def encode(self) -> _duration_pb2.Duration:
-        """Encoding."""
+        """Encoding, of the sentence that it took longest for."""
 
     @_builtins.property
     def decode(self) -> _duration_pb2.Duration:
-        """Decoding and searching."""
+        """Decoding and searching, of the sentence that it took longest for."""
 
     @_builtins.property
     def total(self) -> _duration_pb2.Duration:
@@ -248,11 +445,229 @@ class TranslateTimings(_message.Message):
         encode: _duration_pb2.Duration | None = ...,
         decode: _duration_pb2.Duration | None = ...,
         total: _duration_pb2.Duration | None = ...,
+        steps: _builtins.int = ...,
+        mean_batch_rows: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["decode", b"decode", "encode", b"encode", "queue", b"queue", "text", b"text", "total", b"total"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode", b"decode", "encode", b"encode", "queue", b"queue", "text", b"text", "total", b"total"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode", b"decode", "encode", b"encode", "mean_batch_rows", b"mean_batch_rows", "queue", b"queue", "steps", b"steps", "text", b"text", "total", b"total"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___TranslateTimings: _TypeAlias = TranslateTimings  # noqa: Y015
+
+@_typing.final
+class StreamTranslateRequest(_message.Message):
+    """Request message of StreamTranslate."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONFIG_FIELD_NUMBER: _builtins.int
+    SENTENCES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def config(self) -> Global___StreamTranslateConfig:
+        """The first message."""
+
+    @_builtins.property
+    def sentences(self) -> Global___StreamSentences:
+        """All others."""
+
+    def __init__(
+        self,
+        *,
+        config: Global___StreamTranslateConfig | None = ...,
+        sentences: Global___StreamSentences | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "message", b"message", "sentences", b"sentences"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "message", b"message", "sentences", b"sentences"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["config", "sentences"]  # noqa: Y015
+    _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
+
+Global___StreamTranslateRequest: _TypeAlias = StreamTranslateRequest  # noqa: Y015
+
+@_typing.final
+class StreamTranslateConfig(_message.Message):
+    """What a stream's translations have in common."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    OPTIONS_FIELD_NUMBER: _builtins.int
+    SPLIT_SENTENCES_FIELD_NUMBER: _builtins.int
+    WINDOW_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """Required. As TranslateRequest.model; the stream keeps the version it began with."""
+    split_sentences: _builtins.bool
+    """Optional. As TranslateRequest.split_sentences."""
+    window: _builtins.int
+    """Optional. Sentences in flight at most, 1 to 4,096. Default: 256."""
+    @_builtins.property
+    def options(self) -> Global___TranslateOptions:
+        """Optional. How to search."""
+
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        options: Global___TranslateOptions | None = ...,
+        split_sentences: _builtins.bool = ...,
+        window: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_window", b"_window", "options", b"options", "window", b"window"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_window", b"_window", "model", b"model", "options", b"options", "split_sentences", b"split_sentences", "window", b"window"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__window: _TypeAlias = _typing.Literal["window"]  # noqa: Y015
+    _WhichOneofArgType__window: _TypeAlias = _typing.Literal["_window", b"_window"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__window) -> _WhichOneofReturnType__window | None: ...
+
+Global___StreamTranslateConfig: _TypeAlias = StreamTranslateConfig  # noqa: Y015
+
+@_typing.final
+class StreamSentences(_message.Message):
+    """Some sentences of a stream."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SENTENCES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def sentences(self) -> _containers.RepeatedCompositeFieldContainer[Global___StreamSentence]:
+        """Required. The sentences, 1 to 1,024 in a message."""
+
+    def __init__(
+        self,
+        *,
+        sentences: _abc.Iterable[Global___StreamSentence] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["sentences", b"sentences"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StreamSentences: _TypeAlias = StreamSentences  # noqa: Y015
+
+@_typing.final
+class StreamSentence(_message.Message):
+    """A sentence of a stream."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    SENTENCE_FIELD_NUMBER: _builtins.int
+    TARGET_PREFIX_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    """Required. The caller's id, up to 128 bytes; ids need not differ."""
+    sentence: _builtins.str
+    """Required. As an entry of TranslateRequest.sentences."""
+    target_prefix: _builtins.str
+    """Optional. As an entry of TranslateRequest.target_prefixes."""
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        sentence: _builtins.str = ...,
+        target_prefix: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "sentence", b"sentence", "target_prefix", b"target_prefix"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StreamSentence: _TypeAlias = StreamSentence  # noqa: Y015
+
+@_typing.final
+class StreamTranslateResponse(_message.Message):
+    """Response message of StreamTranslate."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    TRANSLATIONS_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """The version that translates, as "name/version"."""
+    @_builtins.property
+    def translations(self) -> _containers.RepeatedCompositeFieldContainer[Global___StreamTranslation]:
+        """Translations that have finished, at least one."""
+
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        translations: _abc.Iterable[Global___StreamTranslation] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "translations", b"translations"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StreamTranslateResponse: _TypeAlias = StreamTranslateResponse  # noqa: Y015
+
+@_typing.final
+class StreamTranslation(_message.Message):
+    """What became of a sentence of a stream."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    TRANSLATION_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    """The caller's id."""
+    @_builtins.property
+    def translation(self) -> Global___Translation:
+        """The translation."""
+
+    @_builtins.property
+    def error(self) -> Global___SentenceError:
+        """Why there is none."""
+
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        translation: Global___Translation | None = ...,
+        error: Global___SentenceError | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "outcome", b"outcome", "translation", b"translation"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "id", b"id", "outcome", b"outcome", "translation", b"translation"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_outcome: _TypeAlias = _typing.Literal["translation", "error"]  # noqa: Y015
+    _WhichOneofArgType_outcome: _TypeAlias = _typing.Literal["outcome", b"outcome"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_outcome) -> _WhichOneofReturnType_outcome | None: ...
+
+Global___StreamTranslation: _TypeAlias = StreamTranslation  # noqa: Y015
+
+@_typing.final
+class SentenceError(_message.Message):
+    """Why a sentence of a stream has no translation."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REASON_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    reason: _builtins.str
+    """What Translate would give as the violation's reason: SENTENCE_TOO_LONG, CONTROL_CHARACTER, TOO_MANY_SENTENCES and
+    so on; of several the first.
+    """
+    message: _builtins.str
+    """A text for people: what is wrong, what is legal, how to mend it."""
+    def __init__(
+        self,
+        *,
+        reason: _builtins.str = ...,
+        message: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["message", b"message", "reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SentenceError: _TypeAlias = SentenceError  # noqa: Y015

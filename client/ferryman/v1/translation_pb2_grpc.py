@@ -40,6 +40,11 @@ class TranslationServiceStub:
                 request_serializer=ferryman_dot_v1_dot_translation__pb2.TranslateRequest.SerializeToString,
                 response_deserializer=ferryman_dot_v1_dot_translation__pb2.TranslateResponse.FromString,
                 _registered_method=True)
+        self.StreamTranslate = channel.stream_stream(
+                '/ferryman.v1.TranslationService/StreamTranslate',
+                request_serializer=ferryman_dot_v1_dot_translation__pb2.StreamTranslateRequest.SerializeToString,
+                response_deserializer=ferryman_dot_v1_dot_translation__pb2.StreamTranslateResponse.FromString,
+                _registered_method=True)
 
 
 class TranslationServiceServicer:
@@ -49,9 +54,26 @@ class TranslationServiceServicer:
     def Translate(self, request, context):
         """Translates sentences. A sentence's translation does not depend on the others. The caller's deadline and
         cancellation end the work. NOT_FOUND (MODEL_NOT_FOUND); INVALID_ARGUMENT with all violations: INVALID_REQUEST
-        (options out of range, no sentences, too many sentences) or INVALID_SENTENCE (too long, control characters);
-        DEADLINE_EXCEEDED; DATA_LOSS (MODEL_DAMAGED: a stored file is not what was published); FAILED_PRECONDITION
-        (ROLE_NOT_SERVED: this server does not translate).
+        (options out of range or in conflict, no sentences, too many sentences) or INVALID_SENTENCE (too long, control
+        characters, a target prefix without room); RESOURCE_EXHAUSTED (QUEUE_FULL: more waits than the server admits, call
+        again after RetryInfo's delay; MODEL_TOO_LARGE); DEADLINE_EXCEEDED; DATA_LOSS (MODEL_DAMAGED: a stored file is not
+        what was published); FAILED_PRECONDITION (ROLE_NOT_SERVED: this server does not translate).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def StreamTranslate(self, request_iterator, context):
+        """Translates a stream of sentences, for documents and pipelines. The first message holds the configuration, all
+        others sentences. Translations come as they finish, in any order, each with its caller's id, exactly once. The
+        server reads on only while fewer than the window's sentences are in flight, so neither side buffers without bound:
+        a sentence is in flight until its translation is written, and who does not read is soon not read from. A sentence
+        that cannot be translated has an error of its own and the stream goes on. Unary calls may overtake a stream, but
+        cannot hold it up for ever. After the caller has half-closed, the stream ends when the last translation is sent.
+        NOT_FOUND (MODEL_NOT_FOUND); INVALID_ARGUMENT with all violations (INVALID_REQUEST: configuration or messages);
+        RESOURCE_EXHAUSTED (MODEL_TOO_LARGE); DEADLINE_EXCEEDED; DATA_LOSS (MODEL_DAMAGED); FAILED_PRECONDITION
+        (ROLE_NOT_SERVED); UNAVAILABLE (SERVER_SHUTTING_DOWN: what was not answered was not translated). A full queue is no
+        error: a stream waits for room.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -64,6 +86,11 @@ def add_TranslationServiceServicer_to_server(servicer, server):
                     servicer.Translate,
                     request_deserializer=ferryman_dot_v1_dot_translation__pb2.TranslateRequest.FromString,
                     response_serializer=ferryman_dot_v1_dot_translation__pb2.TranslateResponse.SerializeToString,
+            ),
+            'StreamTranslate': grpc.stream_stream_rpc_method_handler(
+                    servicer.StreamTranslate,
+                    request_deserializer=ferryman_dot_v1_dot_translation__pb2.StreamTranslateRequest.FromString,
+                    response_serializer=ferryman_dot_v1_dot_translation__pb2.StreamTranslateResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -94,6 +121,33 @@ class TranslationService:
             '/ferryman.v1.TranslationService/Translate',
             ferryman_dot_v1_dot_translation__pb2.TranslateRequest.SerializeToString,
             ferryman_dot_v1_dot_translation__pb2.TranslateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def StreamTranslate(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/ferryman.v1.TranslationService/StreamTranslate',
+            ferryman_dot_v1_dot_translation__pb2.StreamTranslateRequest.SerializeToString,
+            ferryman_dot_v1_dot_translation__pb2.StreamTranslateResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -22,9 +22,10 @@ from ferryman_service.application.ports import (
     TrainedModel,
     TrainingEngine,
     TrainingJob,
+    Translator,
 )
 from ferryman_service.application.reporting import ReporterConfig, SilentReporter, StoreReporter
-from ferryman_service.application.verification import check_export
+from ferryman_service.application.verification import MAX_INT8_LOSS, check_export, measure_int8
 from ferryman_service.domain.errors import (
     AttemptFenced,
     DiskFull,
@@ -45,6 +46,7 @@ from ferryman_service.domain.runs import (
     disk_full_handover,
 )
 from ferryman_service.domain.training import DiskIsFull, InitialWeights, PauseRequested, StopRequested
+from ferryman_service.domain.translation import ComputeType
 
 _log = logging.getLogger(__name__)
 _CLAIM_POLL_S: Final = 0.1
@@ -250,13 +252,35 @@ def _export(ports: WorkerPorts, run: TrainingRun, trained: TrainedModel, reporte
     staged = ports.models.staging_dir(run.run_id)
     ports.exporter.export(trained, lineage, staged)
     reporter.check()
-    verdict = check_export(
-        reference=ports.exporter.reference(trained),
-        exported=ports.loader.load(staged),
-        sentences=trained.check_sentences,
-    )
-    reporter.event(EventLevel.INFO, "EXPORT_CHECKED", verdict)
+    with contextlib.closing(ports.loader.load(staged, ComputeType.FP32)) as exported:
+        verdict = check_export(
+            reference=ports.exporter.reference(trained), exported=exported, sentences=trained.check_sentences
+        )
+        reporter.event(EventLevel.INFO, "EXPORT_CHECKED", verdict)
+        reporter.check()
+        _judge_int8(ports, trained, staged, exported, reporter)
     return staged
+
+
+def _judge_int8(
+    ports: WorkerPorts, trained: TrainedModel, staged: Path, exported: Translator, reporter: StoreReporter
+) -> None:
+    """Measure what int8 costs, and leave it out of the bundle if that is too much."""
+    if not trained.held_out:
+        return
+    with contextlib.closing(ports.loader.load(staged, ComputeType.INT8)) as int8:
+        scores = measure_int8(exact=exported, int8=int8, pairs=trained.held_out, bleu=ports.exporter.bleu)
+    keep = scores.loss <= MAX_INT8_LOSS
+    ports.exporter.settle_int8(staged, scores, keep=keep)
+    text = (
+        f"BLEU of {scores.pairs} held-out pairs, greedy: {scores.fp32_bleu:.2f} in fp32, {scores.int8_bleu:.2f} in int8"
+    )
+    if keep:
+        reporter.event(EventLevel.INFO, "INT8_CHECKED", text)
+    else:
+        reporter.event(
+            EventLevel.WARNING, "INT8_LEFT_OUT", f"{text}: it loses over {MAX_INT8_LOSS}, so the model has no int8"
+        )
 
 
 def _close_quietly(reporter: StoreReporter) -> None:

@@ -13,7 +13,7 @@ from typing import Protocol
 
 from ferryman_service.domain.corpora import Corpus, CorpusHeader, SentencePair, Side, Split
 from ferryman_service.domain.corpora import CorpusFiles as CorpusFiles
-from ferryman_service.domain.models import Model, ModelLineage, ModelReference, ModelVersion
+from ferryman_service.domain.models import BundleFile, Int8Scores, Model, ModelLineage, ModelReference, ModelVersion
 from ferryman_service.domain.records import EventLevel, Payload, Record, RunState, StepMetrics, ValidationMetrics
 from ferryman_service.domain.runs import AppendAck as AppendAck
 from ferryman_service.domain.runs import (
@@ -30,7 +30,15 @@ from ferryman_service.domain.runs import RunHead as RunHead
 from ferryman_service.domain.training import RunCancelled as RunCancelled
 from ferryman_service.domain.training import TrainedModel as TrainedModel
 from ferryman_service.domain.training import TrainingJob as TrainingJob
-from ferryman_service.domain.translation import CancelToken, SearchOptions, Timings, Translation
+from ferryman_service.domain.translation import (
+    CancelToken,
+    ComputeType,
+    PreparedSentence,
+    SearchOptions,
+    SentenceWork,
+    Timings,
+    Translation,
+)
 
 
 class RunStore(Protocol):
@@ -207,6 +215,29 @@ class CorpusStore(Protocol):
         ...
 
 
+class BundleReader(Protocol):
+    """The files of a published version, open: they can be read to their end although the version is deleted meanwhile.
+    Used by one thread at a time, then closed."""
+
+    @property
+    def version(self) -> ModelVersion:
+        """What the files are of."""
+        ...
+
+    @property
+    def files(self) -> Sequence[BundleFile]:
+        """The files, the manifest first."""
+        ...
+
+    def read(self, file: BundleFile, size_bytes: int) -> bytes:
+        """Return the next bytes of the file, at most so many; none at its end."""
+        ...
+
+    def close(self) -> None:
+        """Close the files; harmless when repeated."""
+        ...
+
+
 class ModelStore(Protocol):
     """Published models."""
 
@@ -237,12 +268,38 @@ class ModelStore(Protocol):
         """Return the version that the reference names; raises ModelNotFound."""
         ...
 
+    def revision(self) -> int:
+        """Return a number that is another one after any change, by whatever process, to what `resolve` reads.
+
+        A few µs, never blocks: safe to call from an event loop. It may change without such a change.
+        """
+        ...
+
     def get(self, name: str) -> Model:
         """Return the model; raises ModelNotFound."""
         ...
 
     def list_page(self, after: str | None, limit: int) -> Sequence[Model]:
         """Return at most `limit` models that follow the one named `after`, by name."""
+        ...
+
+    def set_alias(self, name: str, alias: str, version: int) -> Model:
+        """Let the alias point at the version, at once for everybody, and return the model; raises ModelNotFound."""
+        ...
+
+    def delete_alias(self, name: str, alias: str) -> None:
+        """Remove the alias, not what it points at; raises ModelNotFound."""
+        ...
+
+    def delete_version(self, name: str, version: int) -> None:
+        """Remove the version and its files; its number is never given again. Files that are open can be read on.
+
+        Raises ModelNotFound; ModelInUse (an alias points at it, or an unfinished run starts from it).
+        """
+        ...
+
+    def open_bundle(self, version: ModelVersion) -> BundleReader:
+        """Open the files of the version; raises ModelDamaged, and ModelNotFound if it was deleted meanwhile."""
         ...
 
     def has_weights(self, version: ModelVersion) -> bool:
@@ -341,7 +398,7 @@ class TrainingEngine(Protocol):
 
 
 class Translator(Protocol):
-    """A loaded model. Safe to call from several threads at once."""
+    """Something that translates a batch of sentences and returns when all are done."""
 
     def max_sentence_tokens(self) -> int:
         """Return the longest source sentence, in subwords with the end symbol."""
@@ -355,11 +412,71 @@ class Translator(Protocol):
         ...
 
 
+class TranslationEngine(Translator, Protocol):
+    """A loaded model that translates many callers' sentences at once. Safe to call from every thread until closed."""
+
+    def memory_bytes(self) -> int:
+        """Return how much memory the loaded model takes; the same at every call."""
+        ...
+
+    def warm_up(self) -> None:
+        """Do what makes the first translation slower than the others; called once, before any translation."""
+        ...
+
+    def close(self) -> None:
+        """Free what the model holds; called once, when nobody translates any more and nobody will. Must not fail."""
+        ...
+
+    def prepare(self, sentence: str, prefix: str, options: SearchOptions) -> PreparedSentence:
+        """Normalise a sentence and the words that its translation must begin with, and split both into subwords.
+
+        Some 20 µs: for more than a few sentences call it outside the event loop. Raises InvalidSentence, its fields
+        "sentence" and "prefix".
+        """
+        ...
+
+    def prepare_all(
+        self, sentences: Sequence[str], prefixes: Sequence[str], options: SearchOptions
+    ) -> Sequence[PreparedSentence]:
+        """Prepare sentences, each with its prefix, or all without if there are no prefixes; faster than one by one.
+
+        Raises InvalidSentence with every violation, fields "sentences[i]" and "target_prefixes[i]".
+        """
+        ...
+
+    def submit(self, work: Sequence[SentenceWork]) -> None:
+        """Queue sentences and return at once; safe to call from an event loop.
+
+        Each `done` is called exactly once, from a thread of the engine, or from this call for an empty sentence; its
+        timings.text_ns hold the sentence's own. A token that is cancelled, or past its deadline, ends a waiting
+        sentence soon and a running one at its next step.
+        """
+        ...
+
+
+class SentenceSplitter(Protocol):
+    """Finds the sentences of a text."""
+
+    def split(self, text: str, language: str) -> Sequence[str]:
+        """Cut the text, in the language of the BCP 47 tag, into pieces that joined are the text again: each is one
+        sentence with the white space around it, or white space alone. Never fails: of a language that it does not know
+        it takes the most common rules."""
+        ...
+
+
 class ModelExporter(Protocol):
     """Turns trained weights into a bundle."""
 
     def export(self, trained: TrainedModel, lineage: ModelLineage, bundle: Path) -> None:
         """Write the bundle's files and manifest into the empty folder `bundle`, every file fsynced."""
+        ...
+
+    def bleu(self, translations: Sequence[str], references: Sequence[str]) -> float:
+        """Return sacreBLEU (cased, 13a) of the translations, 0 to 100."""
+        ...
+
+    def settle_int8(self, bundle: Path, scores: Int8Scores, *, keep: bool) -> None:
+        """Write into an exported bundle what its int8 graphs cost, and remove them unless they are kept."""
         ...
 
     def reference(self, trained: TrainedModel) -> Translator:
@@ -370,6 +487,7 @@ class ModelExporter(Protocol):
 class BundleLoader(Protocol):
     """Loads bundles for translating."""
 
-    def load(self, bundle: Path) -> Translator:
-        """Check every digest and load; raises ModelDamaged."""
+    def load(self, bundle: Path, compute_type: ComputeType | None = None) -> TranslationEngine:
+        """Check every digest and load, as the loader is configured or in the compute type that is named; raises
+        ModelDamaged. The bundle's files may be removed afterwards."""
         ...

@@ -1,142 +1,299 @@
-"""The use case of translating: check, find the model, wait for a free decoder, translate."""
+"""The use cases of translating: check, lease the model, prepare, admit, hand to the engine, gather.
+
+What is checked takes no time; what is known is done in the event loop. So a short request for a model that is in memory
+wakes no thread but the engine's, and the loop is woken once, when its last sentence is done.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import threading
 import time
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Final
 
-from ferryman_service.application.ports import BundleLoader, ModelStore, Translator
+from ferryman_service.application.admission import Admission, cost_tokens
+from ferryman_service.application.entries import Entry, Preparation
+from ferryman_service.application.flight import Caller, Flight, Flights
+from ferryman_service.application.loaded_models import Lease, LoadedModels
+from ferryman_service.application.model_access import ModelAccess
+from ferryman_service.application.ports import ModelStore, SentenceSplitter
+from ferryman_service.application.translation_stream import TranslationStream
 from ferryman_service.domain.errors import InvalidRequest, RoleNotServed, Violation
-from ferryman_service.domain.models import ModelVersion, parse_model_reference
-from ferryman_service.domain.translation import CancelToken, SearchOptions, Timings, Translation, option_violations
+from ferryman_service.domain.models import ModelReference, ModelVersion, parse_model_reference
+from ferryman_service.domain.translation import (
+    CancelToken,
+    FairShare,
+    SearchOptions,
+    SentenceResult,
+    Timings,
+    Translation,
+    option_violations,
+)
+
+MAX_WINDOW: Final = 4096
+DEFAULT_WINDOW: Final = 256
+_CALL_WEIGHT: Final = 4.0
+_STREAM_WEIGHT: Final = 1.0
+_TEXT_THREADS: Final = 2
+_WAITING_THREADS: Final = 16
 
 
 @dataclass(frozen=True, kw_only=True)
 class TranslationLimits:
-    """What one process may be asked."""
+    """What one process may be asked. `queue_tokens`: row tokens, see application/admission.py."""
 
     max_sentences: int = 1024
-    threads: int = 1
-    max_loaded_models: int = 4
+    queue_tokens: int = 262_144
 
 
 @dataclass(frozen=True, kw_only=True)
 class TranslateRequest:
-    """What Translate is asked. `timeout_s` None: the caller set no deadline."""
+    """What Translate is asked. `timeout_s` None: the caller set no deadline. `unknown` are violations that were found
+    while the request was read."""
 
     model: str
     sentences: Sequence[str]
     options: SearchOptions
+    target_prefixes: Sequence[str] = ()
+    split_sentences: bool = False
     timeout_s: float | None = None
+    unknown: Sequence[Violation] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class TranslateResult:
-    """The version that translated, one translation per sentence, and where the time went."""
+    """The version that translated, one translation per entry of the request, and where the time went.
+
+    `sentences` are the timings of every sentence, more than entries if those were split. `mean_batch_rows` is over the
+    steps of all sentences.
+    """
 
     version: ModelVersion
     translations: Sequence[Translation]
+    sentences: Sequence[Timings]
     timings: Timings
+    mean_batch_rows: float
     total_ns: int
 
 
-class LoadedModels:
-    """The models in memory, the least recently used leaving first. Safe to use from every thread."""
+@dataclass(frozen=True, kw_only=True)
+class StreamRequest:
+    """What a stream's translations have in common; see TranslateRequest. `window` None: DEFAULT_WINDOW."""
 
-    def __init__(self, models: ModelStore, loader: BundleLoader, max_loaded_models: int) -> None:
-        """Store the ports; nothing is loaded yet."""
-        self._models = models
-        self._loader = loader
-        self._max_loaded_models = max_loaded_models
-        self._lock = threading.Lock()
-        self._slots: OrderedDict[str, _Slot] = OrderedDict()
-
-    def get(self, version: ModelVersion) -> Translator:
-        """Return the translator, loading it at most once however many ask at the same time; raises ModelDamaged."""
-        with self._lock:
-            slot = self._slots.setdefault(version.reference, _Slot())
-            self._slots.move_to_end(version.reference)
-            while len(self._slots) > self._max_loaded_models:
-                self._slots.popitem(last=False)
-        with slot.lock:
-            if slot.translator is None:
-                slot.translator = self._loader.load(self._models.bundle_dir(version))
-            return slot.translator
-
-
-class _Slot:
-    """A place for one model. A failed load leaves it empty, so the next caller tries again."""
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.translator: Translator | None = None
+    model: str
+    options: SearchOptions
+    split_sentences: bool = False
+    window: int | None = None
+    timeout_s: float | None = None
+    unknown: Sequence[Violation] = ()
 
 
 class TranslationUseCases:
-    """What TranslationService does."""
+    """What TranslationService does; belongs to an event loop, but for `close` and `queued_tokens`."""
 
-    def __init__(self, *, models: ModelStore, loader: BundleLoader | None, limits: TranslationLimits) -> None:
-        """Store the ports; without a loader this process does not translate."""
-        self._models = models
-        self._loaded = LoadedModels(models, loader, limits.max_loaded_models) if loader is not None else None
+    def __init__(
+        self,
+        *,
+        models: ModelStore,
+        loaded: LoadedModels | None,
+        splitter: SentenceSplitter,
+        limits: TranslationLimits,
+    ) -> None:
+        """Store the ports; without loaded models this process does not translate."""
+        self._loaded = loaded
+        self._splitter = splitter
         self._limits = limits
-        self._threads = ThreadPoolExecutor(max_workers=limits.threads, thread_name_prefix="translate")
+        self._admission = Admission(limits.queue_tokens)
+        self._text = ThreadPoolExecutor(max_workers=_TEXT_THREADS, thread_name_prefix="text")
+        # Threads that wait for a database or a load: a model that is slow to load holds up few others.
+        self._waiting = ThreadPoolExecutor(max_workers=_WAITING_THREADS, thread_name_prefix="lease")
+        self._flights = Flights(self._waiting)
+        self._access = None if loaded is None else ModelAccess(models, loaded, self._waiting)
 
     async def translate(self, request: TranslateRequest) -> TranslateResult:
-        """Translate; cancelling the awaiting task stops the work at its next step.
+        """Translate; cancelling the awaiting task frees its rows at the engine's next step.
 
-        Raises RoleNotServed, InvalidRequest, ModelNotFound, InvalidSentence, ModelDamaged, DeadlineExceeded.
+        Raises RoleNotServed, InvalidRequest, ModelNotFound, InvalidSentence, ModelDamaged, ModelTooLarge, QueueFull,
+        DeadlineExceeded.
         """
         arrived_ns = time.monotonic_ns()
-        if self._loaded is None:
+        access = self._served()
+        reference = self._checked(request)
+        self._admission.check(len(request.sentences) * request.options.rows)
+        caller = self._caller(request, _CALL_WEIGHT)
+        lease = await access.lease(reference)
+        gathering = _Gathering()
+        flight = Flight(lease, caller, self._flights, gathering.accept)
+        try:
+            caller.token.check()
+            entries = await self._entries(request, lease)
+            sentences = [
+                ((entry, place), sentence) for entry in entries for place, sentence in enumerate(entry.sentences)
+            ]
+            self._admission.admit(sum(cost_tokens(sentence, request.options) for _, sentence in sentences))
+            flight.submit(sentences)
+            await gathering.all_of(entries)
+        except BaseException:
+            caller.token.cancel()
+            raise
+        finally:
+            flight.close()
+        return _result(lease.version, entries, arrived_ns)
+
+    @asynccontextmanager
+    async def stream(self, request: StreamRequest) -> AsyncIterator[TranslationStream]:
+        """Open a stream, which keeps its model, and what it has in the engine, until the block ends.
+
+        Raises RoleNotServed, InvalidRequest, ModelNotFound, ModelDamaged, ModelTooLarge.
+        """
+        access = self._served()
+        reference = self._checked_stream(request)
+        caller = self._caller(request, _STREAM_WEIGHT)
+        lease = await access.lease(reference)
+        preparation = self._preparation(request, lease)
+        window = DEFAULT_WINDOW if request.window is None else request.window
+        stream = TranslationStream(lease, caller, preparation, window, self._flights, self._text)
+        try:
+            yield stream
+        finally:
+            stream.close()
+
+    def queued_tokens(self) -> tuple[int, int]:
+        """Return the row tokens of unary calls and of streams that wait or run now; safe to call from every thread."""
+        return self._admission.calls.used, self._admission.streams.used
+
+    def close(self) -> None:
+        """Wait for the work in hand; the event loop must still run."""
+        self._flights.wait()
+        self._text.shutdown(wait=True)
+        self._waiting.shutdown(wait=True)
+
+    def _served(self) -> ModelAccess:
+        if self._access is None:
             raise RoleNotServed(
                 "this server does not translate; start one with --roles translation", role="translation"
             )
-        self._check(request)
-        deadline_s = None if request.timeout_s is None else time.monotonic() + request.timeout_s
-        token = CancelToken(deadline_s)
-        work = asyncio.get_running_loop().run_in_executor(
-            self._threads, self._work, self._loaded, request, token, arrived_ns
-        )
-        try:
-            return await work
-        except asyncio.CancelledError:
-            token.cancel()
-            raise
+        return self._access
 
-    def close(self) -> None:
-        """Wait for the work in hand."""
-        self._threads.shutdown(wait=True, cancel_futures=True)
-
-    def _work(
-        self, loaded: LoadedModels, request: TranslateRequest, token: CancelToken, arrived_ns: int
-    ) -> TranslateResult:
-        started_ns = time.monotonic_ns()
-        token.check()
-        version = self._models.resolve(parse_model_reference(request.model))
-        translator = loaded.get(version)
-        translations, timings = translator.translate(request.sentences, request.options, token)
-        return TranslateResult(
-            version=version,
-            translations=translations,
-            timings=replace(timings, queue_ns=started_ns - arrived_ns),
-            total_ns=time.monotonic_ns() - arrived_ns,
-        )
-
-    def _check(self, request: TranslateRequest) -> None:
-        violations = list(option_violations(request.options))
-        count, limit = len(request.sentences), self._limits.max_sentences
+    def _checked(self, request: TranslateRequest) -> ModelReference:
+        """Return the model that is named; raises InvalidRequest with every violation."""
+        count, limit, prefixes = len(request.sentences), self._limits.max_sentences, len(request.target_prefixes)
+        violations = [*request.unknown, *option_violations(request.options)]
         if not 1 <= count <= limit:
-            text = f"has {count:,} sentences, must have from 1 to {limit:,}; send more in several calls"
+            text = f"has {count:,} sentences, must have from 1 to {limit:,}; send more in several calls, or stream them"
             violations.append(Violation(field="sentences", description=text, reason="OUT_OF_RANGE"))
-        try:
-            parse_model_reference(request.model)
-        except InvalidRequest as error:
-            violations = [*error.violations, *violations]
-        if violations:
-            raise InvalidRequest(violations)
+        if prefixes not in (0, count):
+            text = f"has {prefixes:,} entries for {count:,} sentences, must have none, or one for each"
+            violations.append(Violation(field="target_prefixes", description=text, reason="CONFLICT"))
+        if request.split_sentences:
+            violations += _split_conflicts(request.options, "options")
+            if any(request.target_prefixes):
+                text = "must be empty with split_sentences: a text's sentences cannot all begin with the same words"
+                violations.append(Violation(field="target_prefixes", description=text, reason="CONFLICT"))
+        return _reference(request.model, "model", violations)
+
+    def _checked_stream(self, request: StreamRequest) -> ModelReference:
+        violations = [*request.unknown, *option_violations(request.options, "config.options")]
+        if request.window is not None and not 1 <= request.window <= MAX_WINDOW:
+            text = f"is {request.window}, must be from 1 to {MAX_WINDOW:,}"
+            violations.append(Violation(field="config.window", description=text, reason="OUT_OF_RANGE"))
+        if request.split_sentences:
+            violations += _split_conflicts(request.options, "config.options")
+        return _reference(request.model, "config.model", violations)
+
+    def _caller(self, request: TranslateRequest | StreamRequest, weight: float) -> Caller:
+        deadline_s = None if request.timeout_s is None else time.monotonic() + request.timeout_s
+        is_call = isinstance(request, TranslateRequest)
+        return Caller(
+            options=request.options,
+            token=CancelToken(deadline_s),
+            share=FairShare(weight),
+            budget=self._admission.calls if is_call else self._admission.streams,
+        )
+
+    def _preparation(self, request: TranslateRequest | StreamRequest, lease: Lease) -> Preparation:
+        return Preparation(
+            engine=lease.engine,
+            options=request.options,
+            language=lease.version.lineage.source_language,
+            splitter=self._splitter if request.split_sentences else None,
+        )
+
+    async def _entries(self, request: TranslateRequest, lease: Lease) -> list[Entry]:
+        preparation = self._preparation(request, lease)
+        if preparation.is_quick(request.sentences, request.target_prefixes):
+            return preparation.entries(request.sentences, request.target_prefixes)
+        return await asyncio.get_running_loop().run_in_executor(
+            self._text, preparation.entries, request.sentences, request.target_prefixes
+        )
+
+
+class _Gathering:
+    """Waits for the results of a unary call; the first that is an error ends it."""
+
+    def __init__(self) -> None:
+        self._finished: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._entries_finished = 0
+        self._entries = 0
+
+    async def all_of(self, entries: Sequence[Entry]) -> None:
+        """Wait until every sentence of the entries is translated; raises the error of one that is not."""
+        self._entries = len(entries)
+        await self._finished
+
+    def accept(self, results: Sequence[tuple[tuple[Entry, int], SentenceResult]]) -> None:
+        """Take results; called in the event loop."""
+        if self._finished.done():
+            return
+        for (entry, place), result in results:
+            if result.error is not None:
+                self._finished.set_exception(result.error)
+                return
+            self._entries_finished += entry.accept(place, result)
+        if self._entries_finished == self._entries:
+            self._finished.set_result(None)
+
+
+def _result(version: ModelVersion, entries: Sequence[Entry], arrived_ns: int) -> TranslateResult:
+    sentences = [timings for entry in entries for timings in entry.timings]
+    steps = sum(timings.steps for timings in sentences)
+    return TranslateResult(
+        version=version,
+        translations=[entry.translation() for entry in entries],
+        sentences=sentences,
+        timings=Timings(
+            queue_ns=max(timings.queue_ns for timings in sentences),
+            text_ns=sum(timings.text_ns for timings in sentences),
+            encode_ns=max(timings.encode_ns for timings in sentences),
+            decode_ns=max(timings.decode_ns for timings in sentences),
+            steps=max(timings.steps for timings in sentences),
+            row_steps=sum(timings.row_steps for timings in sentences),
+        ),
+        mean_batch_rows=sum(timings.row_steps for timings in sentences) / steps if steps else 0.0,
+        total_ns=time.monotonic_ns() - arrived_ns,
+    )
+
+
+def _reference(model: str, field: str, violations: list[Violation]) -> ModelReference:
+    try:
+        reference = parse_model_reference(model, field)
+    except InvalidRequest as error:
+        violations = [*error.violations, *violations]
+    if violations:
+        raise InvalidRequest(violations)
+    return reference
+
+
+def _split_conflicts(options: SearchOptions, path: str) -> Iterator[Violation]:
+    """Yield the options that make no sense for a text that is split into sentences."""
+    if options.n_best > 1:
+        text = f"is {options.n_best}, must be 1 with split_sentences"
+        yield Violation(field=f"{path}.n_best", description=text, reason="CONFLICT")
+    for name in ("return_token_scores", "return_alignment"):
+        if getattr(options, name):
+            yield Violation(
+                field=f"{path}.{name}", description="must not be set with split_sentences", reason="CONFLICT"
+            )

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from ferryman_service.application.ports import Translator
+from ferryman_service.domain.models import Int8Scores
 from ferryman_service.domain.runs import FailureReason, TrainingFailed
 from ferryman_service.domain.translation import CancelToken, Hypothesis, SearchOptions
 
 _SEARCHES: Final = (SearchOptions(beam_size=1), SearchOptions(beam_size=5))
+_GREEDY: Final = SearchOptions(beam_size=1)
+MAX_INT8_LOSS: Final = 0.3
+"""BLEU that int8 may lose before it is left out of the bundle."""
 _TIE: Final = 1e-3
 """Two different translations whose scores differ by less are a tie that float32 rounding may break either way."""
 
@@ -35,6 +39,23 @@ def check_export(*, reference: Translator, exported: Translator, sentences: Sequ
                     "nothing was published",
                 )
     return f"the exported model gave the same tokens as the trained one in {same} of {total} translations"
+
+
+def measure_int8(
+    *,
+    exact: Translator,
+    int8: Translator,
+    pairs: Sequence[tuple[str, str]],
+    bleu: Callable[[Sequence[str], Sequence[str]], float],
+) -> Int8Scores:
+    """Translate held-out sources with both, greedily, and return what both score against the references."""
+    sources, references = [source for source, _ in pairs], [reference for _, reference in pairs]
+
+    def score(translator: Translator) -> float:
+        translations, _ = translator.translate(sources, _GREEDY, CancelToken())
+        return bleu([translation.hypotheses[0].text for translation in translations], references)
+
+    return Int8Scores(pairs=len(pairs), fp32_bleu=score(exact), int8_bleu=score(int8))
 
 
 def _is_tie(one: Hypothesis, other: Hypothesis) -> bool:

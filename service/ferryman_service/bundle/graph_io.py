@@ -1,31 +1,45 @@
 """The names of the graphs' inputs and outputs, and what they hold: what export writes and serving calls.
 
-encoder.onnx: source_SL (int64, padded with PAD) to bias_S11L (0, at padding -inf) and, of each decoder layer,
-cross_keys_SHEL and cross_values_SHLE.
+Tokens are embedded outside: x is `embedding[token] * sqrt(d_model)`, plus the sinusoid of its position unless the model
+rotates. So one matrix in memory serves both graphs.
 
-decoder.onnx, one step of all rows: token_SW, parent_SW (int64), position_1 (int64, from 0), bias_S11L, the keys and
-values that the encoder returned, past_keys_PHTE and past_values_PHTE of each layer, and k_1 (int64) to log_probs_RK and
-tokens_RK (int64), the k best, and each layer's present_keys_RHTE and present_values_RHTE, one position longer.
+encoder.onnx: x_SLD, positions_1L (int64, 0 to L - 1, only if the model rotates) and source_lengths_S (int32) to
+cross_keys_SHLE and cross_values_SHLE of each decoder layer; what stands at padding is finite and never looked at.
 
-Shape suffixes: S sentences, L source positions, W rows per sentence, R = S * W rows, P rows of the step before, T
-target positions, H heads, E head width, K candidates per row. What is not int64 is float32.
+decoder.onnx, one step of all rows: x_SWD, past_lengths_R and total_length (int32: positions that a row's cache holds;
+the longest of them and one), positions_R1 (int64, only if the model rotates), source_lengths_S (int32), the cross
+keys and values, and each layer's past_keys_RHTC and past_values_RHTC. Returns logits_RV; log_probs_RK and tokens_RK
+(int64), the k_1 (int64) best of each row; attention_SHWL, the last layer's attention to the source; and
+present_keys_RHTC and present_values_RHTC, which must be bound to the memory of the past ones: the new position is
+written in place.
+
+Shape suffixes: S sentences, L source positions, W rows per sentence, R = S * W rows, T positions that the cache has
+room for, H heads, E head width, C head width in the cache (`cache_width`), D model width, V vocabulary and padding, K
+candidates per row. What is not an integer is float32.
 """
 
 from __future__ import annotations
 
 from typing import Final
 
-SOURCE: Final = "source"
-BIAS: Final = "bias"
-STEP_INPUT: Final = "token"
-PARENT: Final = "parent"
-POSITION: Final = "position"
+EMBEDDED: Final = "x"
+SOURCE_LENGTHS: Final = "source_lengths"
+PAST_LENGTHS: Final = "past_lengths"
+TOTAL_LENGTH: Final = "total_length"
+POSITIONS: Final = "positions"
 K: Final = "k"
+LOGITS: Final = "logits"
 LOG_PROBS: Final = "log_probs"
 TOKENS: Final = "tokens"
+ATTENTION: Final = "attention"
 
 MAX_TARGET_LENGTH: Final = 4096
-"""The decoder graph knows this many positions: the longest max_length a caller may ask for."""
+"""The longest max_length a caller may ask for, and how many positions rotations are made for."""
+
+
+def cache_width(head_dim: int) -> int:
+    """Return how wide a head is in self-attention and its cache: GroupQueryAttention takes multiples of 8 alone."""
+    return -(-head_dim // 8) * 8
 
 
 def keys_values_names(kind: str, layers: int) -> list[str]:

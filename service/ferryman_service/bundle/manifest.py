@@ -10,24 +10,33 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
 from ferryman_service.domain.errors import ModelDamaged
-from ferryman_service.domain.models import ModelLineage, ModelScores
+from ferryman_service.domain.models import Int8Scores, ModelLineage, ModelScores
 from ferryman_service.domain.recipe import recipe_from_dict, recipe_to_dict
+from ferryman_service.domain.translation import ComputeType
 
-FORMAT_VERSION: Final = 2
-"""Rises when a reader of the version before could not use the bundle. 2: weights.safetensors."""
-_READABLE_VERSIONS: Final = (1, FORMAT_VERSION)
+FORMAT_VERSION: Final = 3
+"""Rises when a reader of the version before could not use the bundle. 2: weights.safetensors. 3: graphs for running
+batches, the embedding outside them, int8."""
+_READABLE_VERSIONS: Final = (FORMAT_VERSION,)
 
 ENCODER_FILE: Final = "encoder.onnx"
 DECODER_FILE: Final = "decoder.onnx"
+EMBEDDING_FILE: Final = "embedding.npy"
 SUBWORDS_FILE: Final = "subwords.model"
 MANIFEST_FILE: Final = "manifest.json"
-CONTENT_FILES: Final = (ENCODER_FILE, DECODER_FILE, SUBWORDS_FILE)
-"""What a bundle holds beside its manifest, and what translating needs."""
+CONTENT_FILES: Final = (ENCODER_FILE, DECODER_FILE, EMBEDDING_FILE, SUBWORDS_FILE)
+"""What every bundle holds beside its manifest, and what translating in float32 needs."""
+ENCODER_INT8_FILE: Final = "encoder.int8.onnx"
+DECODER_INT8_FILE: Final = "decoder.int8.onnx"
+EMBEDDING_INT8_FILE: Final = "embedding.int8.npy"
+EMBEDDING_SCALES_FILE: Final = "embedding.scales.npy"
+INT8_FILES: Final = (ENCODER_INT8_FILE, DECODER_INT8_FILE, EMBEDDING_INT8_FILE, EMBEDDING_SCALES_FILE)
+"""What translating in int8 needs beside the subwords; a bundle has all of them or none."""
 WEIGHTS_FILE: Final = "weights.safetensors"
 """The weights as training left them, for fine-tuning; a bundle may lack them."""
 
@@ -42,6 +51,27 @@ class Architecture:
     decoder_layers: int
     heads: int
     vocabulary_size: int
+    rotates: bool = False
+
+    @property
+    def head_dim(self) -> int:
+        """The width of one attention head."""
+        return self.d_model // self.heads
+
+
+@dataclass(frozen=True)
+class GraphFiles:
+    """The names of a compute type's graphs."""
+
+    encoder: str
+    decoder: str
+
+
+def graph_files(compute_type: ComputeType) -> GraphFiles:
+    """Return the names of the compute type's graphs in a bundle."""
+    if compute_type is ComputeType.INT8:
+        return GraphFiles(ENCODER_INT8_FILE, DECODER_INT8_FILE)
+    return GraphFiles(ENCODER_FILE, DECODER_FILE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,13 +84,15 @@ class FileDigest:
 
 @dataclass(frozen=True, kw_only=True)
 class ManifestHeader:
-    """What a bundle says about its model. `max_sentence_tokens` counts the end symbol."""
+    """What a bundle says about its model. `max_sentence_tokens` counts the end symbol. `int8`: what its int8 graphs
+    were measured to cost, if they were."""
 
     lineage: ModelLineage
     scores: ModelScores
     parameters: int
     max_sentence_tokens: int
     architecture: Architecture
+    int8: Int8Scores | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +103,15 @@ class Manifest:
     header: ManifestHeader
     files: Mapping[str, FileDigest]
 
+    @property
+    def has_int8(self) -> bool:
+        """Whether the bundle can be translated with in int8."""
+        return ENCODER_INT8_FILE in self.files
+
+    def size_bytes(self, compute_type: ComputeType) -> int:
+        """Return the size of the files that translating with the compute type reads."""
+        return sum(self.files[name].size_bytes for name in _needed(compute_type))
+
 
 def seal(bundle: Path, header: ManifestHeader) -> Manifest:
     """Write the manifest of the content files that lie in `bundle`; every file and the folder are fsynced.
@@ -78,8 +119,8 @@ def seal(bundle: Path, header: ManifestHeader) -> Manifest:
     Raises OSError if a file is missing or the disk fails.
     """
     files = {}
-    weights = (WEIGHTS_FILE,) if (bundle / WEIGHTS_FILE).exists() else ()
-    for name in (*CONTENT_FILES, *weights):
+    optional = [name for name in (*INT8_FILES, WEIGHTS_FILE) if (bundle / name).exists()]
+    for name in (*CONTENT_FILES, *optional):
         _fsync(bundle / name)
         files[name] = _digest(bundle / name)
     manifest = Manifest(format_version=FORMAT_VERSION, header=header, files=files)
@@ -91,6 +132,15 @@ def seal(bundle: Path, header: ManifestHeader) -> Manifest:
     return manifest
 
 
+def settle_int8(bundle: Path, scores: Int8Scores, *, keep: bool) -> Manifest:
+    """Write into the manifest what int8 costs, and remove its files unless it is kept. Raises OSError, ModelDamaged."""
+    header = replace(read_manifest(bundle).header, int8=scores)
+    if not keep:
+        for name in INT8_FILES:
+            (bundle / name).unlink(missing_ok=True)
+    return seal(bundle, header)
+
+
 def read_manifest(bundle: Path) -> Manifest:
     """Return the manifest; raises ModelDamaged if there is none that this version can read. Digests are not checked."""
     try:
@@ -98,26 +148,27 @@ def read_manifest(bundle: Path) -> Manifest:
         if values["format_version"] not in _READABLE_VERSIONS:
             raise ModelDamaged(
                 f"{MANIFEST_FILE} has format version {values['format_version']!r}, this server reads {FORMAT_VERSION}: "
-                "use a server of the version that wrote it, or export the model again",
+                "use a server of the version that wrote it, or train the model again",
                 file=MANIFEST_FILE,
             )
         manifest = _from_dict(values)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelDamaged(f"{MANIFEST_FILE} is not a manifest: {error!r}", file=MANIFEST_FILE) from error
-    if set(manifest.files) - {WEIGHTS_FILE} != set(CONTENT_FILES):
+    if set(manifest.files) - {WEIGHTS_FILE} not in (set(CONTENT_FILES), {*CONTENT_FILES, *INT8_FILES}):
         found = ", ".join(sorted(manifest.files))
         raise ModelDamaged(f"{MANIFEST_FILE} names {found}, not {', '.join(CONTENT_FILES)}", file=MANIFEST_FILE)
     return manifest
 
 
-def verify(bundle: Path, *, to_translate: bool = False) -> Manifest:
+def verify(bundle: Path, *, to_translate: ComputeType | None = None) -> Manifest:
     """Check size and digest of every file and return the manifest; raises ModelDamaged naming the first bad file.
 
-    With `to_translate` the weights are left alone: only training reads them.
+    With `to_translate` only the files are checked that translating with that compute type reads.
     """
     manifest = read_manifest(bundle)
+    wanted = set(manifest.files) if to_translate is None else _needed(to_translate)
     for name, published in manifest.files.items():
-        if to_translate and name == WEIGHTS_FILE:
+        if name not in wanted:
             continue
         try:
             found = _digest(bundle / name)
@@ -130,6 +181,10 @@ def verify(bundle: Path, *, to_translate: bool = False) -> Manifest:
                 file=name,
             )
     return manifest
+
+
+def _needed(compute_type: ComputeType) -> set[str]:
+    return {*INT8_FILES, SUBWORDS_FILE} if compute_type is ComputeType.INT8 else set(CONTENT_FILES)
 
 
 def manifest_digest(bundle: Path) -> str:
@@ -185,6 +240,7 @@ def _from_dict(values: Mapping[str, Any]) -> Manifest:
             parameters=header["parameters"],
             max_sentence_tokens=header["max_sentence_tokens"],
             architecture=Architecture(**header["architecture"]),
+            int8=None if header["int8"] is None else Int8Scores(**header["int8"]),
         ),
         files={name: FileDigest(**digest) for name, digest in values["files"].items()},
     )

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from ferryman_service.domain.translation import ComputeType
+
 ENVIRONMENT_PREFIX: Final = "FERRYMAN_"
 
 
@@ -47,8 +49,12 @@ class ServiceConfig:
     max_processes_per_run: int = 8
     max_corpus_bytes: int = 4 * 2**30
     translation_threads: int = 2
+    compute_type: ComputeType = ComputeType.FP32
+    max_batch_rows: int = 160
     max_sentences: int = 1024
+    queue_tokens: int = 262_144
     max_loaded_models: int = 4
+    model_memory_mib: int = 0
     grace_s: float = 10.0
     heartbeat_s: float = 10.0
     device: Device = Device.AUTO
@@ -68,8 +74,11 @@ class ServiceConfig:
             "max_processes_per_run": (1, 1024),
             "max_corpus_bytes": (1, 2**50),
             "translation_threads": (1, 256),
+            "max_batch_rows": (1, 65_536),
             "max_sentences": (1, 100_000),
+            "queue_tokens": (1, 2**40),
             "max_loaded_models": (1, 1000),
+            "model_memory_mib": (0, 2**30),
             "grace_s": (0, 3600),
             "heartbeat_s": (0.01, 3600),
         }
@@ -102,9 +111,14 @@ _HELP: Final[Mapping[str, str]] = {
     "processes_per_run": "processes that train one run together, unless its caller says otherwise",
     "max_processes_per_run": "most processes that a caller may ask for",
     "max_corpus_bytes": "largest corpus that may be uploaded, bytes",
-    "translation_threads": "requests that are translated at the same time, each on one core",
+    "translation_threads": "threads that decode for each loaded model, each on one core",
+    "compute_type": "arithmetic of translation: fp32, or int8, which is faster and costs a little quality",
+    "max_batch_rows": "rows (sentences times beam) that a decoding thread runs at the same time",
     "max_sentences": "most sentences in one Translate call",
+    "queue_tokens": "source subwords times beam that may wait or run before Translate calls are refused; streams may "
+    "have as many again, and wait",
     "max_loaded_models": "models kept in memory, the least recently used leaving first",
+    "model_memory_mib": "MiB of memory that the models kept in memory may take together; 0: no such limit",
     "grace_s": "seconds that calls in flight get to end when the service stops",
     "heartbeat_s": "seconds of silence after which a metrics stream says that it lives",
     "device": "where models are trained and run: auto, cpu or cuda",

@@ -17,6 +17,7 @@
     │   ├── RunNotFinished
     │   ├── RunStillNeeded
     │   ├── ModelHasNoWeights
+    │   ├── ModelInUse
     │   ├── OptimizerNotKept
     │   └── RoleNotServed
     ├── OutOfRange
@@ -24,6 +25,8 @@
     ├── ResourceExhausted
     │   ├── CorpusTooLarge
     │   ├── DiskFull
+    │   ├── ModelTooLarge
+    │   ├── QueueFull
     │   └── TooManyRuns
     ├── Unavailable
     │   ├── StoreUnavailable
@@ -112,7 +115,7 @@ class RunNotFound(NotFound):
 
 
 class ModelNotFound(NotFound):
-    """No such model, or no such version of it."""
+    """No such model, or no such version or alias of it."""
 
 
 class AlreadyExists(FerrymanError):
@@ -143,6 +146,10 @@ class ModelHasNoWeights(FailedPrecondition):
     """The bundle holds no weights to start training from."""
 
 
+class ModelInUse(FailedPrecondition):
+    """An alias points at the version, or an unfinished run starts from it."""
+
+
 class OptimizerNotKept(FailedPrecondition):
     """The checkpoints of the run that made the model are gone, and with them Adam's moments."""
 
@@ -169,6 +176,18 @@ class CorpusTooLarge(ResourceExhausted):
 
 class DiskFull(ResourceExhausted):
     """The disk has no space left."""
+
+
+class ModelTooLarge(ResourceExhausted):
+    """A model by itself takes more memory than the operator allows for all."""
+
+
+class QueueFull(ResourceExhausted):
+    """More waits to be translated than the operator allows; there should be room in `retry_delay_s`."""
+
+    def __init__(self, message: str, *, retry_delay_s: float = 1.0, **metadata: object) -> None:
+        super().__init__(message, **metadata)
+        self.retry_delay_s = retry_delay_s
 
 
 class TooManyRuns(ResourceExhausted):

@@ -34,3 +34,9 @@ def is_id(text: str, prefix: str) -> bool:
 def is_model_name(text: str) -> bool:
     """Tell whether `text` may name a model. A model name never contains "/" and never starts with a dot."""
     return _MODEL_NAME.fullmatch(text) is not None
+
+
+def is_alias(text: str) -> bool:
+    """Tell whether `text` may be an alias: it has the form of a model name and is not a number, which would read as a
+    version."""
+    return is_model_name(text) and not text.isdigit()

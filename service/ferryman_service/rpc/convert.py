@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final, TypeVar
 
 from google.protobuf.duration_pb2 import Duration
@@ -13,10 +13,11 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from ferryman.v1 import corpus_pb2, metrics_pb2, model_pb2, recipe_pb2, training_pb2, translation_pb2
 from ferryman_service.application.metrics_feed import Heartbeat
 from ferryman_service.application.training import Curve
-from ferryman_service.application.translating import TranslateResult
+from ferryman_service.application.translating import StreamRequest, TranslateRequest, TranslateResult
+from ferryman_service.application.translation_stream import SentenceError, StreamResult, StreamSentence
 from ferryman_service.domain.corpora import Corpus, CorpusHeader, SentencePair, Side, Split, SplitStatistics
-from ferryman_service.domain.errors import Violation
-from ferryman_service.domain.models import Model, ModelVersion
+from ferryman_service.domain.errors import InvalidRequest, Violation
+from ferryman_service.domain.models import BundleFile, LoadedModel, Model, ModelAlias, ModelVersion
 from ferryman_service.domain.recipe import (
     Activation,
     Averaging,
@@ -39,9 +40,13 @@ from ferryman_service.domain.records import (
 )
 from ferryman_service.domain.runs import CheckpointInfo, RunProgress, TrainingRun
 from ferryman_service.domain.schedule import LearningRateSchedule, ScheduleKind
-from ferryman_service.domain.translation import Hypothesis, SearchOptions, Translation
+from ferryman_service.domain.translation import EarlyStopping, Hypothesis, Sampling, SearchOptions, Translation
 
 E = TypeVar("E", bound=enum.StrEnum)
+
+_MAX_MESSAGE_SENTENCES: Final = 1024
+_MAX_ID_BYTES: Final = 128
+_RESPONSE_BYTES: Final = 1 << 20
 
 _ENUMS: Final[Mapping[type[enum.StrEnum], tuple[Any, str]]] = {
     Preset: (recipe_pb2.Preset, "PRESET_"),
@@ -57,6 +62,7 @@ _ENUMS: Final[Mapping[type[enum.StrEnum], tuple[Any, str]]] = {
     EventLevel: (metrics_pb2.EventLevel, "EVENT_LEVEL_"),
     Split: (corpus_pb2.Split, "SPLIT_"),
     Side: (corpus_pb2.Side, "SIDE_"),
+    EarlyStopping: (translation_pb2.EarlyStopping, "EARLY_STOPPING_"),
 }
 _RECIPE_ENUMS: Final[Mapping[str, type[enum.StrEnum]]] = {
     "preset": Preset,
@@ -283,8 +289,15 @@ def _statistics_to_wire(statistics: SplitStatistics) -> corpus_pb2.SplitStatisti
 def model_to_wire(model: Model) -> model_pb2.Model:
     """Return a model."""
     return model_pb2.Model(
-        name=model.name, latest_version=version_to_wire(model.latest_version), versions=model.versions
+        name=model.name,
+        latest_version=version_to_wire(model.latest_version),
+        versions=model.versions,
+        aliases=[_alias_to_wire(alias) for alias in model.aliases],
     )
+
+
+def _alias_to_wire(alias: ModelAlias) -> model_pb2.ModelAlias:
+    return model_pb2.ModelAlias(alias=alias.alias, version=alias.version, update_time=_timestamp(alias.update_time_ns))
 
 
 def version_to_wire(version: ModelVersion) -> model_pb2.ModelVersion:
@@ -305,9 +318,93 @@ def version_to_wire(version: ModelVersion) -> model_pb2.ModelVersion:
     )
 
 
-def options_from_wire(wire: translation_pb2.TranslateOptions) -> SearchOptions:
-    """Return the options, unset ones at their defaults."""
-    return SearchOptions(**{descriptor.name: value for descriptor, value in wire.ListFields()})
+def download_header_to_wire(version: ModelVersion, files: Iterable[BundleFile]) -> model_pb2.DownloadModelResponse:
+    """Return the first message of a download."""
+    wire = [model_pb2.DownloadFile(name=file.name, size_bytes=file.size_bytes, sha256=file.sha256) for file in files]
+    header = model_pb2.DownloadHeader(version=version_to_wire(version), files=wire)
+    return model_pb2.DownloadModelResponse(header=header)
+
+
+def loaded_model_to_wire(loaded: LoadedModel) -> model_pb2.LoadedModel:
+    """Return a model that is in memory."""
+    return model_pb2.LoadedModel(
+        model=loaded.reference, memory_bytes=loaded.memory_bytes, load_time=_duration(loaded.load_time_ns)
+    )
+
+
+def options_from_wire(wire: translation_pb2.TranslateOptions, path: str, violations: list[Violation]) -> SearchOptions:
+    """Return the options, unset ones at their defaults. What the contract does not know, or forbids together, becomes a
+    violation."""
+    found = {descriptor.name: value for descriptor, value in wire.ListFields()}
+    early_stopping = enum_from_wire(EarlyStopping, found.pop("early_stopping", 0), f"{path}.early_stopping", violations)
+    if early_stopping is not None:
+        found["early_stopping"] = early_stopping
+    if "sampling" in found:
+        found["sampling"] = Sampling(**{descriptor.name: value for descriptor, value in wire.sampling.ListFields()})
+        if "beam_size" in found:
+            text = f"is {found['beam_size']}, must not be set with sampling, which keeps no beam: n_best says how many"
+            violations.append(Violation(field=f"{path}.beam_size", description=text, reason="CONFLICT"))
+    return SearchOptions(**found)
+
+
+def translate_request_from_wire(wire: translation_pb2.TranslateRequest, timeout_s: float | None) -> TranslateRequest:
+    """Return what Translate is asked."""
+    unknown: list[Violation] = []
+    return TranslateRequest(
+        model=wire.model,
+        sentences=list(wire.sentences),
+        options=options_from_wire(wire.options, "options", unknown),
+        target_prefixes=list(wire.target_prefixes),
+        split_sentences=wire.split_sentences,
+        timeout_s=timeout_s,
+        unknown=unknown,
+    )
+
+
+def stream_request_from_wire(
+    wire: translation_pb2.StreamTranslateRequest | None, timeout_s: float | None
+) -> StreamRequest:
+    """Return what the first message of a stream says; raises InvalidRequest if it is no configuration, or missing."""
+    if wire is None or not wire.HasField("config"):
+        text = "is missing: the first message of a stream is its configuration"
+        raise InvalidRequest([Violation(field="config", description=text, reason="REQUIRED")])
+    unknown: list[Violation] = []
+    config = wire.config
+    return StreamRequest(
+        model=config.model,
+        options=options_from_wire(config.options, "config.options", unknown),
+        split_sentences=config.split_sentences,
+        window=config.window if config.HasField("window") else None,
+        timeout_s=timeout_s,
+        unknown=unknown,
+    )
+
+
+def stream_sentences_from_wire(
+    wire: translation_pb2.StreamTranslateRequest, *, split_sentences: bool
+) -> list[StreamSentence]:
+    """Return the sentences of a message that is not the first; raises InvalidRequest with every violation."""
+    kind = wire.WhichOneof("message")
+    if kind != "sentences":
+        text = "comes once, as the first message" if kind else "is empty, must hold sentences"
+        reason = "UNEXPECTED" if kind else "REQUIRED"
+        raise InvalidRequest([Violation(field=kind or "message", description=text, reason=reason)])
+    sentences, violations = wire.sentences.sentences, list[Violation]()
+    if not 1 <= len(sentences) <= _MAX_MESSAGE_SENTENCES:
+        text = f"has {len(sentences):,} sentences, must have from 1 to {_MAX_MESSAGE_SENTENCES:,}: send more messages"
+        violations.append(Violation(field="sentences.sentences", description=text, reason="OUT_OF_RANGE"))
+    for index, sentence in enumerate(sentences):
+        path = f"sentences.sentences[{index}]"
+        size = len(sentence.id.encode())
+        if size > _MAX_ID_BYTES:
+            text = f"has {size:,} bytes, at most {_MAX_ID_BYTES} are allowed"
+            violations.append(Violation(field=f"{path}.id", description=text, reason="TOO_LONG"))
+        if split_sentences and sentence.target_prefix:
+            text = "must be empty with split_sentences: a text's sentences cannot all begin with the same words"
+            violations.append(Violation(field=f"{path}.target_prefix", description=text, reason="CONFLICT"))
+    if violations:
+        raise InvalidRequest(violations)
+    return [StreamSentence(id=item.id, sentence=item.sentence, target_prefix=item.target_prefix) for item in sentences]
 
 
 def result_to_wire(result: TranslateResult) -> translation_pb2.TranslateResponse:
@@ -318,6 +415,8 @@ def result_to_wire(result: TranslateResult) -> translation_pb2.TranslateResponse
         encode=_duration(result.timings.encode_ns),
         decode=_duration(result.timings.decode_ns),
         total=_duration(result.total_ns),
+        steps=result.timings.steps,
+        mean_batch_rows=result.mean_batch_rows,
     )
     return translation_pb2.TranslateResponse(
         model=result.version.reference,
@@ -326,10 +425,35 @@ def result_to_wire(result: TranslateResult) -> translation_pb2.TranslateResponse
     )
 
 
+def stream_responses_to_wire(
+    version: ModelVersion, results: Iterable[StreamResult]
+) -> Iterator[translation_pb2.StreamTranslateResponse]:
+    """Yield the results in few responses of about a megabyte at most; one result may be larger."""
+    response = translation_pb2.StreamTranslateResponse(model=version.reference)
+    size = 0
+    for result in results:
+        wire = _stream_result_to_wire(result)
+        if response.translations and size + wire.ByteSize() > _RESPONSE_BYTES:
+            yield response
+            response, size = translation_pb2.StreamTranslateResponse(model=version.reference), 0
+        response.translations.append(wire)
+        size += wire.ByteSize()
+    if response.translations:
+        yield response
+
+
+def _stream_result_to_wire(result: StreamResult) -> translation_pb2.StreamTranslation:
+    if isinstance(result.outcome, SentenceError):
+        error = translation_pb2.SentenceError(reason=result.outcome.reason, message=result.outcome.message)
+        return translation_pb2.StreamTranslation(id=result.id, error=error)
+    return translation_pb2.StreamTranslation(id=result.id, translation=_translation_to_wire(result.outcome))
+
+
 def _translation_to_wire(translation: Translation) -> translation_pb2.Translation:
     return translation_pb2.Translation(
         hypotheses=[_hypothesis_to_wire(hypothesis) for hypothesis in translation.hypotheses],
         source_tokens=translation.source_tokens,
+        source_pieces=translation.source_pieces,
     )
 
 
@@ -340,6 +464,9 @@ def _hypothesis_to_wire(hypothesis: Hypothesis) -> translation_pb2.Hypothesis:
         log_probability=hypothesis.log_probability,
         target_tokens=hypothesis.target_tokens,
         finished=hypothesis.finished,
+        pieces=hypothesis.pieces,
+        token_log_probabilities=hypothesis.token_log_probabilities,
+        alignment=hypothesis.alignment,
     )
 
 

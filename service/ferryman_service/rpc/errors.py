@@ -13,7 +13,7 @@ from ferryman_service.domain import errors
 
 DOMAIN: Final = "ferryman.v1"
 INTERNAL_REASON: Final = "INTERNAL"
-_RETRY_SECONDS: Final = 5
+_RETRY_S: Final = 5.0
 # Message and details travel as HTTP/2 trailers, which many peers refuse above 8 KiB in all. In the worst case the
 # message takes three times its size there (percent-encoding) and the details four thirds of theirs (base64).
 _MAX_MESSAGE_BYTES: Final = 512
@@ -63,8 +63,11 @@ def to_status(error: errors.FerrymanError) -> status_pb2.Status:
         case errors.ResourceExhausted():
             violation = error_details_pb2.QuotaFailure.Violation(subject=error.reason, description=text)
             details.append(error_details_pb2.QuotaFailure(violations=[violation]))
-    if isinstance(error, errors.Unavailable | errors.TooManyRuns):
-        details.append(error_details_pb2.RetryInfo(retry_delay=duration_pb2.Duration(seconds=_RETRY_SECONDS)))
+    match error:
+        case errors.Unavailable() | errors.TooManyRuns():
+            details.append(_retry_info(_RETRY_S))
+        case errors.QueueFull():
+            details.append(_retry_info(error.retry_delay_s))
     return _status(status_code(error), text, details)
 
 
@@ -72,6 +75,12 @@ def internal_status() -> status_pb2.Status:
     """Return the status of a bug: it says nothing of our insides."""
     info = error_details_pb2.ErrorInfo(reason=INTERNAL_REASON, domain=DOMAIN)
     return _status(grpc.StatusCode.INTERNAL, "an internal error; the server's log tells more", [info])
+
+
+def _retry_info(delay_s: float) -> error_details_pb2.RetryInfo:
+    delay = duration_pb2.Duration()
+    delay.FromNanoseconds(round(delay_s * 1e9))
+    return error_details_pb2.RetryInfo(retry_delay=delay)
 
 
 def _bad_request(error: errors.InvalidArgument, info: error_details_pb2.ErrorInfo) -> error_details_pb2.BadRequest:

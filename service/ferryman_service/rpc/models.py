@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any, TypeAlias
+from collections.abc import AsyncIterator
+from contextlib import closing
+from typing import Any, Final, TypeAlias
 
 import grpc
 
@@ -12,6 +14,8 @@ from ferryman_service.application.models import ModelUseCases
 from ferryman_service.rpc import convert
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+
+_CHUNK_BYTES: Final = 1 << 20
 
 
 class ModelServicer(model_pb2_grpc.ModelServiceServicer):
@@ -31,3 +35,56 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
         """Return a model and one of its versions."""
         model, version = await asyncio.to_thread(self._use_cases.get, request.model)
         return model_pb2.GetModelResponse(model=convert.model_to_wire(model), version=convert.version_to_wire(version))
+
+    async def SetModelAlias(
+        self, request: model_pb2.SetModelAliasRequest, context: Context
+    ) -> model_pb2.SetModelAliasResponse:
+        """Let an alias point at a version."""
+        model = await self._use_cases.set_alias(request.name, request.alias, request.version)
+        return model_pb2.SetModelAliasResponse(model=convert.model_to_wire(model))
+
+    async def DeleteModelAlias(
+        self, request: model_pb2.DeleteModelAliasRequest, context: Context
+    ) -> model_pb2.DeleteModelAliasResponse:
+        """Remove an alias."""
+        await asyncio.to_thread(self._use_cases.delete_alias, request.name, request.alias)
+        return model_pb2.DeleteModelAliasResponse()
+
+    async def DeleteModelVersion(
+        self, request: model_pb2.DeleteModelVersionRequest, context: Context
+    ) -> model_pb2.DeleteModelVersionResponse:
+        """Remove a version."""
+        await asyncio.to_thread(self._use_cases.delete_version, request.model)
+        return model_pb2.DeleteModelVersionResponse()
+
+    async def DownloadModel(
+        self, request: model_pb2.DownloadModelRequest, context: Context
+    ) -> AsyncIterator[model_pb2.DownloadModelResponse]:
+        """Stream the files of a version."""
+        # Closing waits for a read in another thread, a chunk's at most.
+        with closing(await asyncio.to_thread(self._use_cases.open_bundle, request.model)) as bundle:
+            yield convert.download_header_to_wire(bundle.version, bundle.files)
+            for number, file in enumerate(bundle.files):
+                offset = 0
+                while data := await asyncio.to_thread(bundle.read, file, _CHUNK_BYTES):
+                    chunk = model_pb2.DownloadChunk(file=number, offset=offset, data=data)
+                    yield model_pb2.DownloadModelResponse(chunk=chunk)
+                    offset += len(data)
+
+    async def LoadModel(self, request: model_pb2.LoadModelRequest, context: Context) -> model_pb2.LoadModelResponse:
+        """Load a version into memory."""
+        loaded = await self._use_cases.load(request.model)
+        return model_pb2.LoadModelResponse(loaded_model=convert.loaded_model_to_wire(loaded))
+
+    async def UnloadModel(
+        self, request: model_pb2.UnloadModelRequest, context: Context
+    ) -> model_pb2.UnloadModelResponse:
+        """Take a version out of memory."""
+        return model_pb2.UnloadModelResponse(was_loaded=await self._use_cases.unload(request.model))
+
+    async def ListLoadedModels(
+        self, request: model_pb2.ListLoadedModelsRequest, context: Context
+    ) -> model_pb2.ListLoadedModelsResponse:
+        """Return what is in memory."""
+        loaded = [convert.loaded_model_to_wire(model) for model in self._use_cases.loaded()]
+        return model_pb2.ListLoadedModelsResponse(loaded_models=loaded)

@@ -9,12 +9,14 @@ prepared/<key>/               subwords and tokens of a corpus, for every run tha
 runs/<run_id>/                a run's checkpoints and logs
 models/<name>/<version>/      published bundles
 models/.staging/              bundles in the making
+models/.imports/              bundles on their way in or out
 """
 
 from __future__ import annotations
 
 import os
 import secrets
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -77,7 +79,7 @@ class DataFolder:
 
     @property
     def imports(self) -> Path:
-        """The parent of all bundles that are being copied from elsewhere."""
+        """The parent of all bundles that are being copied from elsewhere, or were deleted a moment ago."""
         return self.models / ".imports"
 
     def corpus_dir(self, corpus_id: str) -> Path:
@@ -105,6 +107,13 @@ class DataFolder:
         assert is_model_name(name), f"not a model name: {name!r}"
         assert version >= 1, "versions count from 1"
         return self.models / name / str(version)
+
+    def bundles(self) -> Iterator[tuple[str, int, Path]]:
+        """Yield name, version and folder of every bundle that lies in its place, published or not."""
+        for model in self.models.iterdir():
+            for bundle in model.iterdir() if is_model_name(model.name) and model.is_dir() else ():
+                if bundle.name.isascii() and bundle.name.isdigit():
+                    yield model.name, int(bundle.name), bundle
 
     def page_token_key(self) -> bytes:
         """Return the secret that signs page tokens; the first call on a folder makes it, with mode 0600."""

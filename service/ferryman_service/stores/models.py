@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
+import contextlib
 import os
 import shutil
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-from sqlalchemy import Connection, Engine, Row, func, insert, select
+from sqlalchemy import Connection, Engine, delete, select
 
 from ferryman_service.bundle.manifest import (
-    CONTENT_FILES,
     MANIFEST_FILE,
     SUBWORDS_FILE,
     WEIGHTS_FILE,
@@ -24,33 +22,45 @@ from ferryman_service.bundle.manifest import (
     read_manifest,
     verify,
 )
-from ferryman_service.domain.errors import AttemptFenced, InvalidRequest, ModelDamaged, ModelNotFound, Violation
+from ferryman_service.domain.errors import AttemptFenced, InvalidRequest, ModelDamaged, ModelInUse, Violation
 from ferryman_service.domain.ids import is_model_name
-from ferryman_service.domain.models import Model, ModelLineage, ModelReference, ModelScores, ModelVersion
-from ferryman_service.domain.recipe import recipe_from_dict, recipe_to_dict
+from ferryman_service.domain.models import Model, ModelReference, ModelVersion
 from ferryman_service.domain.records import RunState
 from ferryman_service.domain.training import RunCancelled
 from ferryman_service.stores import tables
+from ferryman_service.stores.bundle_reader import BundleReader
 from ferryman_service.stores.database import disk_errors, reading, writing
 from ferryman_service.stores.folders import HeldFolder, remove_abandoned, remove_folder, sync_folder
 from ferryman_service.stores.layout import DataFolder
+from ferryman_service.stores.model_rows import (
+    aliases_of,
+    find_version,
+    insert_version,
+    next_version,
+    put_alias,
+    read_models,
+)
 from ferryman_service.stores.run_rows import check_attempt, enter_state, lock_head
+from ferryman_service.stores.sqlite import ChangeCounter
 
 _VERSIONS: Final = tables.model_versions
+_ALIASES: Final = tables.model_aliases
 _UNFINISHED: Final = [state.value for state in RunState if not state.is_terminal]
 _READ_ONLY: Final = 0o444
 
 
 class FileModelStore:
-    """The ModelStore. A bundle moves into place in the transaction that inserts its row. A folder without a row is what
-    a crash in between has left: it is not published, and gives way to the next bundle of its number."""
+    """The ModelStore. A bundle moves into place in the transaction that inserts its row, and leaves after the one that
+    deletes it. A folder without a row is what a crash in between has left: it is not published, gives way to the next
+    bundle of its number, and is removed when a service starts."""
 
     def __init__(self, engine: Engine, folder: DataFolder) -> None:
         self._engine = engine
         self._folder = folder
+        self._changes = ChangeCounter(engine)
 
     def recover(self) -> None:
-        """Remove bundles in the making that nobody will publish; call it when a service starts."""
+        """Remove bundles that nobody will publish, and those of deleted versions; call it when a service starts."""
         remove_abandoned(self._folder.imports)
         with writing(self._engine) as connection:
             query = select(tables.runs.c.run_id).where(tables.runs.c.state.in_(_UNFINISHED))
@@ -58,6 +68,10 @@ class FileModelStore:
             for path in self._folder.staging.iterdir():
                 if path.name not in unfinished:
                     remove_folder(path)
+            for name, number, path in self._folder.bundles():
+                here = (_VERSIONS.c.name == name) & (_VERSIONS.c.version == number)
+                if connection.execute(select(_VERSIONS.c.name).where(here)).one_or_none() is None:
+                    self._remove_bundle(path)
 
     def staging_dir(self, run_id: str) -> Path:
         """Return an empty folder to write a run's bundle into."""
@@ -99,12 +113,12 @@ class FileModelStore:
         if not is_model_name(name):
             text = f'is {name[:80]!r}, must be 1 to 64 of a-z, 0-9, "-", "_", ".", beginning with a letter or digit'
             raise InvalidRequest([Violation(field="name", description=text, reason="INVALID_MODEL_NAME")])
-        verify(bundle)
+        files = verify(bundle).files
         with disk_errors(), ExitStack() as undo:
             held = HeldFolder(self._folder.imports)
             undo.callback(held.release)
             staged = held.path / "bundle"
-            _copy_bundle(bundle, staged)
+            _copy_bundle(bundle, [*files, MANIFEST_FILE], staged)
             verify(staged)  # the copy is what gets published
             _make_read_only(staged)
             with writing(self._engine) as connection:
@@ -116,22 +130,19 @@ class FileModelStore:
 
     def resolve(self, reference: ModelReference) -> ModelVersion:
         """Return the version that the reference names; raises ModelNotFound."""
-        query = select(_VERSIONS).where(_VERSIONS.c.name == reference.name)
-        if reference.version is not None:
-            query = query.where(_VERSIONS.c.version == reference.version)
         with reading(self._engine) as connection:
-            row = connection.execute(query.order_by(_VERSIONS.c.version.desc()).limit(1)).one_or_none()
-        if row is None:
-            raise _model_not_found(reference)
-        return _version_from_row(row)
+            return find_version(connection, reference)
+
+    def revision(self) -> int:
+        """Return a number that is another one after any change to the database, and never blocks."""
+        return self._changes.value()
 
     def get(self, name: str) -> Model:
         """Return the model; raises ModelNotFound."""
         with reading(self._engine) as connection:
-            models = _read_models(connection, [name])
-        if not models:
-            raise _model_not_found(ModelReference(name=name))
-        return models[0]
+            find_version(connection, ModelReference(name=name))
+            [model] = read_models(connection, [name])
+        return model
 
     def list_page(self, after: str | None, limit: int) -> Sequence[Model]:
         """Return the models that follow `after`, by name, at most `limit`."""
@@ -139,7 +150,40 @@ class FileModelStore:
         if after is not None:
             query = query.where(_VERSIONS.c.name > after)
         with reading(self._engine) as connection:
-            return _read_models(connection, connection.execute(query).scalars().all())
+            return read_models(connection, connection.execute(query).scalars().all())
+
+    def set_alias(self, name: str, alias: str, version: int) -> Model:
+        """Let the alias point at the version, at once for everybody, and return the model; raises ModelNotFound."""
+        with writing(self._engine) as connection:
+            target = find_version(connection, ModelReference(name=name, version=version), lock=True)
+            put_alias(connection, target, alias)
+            [model] = read_models(connection, [name])
+        return model
+
+    def delete_alias(self, name: str, alias: str) -> None:
+        """Remove the alias, not what it points at; raises ModelNotFound."""
+        with writing(self._engine) as connection:
+            find_version(connection, ModelReference(name=name, alias=alias))
+            connection.execute(delete(_ALIASES).where(_ALIASES.c.name == name, _ALIASES.c.alias == alias))
+
+    def delete_version(self, name: str, version: int) -> None:
+        """Remove a version, first its row, then its files; its number is never given again.
+
+        Raises ModelNotFound; ModelInUse if an alias points at it or an unfinished run starts from it.
+        """
+        with writing(self._engine) as connection:
+            found = find_version(connection, ModelReference(name=name, version=version), lock=True)
+            _check_not_in_use(connection, found)
+            connection.execute(delete(_VERSIONS).where(_VERSIONS.c.name == name, _VERSIONS.c.version == version))
+        self._remove_bundle(self.bundle_dir(found))
+
+    def open_bundle(self, version: ModelVersion) -> BundleReader:
+        """Open the published files for reading; raises ModelDamaged, and ModelNotFound if it was deleted meanwhile."""
+        try:
+            return BundleReader(version, self.bundle_dir(version))
+        except ModelDamaged:
+            self.resolve(ModelReference(name=version.name, version=version.version))
+            raise
 
     def has_weights(self, version: ModelVersion) -> bool:
         """Tell whether the bundle holds the weights that training can start from."""
@@ -158,7 +202,7 @@ class FileModelStore:
 
     def _publish(self, connection: Connection, version: ModelVersion, staged: Path, undo: ExitStack) -> None:
         """Insert the row and move the folder; `undo` moves it back if the transaction fails afterwards."""
-        connection.execute(insert(_VERSIONS).values(_version_to_values(version)))
+        insert_version(connection, version)
         target = self.bundle_dir(version)
         remove_folder(target)
         target.parent.mkdir(exist_ok=True)
@@ -167,14 +211,26 @@ class FileModelStore:
         undo.callback(target.rename, staged)
         sync_folder(target.parent)
 
+    def _remove_bundle(self, bundle: Path) -> None:
+        """Remove a bundle that has no row. Whoever moves it aside removes it: two may try at the same time."""
+        try:
+            held = HeldFolder(self._folder.imports)
+        except OSError:  # a full disk may have no room for a folder, and what is removed here may be what fills it
+            remove_folder(bundle)
+            return
+        try:
+            with contextlib.suppress(FileNotFoundError):
+                bundle.rename(held.path / "deleted")
+        finally:
+            held.release()
+
 
 def _describe(connection: Connection, name: str, staged: Path) -> ModelVersion:
     """Return what the staged bundle becomes: the next version of the model."""
-    latest = connection.execute(select(func.max(_VERSIONS.c.version)).where(_VERSIONS.c.name == name)).scalar_one()
     header = read_manifest(staged).header
     return ModelVersion(
         name=name,
-        version=(latest or 0) + 1,
+        version=next_version(connection, name),
         lineage=header.lineage,
         scores=header.scores,
         parameters=header.parameters,
@@ -184,38 +240,19 @@ def _describe(connection: Connection, name: str, staged: Path) -> ModelVersion:
     )
 
 
-def _read_models(connection: Connection, names: Sequence[str]) -> list[Model]:
-    query = select(_VERSIONS).where(_VERSIONS.c.name.in_(names)).order_by(_VERSIONS.c.name, _VERSIONS.c.version)
-    models = []
-    for name, group in itertools.groupby(connection.execute(query), key=lambda row: row.name):
-        rows = list(group)
-        latest = _version_from_row(rows[-1])
-        models.append(Model(name=name, latest_version=latest, versions=tuple(row.version for row in rows)))
-    return models
-
-
-def _version_to_values(version: ModelVersion) -> dict[str, Any]:
-    values = dataclasses.asdict(version)
-    values["lineage"]["recipe"] = recipe_to_dict(version.lineage.recipe)
-    return values
-
-
-def _version_from_row(row: Row[Any]) -> ModelVersion:
-    return ModelVersion(
-        name=row.name,
-        version=row.version,
-        lineage=ModelLineage(**row.lineage | {"recipe": recipe_from_dict(row.lineage["recipe"])}),
-        scores=ModelScores(**row.scores),
-        parameters=row.parameters,
-        size_bytes=row.size_bytes,
-        digest=row.digest,
-        create_time_ns=row.create_time_ns,
-    )
-
-
-def _model_not_found(reference: ModelReference) -> ModelNotFound:
-    name = reference.name if reference.version is None else f"{reference.name}/{reference.version}"
-    return ModelNotFound(f"there is no model {name!r}: ListModels names those there are", model=name)
+def _check_not_in_use(connection: Connection, version: ModelVersion) -> None:
+    """Raise ModelInUse if the version may not go: what an alias names is loadable, and a run that was accepted to
+    start from it reads its weights again whenever it is resumed."""
+    if aliases := aliases_of(connection, version):
+        named = ", ".join(f"{version.name}@{alias}" for alias in aliases)
+        text = f"{version.reference} is what {named} points at: move or delete that first"
+        raise ModelInUse(text, model=version.reference, aliases=",".join(aliases))
+    runs = tables.runs.c
+    starts = (runs.initial_model == version.reference) & runs.state.in_(_UNFINISHED)
+    needed_by = connection.execute(select(runs.run_id).where(starts).order_by(runs.run_id).limit(1)).scalar()
+    if needed_by is not None:
+        text = f"run {needed_by} starts from {version.reference}: wait until it has ended, or cancel it"
+        raise ModelInUse(text, model=version.reference, needed_by=needed_by)
 
 
 def _make_read_only(bundle: Path) -> None:
@@ -223,10 +260,10 @@ def _make_read_only(bundle: Path) -> None:
         path.chmod(_READ_ONLY)
 
 
-def _copy_bundle(bundle: Path, staged: Path) -> None:
+def _copy_bundle(bundle: Path, names: Sequence[str], staged: Path) -> None:
+    """Copy the files of a bundle; `names` are those of a checked manifest, which has no others than a bundle's own."""
     staged.mkdir()
-    weights = (WEIGHTS_FILE,) if (bundle / WEIGHTS_FILE).exists() else ()
-    for name in (*CONTENT_FILES, *weights, MANIFEST_FILE):
+    for name in names:
         with (bundle / name).open("rb") as source, (staged / name).open("xb") as copy:
             shutil.copyfileobj(source, copy)
             copy.flush()

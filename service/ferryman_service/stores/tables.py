@@ -14,6 +14,7 @@ from sqlalchemy import (
     Column,
     Dialect,
     ForeignKey,
+    ForeignKeyConstraint,
     Index,
     Integer,
     MetaData,
@@ -105,6 +106,14 @@ corpora: Final = Table(
     Index(None, "create_time_ns", "corpus_id"),
 )
 
+models: Final = Table(
+    "models",
+    metadata,
+    Column("name", Text, primary_key=True),
+    # The highest number that a version has ever had. The row outlives its versions: no number comes twice.
+    Column("last_version", BigInteger, nullable=False),
+)
+
 model_versions: Final = Table(
     "model_versions",
     metadata,
@@ -116,4 +125,15 @@ model_versions: Final = Table(
     Column("size_bytes", BigInteger, nullable=False),
     Column("digest", Text, nullable=False),
     Column("create_time_ns", BigInteger, nullable=False),
+)
+
+model_aliases: Final = Table(
+    "model_aliases",
+    metadata,
+    Column("name", Text, primary_key=True),
+    Column("alias", Text, primary_key=True),
+    Column("version", BigInteger, nullable=False),
+    Column("update_time_ns", BigInteger, nullable=False),
+    # Whatever an alias names is there.
+    ForeignKeyConstraint(["name", "version"], ["model_versions.name", "model_versions.version"]),
 )

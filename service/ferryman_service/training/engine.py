@@ -46,6 +46,7 @@ from ferryman_service.training.step import Trainee, new_trainee
 from ferryman_service.training.validate import Validator
 
 _CHECK_SENTENCES: Final = 64
+_HELD_OUT_PAIRS: Final = 1000
 _BEGINNING: Final = -1
 
 
@@ -143,6 +144,7 @@ class _Run:
             scores=scores,
             parameters=count_parameters(model),
             check_sentences=validation.sources[:_CHECK_SENTENCES],
+            held_out=list(zip(validation.sources, validation.references, strict=True))[:_HELD_OUT_PAIRS],
         )
 
     def _begin(self, threads: int) -> int:

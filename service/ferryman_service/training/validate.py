@@ -16,9 +16,11 @@ from sacrebleu.metrics.chrf import CHRF
 
 from ferryman_service.domain.recipe import Recipe
 from ferryman_service.domain.runs import FailureReason, TrainingFailed
+from ferryman_service.domain.translation import SearchOptions
 from ferryman_service.model.session import TorchDecoder
 from ferryman_service.model.transformer import Transformer
-from ferryman_service.search.beam import BeamOptions, search
+from ferryman_service.search.beam import search
+from ferryman_service.search.sentence import SentenceSearch
 from ferryman_service.text.subwords import Subwords
 from ferryman_service.training.batches import make_batch
 from ferryman_service.training.data import ValidationPairs
@@ -26,7 +28,7 @@ from ferryman_service.training.packing import Index, batches_by_length
 from ferryman_service.training.scores import ValidationScores
 from ferryman_service.training.step import batch_losses
 
-_GREEDY: Final = BeamOptions(beam_size=1, n_best=1, length_penalty=1.0)
+_GREEDY: Final = SearchOptions(beam_size=1)
 _LOSS_BATCH_TARGET_TOKENS: Final = 4096
 _TRANSLATION_BATCH_SENTENCES: Final = 64
 
@@ -107,8 +109,9 @@ class Validator:
 
     def _translate_batch(self, decoder: TorchDecoder, index_B: Index) -> list[str]:
         source = self._pairs.tokens.source
-        session = decoder.encode([source.sentence(index) for index in index_B])
-        found = search(session, _GREEDY, self._max_lengths(source.lengths_P[index_B]), self._check)
+        limits = self._max_lengths(source.lengths_P[index_B]).tolist()
+        searches = [SentenceSearch(options=_GREEDY, max_length=limit) for limit in limits]
+        found = search(decoder, [source.sentence(index) for index in index_B], searches, self._check)
         return [self._subwords.decode(hypotheses[0].tokens) for hypotheses in found]
 
     def _as_it_fits(self, work: Callable[[Index], _Found], index_B: Index) -> Iterator[tuple[Index, _Found]]:

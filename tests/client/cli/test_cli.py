@@ -10,7 +10,7 @@ from datetime import datetime
 import pytest
 from typer.testing import CliRunner
 
-from ferryman import EventLevel, RunEvent, RunState, StateChange, __version__, errors
+from ferryman import EventLevel, RunEvent, RunState, Sampling, StateChange, __version__, errors
 from ferryman.cli.app import app
 from ferryman.testing import noam_learning_rate, training_script
 
@@ -180,6 +180,50 @@ def test_models_list_show(run, fake):
     assert (missing.exit_code, missing.stderr) == (2, "Error: no model 'xx'\n")
 
 
+def test_models_alias(run, fake):
+    fake.add_model("en-de"), fake.add_model("en-de")
+    assert run("models", "alias", "en-de", "production", "1").stdout == "en-de@production is en-de/1\n"
+    assert run("models", "alias", "en-de", "canary", "2").exit_code == 0
+    assert "aliases:       canary → 2, production → 1\n" in run("models", "show", "en-de@production").stdout
+    assert "model:         en-de/1\n" in run("models", "show", "en-de@production").stdout
+    assert run("translate", "en-de@canary", "x").stdout == "X\n"
+    assert run("models", "alias", "en-de", "production", "--delete").stdout == "deleted\n"
+    for wrong in (["en-de", "production"], ["en-de", "canary", "1", "--delete"], ["en-de", "x", "3"]):
+        refused = run("models", "alias", *wrong)
+        assert (refused.exit_code, refused.stdout) == (2, "")
+    assert "aliases:       canary → 2\n" in run("models", "show", "en-de").stdout
+
+
+def test_models_delete(run, fake):
+    fake.add_model("en-de"), fake.add_model("en-de")
+    run("models", "alias", "en-de", "production", "1")
+    refused = run("models", "delete", "en-de/1")
+    assert (refused.exit_code, refused.stdout) == (2, "")
+    assert "production" in refused.stderr
+    assert run("models", "delete", "en-de/2").stdout == "deleted\n"
+    assert run("models", "list").stdout.startswith("en-de/1\t")
+
+
+def test_models_download(run, fake, tmp_path):
+    fake.add_model("en-de")
+    folder = tmp_path / "bundle"
+    downloaded = run("models", "download", "en-de", str(folder))
+    assert downloaded.stdout == f"en-de/1: 4.0 MB in {folder}\n"
+    assert (folder / "manifest.json").exists()
+    again = run("models", "download", "en-de", str(folder))
+    assert (again.exit_code, again.stdout) == (2, "")
+    assert again.stderr == f"Error: {folder} exists: give the name of a folder that does not\n"
+
+
+def test_models_load_list_unload(run, fake):
+    fake.add_model("a"), fake.add_model("b")
+    assert run("models", "load", "a").stdout == "a/1: 4.0 MB, loaded in 0.5 s\n"
+    run("models", "load", "b")
+    assert run("models", "list", "--loaded").stdout == "b/1\t4.0 MB\t0.5 s\na/1\t4.0 MB\t0.5 s\n"
+    assert [run("models", "unload", "b").stdout for _ in range(2)] == ["unloaded\n", "was not loaded\n"]
+    assert run("models", "load", "c").exit_code == 2
+
+
 def test_translate_arguments_and_lines(run, fake):
     fake.add_model("m")
     assert run("translate", "m", "ein satz", "noch einer").stdout == "EIN SATZ\nNOCH EINER\n"
@@ -187,11 +231,61 @@ def test_translate_arguments_and_lines(run, fake):
     fake.calls.clear()
     result = run("translate", "m", stdin="\n".join(lines))
     assert result.stdout.splitlines() == [line.upper() for line in lines]
-    assert fake.calls == ["Translate"] * 3
+    assert fake.calls == ["StreamTranslate"]
     assert run("translate", "m", stdin="a\n\nb\n").stdout == "A\n\nB\n"
     assert run("translate", "m", "x", "--n-best", "2").stdout == "0\t-0.1000\tX\n0\t-0.2000\tX\n"
     objects = [json.loads(line) for line in run("translate", "m", "--json", stdin="ä\nb\n").stdout.splitlines()]
     assert [(o["source"], o["hypotheses"][0]["text"]) for o in objects] == [("ä", "Ä"), ("b", "B")]
+
+
+def test_translate_many_lines_in_order(run, fake):
+    fake.add_model("m")
+    lines = [f"zeile {i}" for i in range(3000)]
+    result = run("translate", "m", stdin="\n".join(lines))
+    assert result.stdout.splitlines() == [line.upper() for line in lines]
+
+
+def test_translate_options_reach_the_server(run, fake):
+    fake.add_model("m")
+    words = ["--beam-size", "2", "--n-best", "2", "--length-penalty", "0.5", "--max-length", "9", "--min-length", "1"]
+    words += ["--max-length-ratio", "1.5", "--patience", "2", "--early-stopping", "optimal", "--prefix", "Der"]
+    words += ["--repetition-penalty", "1.1", "--no-repeat-ngram-size", "3", "--token-scores", "--alignment", "--json"]
+    for stdin, arguments in ((None, ["hund"]), ("hund\n", [])):
+        result = run("translate", "m", *arguments, *words, stdin=stdin)
+        assert result.exit_code == 0, result.stderr
+        [found] = [json.loads(line) for line in result.stdout.splitlines()]
+        assert len(fake.translate_options[-1]) == 12
+        assert fake.translate_options[-1]["early_stopping"] == "optimal"
+        assert [hypothesis["text"] for hypothesis in found["hypotheses"]] == ["Der HUND"] * 2
+        assert found["hypotheses"][0]["pieces"] == ["Der", "HUND", "</s>"]
+        assert found["hypotheses"][0]["alignment"] == [0, 1, 2]
+        assert found["source_pieces"] == ["hund", "</s>"]
+
+
+def test_translate_samples_if_any_word_says_so(run, fake):
+    fake.add_model("m")
+    for words in (["--sample"], ["--temperature", "0.5"], ["--top-k", "3"], ["--top-p", "0.9"], ["--seed", "7"]):
+        assert run("translate", "m", "x", *words, "--n-best", "2").exit_code == 0
+    assert all("sampling" in options for options in fake.translate_options)
+    assert fake.translate_options[4] == {"n_best": 2, "sampling": Sampling(seed=7)}
+    run("translate", "m", "x", "--split")
+    assert fake.translate_options[5] == {}
+
+
+def test_a_line_that_cannot_be_translated_leaves_its_place_empty(run, fake):
+    def translate(sentence):
+        if sentence == "bad":
+            raise errors.InvalidSentence("has 300 subwords")
+        return sentence.upper()
+
+    fake.translate = translate
+    fake.add_model("m")
+    result = run("translate", "m", stdin="good\nbad\nlast\n")
+    assert (result.exit_code, result.stdout) == (2, "GOOD\n\nLAST\n")
+    assert result.stderr == "line 2: INVALID_SENTENCE: has 300 subwords\n"
+    result = run("translate", "m", "--json", stdin="bad\n")
+    error = {"reason": "INVALID_SENTENCE", "message": "has 300 subwords"}
+    assert json.loads(result.stdout) == {"source": "bad", "error": error}
 
 
 def test_input_that_is_not_utf8_is_named(run, fake):

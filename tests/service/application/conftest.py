@@ -9,7 +9,11 @@ from ferryman_service.domain.recipe import resolve_recipe
 from ferryman_service.domain.records import RunState
 from ferryman_service.domain.runs import ProcessIdentity, TrainingRun
 from ferryman_service.stores.database import open_database, upgrade
+from ferryman_service.stores.layout import DataFolder
+from ferryman_service.stores.models import FileModelStore
 from ferryman_service.stores.runs import SqlRunStore
+from tests.fakes.bundle_loader import SpyBundleLoader
+from tests.fakes.bundles import write_bundle
 
 
 @pytest.fixture
@@ -60,3 +64,25 @@ def running_run(runs, queue_run, worker):
         return runs.claim_attempt(run.run_id, 1, worker)
 
     return start
+
+
+@pytest.fixture
+def models(tmp_path):
+    folder = DataFolder(tmp_path / "data")
+    folder.create()
+    database = open_database(folder.database)
+    upgrade(database)
+    yield FileModelStore(database, folder)
+    database.dispose()
+
+
+@pytest.fixture
+def publish(models, tmp_path):
+    """A publisher of the next version of a model."""
+    bundle = write_bundle(tmp_path / "bundle")
+    return lambda name="m": models.import_bundle(bundle, name)
+
+
+@pytest.fixture
+def loader():
+    return SpyBundleLoader()

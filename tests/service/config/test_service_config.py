@@ -47,7 +47,9 @@ def test_what_cannot_be_read_is_named(argv, environment, word, capsys):
     assert word in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("argv", [["--port", "70000"], ["--translation-threads", "0"], ["--roles", ","]])
+@pytest.mark.parametrize(
+    "argv", [["--port", "70000"], ["--translation-threads", "0"], ["--model-memory-mib", "-1"], ["--roles", ","]]
+)
 def test_what_cannot_work_is_refused(argv):
     with pytest.raises(ValueError, match=argv[0]):
         parse(*argv)

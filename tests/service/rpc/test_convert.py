@@ -11,7 +11,7 @@ from ferryman_service.domain.models import ModelScores
 from ferryman_service.domain.recipe import resolve_recipe, resolve_schedule
 from ferryman_service.domain.records import EventLevel, RunEvent, RunState, StateChange, StepMetrics, ValidationMetrics
 from ferryman_service.domain.schedule import LearningRateSchedule, ScheduleKind
-from ferryman_service.domain.translation import SearchOptions
+from ferryman_service.domain.translation import EarlyStopping, Sampling, SearchOptions
 from ferryman_service.rpc import convert
 
 ENUMS = [
@@ -28,6 +28,7 @@ ENUMS = [
     (EventLevel, metrics_pb2.EventLevel),
     (Split, corpus_pb2.Split),
     (Side, corpus_pb2.Side),
+    (EarlyStopping, translation_pb2.EarlyStopping),
 ]
 SAME_FIELDS = [
     (recipes.Recipe, recipe_pb2.Recipe),
@@ -43,6 +44,7 @@ SAME_FIELDS = [
     (RunEvent, metrics_pb2.RunEvent),
     (ModelScores, model_pb2.ModelScores),
     (SearchOptions, translation_pb2.TranslateOptions),
+    (Sampling, translation_pb2.Sampling),
 ]
 
 
@@ -121,3 +123,39 @@ def test_a_resolved_recipe_survives_the_round_trip(overrides):
 def test_a_schedule_survives_the_round_trip():
     schedule = resolve_schedule({"kind": ScheduleKind.LINEAR, "total_steps": 9000, "peak_learning_rate": 0.1})
     assert resolve_schedule(overrides_of(convert.schedule_to_wire(schedule))) == schedule
+
+
+def options(**fields):
+    violations = []
+    found = convert.options_from_wire(translation_pb2.TranslateOptions(**fields), "options", violations)
+    return found, [(violation.field, violation.reason) for violation in violations]
+
+
+def test_options_that_are_not_set_have_their_defaults():
+    assert options() == (SearchOptions(), [])
+
+
+def test_every_option_is_read():
+    wire = {
+        "beam_size": 3,
+        "n_best": 2,
+        "length_penalty": 0.0,
+        "max_length": 50,
+        "max_length_ratio": 1.5,
+        "min_length": 0,
+        "patience": 2.0,
+        "repetition_penalty": 1.2,
+        "no_repeat_ngram_size": 3,
+        "return_token_scores": True,
+        "return_alignment": True,
+    }
+    found, violations = options(**wire, early_stopping="EARLY_STOPPING_OPTIMAL")
+    assert violations == []
+    assert found == SearchOptions(**wire, early_stopping=EarlyStopping.OPTIMAL)
+
+
+def test_sampling_keeps_no_beam():
+    found, violations = options(n_best=3, sampling={"seed": 0, "temperature": 0.5})
+    assert (found.sampling, found.rows, violations) == (Sampling(seed=0, temperature=0.5), 3, [])
+    assert options(sampling={})[0].sampling == Sampling()
+    assert options(beam_size=5, sampling={})[1] == [("options.beam_size", "CONFLICT")]

@@ -72,6 +72,7 @@ def test_every_error_has_a_status_and_a_reason(error):
         (errors.SequenceOutOfRange, grpc.StatusCode.OUT_OF_RANGE, set()),
         (errors.DiskFull, grpc.StatusCode.RESOURCE_EXHAUSTED, {"QuotaFailure"}),
         (errors.TooManyRuns, grpc.StatusCode.RESOURCE_EXHAUSTED, {"QuotaFailure", "RetryInfo"}),
+        (errors.QueueFull, grpc.StatusCode.RESOURCE_EXHAUSTED, {"QuotaFailure", "RetryInfo"}),
         (errors.StoreUnavailable, grpc.StatusCode.UNAVAILABLE, {"RetryInfo"}),
         (errors.ServerShuttingDown, grpc.StatusCode.UNAVAILABLE, {"RetryInfo"}),
         (errors.DeadlineExceeded, grpc.StatusCode.DEADLINE_EXCEEDED, set()),
@@ -82,6 +83,11 @@ def test_every_error_has_a_status_and_a_reason(error):
 def test_the_details_fit_the_class(error, code, details):
     assert status_code(make(error)) is code
     assert set(unpack(to_status(make(error)))) == {"ErrorInfo", *details}
+
+
+def test_a_full_queue_says_when_to_come_again():
+    details = unpack(to_status(errors.QueueFull("full", retry_delay_s=1.25)))
+    assert details["RetryInfo"].retry_delay.ToMilliseconds() == 1250
 
 
 def test_an_error_that_must_not_leave_the_worker_is_ours():

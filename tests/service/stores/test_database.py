@@ -5,6 +5,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
-from sqlalchemy import text
+from sqlalchemy import insert, text
 from sqlalchemy.exc import IntegrityError, OperationalError
 
 from ferryman_service.application.reporting import ReporterConfig, StoreReporter
@@ -21,11 +22,13 @@ from ferryman_service.domain.recipe import recipe_to_dict, resolve_recipe
 from ferryman_service.domain.records import EventLevel, RunState, StepMetrics, ValidationMetrics
 from ferryman_service.domain.runs import Handover, RequestKey, RunProgress
 from ferryman_service.stores import database as stores_database
+from ferryman_service.stores import tables
 from ferryman_service.stores.corpora import CorpusLimits, FileCorpusStore
 from ferryman_service.stores.database import DatabaseTooNew, disk_errors, open_database, reading, upgrade, writing
 from ferryman_service.stores.layout import DataFolder
 from ferryman_service.stores.models import FileModelStore
 from ferryman_service.stores.runs import SqlRunStore
+from ferryman_service.stores.sqlite import ChangeCounter
 from ferryman_service.stores.tables import metadata
 
 migrations = Path(stores_database.__file__).parent / "migrations"
@@ -237,7 +240,7 @@ def test_several_processes_may_start_at_once(tmp_path):
         assert process.returncode == 0, errors
     database = open_database(path)
     with reading(database) as connection:
-        assert MigrationContext.configure(connection).get_current_heads() == ("0002",)
+        assert MigrationContext.configure(connection).get_current_heads() == ("0003",)
     database.dispose()
 
 
@@ -302,7 +305,9 @@ def test_rows_of_the_release_before_are_read_after_the_migration(earlier_databas
     assert [record.sequence for record in runs.records_after(EARLIER_RUN, 0, 100)] == list(range(1, 12))
     folder = DataFolder(tmp_path)
     assert FileCorpusStore(earlier_database, folder, CorpusLimits()).get("cor_x").train.pairs == 3
-    assert FileModelStore(earlier_database, folder).get("en-de").latest_version.lineage.run_id == "run_gone"
+    models = FileModelStore(earlier_database, folder)
+    assert models.get("en-de").latest_version.lineage.run_id == "run_gone"
+    assert models.set_alias("en-de", "production", 1).aliases[0].version == 1
     key = RequestKey(request_id="1b4e28ba-2fa1-41d2-8383-b9b5f2a3c8d1", body_digest="digest")
     assert runs.find(key).run_id == EARLIER_RUN
 
@@ -365,6 +370,21 @@ def test_a_worker_of_the_release_before_may_outlive_the_migration(earlier_databa
     assert steps(runs, EARLIER_RUN) == [1, 2, 2, 3, 4]
 
 
+def test_numbers_of_versions_of_the_release_before_are_not_given_again(earlier_database, tmp_path, write_bundle):
+    """Neither those that were there at the migration, nor those that a worker of that release publishes after it."""
+    upgrade(earlier_database)
+    folder = DataFolder(tmp_path / "data")
+    folder.create()
+    (tmp_path / "bundle").mkdir()
+    bundle = write_bundle(tmp_path / "bundle", "run_elsewhere")
+    models = FileModelStore(earlier_database, folder)
+    models.delete_version("en-de", 1)
+    with writing(earlier_database) as connection:
+        connection.exec_driver_sql("INSERT INTO model_versions VALUES ('late', 1, '{}', '{}', 1, 1, 'd', 1)")
+    assert models.import_bundle(bundle, "en-de").version == 2
+    assert models.import_bundle(bundle, "late").version == 2
+
+
 def test_a_run_that_the_release_before_has_only_queued_starts_from_nothing(earlier_database, worker):
     upgrade(earlier_database)
     runs = SqlRunStore(earlier_database)
@@ -412,3 +432,35 @@ def test_a_file_on_a_full_disk_is_a_full_disk():
         file.write(b"x")
     with pytest.raises(FileNotFoundError), disk_errors():
         Path("/nowhere/at/all").read_bytes()
+
+
+def test_a_change_by_whomever_gives_another_number(folder, database):
+    changes = ChangeCounter(database)
+    seen = {changes.value()}
+    assert changes.value() in seen
+    with reading(database) as connection:
+        connection.execute(text("SELECT 1"))
+    assert changes.value() in seen, "reading changes nothing"
+    for _ in range(3):
+        with writing(database) as connection:
+            connection.execute(insert(tables.models).values(name=f"m{len(seen)}", last_version=1))
+            assert changes.value() in seen, "what is not committed has not happened"
+        assert changes.value() not in seen
+        seen.add(changes.value())
+    statement = "connection.execute('DELETE FROM models'); connection.commit()"
+    elsewhere = f"import sqlite3; connection = sqlite3.connect({str(folder.database)!r}); {statement}"
+    subprocess.run([sys.executable, "-c", elsewhere], check=True, timeout=60)
+    assert changes.value() not in seen
+
+
+def test_a_counter_that_cannot_be_read_never_says_that_nothing_changed(tmp_path):
+    changes = ChangeCounter(open_database(tmp_path / "no" / "such" / "folder" / "ferryman.db"))
+    assert changes.value() != changes.value()
+
+
+def test_a_counter_does_not_wait_for_a_lock(folder, database):
+    changes = ChangeCounter(database)
+    with writing(database):
+        began_s = time.monotonic()
+        changes.value()
+        assert time.monotonic() - began_s < 1

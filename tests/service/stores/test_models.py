@@ -1,6 +1,7 @@
 """Published models: whole or not at all, never changed."""
 
 import errno
+import hashlib
 import stat
 import subprocess
 import sys
@@ -9,12 +10,31 @@ import pytest
 from sqlalchemy import event
 
 from ferryman_service.bundle import manifest as bundles
-from ferryman_service.domain.errors import AttemptFenced, DiskFull, InvalidRequest, ModelDamaged, ModelNotFound
+from ferryman_service.domain.errors import (
+    AttemptFenced,
+    DiskFull,
+    InvalidRequest,
+    ModelDamaged,
+    ModelInUse,
+    ModelNotFound,
+)
 from ferryman_service.domain.models import ModelReference
 from ferryman_service.domain.records import RunState, StateChange
 from ferryman_service.domain.training import RunCancelled
 from ferryman_service.stores.models import FileModelStore
 
+CRASHING_DELETION = """
+import os, sys
+from pathlib import Path
+from ferryman_service.stores.database import open_database
+from ferryman_service.stores.layout import DataFolder
+from ferryman_service.stores.models import FileModelStore
+class Crashing(FileModelStore):
+    def _remove_bundle(self, bundle):
+        os._exit(9)
+folder = DataFolder(Path(sys.argv[1]))
+Crashing(open_database(folder.database), folder).delete_version("m", 1)
+"""
 CRASH = """
 import os, sys
 from pathlib import Path
@@ -152,7 +172,7 @@ def test_at_start_only_unfinished_runs_keep_their_staging(models, runs, exportin
     models.recover()
     assert list(folder.staging.iterdir()) == [kept]
     assert list(folder.imports.iterdir()) == []
-    assert len(list(kept.iterdir())) == 4
+    assert len(list(kept.iterdir())) == len(bundles.CONTENT_FILES) + 1
 
 
 def test_importing_copies_and_publishes(models, tmp_path, write_bundle, folder):
@@ -205,3 +225,231 @@ def test_pages_by_name(models, tmp_path, write_bundle):
     assert [(model.name, model.versions) for model in first] == [("a", (1,)), ("b", (1, 2)), ("c-1", (1,))]
     assert [model.name for model in models.list_page("c-1", 3)] == ["c.1"]
     assert models.list_page("c.1", 3) == []
+
+
+@pytest.fixture
+def publish(models, tmp_path, write_bundle):
+    """Publish the next version of a model; its content is told by its number."""
+    bundle = tmp_path / "elsewhere"
+    bundle.mkdir()
+
+    def make(name="m", content="content"):
+        return models.import_bundle(write_bundle(bundle, "run_elsewhere", content), name)
+
+    return make
+
+
+def by_alias(alias, name="m"):
+    return ModelReference(name=name, alias=alias)
+
+
+def test_an_alias_points_where_it_was_last_set(models, publish):
+    first, second = publish(), publish()
+    publish("n")
+    assert models.get("m").aliases == ()
+    model = models.set_alias("m", "production", 1)
+    assert [(alias.alias, alias.version) for alias in model.aliases] == [("production", 1)]
+    assert model.aliases[0].update_time_ns > first.create_time_ns
+    assert models.resolve(by_alias("production")) == first
+    models.set_alias("m", "canary", 2)
+    models.set_alias("n", "production", 1)
+    moved = models.set_alias("m", "production", 2)
+    assert [(alias.alias, alias.version) for alias in moved.aliases] == [("canary", 2), ("production", 2)]
+    assert moved.aliases[1].update_time_ns > model.aliases[0].update_time_ns
+    assert models.resolve(by_alias("production")) == second
+    assert models.resolve(by_alias("production", "n")).reference == "n/1"
+    assert [len(model.aliases) for model in models.list_page(None, 9)] == [2, 1]
+    assert models.get("m") == moved
+    models.delete_alias("m", "production")
+    assert [alias.alias for alias in models.get("m").aliases] == ["canary"]
+
+
+@pytest.mark.parametrize(("name", "version"), [("m", 2), ("m", 0), ("nobody", 1)])
+def test_an_alias_of_what_does_not_exist_is_not_made(models, publish, name, version):
+    publish()
+    models.set_alias("m", "production", 1)
+    with pytest.raises(ModelNotFound):
+        models.set_alias(name, "production", version)
+    assert models.resolve(by_alias("production")).version == 1
+
+
+def test_an_unknown_reference_is_told_what_there_is(models, publish):
+    publish(), publish(), models.set_alias("m", "canary", 2)
+    told = {
+        by_alias("production"): "model 'm' has no alias 'production': its aliases are canary",
+        by_alias("x", "nobody"): "there is no model 'nobody': ListModels names those there are",
+        ModelReference(name="m", version=7): "model 'm' has no version 7: its versions are 1, 2",
+    }
+    for reference, text in told.items():
+        with pytest.raises(ModelNotFound) as caught:
+            models.resolve(reference)
+        assert (caught.value.message, caught.value.metadata["model"]) == (text, str(reference))
+    with pytest.raises(ModelNotFound, match="no alias 'production'"):
+        models.delete_alias("m", "production")
+
+
+def test_an_alias_moves_in_one_step_for_readers_and_crashes(models, publish, database):
+    publish(), publish(), models.set_alias("m", "production", 1)
+
+    def fail(_connection):
+        raise OSError(errno.EIO, "the power went")
+
+    event.listen(database, "commit", fail)
+    with pytest.raises(OSError, match="power"):
+        models.set_alias("m", "production", 2)
+    event.remove(database, "commit", fail)
+    assert models.resolve(by_alias("production")).version == 1
+
+
+def test_a_deleted_version_is_gone_with_its_files(models, publish, folder):
+    first, second = publish(), publish()
+    models.delete_version("m", 1)
+    assert not models.bundle_dir(first).exists()
+    assert models.get("m").versions == (2,)
+    assert models.resolve(ModelReference(name="m")) == second
+    assert list(folder.imports.iterdir()) == []
+    for version in (1, 3):
+        with pytest.raises(ModelNotFound):
+            models.delete_version("m", version)
+
+
+def test_files_are_deleted_also_where_there_is_no_room_to_move_them_to(models, publish, folder):
+    version = publish()
+    folder.imports.rmdir()
+    folder.imports.touch()
+    models.delete_version("m", 1)
+    assert not models.bundle_dir(version).exists()
+
+
+def test_numbers_are_never_given_again(models, publish, exporting, stage):
+    for _ in range(3):
+        publish("en-de")
+    models.delete_version("en-de", 3)
+    assert models.resolve(ModelReference(name="en-de")).version == 2
+    run = exporting()
+    assert models.publish(run.run_id, 1, stage(run)).version == 4
+    for version in (1, 2, 4):
+        models.delete_version("en-de", version)
+    assert models.list_page(None, 9) == []
+    with pytest.raises(ModelNotFound):
+        models.get("en-de")
+    assert publish("en-de").version == 5
+    assert models.get("en-de").versions == (5,)
+
+
+def test_a_publication_that_fails_gives_no_number_away(models, publish, database):
+    publish()
+
+    def fail(_connection):
+        raise OSError(errno.ENOSPC, "no space left on device")
+
+    event.listen(database, "commit", fail)
+    with pytest.raises(DiskFull):
+        publish()
+    event.remove(database, "commit", fail)
+    assert publish().version == 2
+
+
+def test_what_an_alias_names_is_not_deleted(models, publish):
+    version = publish()
+    models.set_alias("m", "production", 1)
+    models.set_alias("m", "canary", 1)
+    with pytest.raises(ModelInUse, match="m@canary, m@production") as caught:
+        models.delete_version("m", 1)
+    assert dict(caught.value.metadata) == {"model": "m/1", "aliases": "canary,production"}
+    assert bundles.verify(models.bundle_dir(version))
+    models.delete_alias("m", "canary")
+    models.delete_alias("m", "production")
+    models.delete_version("m", 1)
+
+
+def test_what_an_unfinished_run_starts_from_is_not_deleted(models, publish, runs, running):
+    publish(), publish()
+    run = running(initial_model="m/1")
+    ended = running(initial_model="m/2")
+    runs.change_state(ended.run_id, 1, RunState.FAILED)
+    with pytest.raises(ModelInUse, match=run.run_id) as caught:
+        models.delete_version("m", 1)
+    assert caught.value.metadata["needed_by"] == run.run_id
+    models.delete_version("m", 2)
+    assert runs.get(ended.run_id).initial_model == "m/2"
+    runs.change_state(run.run_id, 1, RunState.CANCELLED)
+    models.delete_version("m", 1)
+
+
+def test_a_run_keeps_the_number_of_the_version_that_it_made(models, runs, exporting, stage):
+    run = exporting()
+    models.publish(run.run_id, 1, stage(run))
+    models.delete_version("en-de", 1)
+    assert (runs.get(run.run_id).state, runs.get(run.run_id).model_version) == (RunState.SUCCEEDED, 1)
+
+
+def test_a_deletion_that_fails_deletes_nothing(models, publish, database):
+    version = publish()
+
+    def fail(_connection):
+        raise OSError(errno.EIO, "the power went")
+
+    event.listen(database, "commit", fail)
+    with pytest.raises(OSError, match="power"):
+        models.delete_version("m", 1)
+    event.remove(database, "commit", fail)
+    assert models.resolve(ModelReference(name="m")) == version
+    assert bundles.verify(models.bundle_dir(version))
+
+
+def test_a_crash_between_row_and_files_leaves_an_orphan_that_a_start_removes(models, publish, folder):
+    kept = publish("kept")
+    first, second = publish(), publish()
+    crashed = subprocess.run([sys.executable, "-c", CRASHING_DELETION, folder.root], timeout=60)
+    assert crashed.returncode == 9
+    assert models.get("m").versions == (2,)
+    orphan = models.bundle_dir(first)
+    assert orphan.exists()
+    (folder.models / "a-file").touch()
+    models.recover()
+    assert not orphan.exists()
+    assert list(folder.imports.iterdir()) == []
+    for version in (kept, second):
+        assert bundles.verify(models.bundle_dir(version))
+    assert publish().version == 3
+
+
+def test_an_open_bundle_is_read_to_its_end_although_it_is_deleted(models, publish):
+    version = publish()
+    content = files_of(models.bundle_dir(version))
+    reader = models.open_bundle(version)
+    models.delete_version("m", 1)
+    assert reader.version == version
+    assert [file.name for file in reader.files] == [bundles.MANIFEST_FILE, *sorted(bundles.CONTENT_FILES)]
+    for file in reader.files:
+        read = b"".join(iter(lambda file=file: reader.read(file, 5), b""))
+        assert read.decode() == content[file.name]
+        assert (len(read), hashlib.sha256(read).hexdigest()) == (file.size_bytes, file.sha256)
+    reader.close()
+    reader.close()
+    with pytest.raises(ModelNotFound):
+        models.open_bundle(version)
+
+
+@pytest.mark.parametrize("name", [bundles.DECODER_FILE, bundles.MANIFEST_FILE])
+@pytest.mark.parametrize("damage", ["longer", "gone"])
+def test_a_damaged_bundle_is_not_opened(models, publish, name, damage):
+    version = publish()
+    path = models.bundle_dir(version) / name
+    path.chmod(0o644)
+    if damage == "gone":
+        path.unlink()
+    else:
+        path.write_text(path.read_text() + " ")
+    with pytest.raises(ModelDamaged, match=name):
+        models.open_bundle(version)
+
+
+def test_another_manifest_of_the_same_size_is_not_the_published_one(models, publish):
+    version = publish()
+    path = models.bundle_dir(version) / bundles.MANIFEST_FILE
+    path.chmod(0o644)
+    path.write_text(path.read_text().replace("12345", "54321"))
+    with pytest.raises(ModelDamaged, match="not the one that was published"):
+        models.open_bundle(version)

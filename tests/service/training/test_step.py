@@ -10,10 +10,12 @@ from ferryman_service.domain.recipe import Precision, ScheduleKind
 from ferryman_service.domain.runs import FailureReason, TrainingFailed
 from ferryman_service.domain.schedule import LearningRateSchedule, learning_rate
 from ferryman_service.domain.tokens import BOS, EOS, PAD
+from ferryman_service.domain.translation import SearchOptions
 from ferryman_service.model.config import TransformerConfig
 from ferryman_service.model.session import TorchDecoder
 from ferryman_service.model.transformer import Transformer
-from ferryman_service.search.beam import BeamOptions, search
+from ferryman_service.search.beam import search
+from ferryman_service.search.sentence import SentenceSearch
 from ferryman_service.training.batches import Batch, make_batch
 from ferryman_service.training.packing import plan_epoch
 from ferryman_service.training.pairs import TokenPairs, TokenSide
@@ -44,12 +46,8 @@ def batches(pairs, epochs):
 def exactly_right(model, pairs):
     sources = [pairs.source.sentence(i) for i in range(len(pairs))]
     model.eval()
-    found = search(
-        TorchDecoder(model).encode(sources),
-        BeamOptions(beam_size=1, n_best=1, length_penalty=1.0),
-        np.full(len(sources), 8),
-        lambda: None,
-    )
+    greedy = SentenceSearch(options=SearchOptions(beam_size=1), max_length=8)
+    found = search(TorchDecoder(model), sources, [greedy] * len(sources), lambda: None)
     return np.mean([[*best.tokens, EOS] == pairs.target.sentence(i) for i, (best,) in enumerate(found)])
 
 

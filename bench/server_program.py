@@ -1,0 +1,75 @@
+"""A server as a program of its own: it prints "serving on HOST:PORT" when it serves, and ends on SIGTERM."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+START_TIMEOUT_S: Final = 120.0
+STOP_TIMEOUT_S: Final = 30.0
+_LOOK_EVERY_S: Final = 0.05
+_LOG_TAIL_CHARACTERS: Final = 2000
+_SERVING = re.compile(r"^serving on (\S+)$", re.MULTILINE)
+
+
+class ServerFailed(Exception):
+    """A server did not start, or ended badly. The message holds the end of its log."""
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running server: how it is called here, where it serves, its process."""
+
+    name: str
+    address: str
+    pid: int
+
+
+@contextlib.contextmanager
+def started_server(name: str, command: Sequence[str], log: Path, environment: Mapping[str, str]) -> Iterator[Server]:
+    """Run the program for the length of the block; raises ServerFailed."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("wb") as file:
+        # In a session of its own, so that Ctrl-C reaches only the caller, who then stops the server in order.
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=file,
+            env={**os.environ, "PYTHONUNBUFFERED": "1", **environment},
+            start_new_session=True,
+        )
+    try:
+        yield Server(name, _address(process, name, log), process.pid)
+        if process.poll() is not None:
+            raise ServerFailed(f"{name} ended by itself, exit status {process.returncode}{_tail(log)}")
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _address(process: subprocess.Popen[bytes], name: str, log: Path) -> str:
+    deadline_s = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < deadline_s:
+        if match := _SERVING.search(log.read_text(errors="replace")):
+            return match[1]
+        if process.poll() is not None:
+            raise ServerFailed(f"{name} ended at once, exit status {process.returncode}{_tail(log)}")
+        time.sleep(_LOOK_EVERY_S)
+    raise ServerFailed(f"{name} did not start within {START_TIMEOUT_S:g} s{_tail(log)}")
+
+
+def _tail(log: Path) -> str:
+    return f"; {log} ends with:\n{log.read_text(errors='replace')[-_LOG_TAIL_CHARACTERS:]}"

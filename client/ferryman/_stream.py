@@ -1,0 +1,190 @@
+"""The sentences of a `translate_stream`: which are under way, which are still to be sent, which results come next."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from typing import Final, TypeAlias, TypeVar
+
+from google.protobuf.message import Message
+
+from ferryman._convert import Call, stream_sentences
+from ferryman.types import StreamSentence, StreamTranslateResponse, StreamTranslation
+
+T = TypeVar("T")
+Sentence: TypeAlias = str | tuple[str, str] | StreamSentence
+"""A sentence alone, (id, sentence), or all that can be said of one."""
+
+_DEFAULT_WINDOW: Final = 256
+_MESSAGE_SENTENCES: Final = 64
+
+
+class StreamBook:
+    """The state of one `translate_stream`, shared by both clients: they wait and make the call, this keeps account.
+
+    On the wire a sentence's id is its number; the caller's ids may be anything. `has_room` bounds what was taken from
+    the caller and not given back as a result to two windows: one on the server, one on the way or waiting for its
+    turn.
+    """
+
+    def __init__(self, window: int | None, *, in_order: bool) -> None:
+        """Store. With `in_order` results come in the order of the sentences, else as they finish."""
+        self._limit = 2 * (window or _DEFAULT_WINDOW)
+        self._in_order = in_order
+        self._ids: dict[int, str] = {}
+        self._to_send: deque[StreamSentence] = deque()
+        self._held: dict[int, StreamTranslation] = {}
+        self._taken = 0
+        self._given = 0
+
+    @property
+    def has_room(self) -> bool:
+        """Whether another sentence may be taken from the caller."""
+        return self._taken - self._given < self._limit
+
+    @property
+    def has_news(self) -> bool:
+        """Whether a sentence waits to be sent."""
+        return bool(self._to_send)
+
+    def take(self, item: Sentence) -> None:
+        """Take a sentence from the caller; it is to be sent."""
+        number = self._taken
+        if isinstance(item, str):
+            item = StreamSentence(id=str(number), sentence=item)
+        elif isinstance(item, tuple):
+            item = StreamSentence(id=item[0], sentence=item[1])
+        self._taken += 1
+        self._ids[number] = item.id
+        self._to_send.append(StreamSentence(id=str(number), sentence=item.sentence, target_prefix=item.target_prefix))
+
+    def message(self) -> Message:
+        """Return the next request: of what waits to be sent, as much as a message should hold."""
+        count = min(len(self._to_send), _MESSAGE_SENTENCES)
+        return stream_sentences([self._to_send.popleft() for _ in range(count)])
+
+    def accept(self, response: StreamTranslateResponse) -> Sequence[StreamTranslation]:
+        """Return the results that can be given to the caller, now that this response is here."""
+        results: list[StreamTranslation] = []
+        for result in response.translations:
+            number = int(result.id)
+            mine = StreamTranslation(id=self._ids.pop(number), translation=result.translation, error=result.error)
+            if self._in_order:
+                self._held[number] = mine
+            else:
+                results.append(mine)
+        place = self._given
+        while place in self._held:
+            results.append(self._held.pop(place))
+            place += 1
+        return results
+
+    def give(self) -> None:
+        """Note that a result was given to the caller."""
+        self._given += 1
+
+
+class SentencePump:
+    """Reads the caller's sentences in a thread of its own, so that each is sent as soon as it is there."""
+
+    def __init__(self, call: Call[StreamTranslateResponse], sentences: Iterable[Sentence], book: StreamBook) -> None:
+        """Store, and start to read."""
+        self.failure: BaseException | None = None
+        self._call = call
+        self._sentences = sentences
+        self._book = book
+        self._changed = threading.Condition()
+        self._read_all = False
+        self._closed = False
+        # A caller's iterable may wait for ever; the end of the program must not wait for it.
+        threading.Thread(target=self._read, name="ferryman-sentences", daemon=True).start()
+
+    def requests(self) -> Iterator[Message]:
+        """Yield the requests of the call."""
+        yield self._call.request
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._book.has_news or self._read_all or self._closed)
+                if self._closed or not self._book.has_news:
+                    return
+                message = self._book.message()
+            yield message
+
+    def results(self, response: StreamTranslateResponse) -> Iterator[StreamTranslation]:
+        """Yield the results that the caller can have now."""
+        with self._changed:
+            results = self._book.accept(response)
+        for result in results:
+            with self._changed:
+                self._book.give()
+                self._changed.notify_all()
+            yield result
+
+    def close(self) -> None:
+        """Read no more."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    def _read(self) -> None:
+        try:
+            for item in self._sentences:
+                with self._changed:
+                    self._changed.wait_for(lambda: self._book.has_room or self._closed)
+                    if self._closed:
+                        return
+                    self._book.take(item)
+                    self._changed.notify_all()
+        except BaseException as error:  # noqa: BLE001 (whatever the caller's iterable raises, the caller gets it back)
+            self.failure = error
+        finally:
+            with self._changed:
+                self._read_all = True
+                self._changed.notify_all()
+
+
+async def each_in_thread(items: Iterable[T]) -> AsyncIterator[T]:
+    """Yield the items, which are read in a thread of their own, at most a message's worth ahead; raises what that
+    raises."""
+    loop, news, room = asyncio.get_running_loop(), asyncio.Event(), threading.Semaphore(_MESSAGE_SENTENCES)
+    found: deque[T] = deque()
+    failures: list[BaseException | None] = []
+    closed = threading.Event()
+
+    def wake() -> None:
+        with contextlib.suppress(RuntimeError):  # the loop has ended: nobody waits
+            loop.call_soon_threadsafe(news.set)
+
+    def read() -> None:
+        failure: BaseException | None = None
+        try:
+            for item in items:
+                room.acquire()
+                if closed.is_set():
+                    return
+                found.append(item)
+                if len(found) == 1:
+                    wake()
+        except BaseException as error:  # noqa: BLE001 (whatever the caller's iterable raises, the caller gets it back)
+            failure = error
+        finally:
+            failures.append(failure)
+            wake()
+
+    threading.Thread(target=read, name="ferryman-sentences", daemon=True).start()
+    try:
+        while found or not failures:
+            news.clear()
+            if not found and not failures:
+                await news.wait()
+            while found:
+                room.release()
+                yield found.popleft()
+        if failures[0] is not None:
+            raise failures[0]
+    finally:
+        closed.set()
+        room.release()

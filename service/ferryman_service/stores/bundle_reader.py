@@ -1,0 +1,59 @@
+"""Reading a published bundle, file by file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import BinaryIO
+
+from ferryman_service.bundle.manifest import MANIFEST_FILE, manifest_digest, read_manifest
+from ferryman_service.domain.errors import ModelDamaged
+from ferryman_service.domain.models import BundleFile, ModelVersion
+
+
+class BundleReader:
+    """A BundleReader. All files are open from the beginning, so a version that is deleted meanwhile is read to its
+    end."""
+
+    def __init__(self, version: ModelVersion, bundle: Path) -> None:
+        """Open the files of `version`; raises ModelDamaged if one is missing or has another size than published."""
+        self.version = version
+        if manifest_digest(bundle) != version.digest:
+            raise ModelDamaged(f"{MANIFEST_FILE} is not the one that was published: restore it", file=MANIFEST_FILE)
+        digests = read_manifest(bundle).files
+        manifest_bytes = version.size_bytes - sum(digest.size_bytes for digest in digests.values())
+        self.files = (
+            BundleFile(name=MANIFEST_FILE, size_bytes=manifest_bytes, sha256=version.digest),
+            *(
+                BundleFile(name=name, size_bytes=digest.size_bytes, sha256=digest.sha256)
+                for name, digest in sorted(digests.items())
+            ),
+        )
+        with ExitStack() as opened:
+            self._open: Mapping[str, BinaryIO] = {
+                file.name: opened.enter_context(_open(bundle, file)) for file in self.files
+            }
+            self._close = opened.pop_all().close
+
+    def read(self, file: BundleFile, size_bytes: int) -> bytes:
+        """Return the next bytes of the file, at most so many; none at its end."""
+        return self._open[file.name].read(size_bytes)
+
+    def close(self) -> None:
+        """Close the files; harmless when repeated."""
+        self._close()
+
+
+def _open(bundle: Path, file: BundleFile) -> BinaryIO:
+    try:
+        opened = (bundle / file.name).open("rb")
+    except OSError as error:
+        raise ModelDamaged(f"{file.name} cannot be read: {error.strerror}", file=file.name) from error
+    size_bytes = os.fstat(opened.fileno()).st_size
+    if size_bytes != file.size_bytes:
+        opened.close()
+        text = f"{file.name} has {size_bytes} bytes, published were {file.size_bytes}: restore it, or train again"
+        raise ModelDamaged(text, file=file.name)
+    return opened

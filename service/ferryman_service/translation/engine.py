@@ -1,0 +1,153 @@
+"""A loaded model that translates many callers' sentences at once."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Final
+
+from ferryman_service.domain.translation import (
+    CancelToken,
+    FairShare,
+    PreparedSentence,
+    SearchOptions,
+    SentenceResult,
+    SentenceWork,
+    Timings,
+    Translation,
+)
+from ferryman_service.pipeline.text import SentenceText
+from ferryman_service.search.decoder import Decoder
+from ferryman_service.translation.scheduler import Scheduler, SchedulerConfig
+
+_WARM_UP: Final = SearchOptions(max_length=3)
+
+
+class BatchingEngine:
+    """A TranslationEngine over any Decoder. Safe to call from every thread until it is closed."""
+
+    def __init__(self, decoder: Decoder, text: SentenceText, memory_bytes: int, config: SchedulerConfig) -> None:
+        """Start the decoding threads; `memory_bytes` is what the model takes."""
+        self._text = text
+        self._memory_bytes = memory_bytes
+        self._scheduler = Scheduler(decoder, text, config)
+
+    def max_sentence_tokens(self) -> int:
+        """Return the longest source sentence, in subwords with the end symbol."""
+        return self._text.max_sentence_tokens
+
+    def memory_bytes(self) -> int:
+        """Return how much memory the model takes, without what is in flight."""
+        return self._memory_bytes
+
+    def warm_up(self) -> None:
+        """Translate a word, with a beam and greedily: buffers are made, and every part of the graphs has run once."""
+        for beam_size in (1, _WARM_UP.beam_size):
+            options = SearchOptions(beam_size=beam_size, max_length=_WARM_UP.max_length)
+            self.translate(["a"], options, CancelToken())
+
+    def prepare(self, sentence: str, prefix: str, options: SearchOptions) -> PreparedSentence:
+        """Normalise a sentence and split it into subwords; raises InvalidSentence (fields "sentence", "prefix")."""
+        return self._text.prepare(sentence, prefix, options)
+
+    def prepare_all(
+        self, sentences: Sequence[str], prefixes: Sequence[str], options: SearchOptions
+    ) -> Sequence[PreparedSentence]:
+        """Do so with many; raises InvalidSentence with every violation ("sentences[i]", "target_prefixes[i]")."""
+        return self._text.prepare_all(sentences, prefixes, options)
+
+    def submit(self, work: Sequence[SentenceWork]) -> None:
+        """Put sentences in line; each `done` is called once."""
+        self._scheduler.submit(work)
+
+    def translate(
+        self, sentences: Sequence[str], options: SearchOptions, token: CancelToken
+    ) -> tuple[Sequence[Translation], Timings]:
+        """Translate, in order, and wait. Raises InvalidSentence, Cancelled, DeadlineExceeded."""
+        results = self.run(self._text.prepare_all(sentences, (), options), options, token)
+        translations: list[Translation] = []
+        for result in results:
+            if result.translation is None:
+                assert result.error is not None, "a sentence without a translation has an error"
+                raise result.error
+            translations.append(result.translation)
+        return translations, slowest([result.timings for result in results])
+
+    def run(
+        self, prepared: Sequence[PreparedSentence], options: SearchOptions, token: CancelToken
+    ) -> Sequence[SentenceResult]:
+        """Translate prepared sentences and wait for all; the sampling's seed, if there is one, counts up."""
+        gathered = _Gathered(len(prepared))
+        share = FairShare()
+        seed = 0 if options.sampling is None or options.sampling.seed is None else options.sampling.seed
+        self.submit(
+            [
+                SentenceWork(
+                    sentence=sentence,
+                    options=options,
+                    token=token,
+                    share=share,
+                    done=gathered.place(index),
+                    seed=seed,
+                )
+                for index, sentence in enumerate(prepared)
+            ]
+        )
+        return gathered.wait()
+
+    def close(self) -> None:
+        """End the threads, after what was submitted is translated."""
+        self._scheduler.close()
+
+
+def slowest(timings: Sequence[Timings]) -> Timings:
+    """Return the timings of a request: of each stage, those of the sentence that took longest."""
+    if not timings:
+        return Timings()
+    most = max(timings, key=lambda each: each.steps)
+    return Timings(
+        queue_ns=max(each.queue_ns for each in timings),
+        text_ns=sum(each.text_ns for each in timings),
+        encode_ns=max(each.encode_ns for each in timings),
+        decode_ns=max(each.decode_ns for each in timings),
+        steps=most.steps,
+        row_steps=most.row_steps,
+    )
+
+
+class _Gathered:
+    """Waits for the results of several sentences."""
+
+    def __init__(self, count: int) -> None:
+        self._results: list[SentenceResult | None] = [None] * count
+        self._left = count
+        self._lock = threading.Lock()
+        self._all = threading.Event()
+        if not count:
+            self._all.set()
+
+    def place(self, index: int) -> _Place:
+        """Return what takes the result of one sentence."""
+        return _Place(self, index)
+
+    def put(self, index: int, result: SentenceResult) -> None:
+        """Take a result."""
+        self._results[index] = result
+        with self._lock:
+            self._left -= 1
+            if not self._left:
+                self._all.set()
+
+    def wait(self) -> list[SentenceResult]:
+        """Return all results in order, once they are there."""
+        self._all.wait()
+        return [result for result in self._results if result is not None]
+
+
+class _Place:
+    def __init__(self, gathered: _Gathered, index: int) -> None:
+        self._gathered = gathered
+        self._index = index
+
+    def __call__(self, result: SentenceResult) -> None:
+        self._gathered.put(self._index, result)

@@ -1,0 +1,174 @@
+"""One running batch with its searches: sentences of the same width, each for a caller of its own."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from ferryman_service.domain.errors import FerrymanError
+from ferryman_service.domain.translation import CancelToken, SearchOptions, SentenceResult, SentenceWork, Timings
+from ferryman_service.pipeline.text import SentenceText
+from ferryman_service.search.beam import Searches
+from ferryman_service.search.decoder import Decoder
+from ferryman_service.search.sentence import RawHypothesis, SentenceSearch, needs_logits
+from ferryman_service.translation.waiting import Waiting
+
+
+class LaneKind(NamedTuple):
+    """What sentences must have in common to share a running batch."""
+
+    width: int
+    logits: bool
+    attention: bool
+
+
+def lane_kind(options: SearchOptions, search: SentenceSearch) -> LaneKind:
+    """Return the kind of batch that the search needs."""
+    return LaneKind(options.rows, needs_logits(search), options.return_alignment)
+
+
+@dataclass(slots=True)
+class _Running:
+    """A sentence in the batch. `steps` and `row_steps` are the lane's counts when it joined."""
+
+    work: SentenceWork
+    queue_ns: int
+    joined_ns: int
+    steps: int
+    row_steps: int
+    encode_ns: int = 0
+
+
+class Lane:
+    """A running batch that sentences join and leave between steps. Used by one thread."""
+
+    def __init__(self, kind: LaneKind, decoder: Decoder, text: SentenceText) -> None:
+        self.kind = kind
+        self._decoder = decoder
+        self._text = text
+        self._running: list[_Running] = []
+        self._tokens: Counter[CancelToken] = Counter()
+        self._steps = self._row_steps = 0
+        self._begin_anew()
+
+    @property
+    def sentences(self) -> int:
+        """How many sentences are in the batch."""
+        return len(self._running)
+
+    @property
+    def rows(self) -> int:
+        """How many rows a step computes."""
+        return len(self._running) * self.kind.width
+
+    def admit(self, admitted: Sequence[tuple[Waiting, SentenceSearch]]) -> None:
+        """Encode sentences and let them join."""
+        started_ns = time.perf_counter_ns()
+        for waiting, _ in admitted:
+            work, queue_ns = waiting.work, started_ns - waiting.submitted_ns
+            self._running.append(_Running(work, queue_ns, started_ns, self._steps, self._row_steps))
+            self._tokens[work.token] += 1
+        try:
+            self._batch.admit([waiting.work.sentence.source for waiting, _ in admitted])
+            self._searches.admit([search for _, search in admitted])
+        except Exception as error:  # noqa: BLE001
+            self._fail_all(error)
+            return
+        now_ns = time.perf_counter_ns()
+        for running in self._running[-len(admitted) :]:
+            running.encode_ns, running.joined_ns = now_ns - started_ns, now_ns
+
+    def step(self) -> None:
+        """Let go those nobody waits for any more, feed a token to every row, and hand over what is done."""
+        try:
+            self._let_go()
+            if not self._running:
+                return
+            self._searches.step(self._batch)
+            self._steps += 1
+            self._row_steps += self.rows
+            done_S = self._searches.done()
+            if len(done_S):
+                self._hand_over(done_S.tolist())
+        except Exception as error:  # noqa: BLE001
+            self._fail_all(error)
+
+    def _let_go(self) -> None:
+        unwanted = {token for token in self._tokens if not token.is_wanted()}
+        if not unwanted:
+            return
+        gone = [number for number, running in enumerate(self._running) if running.work.token in unwanted]
+        leaving = self._remove(gone)
+        for running in leaving:
+            running.work.done(
+                SentenceResult(translation=None, error=why_unwanted(running.work.token), timings=self._timings(running))
+            )
+
+    def _hand_over(self, done: list[int]) -> None:
+        found = [self._searches.results(number) for number in done]
+        for running, hypotheses in zip(self._remove(done), found, strict=True):
+            self._tell(running, hypotheses)
+
+    def _tell(self, running: _Running, hypotheses: Sequence[RawHypothesis]) -> None:
+        work, timings = running.work, self._timings(running)
+        try:
+            translation = self._text.translation(work.sentence, hypotheses, work.options)
+        except Exception as error:  # noqa: BLE001
+            work.done(SentenceResult(translation=None, error=error, timings=timings))
+        else:
+            work.done(SentenceResult(translation=translation, error=None, timings=timings))
+
+    def _remove(self, numbers: list[int]) -> list[_Running]:
+        """Let these sentences leave the batch and return them."""
+        leaving = [self._running[number] for number in numbers]
+        stays_S = np.ones(len(self._running), bool)
+        stays_S[numbers] = False
+        kept_S = np.flatnonzero(stays_S)
+        self._batch.keep(kept_S)
+        self._searches.keep(kept_S)
+        self._running = [self._running[number] for number in kept_S.tolist()]
+        for running in leaving:
+            self._forget(running.work.token)
+        return leaving
+
+    def _forget(self, token: CancelToken) -> None:
+        self._tokens[token] -= 1
+        if not self._tokens[token]:
+            del self._tokens[token]
+
+    def _timings(self, running: _Running) -> Timings:
+        return Timings(
+            queue_ns=running.queue_ns,
+            text_ns=running.work.sentence.text_ns,
+            encode_ns=running.encode_ns,
+            decode_ns=time.perf_counter_ns() - running.joined_ns,
+            steps=self._steps - running.steps,
+            row_steps=self._row_steps - running.row_steps,
+        )
+
+    def _fail_all(self, error: Exception) -> None:
+        """Tell every caller that it went wrong, and begin with an empty batch."""
+        failed, self._running = self._running, []
+        self._tokens.clear()
+        self._begin_anew()
+        for running in failed:
+            running.work.done(SentenceResult(translation=None, error=error, timings=self._timings(running)))
+
+    def _begin_anew(self) -> None:
+        kind = self.kind
+        self._batch = self._decoder.batch(kind.width, attention=kind.attention)
+        self._searches = Searches(kind.width, logits=kind.logits, attention=kind.attention)
+
+
+def why_unwanted(token: CancelToken) -> FerrymanError:
+    """Return why nobody waits any more."""
+    try:
+        token.check()
+    except FerrymanError as error:
+        return error
+    raise AssertionError("the token is wanted after all")

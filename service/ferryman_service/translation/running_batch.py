@@ -1,0 +1,382 @@
+"""The running batch on ONNX Runtime: buffers that the decoder graph works on in place.
+
+Sentences and rows have numbers (the search's) and places (in the buffers). A sentence keeps its place until the
+places are made dense again, and its rows change places within it: when the search reorders a beam, the first child of
+a row stays where its parent is, and only further children are copied, over rows that died.
+
+Shape suffixes: S sentences, P places of sentences, W rows per sentence, R rows by place (place p's are p * W to p * W
++ W - 1), N layers' keys and values in turn, H heads, T positions of a row's cache, L source positions, E head width,
+D model width, K candidates per row, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Final
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+
+from ferryman_service.bundle import graph_io
+from ferryman_service.search.decoder import Candidates
+from ferryman_service.translation.onnx_model import CPU, OnnxModel
+
+_FIRST_PLACES: Final = 4
+_FIRST_POSITIONS: Final = 64
+_SOURCE_STEP: Final = 8
+_SIMILAR: Final = 0.75
+"""Sentences are encoded together if the shortest has at least this share of the longest one's length."""
+
+Floats = NDArray[np.float32]
+Integers = NDArray[np.int64]
+
+
+class OnnxRunningBatch:
+    """A search.RunningBatch."""
+
+    def __init__(self, model: OnnxModel, width: int, *, attention: bool = False) -> None:
+        architecture = model.architecture
+        self._model = model
+        self._width = width
+        self._attention = attention
+        self._heads, self._head_dim = architecture.heads, architecture.head_dim
+        self._cache_width = graph_io.cache_width(architecture.head_dim)
+        self._layers = 2 * architecture.decoder_layers
+        self._cross_names = graph_io.keys_values_names("cross", architecture.decoder_layers)
+        self._past_names = graph_io.keys_values_names("past", architecture.decoder_layers)
+        self._present_names = graph_io.keys_values_names("present", architecture.decoder_layers)
+        self._place_S: Integers = np.empty(0, np.int64)
+        self._row_SW: Integers = np.empty((0, width), np.int64)
+        self._in_place = True  # sentence s is at place s, and its row w at row s * W + w
+        self._attention_PHWL: Floats = np.empty(0, np.float32)
+        self._ranks_W = np.arange(width)
+        self._cache, self._cross = _Storage(), _Storage()
+        self._past_length_R: NDArray[np.int32] = np.zeros(0, np.int32)
+        self._source_length_P: NDArray[np.int32] = np.zeros(0, np.int32)
+        self._entry_RT: Integers = np.zeros((0, 0), np.int64)
+        self._entries = 1
+        self._row_R: Integers = np.arange(0)
+        self._total_length: NDArray[np.int32] = np.zeros((), np.int32)
+        self._k_1: Integers = np.ones(1, np.int64)
+        self._bindings: dict[tuple[int, ...], onnxruntime.IOBinding] = {}
+        self._lay_out(_FIRST_PLACES, _FIRST_POSITIONS, _SOURCE_STEP)
+
+    @property
+    def width(self) -> int:
+        """W."""
+        return self._width
+
+    @property
+    def sentences(self) -> int:
+        """S."""
+        return len(self._place_S)
+
+    @property
+    def size_bytes(self) -> int:
+        """How much memory the caches take."""
+        return self._cache.array.nbytes + self._cross.array.nbytes
+
+    def admit(self, sources: Sequence[Sequence[int]]) -> None:
+        """Encode sentences and put them behind those in the batch."""
+        if not sources:
+            return
+        places = self._free_places(len(sources), max(map(len, sources)))
+        by_length = sorted(range(len(sources)), key=lambda index: -len(sources[index]))
+        for group in _similar(by_length, sources):
+            encoded_N = self._model.encode([sources[index] for index in group])
+            length = encoded_N[0].shape[2]
+            place_G = places[group]
+            for cross_PHLE, encoded_GHLE in zip(self._cross.array, encoded_N, strict=True):
+                cross_PHLE[place_G, :, :length] = encoded_GHLE
+        self._source_length_P[places] = [len(source) for source in sources]
+        row_SW = places[:, None] * self._width + self._ranks_W
+        self._past_length_R[row_SW] = 0
+        self._place_S = np.concatenate((self._place_S, places))
+        self._row_SW = np.concatenate((self._row_SW, row_SW))
+        self._note_order()
+
+    def keep(self, kept_S: Integers) -> None:
+        """Let all sentences leave but these."""
+        self._place_S, self._row_SW = self._place_S[kept_S], self._row_SW[kept_S]
+        self._note_order()
+        if not len(kept_S):
+            self._cache.give_back()
+            self._cross.give_back()
+            self._lay_out(_FIRST_PLACES, _FIRST_POSITIONS, self._source_room)
+
+    def step(self, tokens_SW: Integers, parents_SW: Integers, k: int) -> Candidates:
+        """Feed one token to each row and return its `k` best continuations."""
+        k = min(k, self._model.architecture.vocabulary_size)
+        self._run(tokens_SW, parents_SW, k)
+        log_prob_RK, token_RK = self._best
+        rows = self.sentences * self._width
+        log_prob_RK, token_RK = log_prob_RK[:rows], token_RK[:rows]
+        shape = *tokens_SW.shape, k
+        if self._in_place:
+            return Candidates(log_prob_RK.reshape(shape), token_RK.reshape(shape))
+        return Candidates(log_prob_RK.take(self._row_SW, 0), token_RK.take(self._row_SW, 0))
+
+    def step_logits(self, tokens_SW: Integers, parents_SW: Integers) -> Floats:
+        """Feed one token to each row and return logits_SWV."""
+        self._run(tokens_SW, parents_SW, 0)
+        logits_RV = self._logits_RV[:, : self._model.architecture.vocabulary_size]
+        return logits_RV[self._row_SW]
+
+    def attention(self) -> Floats:
+        """Return what each row paid attention to."""
+        assert self._attention, "the batch was made without attention=True"
+        mean_PWL = self._attention_PHWL.mean(axis=1)
+        mean_RL = mean_PWL.reshape(-1, mean_PWL.shape[-1])
+        found: Floats = mean_RL.take(self._row_SW, 0)
+        return found
+
+    def _run(self, tokens_SW: Integers, parents_SW: Integers, k: int) -> None:
+        """Take a step; the outputs then lie in the buffers that the binding names."""
+        sentences = len(self._place_S)
+        if self._width > 1:
+            self._reorder(parents_SW)
+        if sentences and int(self._place_S.max()) >= sentences:
+            self._make_dense()
+        rows = sentences * self._width
+        past_length_R = self._past_length_R[:rows]
+        longest = int(past_length_R.max())
+        if longest >= self._room:
+            self._lay_out(self._cross.array.shape[1], 2 * self._room, self._source_room)
+            past_length_R = self._past_length_R[:rows]
+        if self._in_place:
+            token_R = tokens_SW.reshape(-1)
+        else:
+            token_R = np.empty(rows, np.int64)
+            token_R[self._row_SW] = tokens_SW
+        self._model.embedding.of_rows(token_R, past_length_R, longest, self._x_RD[:rows])
+        self._total_length[...] = longest + 1
+        if self._model.architecture.rotates:
+            self._position_R1[:rows, 0] = past_length_R
+        shapes = sentences, k, self._room, self._source_room, self._cross.array.shape[1]
+        binding = self._bindings.get(shapes)
+        if binding is None:
+            binding = self._bindings[shapes] = self._bind(sentences, k)
+        if self._attention:
+            # Memory of one's own is refused: ONNX infers the shape of this output as if there were no source.
+            binding.bind_output(graph_io.ATTENTION, CPU)
+        self._model.decoder.run_with_iobinding(binding)
+        if self._attention:
+            self._attention_PHWL = binding.get_outputs()[-1].numpy()
+        if self._width > 1:
+            self._number_entries(past_length_R)
+        past_length_R += 1
+
+    def _reorder(self, parents_SW: Integers) -> None:
+        """Give every row a place that holds its parent's cache."""
+        if (parents_SW == self._ranks_W).all():
+            return
+        parent_row_SW = np.take_along_axis(self._row_SW, parents_SW, 1)
+        same_SWW = parents_SW[:, :, None] == parents_SW[:, None, :]
+        first_SW = same_SWW.argmax(axis=2) == self._ranks_W  # the first child of its parent
+        further_SW = ~first_SW
+        row_SW = parent_row_SW.copy()
+        if further_SW.any():
+            lives_SW = (parents_SW[:, :, None] == self._ranks_W).any(axis=1)
+            target_N = self._row_SW[~lives_SW]  # as many in each sentence as it has further children
+            row_SW[further_SW] = target_N
+            self._copy_rows(parent_row_SW[further_SW], target_N)
+        self._row_SW = row_SW
+        self._in_place = False
+
+    def _copy_rows(self, source_N: Integers, target_N: Integers) -> None:
+        """Copy rows' caches to other rows of the same sentences, but for the beginning that both have in common.
+
+        Rows of a beam part late, so that is most of it. `entry` says for each position of a row which key and value lie
+        there: equal numbers, equal contents.
+        """
+        entry_RT = self._entry_RT
+        length_N = self._past_length_R[source_N]
+        longest = int(length_N.max())
+        first_N = (entry_RT[source_N, :longest] != entry_RT[target_N, :longest]).argmax(axis=1)
+        window_N = first_N * (longest + 1) + length_N
+        order_N = window_N.argsort(kind="stable")
+        cuts = np.flatnonzero(np.diff(window_N[order_N])) + 1
+        cache_NRHTE = self._cache.array
+        for same_N in np.split(order_N, cuts):
+            window = slice(int(first_N[same_N[0]]), int(length_N[same_N[0]]))
+            source, target = source_N[same_N], target_N[same_N]
+            cache_NRHTE[:, target, :, window] = cache_NRHTE[:, source, :, window]
+            entry_RT[target, window] = entry_RT[source, window]
+
+    def _number_entries(self, past_length_R: NDArray[np.int32]) -> None:
+        """Give the key and value that a step has written into each row a number of their own."""
+        rows = len(past_length_R)
+        self._entry_RT[self._row_R[:rows], past_length_R] = self._row_R[:rows] + self._entries
+        self._entries += rows
+
+    def _note_order(self) -> None:
+        self._in_place = bool((self._row_SW.reshape(-1) == np.arange(self._row_SW.size)).all())
+
+    def _free_places(self, wanted: int, length: int) -> Integers:
+        """Return places for new sentences of at most `length` source positions, making room as needed."""
+        places, needed = self._cross.array.shape[1], self.sentences + wanted
+        room = _rounded(length)
+        if self.sentences:
+            present = int(self._source_length_P[self._place_S].max())
+            room = max(room, self._source_room if 2 * present > self._source_room else _rounded(present))
+        if needed > places or room != self._source_room:
+            self._lay_out(max(places, _rounded(needed, _FIRST_PLACES)), self._room, room)
+        free_P = np.ones(self._cross.array.shape[1], bool)
+        free_P[self._place_S] = False
+        return np.flatnonzero(free_P)[:wanted]
+
+    def _make_dense(self) -> None:
+        """Move the sentences at the highest places to free ones below, so that places 0 to S - 1 are taken."""
+        sentences, width = self.sentences, self._width
+        free_P = np.ones(sentences, bool)
+        free_P[self._place_S[self._place_S < sentences]] = False
+        mover_M = np.flatnonzero(self._place_S >= sentences)
+        target_M, source_M = np.flatnonzero(free_P), self._place_S[mover_M]
+        self._cross.array[:, target_M] = self._cross.array[:, source_M]
+        self._source_length_P[target_M] = self._source_length_P[source_M]
+        source_R = (source_M[:, None] * width + self._ranks_W).reshape(-1)
+        target_R = (target_M[:, None] * width + self._ranks_W).reshape(-1)
+        length = int(self._past_length_R[source_R].max())
+        if length:
+            self._cache.array[:, target_R, :, :length] = self._cache.array[:, source_R, :, :length]
+            self._entry_RT[target_R, :length] = self._entry_RT[source_R, :length]
+        self._past_length_R[target_R] = self._past_length_R[source_R]
+        self._row_SW[mover_M] += ((target_M - source_M) * width)[:, None]
+        self._place_S[mover_M] = target_M
+        self._note_order()
+
+    def _lay_out(self, places: int, room: int, source_room: int) -> None:
+        """Give the caches room for so many sentences, positions and source positions; what is in them stays."""
+        keep = self.sentences > 0
+        rows = places * self._width
+        is_new = self._cache.lay_out((self._layers, rows, self._heads, room, self._cache_width), keep=keep)
+        is_new |= self._cross.lay_out((self._layers, places, self._heads, source_room, self._head_dim), keep=keep)
+        self._room, self._source_room = room, source_room
+        if is_new:
+            self._bindings.clear()
+        if self._entry_RT.shape != (rows, room):
+            entry_RT = np.zeros((rows, room), np.int64)
+            kept = tuple(slice(min(sizes)) for sizes in zip(entry_RT.shape, self._entry_RT.shape, strict=True))
+            entry_RT[kept] = self._entry_RT[kept]
+            self._entry_RT = entry_RT
+        if places > len(self._source_length_P):
+            self._grow(places)
+
+    def _grow(self, places: int) -> None:
+        """Make the small buffers long enough for so many sentences."""
+        rows = places * self._width
+        self._past_length_R = _longer(self._past_length_R, rows)
+        self._source_length_P = _longer(self._source_length_P, places)
+        self._x_RD = np.zeros((rows, self._model.architecture.d_model), np.float32)
+        self._position_R1 = np.zeros((rows, 1), np.int64)
+        self._row_R = np.arange(rows)
+        self._best = np.empty((0, 0), np.float32), np.empty((0, 0), np.int64)
+        self._logits_RV = np.empty((0, 0), np.float32)
+        self._bindings.clear()
+
+    def _bind(self, sentences: int, k: int) -> onnxruntime.IOBinding:
+        """Bind the first places of all buffers. With `k` 0 the logits are asked for, else the k best."""
+        rows, architecture = sentences * self._width, self._model.architecture
+        binding = self._model.decoder.io_binding()
+        _bind_input(binding, graph_io.EMBEDDED, self._x_RD, (sentences, self._width, architecture.d_model))
+        _bind_input(binding, graph_io.PAST_LENGTHS, self._past_length_R, (rows,))
+        _bind_input(binding, graph_io.TOTAL_LENGTH, self._total_length, ())
+        _bind_input(binding, graph_io.SOURCE_LENGTHS, self._source_length_P, (sentences,))
+        _bind_input(binding, graph_io.K, self._k_1, (1,))
+        if architecture.rotates:
+            _bind_input(binding, graph_io.POSITIONS, self._position_R1, (rows, 1))
+        cross_shape = sentences, *self._cross.array.shape[2:]
+        for name, cross in zip(self._cross_names, self._cross.array, strict=True):
+            _bind_input(binding, name, cross, cross_shape)
+        cache_shape = rows, *self._cache.array.shape[2:]
+        for past, present, cache in zip(self._past_names, self._present_names, self._cache.array, strict=True):
+            _bind_input(binding, past, cache, cache_shape)
+            _bind_output(binding, present, cache, cache_shape)
+        self._bind_answers(binding, rows, k)
+        return binding
+
+    def _bind_answers(self, binding: onnxruntime.IOBinding, rows: int, k: int) -> None:
+        all_rows, width = len(self._x_RD), self._model.logits_width
+        if not k:
+            if not self._logits_RV.size:
+                self._logits_RV = np.empty((all_rows, width), np.float32)
+            _bind_output(binding, graph_io.LOGITS, self._logits_RV, (rows, width))
+            return
+        if self._best[0].shape != (all_rows, k):
+            self._best = np.empty((all_rows, k), np.float32), np.empty((all_rows, k), np.int64)
+            self._bindings.clear()
+            self._k_1[0] = k
+        log_prob_RK, token_RK = self._best
+        _bind_output(binding, graph_io.LOG_PROBS, log_prob_RK, (rows, k))
+        _bind_output(binding, graph_io.TOKENS, token_RK, (rows, k))
+
+
+class _Storage:
+    """The memory of a cache whose shape changes: [layers, places or rows, heads, positions, head width]."""
+
+    def __init__(self) -> None:
+        self._flat: Floats = np.zeros(0, np.float32)
+        self.array: Floats = self._flat.reshape(0, 0, 0, 0, 0)
+
+    def lay_out(self, shape: tuple[int, int, int, int, int], *, keep: bool) -> bool:
+        """Give the array this shape, with what it holds if that is to be kept; tell whether it lies in new memory.
+
+        What is not kept is zeros, or was left behind: never NaN, for attention multiplies by zero what it does not
+        look at.
+        """
+        if shape == self.array.shape:
+            return False
+        old, size = self.array, math.prod(shape)
+        is_new = keep or size > self._flat.size
+        if is_new:
+            self._flat = np.zeros(size, np.float32)
+        self.array = self._flat[:size].reshape(shape)
+        if keep:
+            places, length = min(shape[1], old.shape[1]), min(shape[3], old.shape[3])
+            self.array[:, :places, :, :length] = old[:, :places, :, :length]
+        return is_new
+
+    def give_back(self) -> None:
+        """Free the memory if it is much; the array must be laid out anew."""
+        if self._flat.nbytes > _KEPT_BYTES:
+            self._flat = np.zeros(0, np.float32)
+            self.array = self._flat.reshape(0, 0, 0, 0, 0)
+
+
+_KEPT_BYTES: Final = 32 << 20
+
+
+def _longer(array: NDArray[np.int32], length: int) -> NDArray[np.int32]:
+    longer = np.ones(length, np.int32)
+    longer[: len(array)] = array
+    return longer
+
+
+def _bind_input(binding: onnxruntime.IOBinding, name: str, buffer: NDArray[Any], shape: tuple[int, ...]) -> None:
+    """Bind the beginning of a buffer; the buffer must outlive the binding."""
+    binding.bind_input(name, CPU, 0, buffer.dtype, shape, buffer.ctypes.data)
+
+
+def _bind_output(binding: onnxruntime.IOBinding, name: str, buffer: NDArray[Any], shape: tuple[int, ...]) -> None:
+    binding.bind_output(name, CPU, 0, buffer.dtype, shape, buffer.ctypes.data)
+
+
+def _rounded(length: int, step: int = _SOURCE_STEP) -> int:
+    """Return the next multiple of the step, of eighths of a power of two where that is coarser: few shapes, little
+    waste."""
+    step = max(step, 1 << max(0, length.bit_length() - 4))
+    return -(-length // step) * step
+
+
+def _similar(by_length: Sequence[int], sources: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Cut indices of sources, longest first, into groups of similar length."""
+    groups: list[list[int]] = []
+    longest = 0
+    for index in by_length:
+        if not groups or len(sources[index]) < _SIMILAR * longest:
+            groups.append([])
+            longest = len(sources[index])
+        groups[-1].append(index)
+    return groups

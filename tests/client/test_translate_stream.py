@@ -1,0 +1,241 @@
+"""`translate_stream` of both clients: in finish order or in order, bounded, and what goes wrong."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+
+import pytest
+
+from ferryman import AsyncClient, Client, Sampling, StreamSentence, StreamTranslation, errors, types
+from ferryman._convert import SearchOptions
+from ferryman._stream import StreamBook
+from ferryman.testing import FakeFerryman
+
+Collect = Callable[..., list[StreamTranslation]]
+
+
+@pytest.fixture(params=["sync", "async", "async iterable"])
+def collect(fake: FakeFerryman, request: pytest.FixtureRequest) -> Collect:
+    """Translate with each client; the sentences are a generator."""
+    fake.add_model("m")
+
+    def sync(sentences: Iterable[object], **options: object) -> list[StreamTranslation]:
+        with Client(fake.target) as client:
+            return list(client.translate_stream("m", (item for item in sentences), **options))
+
+    async def collected(sentences: Iterable[object], options: dict[str, object]) -> list[StreamTranslation]:
+        async def each() -> AsyncIterator[object]:
+            for item in sentences:
+                yield item
+
+        async with AsyncClient(fake.target) as client:
+            source = each() if request.param == "async iterable" else (item for item in sentences)
+            return [result async for result in client.translate_stream("m", source, **options)]
+
+    return sync if request.param == "sync" else lambda sentences, **options: asyncio.run(collected(sentences, options))
+
+
+def test_a_result_bears_its_sentences_id(collect):
+    sentences = ["one", ("my id", "two"), StreamSentence(id="ü" * 200, sentence="three", target_prefix="Drei")]
+    results = {result.id: result.translation.text for result in collect(sentences)}
+    assert results == {"0": "ONE", "my id": "TWO", "ü" * 200: "Drei THREE"}
+
+
+def test_results_come_as_they_finish_or_in_order(collect):
+    sentences = [str(number) for number in range(2000)]
+    found = [result.translation.text for result in collect(sentences)]
+    assert found != sentences
+    assert sorted(found, key=int) == sentences
+    assert [result.translation.text for result in collect(sentences, in_order=True, window=5)] == sentences
+
+
+def test_options_reach_the_server(collect):
+    [result] = collect(["ein satz"], n_best=2, return_token_scores=True, sampling=Sampling(top_k=3), beam_size=None)
+    first, second = result.translation.hypotheses
+    assert (first.pieces, len(second.token_log_probabilities)) == (("EIN", "SATZ", "</s>"), 3)
+    assert result.translation.source_pieces == ("ein", "satz", "</s>")
+
+
+def test_a_sentence_that_cannot_be_translated_has_an_error_of_its_own(fake, collect):
+    def translate(sentence: str) -> str:
+        if sentence == "bad":
+            violation = errors.Violation(field="sentence", description="is bad", reason="SENTENCE_TOO_LONG")
+            raise errors.InvalidSentence("is bad", violations=[violation])
+        return sentence
+
+    fake.translate = translate
+    good, bad, also_good = collect(["good", "bad", "good"], in_order=True)
+    assert (good.error, bad.translation, also_good.error) == (None, None, None)
+    assert bad.error == types.SentenceError(reason="SENTENCE_TOO_LONG", message="is bad")
+
+
+def test_nothing_to_translate(collect):
+    assert collect([]) == []
+
+
+def test_errors_are_those_of_the_tree_and_nothing_is_repeated(fake, collect):
+    fake.fail_next("StreamTranslate", errors.ServerShuttingDown("stopping"))
+    with pytest.raises(errors.ServerShuttingDown):
+        collect(["x"])
+    assert fake.calls == ["StreamTranslate"]
+
+
+def test_what_the_sentences_raise_comes_after_the_results_of_what_was_before(fake, client):
+    fake.add_model("m")
+
+    def sentences() -> Iterator[str]:
+        yield from ["one", "two"]
+        raise RuntimeError("the caller's own")
+
+    results = client.translate_stream("m", sentences(), in_order=True)
+    assert [next(results).translation.text, next(results).translation.text] == ["ONE", "TWO"]
+    with pytest.raises(RuntimeError, match="the caller's own"):
+        next(results)
+
+
+@pytest.mark.parametrize("kind", ["asynchronous", "ordinary"])
+async def test_what_the_sentences_raise_reaches_the_asynchronous_caller(fake, kind):
+    fake.add_model("m")
+
+    async def asynchronous() -> AsyncIterator[str]:
+        yield "one"
+        raise RuntimeError("the caller's own")
+
+    def ordinary() -> Iterator[str]:
+        yield "one"
+        raise RuntimeError("the caller's own")
+
+    async with AsyncClient(fake.target) as client:
+        results = client.translate_stream("m", asynchronous() if kind == "asynchronous" else ordinary())
+        assert (await anext(results)).translation.text == "ONE"
+        with pytest.raises(RuntimeError, match="the caller's own"):
+            await anext(results)
+
+
+def test_each_sentence_is_sent_as_soon_as_it_is_there(fake, client):
+    """A person who types waits for the answer before the next line."""
+    fake.add_model("m")
+    answered = threading.Semaphore(0)
+
+    def sentences() -> Iterator[str]:
+        for number in range(5):
+            yield str(number)
+            assert answered.acquire(timeout=10)
+
+    for _ in client.translate_stream("m", sentences()):
+        answered.release()
+
+
+async def test_each_sentence_is_sent_as_soon_as_it_is_there_also_asynchronously(fake):
+    fake.add_model("m")
+    answered = threading.Semaphore(0)
+
+    def sentences() -> Iterator[str]:
+        for number in range(5):
+            yield str(number)
+            assert answered.acquire(timeout=10)
+
+    async with AsyncClient(fake.target) as client:
+        async for _ in client.translate_stream("m", sentences()):
+            answered.release()
+
+
+async def test_who_stops_early_leaves_no_thread_also_asynchronously(fake):
+    fake.add_model("m")
+    async with AsyncClient(fake.target) as client:
+        stream = client.translate_stream("m", map(str, itertools.count()))
+        async with contextlib.aclosing(stream) as results:
+            await anext(results)
+    await asyncio.to_thread(no_thread_is_left)
+
+
+@pytest.mark.parametrize("in_order", [False, True])
+def test_the_source_is_read_only_two_windows_ahead(fake, client, in_order):
+    fake.add_model("m")
+    read = itertools.count()
+    sentences = (str(next(read)) for _ in range(10_000))
+    with contextlib.closing(client.translate_stream("m", sentences, window=10, in_order=in_order)) as results:
+        for taken, _ in enumerate(results, start=1):
+            if taken == 100:
+                break
+        time.sleep(0.1)
+        assert next(read) <= 100 + 2 * 10 + 1
+
+
+async def test_an_asynchronous_source_is_read_only_two_windows_ahead(fake):
+    fake.add_model("m")
+    read = 0
+
+    async def sentences() -> AsyncIterator[str]:
+        nonlocal read
+        for read in range(10_000):
+            yield str(read)
+
+    async with AsyncClient(fake.target) as client:
+        stream = client.translate_stream("m", sentences(), window=10)
+        async with contextlib.aclosing(stream) as results:
+            for _ in range(100):
+                await anext(results)
+            await asyncio.sleep(0.1)
+            assert read <= 100 + 2 * 10
+
+
+def test_who_stops_early_leaves_no_thread_and_no_call(fake, client):
+    fake.add_model("m")
+    with contextlib.closing(client.translate_stream("m", map(str, itertools.count()))) as results:
+        next(results)
+    no_thread_is_left()
+
+
+def no_thread_is_left() -> None:
+    deadline_s = time.monotonic() + 10
+    while any(thread.name == "ferryman-sentences" for thread in threading.enumerate()):
+        assert time.monotonic() < deadline_s
+        time.sleep(0.01)
+
+
+def test_a_deadline(client):
+    gate = threading.Event()
+
+    def slow(sentence: str) -> str:
+        gate.wait(10)
+        return sentence
+
+    with FakeFerryman(translate=slow) as fake, Client(fake.target) as client:
+        fake.add_model("m")
+        with pytest.raises(errors.DeadlineExceeded):
+            list(client.translate_stream("m", ["x"], timeout_s=0.1))
+        gate.set()
+
+
+def test_wrong_words_are_refused_before_any_call(fake, client):
+    with pytest.raises(errors.InvalidRequest, match="must be one of first, optimal"):
+        next(client.translate_stream("m", ["x"], early_stopping="never"))
+    with pytest.raises(TypeError, match="beam"):
+        next(client.translate_stream("m", ["x"], beam=3))
+    assert fake.calls == []
+
+
+def test_the_keywords_are_the_options():
+    assert types.TranslateOptions.__annotations__.keys() == SearchOptions.__annotations__.keys()
+
+
+def test_the_reorder_buffer_is_bounded():
+    book = StreamBook(4, in_order=True)
+    while book.has_room:
+        book.take("x")
+    assert len(book.message().sentences.sentences) == 8
+
+
+def test_many_sentences_in_order(fake, client):
+    fake.add_model("m")
+    count = 0
+    for result in client.translate_stream("m", map(str, range(20_000)), in_order=True):
+        assert result.translation.text == str(count)
+        count += 1
+    assert count == 20_000

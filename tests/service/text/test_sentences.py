@@ -1,0 +1,77 @@
+"""Sentences of texts, in many languages, and of anything at all."""
+
+import subprocess
+import sys
+
+import pytest
+import sentencex
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ferryman_service.text.sentences import SentencexSplitter
+
+
+@pytest.mark.parametrize(
+    ("language", "text", "count"),
+    [
+        ("en", "Dr. Smith went to Washington. He arrived at 3.15 p.m. on Jan. 5th! Was he late?", 3),
+        ("de", "Das ist z. B. ein Satz. Noch einer am 3. Mai.", 2),
+        ("de-AT", "Das ist z. B. ein Satz. Noch einer am 3. Mai.", 2),
+        ("zh", "你好。再见！", 2),
+        ("hi", "यह एक वाक्य है। दूसरा।", 2),
+        ("xx", "Mi ne scias. Ĉu vi?", 2),
+        ("en", "no end", 1),
+        ("en", "", 0),
+    ],
+)
+def test_sentences(language, text, count):
+    pieces = SentencexSplitter().split(text, language)
+    assert len(pieces) == count
+    assert "".join(pieces) == text
+
+
+LANGUAGES = ["en", "de", "fr", "ja", "hi", "kk", "am", "qq-Latn-XX", ""]
+PARTS = [
+    "a",
+    "A",
+    "Dr.",
+    ".",
+    "!",
+    " ",
+    "\n",
+    "\u00a0",
+    "\u2028",
+    "\u3000",
+    "\x85",
+    "。",
+    "...",
+    "1.",
+    "(a)",
+    "“",
+    "😀",
+    "ß",
+]
+
+
+@settings(max_examples=500)
+@given(parts=st.lists(st.sampled_from(PARTS)), language=st.sampled_from(LANGUAGES))
+def test_the_pieces_are_the_text(parts, language):
+    """Without the detour over white space of one byte the library panics at some of these."""
+    text = "".join(parts)
+    assert "".join(SentencexSplitter().split(text, language)) == text
+
+
+def test_a_panic_of_the_library_leaves_the_text_whole(monkeypatch):
+    class PanicException(BaseException):
+        pass
+
+    def segment(language, text):
+        raise PanicException("not a char boundary")
+
+    monkeypatch.setattr(sentencex, "segment", segment)
+    assert SentencexSplitter().split("One. Two.", "en") == ["One. Two."]
+
+
+def test_who_does_not_split_does_not_load_the_library():
+    code = "import sys, ferryman_service.bootstrap as b; assert 'sentencex' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

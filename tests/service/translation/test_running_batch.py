@@ -1,0 +1,204 @@
+"""The running batch gives the network's numbers whatever joins, leaves, branches and grows beside a sentence."""
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ferryman_service.domain.recipe import Activation, NormPlacement, Positions
+from ferryman_service.domain.tokens import BOS, EOS
+from ferryman_service.translation import running_batch
+from ferryman_service.translation.running_batch import OnnxRunningBatch
+from tests.fakes.random_network import NaiveBatch, open_graphs, random_network, random_sources
+
+VOCABULARY_SIZE = 120
+TOLERANCE = 1e-4
+KINDS = {
+    "sinusoids": {},
+    "rotations": {"positions": Positions.ROPE, "norm": NormPlacement.PRE, "activation": Activation.SWIGLU},
+}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def pair(request, tmp_path_factory):
+    """A network, and its graphs."""
+    network = random_network(VOCABULARY_SIZE, **KINDS[request.param])
+    return network, open_graphs(tmp_path_factory.mktemp("graphs"), network)
+
+
+class Both:
+    """Drives a batch and the naive one with the same random moves, and compares what they answer."""
+
+    def __init__(self, pair, width, seed, *, logits=False, attention=False):
+        network, model = pair
+        self.ours = OnnxRunningBatch(model, width, attention=attention)
+        self.naive = NaiveBatch(network, width)
+        self._random = np.random.default_rng(seed)
+        self._width, self._logits, self._attends = width, logits, attention
+
+    @property
+    def sentences(self):
+        return self.naive.sentences
+
+    def admit(self, count, longest):
+        sources = random_sources(count, longest, VOCABULARY_SIZE, int(self._random.integers(2**32)))
+        self.admit_sources(sources)
+
+    def admit_sources(self, sources):
+        self.ours.admit(sources)
+        self.naive.admit(sources)
+        assert self.ours.sentences == self.naive.sentences
+
+    def leave(self, share):
+        """Let each sentence leave with a probability."""
+        kept_S = np.flatnonzero(self._random.random(self.sentences) >= share)
+        self.ours.keep(kept_S)
+        self.naive.keep(kept_S)
+
+    def step(self):
+        shape = self.sentences, self._width
+        fresh_S1 = np.array(self.naive.lengths())[:, None] == 0
+        token_SW = np.where(fresh_S1, BOS, self._random.integers(4, VOCABULARY_SIZE, shape))
+        parent_SW = np.where(
+            fresh_S1 | (self._random.random((self.sentences, 1)) < 0.3),
+            np.arange(self._width),  # nobody moves
+            self._random.integers(0, self._width, shape),
+        )
+        logits_SWV = self.naive.step_logits(token_SW, parent_SW)
+        if self._logits:
+            np.testing.assert_allclose(self.ours.step_logits(token_SW, parent_SW), logits_SWV, atol=TOLERANCE)
+        else:
+            self._compare_candidates(self.ours.step(token_SW, parent_SW, 7), logits_SWV)
+        if self._attends:
+            wanted_SWL = self.naive.attention()
+            found_SWL = self.ours.attention()
+            np.testing.assert_allclose(found_SWL[:, :, : wanted_SWL.shape[2]], wanted_SWL, atol=TOLERANCE)
+            assert not found_SWL[:, :, wanted_SWL.shape[2] :].any(), "nobody attends to padding"
+
+    def _compare_candidates(self, found, logits_SWV):
+        log_probs_SWV = logits_SWV - np.log(np.exp(logits_SWV).sum(axis=2, keepdims=True))
+        assert found.tokens_SWK.shape == found.log_probs_SWK.shape == (self.sentences, self._width, 7)
+        asked_SWK = np.take_along_axis(log_probs_SWV, found.tokens_SWK, axis=2)
+        np.testing.assert_allclose(found.log_probs_SWK, asked_SWK, atol=TOLERANCE)
+        best_SWK = -np.sort(-log_probs_SWV, axis=2)[:, :, :7]
+        np.testing.assert_allclose(found.log_probs_SWK, best_SWK, atol=TOLERANCE)
+
+
+moves = st.lists(
+    st.tuples(
+        st.integers(0, 6),  # sentences that join
+        st.sampled_from([1, 3, 9, 40, 100]),  # the longest of them, source tokens
+        st.sampled_from([0.0, 0.0, 0.3, 0.9, 1.0]),  # the share that leaves
+        st.integers(1, 6),  # steps
+    ),
+    min_size=2,
+    max_size=8,
+)
+
+
+@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(width=st.integers(1, 5), moves=moves, seed=st.integers(0, 2**16), kind=st.sampled_from(["plain", "all"]))
+def test_any_life_of_a_batch_gives_the_networks_numbers(pair, width, moves, seed, kind):
+    both = Both(pair, width, seed, logits=kind == "all", attention=kind == "all")
+    for joining, longest, share, steps in moves:
+        if joining:
+            both.admit(joining, longest)
+        if both.sentences:
+            both.leave(share)
+        for _ in range(steps if both.sentences else 0):
+            both.step()
+
+
+@pytest.mark.parametrize("width", [1, 3])
+def test_positions_beyond_the_first_room_while_others_come_and_go(pair, width):
+    both = Both(pair, width, seed=1)
+    both.admit(2, 12)
+    for step in range(140):  # the cache's room doubles twice
+        both.step()
+        if step % 11 == 5:
+            both.admit(3, 8)
+        if step % 11 == 9:
+            kept_S = np.append(np.arange(2), np.flatnonzero(np.arange(both.sentences) % 3 == 2))
+            kept_S = np.unique(kept_S)
+            both.ours.keep(kept_S)
+            both.naive.keep(kept_S)
+
+
+def test_long_sources_after_short_ones_and_back(pair):
+    both = Both(pair, 2, seed=2)
+    for longest in (2, 200, 2, 90, 5):
+        sources = random_sources(3, longest, VOCABULARY_SIZE, longest)
+        both.admit_sources([(*([7] * (longest - 1)), EOS), *sources])
+        for _ in range(3):
+            both.step()
+        both.leave(0.6)
+    both.leave(1.0)
+    both.admit(2, 4)
+    both.step()
+
+
+def test_many_sentences_after_few_and_back(pair):
+    both = Both(pair, 2, seed=3)
+    for count in (1, 33, 1, 70, 2):
+        both.admit(count, 6)
+        both.step()
+        both.step()
+        both.leave(0.8)
+
+
+def test_what_was_left_behind_in_the_caches_counts_nothing(pair):
+    """The memory of those who left is used again as it is: here it is filled with large numbers."""
+    both = Both(pair, 3, seed=4)
+    both.admit(6, 60)
+    for _ in range(5):
+        both.step()
+    both.leave(1.0)
+    both.ours._cache.array[...] = 1e4
+    both.ours._cross.array[...] = -1e4
+    for _ in range(2):
+        both.admit(2, 7)
+        for _ in range(4):
+            both.step()
+
+
+def test_an_answer_is_never_no_number(pair):
+    _, model = pair
+    batch = OnnxRunningBatch(model, 2)
+    for count, longest in ((3, 30), (2, 3)):
+        batch.admit(random_sources(count, longest, VOCABULARY_SIZE, longest))
+        for _ in range(4):
+            tokens_SW = np.full((batch.sentences, 2), 9)
+            found = batch.step(tokens_SW, np.tile([1, 0], (batch.sentences, 1)), VOCABULARY_SIZE)
+            assert np.isfinite(found.log_probs_SWK).all()
+            assert (np.sort(found.tokens_SWK, axis=2) == np.arange(VOCABULARY_SIZE)).all()
+
+
+def test_more_candidates_than_tokens_are_all_tokens(pair):
+    _, model = pair
+    batch = OnnxRunningBatch(model, 1)
+    batch.admit([(5, EOS)])
+    found = batch.step(np.array([[BOS]]), np.array([[0]]), VOCABULARY_SIZE + 50)
+    assert found.tokens_SWK.shape == (1, 1, VOCABULARY_SIZE)
+
+
+def test_the_number_of_candidates_may_change(pair):
+    network, model = pair
+    batch, naive = OnnxRunningBatch(model, 1), NaiveBatch(network, 1)
+    for one in (batch, naive):
+        one.admit([(5, 6, EOS), (7, EOS)])
+    for token, k in ((BOS, 4), (9, 6), (10, 4), (11, 1)):
+        tokens_S1, parents_S1 = np.full((2, 1), token), np.zeros((2, 1), np.int64)
+        found, wanted = (one.step(tokens_S1, parents_S1, k) for one in (batch, naive))
+        np.testing.assert_array_equal(found.tokens_SWK, wanted.tokens_SWK)
+
+
+def test_an_empty_batch_gives_its_memory_back(pair, monkeypatch):
+    _, model = pair
+    monkeypatch.setattr(running_batch, "_KEPT_BYTES", 1 << 20)
+    batch = OnnxRunningBatch(model, 4)
+    least_bytes = batch.size_bytes
+    batch.admit(random_sources(64, 200, VOCABULARY_SIZE, 0))
+    batch.step(np.full((64, 4), BOS), np.tile(np.arange(4), (64, 1)), 3)
+    assert batch.size_bytes > 10 * least_bytes
+    batch.keep(np.empty(0, np.int64))
+    assert batch.size_bytes < 2 * least_bytes

@@ -1,0 +1,122 @@
+"""The order of the waiting sentences: callers advance by weight, and nobody waits for ever."""
+
+import random
+
+import pytest
+
+from ferryman_service.domain.translation import CancelToken, FairShare, SearchOptions
+from ferryman_service.translation.waiting import WaitingLine
+from tests.fakes.scripted_decoder import work
+
+
+class Line:
+    """A line of named sentences."""
+
+    def __init__(self):
+        self.line = WaitingLine()
+        self._names = {}
+
+    def add(self, name, share, tokens=10, **options):
+        one = work(1, lambda result: None, source_tokens=tokens, share=share, **options)
+        self._names[id(one)] = (name, one)
+        self.line.add(one, 0)
+
+    def take(self):
+        return self._names[id(self.line.take().work)][0]
+
+    def take_all(self):
+        return [self.take() for _ in range(len(self.line))]
+
+
+def test_one_callers_sentences_come_in_order():
+    line, share = Line(), FairShare()
+    for name in range(50):
+        line.add(name, share, tokens=2 + name % 7)
+    assert line.take_all() == list(range(50))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_callers_that_wait_get_tokens_by_weight(seed):
+    """However much each has queued, in which order they came, and how long their sentences are."""
+    generator = random.Random(seed)
+    weights = {"light": 1.0, "heavy": 4.0, "middle": 2.0}
+    shares = {name: FairShare(weight) for name, weight in weights.items()}
+    queue = [(name, generator.randint(2, 40)) for name in weights for _ in range(1500)]
+    generator.shuffle(queue)
+    line = Line()
+    for name, tokens in queue:
+        line.add((name, tokens), shares[name], tokens=tokens)
+    taken = dict.fromkeys(weights, 0)
+    for _ in range(1800):
+        name, tokens = line.take()
+        taken[name] += tokens
+    total = sum(taken.values())
+    for name, weight in weights.items():
+        assert taken[name] / total == pytest.approx(weight / 7, rel=0.1)
+
+
+def test_a_newcomer_overtakes_what_others_have_queued():
+    line, bulk = Line(), FairShare(1.0)
+    for name in range(2000):
+        line.add(name, bulk)
+    for expected in range(100):
+        assert line.take() == expected
+    line.add("newcomer", FairShare(4.0), tokens=40)
+    assert line.take() == "newcomer"
+    assert line.take() == 100
+
+
+def test_beams_count_as_rows():
+    line, greedy, beam = Line(), FairShare(), FairShare()
+    for name in range(40):
+        line.add(("greedy", name), greedy)
+        line.add(("beam", name), beam, options=SearchOptions(beam_size=5))
+    first = [line.take()[0] for _ in range(24)]
+    assert first.count("greedy") == 20
+
+
+@pytest.mark.parametrize("callers", [1, 3, 20])
+def test_callers_that_come_one_after_the_other_do_not_keep_a_bulk_waiting(callers):
+    """Each comes with one sentence and a share of its own, and when it is taken the next one comes."""
+    line, bulk = Line(), FairShare(1.0)
+    for name in range(60):
+        line.add(("bulk", name), bulk)
+    for name in range(callers):
+        line.add(("unary", name), FairShare(4.0))
+    taken = []
+    while taken.count("bulk") < 60 and len(taken) < 10_000:
+        taken.append(line.take()[0])
+        if taken[-1] == "unary":
+            line.add(("unary", len(taken)), FairShare(4.0))
+    assert taken.count("bulk") == 60
+    assert taken.count("bulk") / len(taken) == pytest.approx(1 / (4 * callers + 1), rel=0.15)
+    gaps = [len(gap) for gap in "".join(name[0] for name in taken).split("b")]
+    assert max(gaps) <= 2 * 4 * callers + 1
+
+
+def test_who_comes_back_later_gets_nothing_for_its_absence():
+    line, regular, absent = Line(), FairShare(), FairShare()
+    for name in range(20):
+        line.add(("regular", name), regular)
+    for _ in range(10):
+        line.take()
+    for name in range(20):
+        line.add(("absent", name), absent)
+    names = [line.take()[0] for _ in range(20)]
+    assert names.count("absent") in (10, 11)
+
+
+def test_those_nobody_waits_for_are_taken_out_and_the_rest_keep_their_order():
+    line, tokens = Line(), [CancelToken() for _ in range(30)]
+    share = FairShare()
+    for name, token in enumerate(tokens):
+        line.add(name, share, token=token)
+    assert line.line.take_abandoned() == []
+    for token in tokens[::3]:
+        token.cancel()
+    gone = {waiting.work.token for waiting in line.line.take_abandoned()}
+    assert gone == set(tokens[::3])
+    assert line.take_all() == [name for name in range(30) if name % 3]
+    assert line.line._weight == 0.0
+    line.add("later", share)
+    assert line.take_all() == ["later"]
