@@ -7,6 +7,7 @@ the PyTorch weights, greedily and with beam 5, and counts the sentences whose be
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,13 +16,15 @@ from typing import Final
 from bench import quality
 from bench.result import Result, publish
 from examples.parallel_text import TextMissing
+from ferryman_service.application.ports import Translator
 from ferryman_service.bundle.manifest import SUBWORDS_FILE, WEIGHTS_FILE, read_manifest
 from ferryman_service.domain.training import TrainedModel
-from ferryman_service.domain.translation import CancelToken, SearchOptions
-from ferryman_service.pipeline.translator import MicroBatchLimit, TextTranslator
+from ferryman_service.domain.translation import CancelToken, ComputeType, SearchOptions
+from ferryman_service.pipeline.translator import TextTranslator
 from ferryman_service.training.export import OnnxExporter
 from ferryman_service.translation.loader import OnnxBundleLoader
-from ferryman_service.translation.onnx_decoder import OnnxConfig
+from ferryman_service.translation.onnx_model import OnnxConfig
+from ferryman_service.translation.scheduler import SchedulerConfig
 
 SEARCHES: Final = {"greedy": SearchOptions(beam_size=1), "beam 5": SearchOptions(beam_size=5)}
 TARGET_SHARE: Final = 1.0
@@ -50,7 +53,7 @@ def load_reference(bundle: Path) -> TextTranslator:
     return OnnxExporter().reference(trained)
 
 
-def count_equal(one: TextTranslator, other: TextTranslator, sentences: Sequence[str], options: SearchOptions) -> int:
+def count_equal(one: Translator, other: Translator, sentences: Sequence[str], options: SearchOptions) -> int:
     """Return how many sentences both translate to the same tokens; the others are printed."""
     ours, _ = one.translate(sentences, options, CancelToken())
     theirs, _ = other.translate(sentences, options, CancelToken())
@@ -70,9 +73,9 @@ def count_equal(one: TextTranslator, other: TextTranslator, sentences: Sequence[
 def measure(data_folder: Path, sentences: Sequence[str], quick: bool) -> Result:
     """Run the benchmark."""
     bundle = newest_bundle(data_folder, quality.MODEL_NAME)
-    exported = OnnxBundleLoader(OnnxConfig(), MicroBatchLimit()).load(bundle)
-    reference = load_reference(bundle)
-    equal = {name: count_equal(exported, reference, sentences, options) for name, options in SEARCHES.items()}
+    loader, reference = OnnxBundleLoader(OnnxConfig(), SchedulerConfig()), load_reference(bundle)
+    with contextlib.closing(loader.load(bundle, ComputeType.FP32)) as exported:
+        equal = {name: count_equal(exported, reference, sentences, options) for name, options in SEARCHES.items()}
     for name, count in equal.items():
         print(f"{name}: {count} of {len(sentences)} translations are the same tokens")
     return Result(

@@ -6,7 +6,8 @@ import asyncio
 import contextlib
 import importlib.util
 import logging
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -19,8 +20,9 @@ from ferryman_service.application.ports import BundleLoader
 from ferryman_service.application.supervisor import Supervisor, SupervisorConfig
 from ferryman_service.application.training import RunLimits, TrainingUseCases
 from ferryman_service.application.translating import TranslationLimits, TranslationUseCases
-from ferryman_service.config.service_config import Role, ServiceConfig
+from ferryman_service.config.service_config import ComputeChoice, Device, Role, ServiceConfig
 from ferryman_service.domain.models import ModelVersion
+from ferryman_service.domain.translation import ComputeType
 from ferryman_service.launch.torchrun import LaunchConfig, TorchrunLauncher, torchrun_command
 from ferryman_service.observability.http import MetricsEndpoint, new_registry
 from ferryman_service.observability.rpc import RpcMetrics
@@ -231,12 +233,33 @@ def _build_loaded_models(stores: _Stores, config: ServiceConfig) -> LoadedModels
 
 def _build_loader(config: ServiceConfig) -> BundleLoader:
     """Import ONNX Runtime only where it is used: a service without the translation role starts sooner."""
-    from ferryman_service.translation.loader import OnnxBundleLoader
-    from ferryman_service.translation.onnx_model import OnnxConfig
+    from ferryman_service.translation.device_model import cuda_is_available
+    from ferryman_service.translation.loader import ON_A_GPU, OnnxBundleLoader
+    from ferryman_service.translation.onnx_model import CUDA, OnnxConfig
     from ferryman_service.translation.scheduler import SchedulerConfig
 
-    scheduler = SchedulerConfig(threads=config.translation_threads, max_rows=config.max_batch_rows)
-    return OnnxBundleLoader(OnnxConfig(compute_type=config.compute_type), scheduler)
+    scheduler, on_a_gpu = SchedulerConfig(threads=config.translation_threads), ON_A_GPU
+    if config.max_batch_rows:
+        scheduler, on_a_gpu = (replace(each, max_rows=config.max_batch_rows) for each in (scheduler, on_a_gpu))
+    onnx_config = OnnxConfig(compute_type=ComputeType.FP16, device=CUDA)
+    if not translates_on_gpu(config, cuda_is_available):
+        int8 = config.compute_type is ComputeChoice.INT8
+        onnx_config = OnnxConfig(compute_type=ComputeType.INT8 if int8 else ComputeType.FP32)
+    return OnnxBundleLoader(onnx_config, scheduler, on_a_gpu)
+
+
+def translates_on_gpu(config: ServiceConfig, cuda_is_available: Callable[[], bool]) -> bool:
+    """Tell whether models are translated with on a GPU; raises OSError if that was asked for and there is none."""
+    if config.device is Device.CPU or config.compute_type in (ComputeChoice.FP32, ComputeChoice.INT8):
+        return False
+    if cuda_is_available():
+        return True
+    cure = "install the extra gpu and a driver for it, or choose"
+    if config.device is Device.CUDA:
+        raise OSError(f"--device cuda: ONNX Runtime has no GPU here; {cure} --device cpu")
+    if config.compute_type is ComputeChoice.FP16:
+        raise OSError(f"--compute-type fp16 is for CUDA, and ONNX Runtime has no GPU here; {cure} fp32 or int8")
+    return False
 
 
 def _build_supervisor(stores: _Stores, config: ServiceConfig) -> Supervisor:

@@ -4,9 +4,9 @@ import grpc
 import pytest
 
 from ferryman.v1 import translation_pb2
-from ferryman_service.pipeline.translator import MicroBatchLimit
 from ferryman_service.translation.loader import OnnxBundleLoader
-from ferryman_service.translation.onnx_decoder import OnnxConfig
+from ferryman_service.translation.onnx_model import OnnxConfig
+from ferryman_service.translation.scheduler import SchedulerConfig
 from tests.fakes.loopback_service import LoopbackService
 
 INVALID = grpc.StatusCode.INVALID_ARGUMENT
@@ -14,7 +14,7 @@ INVALID = grpc.StatusCode.INVALID_ARGUMENT
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory, bundle_dir):
-    loader = OnnxBundleLoader(OnnxConfig(), MicroBatchLimit())
+    loader = OnnxBundleLoader(OnnxConfig(), SchedulerConfig(threads=2))
     service = LoopbackService(tmp_path_factory.mktemp("service"), loader=loader)
     service.models.import_bundle(bundle_dir, "small")
     yield service

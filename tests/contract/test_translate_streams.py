@@ -139,6 +139,21 @@ def test_a_mistake_ends_also_a_stream_that_works(service, refusal_of):
     sender.half_close()
 
 
+def test_a_message_is_read_only_when_there_is_room(service, refusal_of):
+    """A mistake behind a full window is not found before the window has room."""
+    sender = Sender(config(window=2), sentences("wait"), sentences("wait"), sentences())
+    call = service.translation_stub.StreamTranslate(iter(sender), timeout=0.5)
+    with pytest.raises(grpc.RpcError) as caught:
+        next(call)
+    assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    sender.half_close()
+    sender = Sender(config(window=3), sentences("wait"), sentences("wait"), sentences())
+    with pytest.raises(grpc.RpcError) as caught:
+        next(service.translation_stub.StreamTranslate(iter(sender), timeout=20))
+    assert refusal_of(caught.value).reason == "INVALID_REQUEST"
+    sender.half_close()
+
+
 def test_a_message_that_cannot_be_read(service, refused):
     call = service.channel.stream_stream("/ferryman.v1.TranslationService/StreamTranslate")
     refusal = refused(call, iter([config().SerializeToString(), b"\xff\xff\xff"]))

@@ -63,8 +63,7 @@ class FakeBatch:
         return Candidates(log_probs_SWK, tokens_SWK)
 
     def step_logits(self, tokens_SW: NDArray[np.int64], parents_SW: NDArray[np.int64]) -> NDArray[np.float32]:
-        """The logits of a fake model are its log-probabilities."""
-        logits_SWV = self._feed(tokens_SW, parents_SW)
+        logits_SWV = fake_logits(self._feed(tokens_SW, parents_SW))
         self._returned = [logits_SWV]
         return logits_SWV
 
@@ -103,6 +102,11 @@ class FakeBatch:
         assert parents_SW.min() >= 0 and parents_SW.max() < self.width
         for prefixes, tokens in zip(self._prefixes, tokens_SW.tolist(), strict=True):
             assert (prefixes[0] == ()) == (tokens == [BOS] * self.width)
+
+
+def fake_logits(log_probs: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return logits of a fake model: its log-probabilities, moved so that some are positive."""
+    return log_probs + np.float32(1.5)
 
 
 def fake_attention(source: Sequence[int], prefix: Sequence[int]) -> NDArray[np.float32]:

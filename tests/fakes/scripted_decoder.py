@@ -24,6 +24,7 @@ from ferryman_service.search.decoder import Candidates
 from ferryman_service.search.sentence import RawHypothesis
 
 VOCABULARY_SIZE = 40
+GREEDY = SearchOptions(beam_size=1)
 LIKELY, UNLIKELY, NEVER = -0.01, -6.0, -1000.0
 
 
@@ -191,7 +192,7 @@ def work(
     done: Callable[[SentenceResult], None],
     *,
     source_tokens: int = 4,
-    options: SearchOptions = SearchOptions(beam_size=1),
+    options: SearchOptions = GREEDY,
     token: CancelToken | None = None,
     share: FairShare | None = None,
     **sentence: object,

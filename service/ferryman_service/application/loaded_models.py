@@ -109,19 +109,9 @@ class LoadedModels:
         finally:
             self._release(slot)
 
-    @contextmanager
-    def lease_reference(self, reference: ModelReference) -> Iterator[tuple[ModelVersion, TranslationEngine]]:
-        """Yield the version that the reference names now, and its translator; see `lease`. Raises ModelNotFound only if
-        the reference names nothing."""
-        slot = self._acquire_reference(reference)
-        try:
-            assert slot.translator is not None, "what was acquired is loaded"
-            yield slot.version, slot.translator
-        finally:
-            self._release(slot)
-
     def acquire(self, reference: ModelReference) -> Lease:
-        """Return a lease of the version that the reference names now; may wait for its load. See `lease_reference`."""
+        """Return a lease of the version that the reference names now; waits for its load. Raises what `lease` does, but
+        ModelNotFound only if the reference names nothing."""
         return Lease(self, self._acquire_reference(reference))
 
     def try_acquire(self, version: ModelVersion) -> Lease | None:

@@ -13,9 +13,17 @@ keys and values, and each layer's past_keys_RHTC and past_values_RHTC. Returns l
 present_keys_RHTC and present_values_RHTC, which must be bound to the memory of the past ones: the new position is
 written in place.
 
+encoder.fp16.onnx and decoder.fp16.onnx are for a GPU: keys, values and attention are float16, and nothing asks for a
+shape, since that would be asked on the CPU. So both take shape_3 (int64, in the CPU's memory: the shape of x), and the
+decoder source_positions_L (int32, 0 to L - 1). It also returns best_RQ, float32, Q = 2 K: log_probs_RK and beside them
+tokens_RK, so that one copy brings both to the CPU.
+
+reorder.fp16.onnx: data_GNX and index_M to moved_GMX, where moved[g, m] is data[g, index[m]]; all int64, for it moves
+memory and does not look at what is in it.
+
 Shape suffixes: S sentences, L source positions, W rows per sentence, R = S * W rows, T positions that the cache has
 room for, H heads, E head width, C head width in the cache (`cache_width`), D model width, V vocabulary and padding, K
-candidates per row. What is not an integer is float32.
+candidates per row. What is not said to be something else is float32.
 """
 
 from __future__ import annotations
@@ -32,6 +40,12 @@ LOGITS: Final = "logits"
 LOG_PROBS: Final = "log_probs"
 TOKENS: Final = "tokens"
 ATTENTION: Final = "attention"
+SHAPE: Final = "shape"
+SOURCE_POSITIONS: Final = "source_positions"
+BEST: Final = "best"
+DATA: Final = "data"
+INDEX: Final = "index"
+MOVED: Final = "moved"
 
 MAX_TARGET_LENGTH: Final = 4096
 """The longest max_length a caller may ask for, and how many positions rotations are made for."""

@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -37,9 +37,15 @@ EMBEDDING_INT8_FILE: Final = "embedding.int8.npy"
 EMBEDDING_SCALES_FILE: Final = "embedding.scales.npy"
 INT8_FILES: Final = (ENCODER_INT8_FILE, DECODER_INT8_FILE, EMBEDDING_INT8_FILE, EMBEDDING_SCALES_FILE)
 """What translating in int8 needs beside the subwords; a bundle has all of them or none."""
+ENCODER_FP16_FILE: Final = "encoder.fp16.onnx"
+DECODER_FP16_FILE: Final = "decoder.fp16.onnx"
+REORDER_FILE: Final = "reorder.fp16.onnx"
+FP16_FILES: Final = (ENCODER_FP16_FILE, DECODER_FP16_FILE, REORDER_FILE)
+"""What translating on a GPU needs beside the embedding and the subwords; a bundle has all of them or none."""
 WEIGHTS_FILE: Final = "weights.safetensors"
 """The weights as training left them, for fine-tuning; a bundle may lack them."""
 
+_OPTIONAL_GROUPS: Final = (INT8_FILES, FP16_FILES, (WEIGHTS_FILE,))
 _MAX_MANIFEST_BYTES: Final = 1 << 20
 
 
@@ -71,6 +77,8 @@ def graph_files(compute_type: ComputeType) -> GraphFiles:
     """Return the names of the compute type's graphs in a bundle."""
     if compute_type is ComputeType.INT8:
         return GraphFiles(ENCODER_INT8_FILE, DECODER_INT8_FILE)
+    if compute_type is ComputeType.FP16:
+        return GraphFiles(ENCODER_FP16_FILE, DECODER_FP16_FILE)
     return GraphFiles(ENCODER_FILE, DECODER_FILE)
 
 
@@ -108,6 +116,11 @@ class Manifest:
         """Whether the bundle can be translated with in int8."""
         return ENCODER_INT8_FILE in self.files
 
+    @property
+    def has_fp16(self) -> bool:
+        """Whether the bundle can be translated with on a GPU."""
+        return ENCODER_FP16_FILE in self.files
+
     def size_bytes(self, compute_type: ComputeType) -> int:
         """Return the size of the files that translating with the compute type reads."""
         return sum(self.files[name].size_bytes for name in _needed(compute_type))
@@ -119,7 +132,7 @@ def seal(bundle: Path, header: ManifestHeader) -> Manifest:
     Raises OSError if a file is missing or the disk fails.
     """
     files = {}
-    optional = [name for name in (*INT8_FILES, WEIGHTS_FILE) if (bundle / name).exists()]
+    optional = [name for group in _OPTIONAL_GROUPS for name in group if (bundle / name).exists()]
     for name in (*CONTENT_FILES, *optional):
         _fsync(bundle / name)
         files[name] = _digest(bundle / name)
@@ -154,7 +167,7 @@ def read_manifest(bundle: Path) -> Manifest:
         manifest = _from_dict(values)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelDamaged(f"{MANIFEST_FILE} is not a manifest: {error!r}", file=MANIFEST_FILE) from error
-    if set(manifest.files) - {WEIGHTS_FILE} not in (set(CONTENT_FILES), {*CONTENT_FILES, *INT8_FILES}):
+    if not _is_whole(manifest.files):
         found = ", ".join(sorted(manifest.files))
         raise ModelDamaged(f"{MANIFEST_FILE} names {found}, not {', '.join(CONTENT_FILES)}", file=MANIFEST_FILE)
     return manifest
@@ -183,8 +196,19 @@ def verify(bundle: Path, *, to_translate: ComputeType | None = None) -> Manifest
     return manifest
 
 
+def _is_whole(files: Iterable[str]) -> bool:
+    """Tell whether these are all of CONTENT_FILES and all or none of each optional group."""
+    found = set(files)
+    groups = [set(group) for group in _OPTIONAL_GROUPS]
+    return found == set(CONTENT_FILES).union(*(group for group in groups if group <= found))
+
+
 def _needed(compute_type: ComputeType) -> set[str]:
-    return {*INT8_FILES, SUBWORDS_FILE} if compute_type is ComputeType.INT8 else set(CONTENT_FILES)
+    if compute_type is ComputeType.INT8:
+        return {*INT8_FILES, SUBWORDS_FILE}
+    if compute_type is ComputeType.FP16:
+        return {*FP16_FILES, EMBEDDING_FILE, SUBWORDS_FILE}
+    return set(CONTENT_FILES)
 
 
 def manifest_digest(bundle: Path) -> str:

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from ferryman_service.domain.translation import ComputeType
-
 ENVIRONMENT_PREFIX: Final = "FERRYMAN_"
 
 
@@ -27,6 +25,15 @@ class Device(enum.StrEnum):
     AUTO = "auto"
     CPU = "cpu"
     CUDA = "cuda"
+
+
+class ComputeChoice(enum.StrEnum):
+    """The arithmetic of translation. AUTO: FP16 where models run on a GPU, else FP32."""
+
+    AUTO = "auto"
+    FP32 = "fp32"
+    INT8 = "int8"
+    FP16 = "fp16"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +56,8 @@ class ServiceConfig:
     max_processes_per_run: int = 8
     max_corpus_bytes: int = 4 * 2**30
     translation_threads: int = 2
-    compute_type: ComputeType = ComputeType.FP32
-    max_batch_rows: int = 160
+    compute_type: ComputeChoice = ComputeChoice.AUTO
+    max_batch_rows: int = 0
     max_sentences: int = 1024
     queue_tokens: int = 262_144
     max_loaded_models: int = 4
@@ -74,7 +81,7 @@ class ServiceConfig:
             "max_processes_per_run": (1, 1024),
             "max_corpus_bytes": (1, 2**50),
             "translation_threads": (1, 256),
-            "max_batch_rows": (1, 65_536),
+            "max_batch_rows": (0, 65_536),
             "max_sentences": (1, 100_000),
             "queue_tokens": (1, 2**40),
             "max_loaded_models": (1, 1000),
@@ -91,6 +98,10 @@ class ServiceConfig:
                 f"--processes-per-run is {self.processes_per_run}, must not be above --max-processes-per-run, which is "
                 f"{self.max_processes_per_run}"
             )
+        if self.device is Device.CPU and self.compute_type is ComputeChoice.FP16:
+            raise ValueError("--compute-type is fp16, which is for CUDA; on a CPU use fp32 or int8")
+        if self.device is Device.CUDA and self.compute_type in (ComputeChoice.FP32, ComputeChoice.INT8):
+            raise ValueError(f"--compute-type is {self.compute_type}, which is for a CPU; on CUDA use fp16")
         if not self.roles:
             raise ValueError("--roles must name training, translation or both")
 
@@ -112,8 +123,10 @@ _HELP: Final[Mapping[str, str]] = {
     "max_processes_per_run": "most processes that a caller may ask for",
     "max_corpus_bytes": "largest corpus that may be uploaded, bytes",
     "translation_threads": "threads that decode for each loaded model, each on one core",
-    "compute_type": "arithmetic of translation: fp32, or int8, which is faster and costs a little quality",
-    "max_batch_rows": "rows (sentences times beam) that a decoding thread runs at the same time",
+    "compute_type": "arithmetic of translation: on a CPU fp32, or int8, which is faster and costs a little quality; on "
+    "a GPU fp16; auto is fp32 or fp16",
+    "max_batch_rows": "rows (sentences times beam) that a decoding thread runs at the same time; 0: 160 on a CPU, 1024 "
+    "on a GPU",
     "max_sentences": "most sentences in one Translate call",
     "queue_tokens": "source subwords times beam that may wait or run before Translate calls are refused; streams may "
     "have as many again, and wait",

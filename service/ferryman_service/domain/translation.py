@@ -14,10 +14,12 @@ from ferryman_service.domain.errors import Cancelled, DeadlineExceeded, Violatio
 
 
 class ComputeType(enum.StrEnum):
-    """The arithmetic of a model's matrix products. INT8: weights and activations of 8 bits, sums of 32."""
+    """The arithmetic of a model's matrix products. INT8: weights and activations of 8 bits, sums of 32. FP16, on a GPU:
+    all is of 16 bits but the statistics of layer norms and log-probabilities."""
 
     FP32 = "fp32"
     INT8 = "int8"
+    FP16 = "fp16"
 
 
 class EarlyStopping(enum.StrEnum):

@@ -9,9 +9,9 @@ How to use it. `Searches` is what a RunningBatch is on the model's side, and bot
     batch.keep(kept_S); searches.keep(kept_S)                            # those that are done must leave before a step
 
 `keep` also lets sentences leave that are not done. All searches of a batch have `width` rows (SearchOptions.rows);
-where `needs_logits` holds for one of them, the batch must be made with logits=True; where one returns its alignment,
-with attention=True. Otherwise their options may differ. A sentence's result depends on the model's answers for its own
-rows alone. `search` does all this for sentences that come at once.
+where `needs_logits` holds for one of them, Searches must be made with logits=True; where one returns its alignment,
+Searches and batch with attention=True. Otherwise their options may differ. A sentence's result depends on the model's
+answers for its own rows alone. `search` does all this for sentences that come at once.
 
 How it searches. At every step the candidates of a sentence are all continuations of its rows, best first by ranking
 log-probability; equal ones by row, then by token. Of the first 2 * beam_size candidates, those that end the sentence
@@ -35,8 +35,8 @@ subwords and, where it was reached, the end symbol. A beam is done
 With sampling, each row continues itself with a token drawn at random; one that has ended leaves, and those behind it
 move up. Temperature, top_k and top_p choose what is drawn but count in no score.
 
-Shape suffixes: S sentences, N some of them, W rows per sentence, R = S * W rows, K candidates per row, M = 2 * W best
-candidates of a sentence, V vocabulary, L source positions.
+Shape suffixes: S sentences, N some of them or some hypotheses, W rows per sentence, K candidates per row, M = 2 * W
+best candidates of a sentence, F places for finished hypotheses, V vocabulary.
 """
 
 from __future__ import annotations

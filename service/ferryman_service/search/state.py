@@ -95,7 +95,7 @@ def _settings(search: SentenceSearch) -> tuple[float, ...]:
         options.no_repeat_ngram_size,
         len(search.prefix),
         drawn.temperature,
-        min(drawn.top_k, 2**62),
+        drawn.top_k,
         drawn.top_p,
         search.seed,
     )

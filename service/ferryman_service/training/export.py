@@ -1,4 +1,4 @@
-"""From trained weights to a model bundle: ONNX graphs in float32 and in int8, embedding, subword model and manifest."""
+"""From trained weights to a model bundle: ONNX graphs of each compute type, embedding, subword model and manifest."""
 
 from __future__ import annotations
 
@@ -13,14 +13,12 @@ from safetensors.torch import load_file
 
 from ferryman_service.bundle.embedding import write_embedding, write_int8_embedding
 from ferryman_service.bundle.manifest import (
-    DECODER_FILE,
-    DECODER_INT8_FILE,
-    ENCODER_FILE,
-    ENCODER_INT8_FILE,
+    REORDER_FILE,
     SUBWORDS_FILE,
     WEIGHTS_FILE,
     Architecture,
     ManifestHeader,
+    graph_files,
     seal,
     settle_int8,
 )
@@ -28,22 +26,17 @@ from ferryman_service.domain.models import Int8Scores, ModelLineage
 from ferryman_service.domain.recipe import Positions
 from ferryman_service.domain.tokens import EOS
 from ferryman_service.domain.training import TrainedModel
-from ferryman_service.domain.translation import SearchOptions
+from ferryman_service.domain.translation import ComputeType, SearchOptions
 from ferryman_service.model.config import TransformerConfig
 from ferryman_service.model.session import TorchDecoder
 from ferryman_service.model.transformer import Transformer
 from ferryman_service.pipeline.translator import MicroBatchLimit, TextTranslator
 from ferryman_service.search.beam import search
 from ferryman_service.search.sentence import SentenceSearch
+from ferryman_service.text.normalise import normalise
 from ferryman_service.text.subwords import Subwords
-from ferryman_service.training.graphs import (
-    Float32Products,
-    Products,
-    Weights,
-    decoder_graph,
-    encoder_graph,
-    graph_weights,
-)
+from ferryman_service.training.fp16 import Float16Products, device_decoder_graph, device_encoder_graph, reorder_graph
+from ferryman_service.training.graphs import Float32Products, Weights, decoder_graph, encoder_graph, graph_weights
 from ferryman_service.training.int8 import Int8Products, Ranges, measure_ranges
 
 
@@ -55,10 +48,12 @@ class OnnxExporter:
         transformer = load_transformer(trained)
         config, max_length = transformer.config, trained.recipe.data.max_sentence_tokens
         weights = graph_weights(transformer)
-        _write_graphs(config, weights, Float32Products(weights), max_length, bundle, (ENCODER_FILE, DECODER_FILE))
+        exact, int8 = Float32Products(weights), Int8Products(weights, calibrate(transformer, trained))
+        for compute_type, products in ((ComputeType.FP32, exact), (ComputeType.INT8, int8)):
+            encoder = encoder_graph(config, weights, products, max_length)
+            _write_graphs(encoder, decoder_graph(config, weights, products), compute_type, bundle)
+        write_fp16_graphs(config, weights, max_length, bundle)
         write_embedding(bundle, weights["embedding.weight"])
-        int8 = Int8Products(weights, calibrate(transformer, trained))
-        _write_graphs(config, weights, int8, max_length, bundle, (ENCODER_INT8_FILE, DECODER_INT8_FILE))
         write_int8_embedding(bundle, weights["embedding.weight"])
         shutil.copyfile(trained.subwords, bundle / SUBWORDS_FILE)
         shutil.copyfile(trained.weights, bundle / WEIGHTS_FILE)
@@ -105,10 +100,9 @@ def load_transformer(trained: TrainedModel) -> Transformer:
 
 def calibrate(transformer: Transformer, trained: TrainedModel) -> Ranges:
     """Return the ranges of the products' inputs while the held-out sentences are translated greedily."""
-    subwords = Subwords.load(trained.subwords)
-    sources = [(*ids, EOS) for ids in subwords.encode(list(trained.check_sentences)) if ids]
-    sources = sources or [(EOS,)]
-    limit = trained.recipe.data.max_sentence_tokens
+    subwords, limit = Subwords.load(trained.subwords), trained.recipe.data.max_sentence_tokens
+    encoded = subwords.encode([normalise(sentence) for sentence in trained.check_sentences])
+    sources = [(*ids, EOS) for ids in encoded if 0 < len(ids) < limit] or [(EOS,)]
     searches = [
         SentenceSearch(options=_GREEDY, min_length=0, max_length=min(2 * len(source) + 10, limit)) for source in sources
     ]
@@ -120,17 +114,18 @@ def calibrate(transformer: Transformer, trained: TrainedModel) -> Ranges:
 _GREEDY: Final = SearchOptions(beam_size=1)
 
 
-def _write_graphs(
-    config: TransformerConfig,
-    weights: Weights,
-    products: Products,
-    max_length: int,
-    bundle: Path,
-    names: Sequence[str],
-) -> None:
-    encoder, decoder = names
-    _write(encoder_graph(config, weights, products, max_length), bundle / encoder)
-    _write(decoder_graph(config, weights, products), bundle / decoder)
+def write_fp16_graphs(config: TransformerConfig, weights: Weights, max_length: int, bundle: Path) -> None:
+    """Write what translating on a GPU needs beside the embedding and the subwords."""
+    products = Float16Products(weights)
+    encoder = device_encoder_graph(config, weights, products, max_length)
+    _write_graphs(encoder, device_decoder_graph(config, weights, products), ComputeType.FP16, bundle)
+    _write(reorder_graph(), bundle / REORDER_FILE)
+
+
+def _write_graphs(encoder: onnx.ModelProto, decoder: onnx.ModelProto, compute_type: ComputeType, bundle: Path) -> None:
+    files = graph_files(compute_type)
+    _write(encoder, bundle / files.encoder)
+    _write(decoder, bundle / files.decoder)
 
 
 def _write(model: onnx.ModelProto, path: Path) -> None:

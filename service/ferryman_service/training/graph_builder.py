@@ -16,7 +16,12 @@ CONTRIB: Final = "com.microsoft"
 """ONNX Runtime's own operators."""
 PRODUCER: Final = "ferryman"
 
-_ELEMENT_TYPES: Final = {"float32": TensorProto.FLOAT, "int64": TensorProto.INT64, "int32": TensorProto.INT32}
+_ELEMENT_TYPES: Final = {
+    "float32": TensorProto.FLOAT,
+    "float16": TensorProto.FLOAT16,
+    "int64": TensorProto.INT64,
+    "int32": TensorProto.INT32,
+}
 
 
 OMITTED: Final = "omitted"
@@ -56,6 +61,10 @@ class GraphBuilder:
         if array.size <= 64:
             self._constants[key] = name
         return name
+
+    def cast(self, value: str, element_type: str, *, name: str = "") -> str:
+        """Return the value in another element type."""
+        return self.node("Cast", [value], name=name, to=_ELEMENT_TYPES[element_type])
 
     def node(
         self, operator: str, inputs: Sequence[str], *, name: str = "", domain: str = "", **attributes: Attribute

@@ -37,8 +37,13 @@ _LEAST: Final = float(np.finfo(np.float32).min)
 class Products(Protocol):
     """Matrix products in the arithmetic of a compute type. `module` is the path of the weights in the Transformer."""
 
+    @property
+    def element_type(self) -> str:
+        """What products take and give: float32, or float16."""
+        ...
+
     def linear(self, builder: GraphBuilder, x_ND: str, module: str) -> str:
-        """Return x_ND times the module's matrix plus its bias, as float32."""
+        """Return x_ND times the module's matrix plus its bias."""
         ...
 
     def project(self, builder: GraphBuilder, x_ND: str, padding: int, name: str) -> str:
@@ -46,12 +51,14 @@ class Products(Protocol):
         ...
 
     def feed_forward_relu(self, builder: GraphBuilder, x_ND: str, inner: str, outer: str) -> str:
-        """Return outer(ReLU(inner(x_ND))), as float32."""
+        """Return outer(ReLU(inner(x_ND)))."""
         ...
 
 
 class Float32Products:
     """Plain float32."""
+
+    element_type: Final = "float32"
 
     def __init__(self, weights: Weights) -> None:
         self._weights = weights
@@ -106,12 +113,12 @@ def padding_bias(weights: Weights, padding: int) -> NDArray[np.float32]:
 
 def encoder_graph(config: TransformerConfig, weights: Weights, products: Products, max_length: int) -> onnx.ModelProto:
     """Return the encoder for sources of at most `max_length` tokens, with the decoder's cross-attention projections."""
-    return _Encoder(config, weights, products, max_length).build()
+    return EncoderGraph(config, weights, products, max_length).build()
 
 
 def decoder_graph(config: TransformerConfig, weights: Weights, products: Products) -> onnx.ModelProto:
     """Return one step of the decoder."""
-    return _Decoder(config, weights, products).build()
+    return DecoderGraph(config, weights, products).build()
 
 
 class _Graph:
@@ -121,18 +128,32 @@ class _Graph:
         self.builder = GraphBuilder(name)
         self.config = config
         self.rotates = config.positions is Positions.ROPE
+        self.products = products
+        self.element_type = products.element_type
         self._weights = weights
-        self._products = products
         self._rotation_length = length
         self._sine_and_cosine: list[str] = []
 
     def linear(self, x_ND: str, module: str) -> str:
         """Return x_ND times the module's matrix plus its bias."""
-        return self._products.linear(self.builder, x_ND, module)
+        return self.products.linear(self.builder, x_ND, module)
+
+    def constant(self, value: NDArray[np.float32]) -> str:
+        """Return the name of a constant in the products' element type."""
+        return self.builder.constant(value.astype(self.element_type))
+
+    def embedded(self, x_ABD: str) -> str:
+        """Return the input x_ABD as x_ND, in the products' element type."""
+        x_ND = self.builder.node("Reshape", [x_ABD, self.builder.constant([-1, self.config.d_model])])
+        return x_ND if self.element_type == "float32" else self.builder.cast(x_ND, self.element_type)
+
+    def shape_of(self, x_ABD: str) -> str:
+        """Return the shape of the input x_ABD."""
+        return self.builder.node("Shape", [x_ABD])
 
     def norm(self, x_ND: str, module: str) -> str:
-        """Return the module's layer norm of x_ND."""
-        scale, bias = (self.builder.constant(self._weights[f"{module}.{part}"]) for part in ("weight", "bias"))
+        """Return the module's layer norm of x_ND; mean and variance are float32 whatever x_ND is."""
+        scale, bias = (self.constant(self._weights[f"{module}.{part}"]) for part in ("weight", "bias"))
         return self.builder.node("LayerNormalization", [x_ND, scale, bias], axis=-1, epsilon=_LAYER_NORM_EPSILON)
 
     def enter(self, x_ND: str, residual: str) -> str:
@@ -142,7 +163,7 @@ class _Graph:
     def leave(self, x_ND: str, answer_ND: str, residual: str, alpha: float) -> str:
         """Return x_ND joined with the sublayer's answer."""
         if alpha != 1.0:
-            x_ND = self.builder.node("Mul", [x_ND, self.builder.constant(np.array([alpha], np.float32))])
+            x_ND = self.builder.node("Mul", [x_ND, self.constant(np.array([alpha], np.float32))])
         sum_ND = self.builder.node("Add", [x_ND, answer_ND])
         return sum_ND if self.config.norm is NormPlacement.PRE else self.norm(sum_ND, f"{residual}.norm")
 
@@ -152,7 +173,7 @@ class _Graph:
         entered = self.enter(x_ND, residual)
         inner, outer = f"{layer}.feed_forward.inner", f"{layer}.feed_forward.outer"
         if self.config.activation is Activation.RELU:
-            answer = self._products.feed_forward_relu(self.builder, entered, inner, outer)
+            answer = self.products.feed_forward_relu(self.builder, entered, inner, outer)
         else:
             answer = self.linear(self._activate(self.linear(entered, inner)), outer)
         return self.leave(x_ND, answer, residual, alpha)
@@ -161,7 +182,7 @@ class _Graph:
         """Return x_BTD with each head's pairs of columns turned by their positions; see model/positions.py."""
         if not self._sine_and_cosine:
             pairs = sinusoids(self._rotation_length, self.config.head_dim).numpy()
-            self._sine_and_cosine = [self.builder.constant(np.ascontiguousarray(pairs[:, part::2])) for part in (0, 1)]
+            self._sine_and_cosine = [self.constant(np.ascontiguousarray(pairs[:, part::2])) for part in (0, 1)]
         sine, cosine = self._sine_and_cosine
         return self.builder.node(
             "RotaryEmbedding",
@@ -179,39 +200,36 @@ class _Graph:
         return builder.node("Mul", [builder.node("Mul", [gate, builder.node("Sigmoid", [gate])]), gated])
 
 
-class _Encoder(_Graph):
+class EncoderGraph(_Graph):
+    """The encoder in the form for a CPU."""
+
     def __init__(self, config: TransformerConfig, weights: Weights, products: Products, max_length: int) -> None:
         super().__init__("encoder", config, weights, products, max_length)
         self._alpha = deep_norm(config).encoder_alpha
 
     def build(self) -> onnx.ModelProto:
+        """Return the model."""
         builder, config = self.builder, self.config
         x_SLD = builder.input(graph_io.EMBEDDED, "float32", ["sentences", "positions", config.d_model])
         lengths_S = builder.input(graph_io.SOURCE_LENGTHS, "int32", ["sentences"])
         positions_SL = builder.input(graph_io.POSITIONS, "int64", ["sentences", "positions"]) if self.rotates else ""
-        shape_SLD = builder.node("Shape", [x_SLD])
-        x_ND = builder.node("Reshape", [x_SLD, builder.constant([-1, config.d_model])])
+        shape_SLD = self.shape_of(x_SLD)
+        x_ND = self.embedded(x_SLD)
         for index in range(config.encoder_layers):
             layer = f"encoder_layers.{index}"
             x_ND = self._self_attention(x_ND, layer, shape_SLD, lengths_S, positions_SL)
             x_ND = self.feed_forward(x_ND, layer, self._alpha)
         memory_ND = self.norm(x_ND, "encoder_norm") if config.norm is NormPlacement.PRE else x_ND
         names = graph_io.keys_values_names("cross", config.decoder_layers)
-        shape_SLHE = self._shape_of_heads(shape_SLD)
         for index in range(config.decoder_layers):
             packed = self.linear(memory_ND, f"decoder_layers.{index}.cross_attention.key_value")
             parts = builder.nodes("Split", [packed], ["", ""], axis=-1, num_outputs=2)
             for part, name in zip(parts, names[2 * index : 2 * index + 2], strict=True):
-                heads = builder.node("Reshape", [part, shape_SLHE])
+                part_SLD = builder.node("Reshape", [part, shape_SLD])
+                heads = builder.node("Reshape", [part_SLD, builder.constant([0, 0, config.heads, config.head_dim])])
                 builder.node("Transpose", [heads], name=name, perm=[0, 2, 1, 3])
-                builder.output(name, "float32", ["sentences", config.heads, "positions", config.head_dim])
+                builder.output(name, self.element_type, ["sentences", config.heads, "positions", config.head_dim])
         return builder.build()
-
-    def _shape_of_heads(self, shape_SLD: str) -> str:
-        builder, config = self.builder, self.config
-        sentences_and_positions = builder.node("Slice", [shape_SLD, builder.constant([0]), builder.constant([2])])
-        heads = builder.constant([config.heads, config.head_dim])
-        return builder.node("Concat", [sentences_and_positions, heads], axis=0)
 
     def _self_attention(self, x_ND: str, layer: str, shape_SLD: str, lengths_S: str, positions_SL: str) -> str:
         builder, residual = self.builder, f"{layer}.self_attention_residual"
@@ -231,19 +249,22 @@ class _Encoder(_Graph):
         return self.leave(x_ND, self.linear(flat, f"{layer}.self_attention.output"), residual, self._alpha)
 
 
-class _Decoder(_Graph):
+class DecoderGraph(_Graph):
+    """A step of the decoder in the form for a CPU."""
+
     def __init__(self, config: TransformerConfig, weights: Weights, products: Products) -> None:
         super().__init__("decoder", config, weights, products, graph_io.MAX_TARGET_LENGTH)
         self._alpha = deep_norm(config).decoder_alpha
         self._cache_width = graph_io.cache_width(config.head_dim)
 
     def build(self) -> onnx.ModelProto:
+        """Return the model."""
         builder, config = self.builder, self.config
         layers = config.decoder_layers
         x_SWD = builder.input(graph_io.EMBEDDED, "float32", ["sentences", "width", config.d_model])
-        self._declare_inputs()
-        self._shape_SWD = builder.node("Shape", [x_SWD])
-        x_RD = builder.node("Reshape", [x_SWD, builder.constant([-1, config.d_model])])
+        self.declare_inputs()
+        self._shape_SWD = self.shape_of(x_SWD)
+        x_RD = self.embedded(x_SWD)
         past, present, cross = (graph_io.keys_values_names(kind, layers) for kind in ("past", "present", "cross"))
         for index in range(layers):
             layer, pair = f"decoder_layers.{index}", slice(2 * index, 2 * index + 2)
@@ -251,10 +272,11 @@ class _Decoder(_Graph):
             x_RD = self._cross_attention(x_RD, layer, cross[pair], last=index == layers - 1)
             x_RD = self.feed_forward(x_RD, layer, self._alpha)
         hidden_RD = self.norm(x_RD, "decoder_norm") if config.norm is NormPlacement.PRE else x_RD
-        self._head(hidden_RD)
+        self.head(hidden_RD)
         return builder.build()
 
-    def _declare_inputs(self) -> None:
+    def declare_inputs(self) -> None:
+        """Declare all inputs but x."""
         builder, config = self.builder, self.config
         builder.input(graph_io.PAST_LENGTHS, "int32", ["rows"])
         builder.input(graph_io.TOTAL_LENGTH, "int32", [])
@@ -264,9 +286,9 @@ class _Decoder(_Graph):
         builder.input(graph_io.K, "int64", [1])
         heads, head_dim = config.heads, config.head_dim
         for name in graph_io.keys_values_names("cross", config.decoder_layers):
-            builder.input(name, "float32", ["sentences", heads, "source_positions", head_dim])
+            builder.input(name, self.element_type, ["sentences", heads, "source_positions", head_dim])
         for name in graph_io.keys_values_names("past", config.decoder_layers):
-            builder.input(name, "float32", ["rows", heads, "room", self._cache_width])
+            builder.input(name, self.element_type, ["rows", heads, "room", self._cache_width])
 
     def _self_attention(self, x_RD: str, layer: str, past: list[str], present: list[str]) -> str:
         builder, config, residual = self.builder, self.config, f"{layer}.self_attention_residual"
@@ -286,7 +308,7 @@ class _Decoder(_Graph):
             scale=config.head_dim**-0.5,
         )
         for name in present:
-            builder.output(name, "float32", ["rows", config.heads, "room", self._cache_width])
+            builder.output(name, self.element_type, ["rows", config.heads, "room", self._cache_width])
         flat = builder.node("Reshape", [attended, builder.constant([-1, config.heads * self._cache_width])])
         return self.leave(x_RD, self.linear(flat, f"{layer}.self_attention.output"), residual, self._alpha)
 
@@ -294,7 +316,7 @@ class _Decoder(_Graph):
         builder, residual = self.builder, f"{layer}.cross_attention_residual"
         query_RD = self.linear(self.enter(x_RD, residual), f"{layer}.cross_attention.query")
         query_SWD = builder.node("Reshape", [query_RD, self._shape_SWD])
-        attend = self._attend_and_tell if last else self._attend
+        attend = self.attend_and_tell if last else self._attend
         flat = builder.node("Reshape", [attend(query_SWD, cross), builder.constant([-1, self.config.d_model])])
         return self.leave(x_RD, self.linear(flat, f"{layer}.cross_attention.output"), residual, self._alpha)
 
@@ -307,7 +329,7 @@ class _Decoder(_Graph):
             mask_filter_value=_LEAST,
         )
 
-    def _attend_and_tell(self, query_SWD: str, cross: list[str]) -> str:
+    def attend_and_tell(self, query_SWD: str, cross: list[str]) -> str:
         """Attend with the operator that also returns the weights."""
         builder, config = self.builder, self.config
         by_heads = builder.node("Reshape", [query_SWD, builder.constant([0, 0, config.heads, config.head_dim])])
@@ -322,11 +344,12 @@ class _Decoder(_Graph):
         builder.output(graph_io.ATTENTION, "float32", ["sentences", config.heads, "width", "source_positions"])
         return builder.node("Transpose", [attended_SHWE], perm=[0, 2, 1, 3])
 
-    def _head(self, hidden_RD: str) -> None:
+    def head(self, hidden_RD: str) -> None:
+        """Find the best continuations of each row."""
         builder, vocabulary_size = self.builder, self.config.vocabulary_size
         block = _block(vocabulary_size)
         padding = -vocabulary_size % block if block else 0
-        logits_RV = self._products.project(builder, hidden_RD, padding, graph_io.LOGITS)
+        logits_RV = self.products.project(builder, hidden_RD, padding, graph_io.LOGITS)
         log_probs_RV = builder.node("LogSoftmax", [logits_RV], axis=-1)
         if block:
             self._best_of_blocks(log_probs_RV, block, (vocabulary_size + padding) // block)

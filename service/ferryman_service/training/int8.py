@@ -7,7 +7,7 @@ held-out sentences, and cut where the squared error is least.
 Weights keep 7 of the 8 bits: processors without VNNI add pairs of products in 16 bits, and 255 * 64 * 2 is the most
 that fits. The same file then gives the same numbers on every processor.
 
-Shape suffixes: N rows, D inputs of a product, O its outputs, F feed-forward width.
+Shape suffixes: N rows or any numbers, D inputs of a product, O its outputs, F feed-forward width, B bins.
 """
 
 from __future__ import annotations
@@ -41,6 +41,8 @@ Ranges = Mapping[str, float]
 
 class Int8Products:
     """Products of the graphs in 8 bits, with float32 in between."""
+
+    element_type: Final = "float32"
 
     def __init__(self, weights: Weights, ranges: Ranges) -> None:
         self._weights = weights
@@ -100,38 +102,53 @@ def _product(
 def measure_ranges(transformer: Transformer, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Ranges:
     """Return the range of every product's input, measured on pairs of a source (with its end symbol) and a target
     (without symbols)."""
-    magnitudes: dict[str, list[NDArray[np.float32]]] = {}
+    largest: dict[str, float] = {}
+    counts: dict[str, NDArray[np.int64]] = {}
 
-    def note(name: str, x: Tensor) -> None:
-        magnitudes.setdefault(name, []).append(x.detach().abs().flatten().numpy())
+    def note_largest(name: str, magnitude_N: NDArray[np.float32]) -> None:
+        largest[name] = max(float(magnitude_N.max()), largest.get(name, _SMALLEST))
+
+    def count(name: str, magnitude_N: NDArray[np.float32]) -> None:
+        counts[name] = counts.get(name, 0) + np.histogram(magnitude_N, bins=_BINS, range=(0.0, largest[name]))[0]
+
+    for note in (note_largest, count):
+        _watch_inputs(transformer, pairs, note)
+    return {name: _best_range(counts[name], largest[name]) for name in counts}
+
+
+def _watch_inputs(
+    transformer: Transformer,
+    pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
+    note: Callable[[str, NDArray[np.float32]], None],
+) -> None:
+    """Run the pairs and tell the magnitudes of every product's input."""
+
+    def tell(name: str, x: Tensor) -> None:
+        note(name, x.detach().abs().flatten().numpy())
 
     def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda module, inputs: note(name, inputs[0])
+        return lambda module, inputs: tell(name, inputs[0])
 
     linears = [(name, module) for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
     hooks = [module.register_forward_pre_hook(watch(name)) for name, module in linears]
     try:
         with torch.inference_mode():
             for source, target in pairs:
-                note(PROJECTION, transformer.hidden(torch.tensor([list(source)]), torch.tensor([[BOS, *target]])))
+                tell(PROJECTION, transformer.hidden(torch.tensor([list(source)]), torch.tensor([[BOS, *target]])))
     finally:
         for hook in hooks:
             hook.remove()
-    return {name: _best_range(np.concatenate(values)) for name, values in magnitudes.items()}
 
 
-def _best_range(magnitude_N: NDArray[np.float32]) -> float:
-    """Return the range for which rounding to 127 steps and cutting off what is beyond has the least squared error."""
-    largest = float(magnitude_N.max())
-    if largest < _SMALLEST:
-        return _SMALLEST
-    count, edge = np.histogram(magnitude_N, bins=_BINS, range=(0.0, largest))
-    middle = (edge[1:] + edge[:-1]) / 2
+def _best_range(count_B: NDArray[np.int64], largest: float) -> float:
+    """Return the range for which rounding to 127 steps and cutting off what is beyond has the least squared error. The
+    magnitudes are counted in equal bins from 0 to the largest."""
+    middle_B = (np.arange(_BINS) + 0.5) * largest / _BINS
     errors = []
     for cut in _CUTS * largest:
         rounding = (cut / 127) ** 2 / 12
-        beyond = np.maximum(middle - cut, 0.0)
-        errors.append(float((count * (beyond**2 + rounding * (beyond == 0))).sum()))
+        beyond_B = np.maximum(middle_B - cut, 0.0)
+        errors.append(float((count_B * (beyond_B**2 + rounding * (beyond_B == 0))).sum()))
     return float(_CUTS[int(np.argmin(errors))] * largest)
 
 

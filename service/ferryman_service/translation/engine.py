@@ -76,7 +76,7 @@ class BatchingEngine:
     def run(
         self, prepared: Sequence[PreparedSentence], options: SearchOptions, token: CancelToken
     ) -> Sequence[SentenceResult]:
-        """Translate prepared sentences and wait for all; the sampling's seed, if there is one, counts up."""
+        """Translate prepared sentences and wait for all. Samples have the seed of the options, 0 if that is None."""
         gathered = _Gathered(len(prepared))
         share = FairShare()
         seed = 0 if options.sampling is None or options.sampling.seed is None else options.sampling.seed

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
+import numpy as np
 from onnxruntime.capi import onnxruntime_pybind11_state as onnxruntime_errors
 
-from ferryman_service.bundle.manifest import SUBWORDS_FILE, Manifest, read_manifest, verify
+from ferryman_service.bundle.manifest import SUBWORDS_FILE, Architecture, Manifest, read_manifest, verify
 from ferryman_service.domain.errors import ModelDamaged
+from ferryman_service.domain.tokens import BOS, EOS
 from ferryman_service.domain.translation import ComputeType
 from ferryman_service.pipeline.text import SentenceText
-from ferryman_service.search.decoder import RunningBatch
+from ferryman_service.search.decoder import Decoder, RunningBatch
 from ferryman_service.text.subwords import Subwords
+from ferryman_service.translation.device_batch import DeviceRunningBatch
+from ferryman_service.translation.device_model import DeviceModel
 from ferryman_service.translation.engine import BatchingEngine
-from ferryman_service.translation.onnx_model import OnnxConfig, OnnxModel
+from ferryman_service.translation.onnx_model import CPU, OnnxConfig, OnnxModel
 from ferryman_service.translation.running_batch import OnnxRunningBatch
 from ferryman_service.translation.scheduler import SchedulerConfig
 
@@ -28,37 +33,78 @@ _CANNOT_LOAD: Final = (
     onnxruntime_errors.InvalidProtobuf,
     onnxruntime_errors.NotImplemented,
     RuntimeError,  # raised by SentencePiece
-    ValueError,  # raised for an array of another shape
+    ValueError,  # raised for an array of another shape, and for a graph of other outputs
+    EOFError,  # raised by NumPy for an empty file
     OSError,
 )
+
+
+ON_A_GPU: Final = SchedulerConfig(threads=1, max_rows=1024, max_encoded_tokens=8192)
+"""A GPU does one step at a time, and many rows take it as long as few."""
 
 
 class OnnxBundleLoader:
     """A BundleLoader."""
 
-    def __init__(self, config: OnnxConfig, scheduler: SchedulerConfig) -> None:
+    def __init__(self, config: OnnxConfig, scheduler: SchedulerConfig, on_a_gpu: SchedulerConfig = ON_A_GPU) -> None:
+        """Store the parts; `on_a_gpu` holds for models in fp16."""
+        assert on_a_gpu.threads == 1, "a model on a GPU is used by one thread"
         self._config = config
         self._scheduler = scheduler
+        self._on_a_gpu = on_a_gpu
 
     def load(self, bundle: Path, compute_type: ComputeType | None = None) -> BatchingEngine:
-        """Check every digest and load; raises ModelDamaged. A bundle without int8 is loaded as float32."""
+        """Check every digest and load; raises ModelDamaged. A bundle without int8 or fp16 is loaded as float32, on the
+        CPU."""
         config = self._fitting(read_manifest(bundle), compute_type or self._config.compute_type)
         manifest = verify(bundle, to_translate=config.compute_type)
         header = manifest.header
         try:
-            model = OnnxModel.load(bundle, header.architecture, config)
+            decoder = _open_decoder(bundle, header.architecture, config)
             subwords = Subwords.load(bundle / SUBWORDS_FILE)
         except _CANNOT_LOAD as error:
             name = type(error).__name__  # its text names paths of this machine
             raise ModelDamaged(f"the bundle is as it was published, but cannot be loaded: {name}") from error
         text = SentenceText(subwords, header.max_sentence_tokens)
-        return BatchingEngine(OnnxDecoder(model), text, manifest.size_bytes(config.compute_type), self._scheduler)
+        scheduler = self._on_a_gpu if config.compute_type is ComputeType.FP16 else self._scheduler
+        return BatchingEngine(decoder, text, manifest.size_bytes(config.compute_type), scheduler)
 
     def _fitting(self, manifest: Manifest, compute_type: ComputeType) -> OnnxConfig:
+        run_id = manifest.header.lineage.run_id
         if compute_type is ComputeType.INT8 and not manifest.has_int8:
-            _log.warning("the model of run %s has no int8 graphs: loaded as fp32", manifest.header.lineage.run_id)
+            _log.warning("the model of run %s has no int8 graphs: loaded as fp32", run_id)
             compute_type = ComputeType.FP32
-        return replace(self._config, compute_type=compute_type)
+        if compute_type is ComputeType.FP16 and not manifest.has_fp16:
+            _log.warning("the model of run %s has no fp16 graphs, so no GPU can run it: loaded as fp32", run_id)
+            compute_type = ComputeType.FP32
+        if compute_type is ComputeType.FP16:
+            return replace(self._config, compute_type=compute_type)
+        return replace(self._config, compute_type=compute_type, device=CPU, cuda_graphs=False)
+
+
+def open_device_model(config: OnnxConfig, load: Callable[[OnnxConfig], DeviceModel]) -> DeviceModel:
+    """Return the model that `load` returns; without CUDA graphs if they are refused, at the latest when a first step is
+    captured."""
+    if config.cuda_graphs:
+        try:
+            model = load(config)
+            _take_a_step(model)
+            return model
+        except Exception as error:  # noqa: BLE001 (a model that cannot be loaded at all is found out below)
+            _log.warning("CUDA graphs are refused, so steps are run node by node: %s", error)
+    return load(replace(config, cuda_graphs=False))
+
+
+def _take_a_step(model: DeviceModel) -> None:
+    batch = DeviceRunningBatch(model, 1)
+    batch.admit([(EOS,)])
+    batch.step(np.array([[BOS]]), np.array([[0]]), 1)
+
+
+def _open_decoder(bundle: Path, architecture: Architecture, config: OnnxConfig) -> Decoder:
+    if config.compute_type is not ComputeType.FP16:
+        return OnnxDecoder(OnnxModel.load(bundle, architecture, config))
+    return DeviceDecoder(open_device_model(config, lambda config: DeviceModel.load(bundle, architecture, config)))
 
 
 class OnnxDecoder:
@@ -70,3 +116,14 @@ class OnnxDecoder:
     def batch(self, width: int, *, attention: bool = False) -> RunningBatch:
         """Return an empty batch with `width` rows per sentence."""
         return OnnxRunningBatch(self._model, width, attention=attention)
+
+
+class DeviceDecoder:
+    """A search.Decoder over a model on a GPU. It and its batches are used by one thread."""
+
+    def __init__(self, model: DeviceModel) -> None:
+        self._model = model
+
+    def batch(self, width: int, *, attention: bool = False) -> RunningBatch:
+        """Return an empty batch with `width` rows per sentence."""
+        return DeviceRunningBatch(self._model, width, attention=attention)

@@ -20,17 +20,26 @@ from ferryman_service.bundle.manifest import Architecture, graph_files
 from ferryman_service.domain.translation import ComputeType
 
 CPU: Final = "cpu"
+CUDA: Final = "cuda"
 _DISABLED_OPTIMIZERS: Final = ["SkipLayerNormFusion"]  # on a CPU the fused node takes longer than its parts
 
 
 @dataclass(frozen=True, kw_only=True)
 class OnnxConfig:
-    """How graphs are run. One thread per call is the fastest for models this small: run calls in parallel instead."""
+    """How graphs are run. One thread per call is the fastest for models this small: run calls in parallel instead.
+
+    `device` is CPU or CUDA (the first GPU; FP16 alone runs there). `cuda_graphs`: steps are captured and replayed.
+    """
 
     compute_type: ComputeType = ComputeType.FP32
     intra_op_threads: int = 1
+    device: str = CPU
+    cuda_graphs: bool = False
 
     def __post_init__(self) -> None:
+        assert self.device in (CPU, CUDA), f"device is {self.device!r}, must be {CPU} or {CUDA}"
+        assert self.device == CPU or self.compute_type is ComputeType.FP16, "on a GPU only fp16 runs"
+        assert self.device == CUDA or not self.cuda_graphs, "CUDA graphs are for CUDA"
         assert self.intra_op_threads > 0, "intra_op_threads must be positive"
 
 
@@ -47,7 +56,7 @@ class OnnxModel:
         self.decoder = decoder
         self.embedding = embedding
         self.architecture = architecture
-        self.logits_width = next(int(out.shape[1]) for out in decoder.get_outputs() if out.name == graph_io.LOGITS)
+        self.logits_width = _logits_width(decoder)
         """V, and the padding that the graph has behind it."""
         self._encoder = encoder
         self._cross_names = graph_io.keys_values_names("cross", architecture.decoder_layers)
@@ -55,7 +64,7 @@ class OnnxModel:
     @classmethod
     def load(cls, bundle: Path, architecture: Architecture, config: OnnxConfig) -> OnnxModel:
         """Load the graphs. Raises ONNX Runtime's errors for bad graphs, OSError and ValueError for bad files."""
-        options = _session_options(config)
+        options = session_options(config)
         files = graph_files(config.compute_type)
         encoder, decoder = (
             onnxruntime.InferenceSession(
@@ -89,7 +98,16 @@ class OnnxModel:
         return found
 
 
-def _session_options(config: OnnxConfig) -> onnxruntime.SessionOptions:
+def _logits_width(decoder: onnxruntime.InferenceSession) -> int:
+    """Return the number of columns; raises ValueError if the graph gives no logits."""
+    for output in decoder.get_outputs():
+        if output.name == graph_io.LOGITS:
+            return int(output.shape[1])
+    raise ValueError("the decoder gives no logits")
+
+
+def session_options(config: OnnxConfig) -> onnxruntime.SessionOptions:
+    """Return what all sessions have in common."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = config.intra_op_threads
     options.inter_op_num_threads = 1

@@ -26,6 +26,9 @@ from ferryman_service.translation.onnx_model import CPU, OnnxModel
 _FIRST_PLACES: Final = 4
 _FIRST_POSITIONS: Final = 64
 _SOURCE_STEP: Final = 8
+_EMPTY_PLACES: Final = 1 / 16
+"""How large a share of the places that a step computes may be empty: to fill them takes time too, and new sentences
+do."""
 _SIMILAR: Final = 0.75
 """Sentences are encoded together if the shortest has at least this share of the longest one's length."""
 
@@ -49,11 +52,13 @@ class OnnxRunningBatch:
         self._present_names = graph_io.keys_values_names("present", architecture.decoder_layers)
         self._place_S: Integers = np.empty(0, np.int64)
         self._row_SW: Integers = np.empty((0, width), np.int64)
+        self._places = 0  # what a step computes: up to the highest place that is taken
         self._in_place = True  # sentence s is at place s, and its row w at row s * W + w
         self._attention_PHWL: Floats = np.empty(0, np.float32)
         self._ranks_W = np.arange(width)
         self._cache, self._cross = _Storage(), _Storage()
         self._past_length_R: NDArray[np.int32] = np.zeros(0, np.int32)
+        self._lives_R: NDArray[np.int32] = np.zeros(0, np.int32)
         self._source_length_P: NDArray[np.int32] = np.zeros(0, np.int32)
         self._entry_RT: Integers = np.zeros((0, 0), np.int64)
         self._entries = 1
@@ -76,7 +81,7 @@ class OnnxRunningBatch:
     @property
     def size_bytes(self) -> int:
         """How much memory the caches take."""
-        return self._cache.array.nbytes + self._cross.array.nbytes
+        return self._cache.size_bytes + self._cross.size_bytes
 
     def admit(self, sources: Sequence[Sequence[int]]) -> None:
         """Encode sentences and put them behind those in the batch."""
@@ -92,13 +97,17 @@ class OnnxRunningBatch:
                 cross_PHLE[place_G, :, :length] = encoded_GHLE
         self._source_length_P[places] = [len(source) for source in sources]
         row_SW = places[:, None] * self._width + self._ranks_W
-        self._past_length_R[row_SW] = 0
+        self._past_length_R[row_SW], self._lives_R[row_SW] = 0, 1
         self._place_S = np.concatenate((self._place_S, places))
         self._row_SW = np.concatenate((self._row_SW, row_SW))
         self._note_order()
 
     def keep(self, kept_S: Integers) -> None:
         """Let all sentences leave but these."""
+        leaves_S = np.ones(self.sentences, bool)
+        leaves_S[kept_S] = False
+        leaving_RW = self._row_SW[leaves_S]
+        self._past_length_R[leaving_RW], self._lives_R[leaving_RW] = 0, 0
         self._place_S, self._row_SW = self._place_S[kept_S], self._row_SW[kept_S]
         self._note_order()
         if not len(kept_S):
@@ -111,11 +120,9 @@ class OnnxRunningBatch:
         k = min(k, self._model.architecture.vocabulary_size)
         self._run(tokens_SW, parents_SW, k)
         log_prob_RK, token_RK = self._best
-        rows = self.sentences * self._width
-        log_prob_RK, token_RK = log_prob_RK[:rows], token_RK[:rows]
-        shape = *tokens_SW.shape, k
         if self._in_place:
-            return Candidates(log_prob_RK.reshape(shape), token_RK.reshape(shape))
+            rows, shape = tokens_SW.size, (*tokens_SW.shape, k)
+            return Candidates(log_prob_RK[:rows].reshape(shape), token_RK[:rows].reshape(shape))
         return Candidates(log_prob_RK.take(self._row_SW, 0), token_RK.take(self._row_SW, 0))
 
     def step_logits(self, tokens_SW: Integers, parents_SW: Integers) -> Floats:
@@ -134,12 +141,11 @@ class OnnxRunningBatch:
 
     def _run(self, tokens_SW: Integers, parents_SW: Integers, k: int) -> None:
         """Take a step; the outputs then lie in the buffers that the binding names."""
-        sentences = len(self._place_S)
         if self._width > 1:
             self._reorder(parents_SW)
-        if sentences and int(self._place_S.max()) >= sentences:
+        if self._places - self.sentences > self._places * _EMPTY_PLACES:
             self._make_dense()
-        rows = sentences * self._width
+        rows = self._places * self._width
         past_length_R = self._past_length_R[:rows]
         longest = int(past_length_R.max())
         if longest >= self._room:
@@ -148,16 +154,16 @@ class OnnxRunningBatch:
         if self._in_place:
             token_R = tokens_SW.reshape(-1)
         else:
-            token_R = np.empty(rows, np.int64)
+            token_R = np.zeros(rows, np.int64)
             token_R[self._row_SW] = tokens_SW
         self._model.embedding.of_rows(token_R, past_length_R, longest, self._x_RD[:rows])
         self._total_length[...] = longest + 1
         if self._model.architecture.rotates:
             self._position_R1[:rows, 0] = past_length_R
-        shapes = sentences, k, self._room, self._source_room, self._cross.array.shape[1]
+        shapes = self._places, k, self._room, self._source_room, self._cross.array.shape[1]
         binding = self._bindings.get(shapes)
         if binding is None:
-            binding = self._bindings[shapes] = self._bind(sentences, k)
+            binding = self._bindings[shapes] = self._bind(self._places, k)
         if self._attention:
             # Memory of one's own is refused: ONNX infers the shape of this output as if there were no source.
             binding.bind_output(graph_io.ATTENTION, CPU)
@@ -166,7 +172,7 @@ class OnnxRunningBatch:
             self._attention_PHWL = binding.get_outputs()[-1].numpy()
         if self._width > 1:
             self._number_entries(past_length_R)
-        past_length_R += 1
+        past_length_R += self._lives_R[:rows]
 
     def _reorder(self, parents_SW: Integers) -> None:
         """Give every row a place that holds its parent's cache."""
@@ -212,7 +218,9 @@ class OnnxRunningBatch:
         self._entries += rows
 
     def _note_order(self) -> None:
-        self._in_place = bool((self._row_SW.reshape(-1) == np.arange(self._row_SW.size)).all())
+        self._places = int(self._place_S.max(initial=-1)) + 1
+        order_R = self._row_SW.reshape(-1)
+        self._in_place = self._places == self.sentences and bool((order_R == self._row_R[: len(order_R)]).all())
 
     def _free_places(self, wanted: int, length: int) -> Integers:
         """Return places for new sentences of at most `length` source positions, making room as needed."""
@@ -243,6 +251,7 @@ class OnnxRunningBatch:
             self._cache.array[:, target_R, :, :length] = self._cache.array[:, source_R, :, :length]
             self._entry_RT[target_R, :length] = self._entry_RT[source_R, :length]
         self._past_length_R[target_R] = self._past_length_R[source_R]
+        self._past_length_R[source_R], self._lives_R[source_R], self._lives_R[target_R] = 0, 0, 1
         self._row_SW[mover_M] += ((target_M - source_M) * width)[:, None]
         self._place_S[mover_M] = target_M
         self._note_order()
@@ -267,8 +276,9 @@ class OnnxRunningBatch:
     def _grow(self, places: int) -> None:
         """Make the small buffers long enough for so many sentences."""
         rows = places * self._width
-        self._past_length_R = _longer(self._past_length_R, rows)
-        self._source_length_P = _longer(self._source_length_P, places)
+        self._past_length_R = _longer(self._past_length_R, rows, 0)
+        self._lives_R = _longer(self._lives_R, rows, 0)
+        self._source_length_P = _longer(self._source_length_P, places, 1)
         self._x_RD = np.zeros((rows, self._model.architecture.d_model), np.float32)
         self._position_R1 = np.zeros((rows, 1), np.int64)
         self._row_R = np.arange(rows)
@@ -320,6 +330,11 @@ class _Storage:
         self._flat: Floats = np.zeros(0, np.float32)
         self.array: Floats = self._flat.reshape(0, 0, 0, 0, 0)
 
+    @property
+    def size_bytes(self) -> int:
+        """How much memory is held, used or not."""
+        return self._flat.nbytes
+
     def lay_out(self, shape: tuple[int, int, int, int, int], *, keep: bool) -> bool:
         """Give the array this shape, with what it holds if that is to be kept; tell whether it lies in new memory.
 
@@ -348,19 +363,19 @@ class _Storage:
 _KEPT_BYTES: Final = 32 << 20
 
 
-def _longer(array: NDArray[np.int32], length: int) -> NDArray[np.int32]:
-    longer = np.ones(length, np.int32)
+def _longer(array: NDArray[np.int32], length: int, fill: int) -> NDArray[np.int32]:
+    longer = np.full(length, fill, np.int32)
     longer[: len(array)] = array
     return longer
 
 
 def _bind_input(binding: onnxruntime.IOBinding, name: str, buffer: NDArray[Any], shape: tuple[int, ...]) -> None:
     """Bind the beginning of a buffer; the buffer must outlive the binding."""
-    binding.bind_input(name, CPU, 0, buffer.dtype, shape, buffer.ctypes.data)
+    binding.bind_input(name, CPU, 0, buffer.dtype, shape, buffer.__array_interface__["data"][0])
 
 
 def _bind_output(binding: onnxruntime.IOBinding, name: str, buffer: NDArray[Any], shape: tuple[int, ...]) -> None:
-    binding.bind_output(name, CPU, 0, buffer.dtype, shape, buffer.ctypes.data)
+    binding.bind_output(name, CPU, 0, buffer.dtype, shape, buffer.__array_interface__["data"][0])
 
 
 def _rounded(length: int, step: int = _SOURCE_STEP) -> int:

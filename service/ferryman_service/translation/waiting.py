@@ -58,7 +58,7 @@ class WaitingLine:
     def take(self) -> Waiting:
         """Take who is next, and let virtual time pass."""
         waiting = heapq.heappop(self._heap)
-        self._now = max(self._now, waiting.start)
+        self._now = max(self._now, waiting.start) + waiting.cost / self._weight
         self._forget(waiting)
         return waiting
 

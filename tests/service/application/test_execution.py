@@ -15,14 +15,23 @@ from ferryman_service.application.execution import (
 )
 from ferryman_service.application.ports import TrainedModel
 from ferryman_service.application.reporting import ReporterConfig
-from ferryman_service.bundle.manifest import CONTENT_FILES, WEIGHTS_FILE, Architecture, ManifestHeader, seal
+from ferryman_service.bundle.manifest import (
+    CONTENT_FILES,
+    INT8_FILES,
+    WEIGHTS_FILE,
+    Architecture,
+    ManifestHeader,
+    read_manifest,
+    seal,
+    settle_int8,
+)
 from ferryman_service.domain.corpora import CorpusHeader, SentencePair, Split
 from ferryman_service.domain.errors import DiskFull, StoreUnavailable
-from ferryman_service.domain.models import ModelLineage, ModelReference, ModelScores
+from ferryman_service.domain.models import Int8Scores, ModelLineage, ModelReference, ModelScores
 from ferryman_service.domain.records import EventLevel, RunEvent, RunState, StateChange, StepMetrics
 from ferryman_service.domain.runs import FailureReason, TrainingFailed
 from ferryman_service.domain.training import DiskIsFull, PauseRequested, RunCancelled, StopRequested
-from ferryman_service.domain.translation import Hypothesis, Timings, Translation
+from ferryman_service.domain.translation import ComputeType, Hypothesis, Timings, Translation
 from ferryman_service.stores.corpora import CorpusLimits, FileCorpusStore
 from ferryman_service.stores.database import open_database, upgrade
 from ferryman_service.stores.layout import DataFolder
@@ -34,10 +43,10 @@ SCORES = ModelScores(bleu=1.0, chrf=2.0, nll_per_token=3.0, weights="best", step
 
 
 class PlayedEngine:
-    """Reports one event, then does what the test says."""
+    """Reports one event, then does what the test says. `held_out` are the pairs that int8 is measured on."""
 
-    def __init__(self, act=lambda reporter: None):
-        self.act = act
+    def __init__(self, act=lambda reporter: None, held_out=()):
+        self.act, self.held_out = act, held_out
 
     def train(self, job, reporter):
         reporter.event(EventLevel.INFO, "TRAINED", job.run_id)
@@ -50,22 +59,29 @@ class PlayedEngine:
             scores=SCORES,
             parameters=7,
             check_sentences=("a", "b"),
+            held_out=self.held_out,
         )
 
 
 class Echo:
-    """A translator that gives back what the test says, word for word."""
+    """A translator that gives back what the test says, word for word. `seen` is what it translated, and how."""
 
-    def __init__(self, score=-1.0, tokens=(5,)):
-        self.score, self.tokens = score, tokens
+    def __init__(self, score=-1.0, tokens=(5,), text="x"):
+        self.score, self.tokens, self.text = score, tokens, text
+        self.seen = []
+        self.closed = False
 
     def translate(self, sentences, options, token):
+        assert not self.closed
+        self.seen.append((list(sentences), options.beam_size))
         hypothesis = Hypothesis(
-            text="x", score=self.score, log_probability=-1.0, target_tokens=2, finished=True, tokens=self.tokens
+            text=self.text, score=self.score, log_probability=-1.0, target_tokens=2, finished=True, tokens=self.tokens
         )
-        return [Translation(hypotheses=[hypothesis], source_tokens=1) for _ in sentences], Timings(
-            queue_ns=0, text_ns=0, encode_ns=0, decode_ns=0
-        )
+        return [Translation(hypotheses=[hypothesis], source_tokens=1) for _ in sentences], Timings()
+
+    def close(self):
+        assert not self.closed
+        self.closed = True
 
 
 def write_bundle(bundle, lineage, files):
@@ -79,19 +95,28 @@ def write_bundle(bundle, lineage, files):
 
 
 class PlayedExporter:
-    """Writes a bundle whose graphs are empty files."""
+    """Writes a bundle whose graphs are empty files, and loads it. BLEU is the number that the first text is."""
 
-    def __init__(self, exported, reference):
-        self.exported, self.trained = exported, reference
+    def __init__(self, exported, reference, int8):
+        self.trained = reference
+        self.loads = {ComputeType.FP32: exported, ComputeType.INT8: int8}
 
     def export(self, trained, lineage, bundle):
-        write_bundle(bundle, lineage, CONTENT_FILES)
+        write_bundle(bundle, lineage, (*CONTENT_FILES, *INT8_FILES))
 
     def reference(self, trained):
         return self.trained
 
-    def load(self, bundle):
-        return self.exported
+    def load(self, bundle, compute_type):
+        assert bundle.exists()
+        return self.loads[compute_type]
+
+    def bleu(self, translations, references):
+        assert references == ["y"] * len(translations)
+        return float(translations[0])
+
+    def settle_int8(self, bundle, scores, *, keep):
+        settle_int8(bundle, scores, keep=keep)
 
 
 @pytest.fixture
@@ -125,13 +150,13 @@ class House:
         run_dir.mkdir(parents=True, exist_ok=True)
         return run, run_dir
 
-    def ports(self, act=lambda reporter: None, exported=None, reference=None, **changes):
-        exporter = PlayedExporter(exported or Echo(), reference or Echo())
+    def ports(self, act=lambda reporter: None, exported=None, reference=None, int8=None, held_out=(), **changes):
+        exporter = PlayedExporter(exported or Echo(), reference or Echo(), int8 or Echo())
         values = {
             "runs": self.runs,
             "corpora": self.corpora,
             "models": self.models,
-            "engine": PlayedEngine(act),
+            "engine": PlayedEngine(act, held_out),
             "exporter": exporter,
             "loader": exporter,
             "log_tail": lambda run_id, attempt: f"tail {attempt}",
@@ -459,6 +484,52 @@ def test_a_model_that_translates_otherwise_is_not_published(house, new_run):
 def test_a_tie_broken_the_other_way_is_no_mismatch(house, new_run):
     _, run = house.work(new_run, exported=Echo(tokens=(5,)), reference=Echo(tokens=(6,), score=-1.0000001))
     assert run.state is RunState.SUCCEEDED
+
+
+PAIRS = (("x", "y"), ("z", "y"))
+
+
+def manifest_of_the_only_model(house):
+    return read_manifest(house.models.bundle_dir(house.models.resolve(ModelReference(name="en-de"))))
+
+
+@pytest.mark.parametrize(("int8_bleu", "kept"), [("30.5", True), ("29.71", True), ("31", True), ("29.5", False)])
+def test_int8_is_kept_if_it_costs_little(house, new_run, int8_bleu, kept):
+    exact, int8 = Echo(text="30"), Echo(text=int8_bleu)
+    succeeded, run = house.work(new_run, exported=exact, int8=int8, held_out=PAIRS)
+    assert succeeded
+    manifest = manifest_of_the_only_model(house)
+    assert manifest.header.int8 == Int8Scores(pairs=2, fp32_bleu=30.0, int8_bleu=float(int8_bleu))
+    assert manifest.has_int8 is kept
+    event = [payload for payload in house.payloads(run.run_id) if isinstance(payload, RunEvent)][-1]
+    expected = (EventLevel.INFO, "INT8_CHECKED") if kept else (EventLevel.WARNING, "INT8_LEFT_OUT")
+    assert (event.level, event.code) == expected
+    assert f"2 held-out pairs, greedy: 30.00 in fp32, {float(int8_bleu):.2f} in int8" in event.message
+    assert exact.seen[-1] == int8.seen[-1] == (["x", "z"], 1)
+    assert exact.closed and int8.closed
+
+
+def test_a_score_that_is_no_number_is_too_low(house, new_run):
+    succeeded, _ = house.work(new_run, exported=Echo(text="30"), int8=Echo(text="nan"), held_out=PAIRS)
+    assert succeeded
+    assert not manifest_of_the_only_model(house).has_int8
+
+
+def test_without_held_out_pairs_nobody_measures_int8(house, new_run):
+    int8 = Echo()
+    _, run = house.work(new_run, int8=int8)
+    assert int8.seen == []
+    assert manifest_of_the_only_model(house).header.int8 is None
+    codes = [getattr(payload, "code", "") for payload in house.payloads(run.run_id)]
+    assert not any(code.startswith("INT8") for code in codes)
+
+
+def test_models_that_were_loaded_to_be_checked_are_closed_whatever_happens(house, new_run):
+    exact, int8 = Echo(text="30"), Echo(text="no number")
+    with pytest.raises(ValueError, match="no number"):
+        house.work(new_run, exported=exact, int8=int8, held_out=PAIRS)
+    assert exact.closed and int8.closed
+    assert list(house.folder.staging.iterdir()) == []
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import pytest
 from ferryman_service.application.loaded_models import LoadedModels, LoadingLimits
 from ferryman_service.domain.errors import ModelDamaged, ModelNotFound, ModelTooLarge, ServerShuttingDown
 from ferryman_service.domain.models import ModelReference
+from tests.fakes.leases import leased
 
 LATEST = ModelReference(name="m")
 PRODUCTION = ModelReference(name="m", alias="production")
@@ -30,7 +31,7 @@ def test_a_lease_loads_and_warms_up_once(make_loaded, publish, loader):
     with loaded.lease(version) as first, loaded.lease(version) as second:
         assert first is second
         assert first.warmed_up
-    with loaded.lease_reference(LATEST) as (found, third):
+    with leased(loaded, LATEST) as (found, third):
         assert (found, third) == (version, first)
     assert loader.loads == ["m/1"]
     [model] = loaded.loaded()
@@ -206,7 +207,7 @@ def test_a_version_that_is_gone_is_not_called_damaged(make_loaded, publish, mode
     models.delete_version("m", 1)
     with pytest.raises(ModelNotFound), loaded.lease(version):
         pass
-    with pytest.raises(ModelNotFound), loaded.lease_reference(LATEST):
+    with pytest.raises(ModelNotFound), leased(loaded, LATEST):
         pass
 
 
@@ -227,7 +228,7 @@ def test_a_name_that_moves_on_before_the_lease_is_resolved_again(make_loaded, pu
 
 
 def _used(loaded, reference):
-    with loaded.lease_reference(reference) as (version, translator):
+    with leased(loaded, reference) as (version, translator):
         yield version.reference, translator.translate(["x"], None, None)[0][0].hypotheses[0].text
 
 
@@ -235,7 +236,7 @@ def test_a_reference_to_nothing_is_not_found(make_loaded, publish):
     loaded = make_loaded()
     publish()
     for reference in (ModelReference(name="m", version=2), PRODUCTION, ModelReference(name="n")):
-        with pytest.raises(ModelNotFound), loaded.lease_reference(reference):
+        with pytest.raises(ModelNotFound), leased(loaded, reference):
             pass
 
 

@@ -1,6 +1,7 @@
 """The short way to a leased model is never an outdated one."""
 
 import asyncio
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -77,6 +78,25 @@ async def test_what_changes_while_it_is_resolved_is_not_missed(serve, counting, 
     publish()
     counting.on_resolve = lambda: (setattr(counting, "on_resolve", lambda: None), publish())
     assert await serve() == 1, "it was the latest when it was asked for"
+    assert await serve() == 2
+
+
+async def test_a_slow_answer_does_not_replace_a_newer_one(serve, counting, publish):
+    publish()
+    resolved, go_on = threading.Event(), threading.Event()
+
+    def hold():
+        counting.on_resolve = lambda: None
+        resolved.set()
+        assert go_on.wait(10)
+
+    counting.on_resolve = hold
+    slow = asyncio.create_task(serve())
+    await asyncio.to_thread(resolved.wait, 10)
+    publish()
+    assert await serve() == 2
+    go_on.set()
+    assert await slow == 1
     assert await serve() == 2
 
 

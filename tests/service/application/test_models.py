@@ -16,6 +16,7 @@ from ferryman_service.domain.errors import (
     RoleNotServed,
 )
 from ferryman_service.domain.models import ModelReference
+from tests.fakes.leases import leased
 
 PRODUCTION = ModelReference(name="m", alias="production")
 
@@ -52,7 +53,7 @@ async def test_an_alias_moves_after_its_new_target_is_loaded(use_cases, models, 
     loader.gate.clear()
     moving = asyncio.ensure_future(use_cases.set_alias("m", "production", 2))
     await until(loader.began)
-    with loaded.lease_reference(PRODUCTION) as (version, _):
+    with leased(loaded, PRODUCTION) as (version, _):
         assert version == old, "until it is loaded, the old one serves"
     loader.gate.set()
     assert (await moving).aliases[0].version == 2

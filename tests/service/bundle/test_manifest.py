@@ -1,5 +1,6 @@
 """A bundle's manifest: written, read, checked; every kind of damage is named."""
 
+import dataclasses
 import hashlib
 import json
 
@@ -7,8 +8,9 @@ import pytest
 
 from ferryman_service.bundle import manifest as bundles
 from ferryman_service.domain.errors import ModelDamaged
-from ferryman_service.domain.models import ModelLineage, ModelScores
+from ferryman_service.domain.models import Int8Scores, ModelLineage, ModelScores
 from ferryman_service.domain.recipe import resolve_recipe
+from ferryman_service.domain.translation import ComputeType
 
 
 @pytest.fixture
@@ -35,6 +37,15 @@ def bundle(tmp_path, header):
         (tmp_path / name).write_bytes(f"content of {name}".encode())
     bundles.seal(tmp_path, header)
     return tmp_path
+
+
+@pytest.fixture
+def int8_bundle(bundle, header):
+    """The same with int8 files and weights."""
+    for name in (*bundles.INT8_FILES, bundles.WEIGHTS_FILE):
+        (bundle / name).write_bytes(f"content of {name}".encode())
+    bundles.seal(bundle, header)
+    return bundle
 
 
 def edit_manifest(bundle, change):
@@ -112,9 +123,10 @@ def test_a_manifest_names_no_other_files(bundle, name):
         bundles.read_manifest(bundle)
 
 
-def test_another_format_version_says_what_to_do(bundle):
-    edit_manifest(bundle, lambda values: values.update(format_version=99))
-    with pytest.raises(ModelDamaged, match="format version 99"):
+@pytest.mark.parametrize("version", [1, 2, 99, "3", None])
+def test_another_format_version_says_what_to_do(bundle, version):
+    edit_manifest(bundle, lambda values: values.update(format_version=version))
+    with pytest.raises(ModelDamaged, match=f"format version {version!r}, this server reads 3: .*train the model again"):
         bundles.read_manifest(bundle)
 
 
@@ -128,3 +140,91 @@ def test_json_that_is_no_object_is_damage(bundle, content):
 def test_sealing_needs_every_file(tmp_path, header):
     with pytest.raises(FileNotFoundError):
         bundles.seal(tmp_path, header)
+
+
+def test_what_may_be_absent_is_all_there_or_not_at_all(int8_bundle, header):
+    manifest = bundles.verify(int8_bundle)
+    assert set(manifest.files) == {*bundles.CONTENT_FILES, *bundles.INT8_FILES, bundles.WEIGHTS_FILE}
+    for name in bundles.INT8_FILES:
+        (int8_bundle / name).rename(int8_bundle / "aside")
+        bundles.seal(int8_bundle, header)
+        with pytest.raises(ModelDamaged, match="names"):
+            bundles.read_manifest(int8_bundle)
+        (int8_bundle / "aside").rename(int8_bundle / name)
+
+
+def test_int8_is_there_if_its_files_are(bundle, header):
+    assert not bundles.read_manifest(bundle).has_int8
+    for name in bundles.INT8_FILES:
+        (bundle / name).write_bytes(b"x")
+    assert bundles.seal(bundle, header).has_int8
+
+
+@pytest.mark.parametrize(
+    ("compute_type", "needed"),
+    [
+        (ComputeType.FP32, set(bundles.CONTENT_FILES)),
+        (ComputeType.INT8, {*bundles.INT8_FILES, bundles.SUBWORDS_FILE}),
+    ],
+)
+def test_a_compute_type_needs_its_own_files_alone(int8_bundle, compute_type, needed):
+    manifest = bundles.read_manifest(int8_bundle)
+    assert manifest.size_bytes(compute_type) == sum((int8_bundle / name).stat().st_size for name in needed)
+    for name in manifest.files:
+        path = int8_bundle / name
+        content = path.read_bytes()
+        path.write_bytes(b"y" * len(content))
+        if name in needed:
+            with pytest.raises(ModelDamaged, match=name):
+                bundles.verify(int8_bundle, to_translate=compute_type)
+        else:
+            bundles.verify(int8_bundle, to_translate=compute_type)
+            with pytest.raises(ModelDamaged, match=name):
+                bundles.verify(int8_bundle)
+        path.write_bytes(content)
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_settling_int8_changes_nothing_else(int8_bundle, header, keep):
+    scores = Int8Scores(pairs=1000, fp32_bleu=34.5, int8_bleu=34.25)
+    assert bundles.settle_int8(int8_bundle, scores, keep=keep) == bundles.verify(int8_bundle)
+    manifest = bundles.verify(int8_bundle)
+    assert (manifest.header.int8, manifest.has_int8) == (scores, keep)
+    assert dataclasses.replace(manifest.header, int8=None) == header
+    assert bundles.WEIGHTS_FILE in manifest.files
+    assert {path.name for path in int8_bundle.iterdir()} == {*manifest.files, bundles.MANIFEST_FILE}
+    bundles.settle_int8(int8_bundle, scores, keep=keep)  # a second time does no harm
+
+
+def test_every_compute_type_has_graphs_of_its_own():
+    names = [name for one in ComputeType for name in vars(bundles.graph_files(one)).values()]
+    assert len(set(names)) == len(names)
+
+
+@pytest.fixture
+def fp16_bundle(bundle, header):
+    """A bundle with fp16 files alone."""
+    for name in bundles.FP16_FILES:
+        (bundle / name).write_bytes(f"content of {name}".encode())
+    bundles.seal(bundle, header)
+    return bundle
+
+
+def test_translating_on_a_gpu_needs_the_embedding_too(fp16_bundle):
+    manifest = bundles.read_manifest(fp16_bundle)
+    assert (manifest.has_fp16, manifest.has_int8) == (True, False)
+    (fp16_bundle / bundles.DECODER_FILE).write_bytes(b"is not read")
+    bundles.verify(fp16_bundle, to_translate=ComputeType.FP16)
+    for name in (*bundles.FP16_FILES, bundles.EMBEDDING_FILE, bundles.SUBWORDS_FILE):
+        content = (fp16_bundle / name).read_bytes()
+        (fp16_bundle / name).write_bytes(b"other")
+        with pytest.raises(ModelDamaged, match=name):
+            bundles.verify(fp16_bundle, to_translate=ComputeType.FP16)
+        (fp16_bundle / name).write_bytes(content)
+
+
+@pytest.mark.parametrize("name", bundles.FP16_FILES)
+def test_a_part_of_the_fp16_files_is_no_bundle(fp16_bundle, name):
+    edit_manifest(fp16_bundle, lambda values: values["files"].pop(name))
+    with pytest.raises(ModelDamaged, match="names"):
+        bundles.read_manifest(fp16_bundle)

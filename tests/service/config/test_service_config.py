@@ -53,3 +53,16 @@ def test_what_cannot_be_read_is_named(argv, environment, word, capsys):
 def test_what_cannot_work_is_refused(argv):
     with pytest.raises(ValueError, match=argv[0]):
         parse(*argv)
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--device", "cpu", "--compute-type", "fp16"], "is for CUDA; on a CPU use fp32 or int8"),
+        (["--device", "cuda", "--compute-type", "int8"], "is for a CPU; on CUDA use fp16"),
+        (["--device", "cuda", "--compute-type", "fp32"], "is for a CPU; on CUDA use fp16"),
+    ],
+)
+def test_arithmetic_that_the_device_has_not_is_refused(argv, words):
+    with pytest.raises(ValueError, match=words):
+        parse(*argv)

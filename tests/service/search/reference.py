@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from ferryman_service.domain.tokens import BOS, EOS, PAD
 from ferryman_service.domain.translation import EarlyStopping
 from ferryman_service.search.sentence import RawHypothesis, needs_logits
-from tests.fakes.decoder import fake_attention
+from tests.fakes.decoder import fake_attention, fake_logits
 
 CLOSE = 1e-5
 
@@ -111,7 +111,8 @@ class Reference:
 
     def distribution(self, tokens):
         """Return {token: (what to rank it by, its log-probability)} of all that may come."""
-        logits = [float(logit) for logit in self.model(self.source, (BOS, *tokens))]
+        answer = self.model(self.source, (BOS, *tokens))
+        logits = (answer if self.exact else fake_logits(answer)).tolist()
         log_probs = logits if self.exact else log_softmax(logits)
         if len(tokens) < len(self.search.prefix):
             forced = self.search.prefix[len(tokens)]

@@ -61,6 +61,11 @@ def test_the_pieces_are_the_text(parts, language):
     assert "".join(SentencexSplitter().split(text, language)) == text
 
 
+@pytest.mark.parametrize("space", ["\u00a0", "\u2028", "\u3000", "\x85"])
+def test_white_space_that_the_library_panics_at(space):
+    assert len(SentencexSplitter().split(f"Say A{space}. Now! Well?", "en")) == 3
+
+
 def test_a_panic_of_the_library_leaves_the_text_whole(monkeypatch):
     class PanicException(BaseException):
         pass

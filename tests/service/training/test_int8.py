@@ -93,7 +93,7 @@ def test_a_sentence_has_the_same_numbers_alone_in_company_and_joining_late(tmp_p
 
 def test_padding_columns_have_no_probability_whatever_the_range(tmp_path):
     network = random_network(IN_BLOCKS, d_model=16, heads=2)
-    ranges = {name: 1e-8 for name in measure_ranges(network, some_pairs(IN_BLOCKS))}
+    ranges = dict.fromkeys(measure_ranges(network, some_pairs(IN_BLOCKS)), 1e-8)
     batch = OnnxRunningBatch(open_graphs(tmp_path, network, ranges), 1)
     batch.admit([(5, EOS)])
     found = batch.step(np.array([[BOS]]), np.array([[0]]), 70)

@@ -192,6 +192,19 @@ def test_the_number_of_candidates_may_change(pair):
         np.testing.assert_array_equal(found.tokens_SWK, wanted.tokens_SWK)
 
 
+def test_shapes_that_come_back_find_other_memory(pair):
+    """The number of sentences and all rooms are as they were once, the memory is not."""
+    both = Both(pair, 2, seed=5)
+    both.admit_sources([(5, 6, 7, EOS), (8, 9, EOS), (10, EOS)])
+    both.step()
+    for source in [(*([7] * 90), EOS), (11, 12, EOS)] * 2:
+        both.ours.keep(np.array([0, 1]))
+        both.naive.keep(np.array([0, 1]))
+        both.admit_sources([source])
+        both.step()
+        both.step()
+
+
 def test_an_empty_batch_gives_its_memory_back(pair, monkeypatch):
     _, model = pair
     monkeypatch.setattr(running_batch, "_KEPT_BYTES", 1 << 20)
@@ -202,3 +215,13 @@ def test_an_empty_batch_gives_its_memory_back(pair, monkeypatch):
     assert batch.size_bytes > 10 * least_bytes
     batch.keep(np.empty(0, np.int64))
     assert batch.size_bytes < 2 * least_bytes
+
+
+def test_memory_that_was_given_back_is_not_used_again(pair, monkeypatch):
+    monkeypatch.setattr(running_batch, "_KEPT_BYTES", 1 << 10)
+    both = Both(pair, 3, seed=6)
+    for _ in range(3):
+        both.admit_sources([(*([7] * 20), EOS), (5, 6, EOS)])
+        for _ in range(4):
+            both.step()
+        both.leave(1.0)
