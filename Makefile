@@ -35,7 +35,7 @@ RATE ?=
 .NOTPARALLEL:
 .PHONY: help setup demo test check quick system protos protos-drift buf-lint lint types layers dockerfile wheel-smoke \
   bench-quality bench-quality-tok bench-export bench-training-cpu bench-training-gpu bench-overhead bench-corpora \
-  bench-serving-cpu bench-load bench-decode-step soak clean
+  bench-serving-cpu bench-serving-gpu bench-load bench-decode-step soak clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -130,6 +130,9 @@ bench-corpora: $(READY) ## memory and start-up time on 10 million sentence pairs
 bench-serving-cpu: $(READY) ## latency, throughput, memory and BLEU of the engine beside CTranslate2: [MODEL= DATA= QUICK=1]
 	@$(BIN)/python -m bench.serving_cpu $(if $(DATA),--data "$(DATA)") $(if $(MODEL),--model "$(MODEL)") \
 	  $(if $(QUICK),--quick)
+
+bench-serving-gpu: $(READY) ## translating on a GPU: floor, checks, latency and throughput in fp16, < 8 min
+	@$(BIN)/python -m bench.serving_gpu
 
 bench-load: $(READY) ## requests/s that the service holds, beside a plain server around CTranslate2: [MODEL= DATA= COMPUTE_TYPE= QUICK=1]
 	@$(BIN)/python -m bench.load $(if $(DATA),--data "$(DATA)") $(if $(MODEL),--model "$(MODEL)") \

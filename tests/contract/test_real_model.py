@@ -8,6 +8,7 @@ from ferryman_service.translation.loader import OnnxBundleLoader
 from ferryman_service.translation.onnx_model import OnnxConfig
 from ferryman_service.translation.scheduler import SchedulerConfig
 from tests.fakes.loopback_service import LoopbackService
+from tests.fakes.random_model import random_sentences
 
 INVALID = grpc.StatusCode.INVALID_ARGUMENT
 
@@ -34,6 +35,62 @@ def test_sentences_are_translated(service):
     for translation in empty:
         [hypothesis] = translation.hypotheses
         assert (hypothesis.text, hypothesis.score, hypothesis.finished, translation.source_tokens) == ("", 0, True, 0)
+
+
+def test_all_that_may_be_asked_of_a_translation(service):
+    asked = request(
+        "ba de fi ka", "hu le", n_best=2, beam_size=4, min_length=4, return_token_scores=True, return_alignment=True
+    )
+    asked.target_prefixes.extend(["zu ba", ""])
+    answer = service.translation_stub.Translate(asked)
+    assert all(one.text.startswith("zu ba") for one in answer.translations[0].hypotheses)
+    for translation in answer.translations:
+        assert len(translation.source_pieces) == translation.source_tokens
+        for one in translation.hypotheses:
+            assert len(one.pieces) == len(one.token_log_probabilities) == len(one.alignment) == one.target_tokens >= 4
+            assert sum(one.token_log_probabilities) == pytest.approx(one.log_probability, abs=1e-3)
+            assert max(one.alignment) < translation.source_tokens
+    timings = answer.timings
+    assert timings.steps >= max(one.target_tokens for one in answer.translations[0].hypotheses)
+    assert timings.mean_batch_rows >= 4
+    parts = [duration.ToNanoseconds() for duration in (timings.queue, timings.text, timings.encode, timings.decode)]
+    assert min(parts) > 0
+    assert max(parts) <= timings.total.ToNanoseconds()
+
+
+def test_samples_are_those_of_their_seed(service):
+    def sample(seed):
+        sampling = translation_pb2.Sampling(temperature=1.5, seed=seed)
+        answer = service.translation_stub.Translate(request("ba de fi", "hu ka", n_best=3, sampling=sampling))
+        return [one.text for translation in answer.translations for one in translation.hypotheses]
+
+    assert len(sample(1)) == 6
+    assert sample(1) == sample(1) != sample(2)
+
+
+def test_a_stream_translates_as_a_call_does(service):
+    sentences = random_sentences(150, seed=2)
+    options = translation_pb2.TranslateOptions(beam_size=3)
+    config = translation_pb2.StreamTranslateConfig(model="small", options=options, window=40)
+    numbered = [translation_pb2.StreamSentence(id=str(i), sentence=one) for i, one in enumerate(sentences)]
+    messages = [translation_pb2.StreamTranslateRequest(config=config)]
+    for first in range(0, 150, 30):
+        part = translation_pb2.StreamSentences(sentences=numbered[first : first + 30])
+        messages.append(translation_pb2.StreamTranslateRequest(sentences=part))
+    found = {}
+    for answer in service.translation_stub.StreamTranslate(iter(messages)):
+        for one in answer.translations:
+            assert one.id not in found
+            found[one.id] = one.translation.hypotheses[0].text
+    wanted = service.translation_stub.Translate(request(*sentences, beam_size=3))
+    assert [found[str(i)] for i in range(150)] == [one.hypotheses[0].text for one in wanted.translations]
+
+
+def test_a_target_prefix_without_room_is_named(service, refused):
+    asked = request("ba", "de", max_length=3)
+    asked.target_prefixes.extend(["", "zu ba le mi no pu"])
+    refusal = refused(service.translation_stub.Translate, asked)
+    assert (refusal.code, refusal.violations) == (INVALID, [("target_prefixes[1]", "PREFIX_TOO_LONG")])
 
 
 def test_sentences_over_the_limit_and_control_characters_are_all_named(service, refused):

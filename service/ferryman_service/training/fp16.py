@@ -16,9 +16,17 @@ import numpy as np
 import onnx
 
 from ferryman_service.bundle import graph_io
+from ferryman_service.domain.recipe import NormPlacement
 from ferryman_service.model.config import TransformerConfig
-from ferryman_service.training.graph_builder import GraphBuilder
-from ferryman_service.training.graphs import DecoderGraph, EncoderGraph, Products, Weights, padded_projection
+from ferryman_service.training.graph_builder import CONTRIB, GraphBuilder
+from ferryman_service.training.graphs import (
+    LAYER_NORM_EPSILON,
+    DecoderGraph,
+    EncoderGraph,
+    NetworkGraph,
+    Weights,
+    padded_projection,
+)
 
 _LEAST: Final = float(np.finfo(np.float16).min)
 _COLUMN_MULTIPLE: Final = 8
@@ -26,27 +34,32 @@ _COLUMN_MULTIPLE: Final = 8
 
 
 class Float16Products:
-    """Products of the graphs in 16 bits. The bias is added apart: so it can be fused with what follows."""
+    """Products of the graphs in 16 bits."""
 
-    element_type: Final = "float16"
+    element_type: str = "float16"
 
     def __init__(self, weights: Weights) -> None:
         self._weights = weights
 
     def linear(self, builder: GraphBuilder, x_ND: str, module: str) -> str:
         """Return x_ND times the module's matrix plus its bias."""
-        weight_DO = np.ascontiguousarray(self._weights[f"{module}.weight"].T).astype(np.float16)
-        bias_O = self._weights[f"{module}.bias"].astype(np.float16)
-        return builder.node(
-            "Add", [builder.node("MatMul", [x_ND, builder.constant(weight_DO)]), builder.constant(bias_O)]
-        )
+        return builder.node("Add", [self.product(builder, x_ND, module), self.bias(builder, module)])
+
+    def product(self, builder: GraphBuilder, x_ND: str, module: str) -> str:
+        """Return x_ND times the module's matrix."""
+        weight_DO = np.ascontiguousarray(self._weights[f"{module}.weight"].T).astype(self.element_type)
+        return builder.node("MatMul", [x_ND, builder.constant(weight_DO)])
+
+    def bias(self, builder: GraphBuilder, module: str) -> str:
+        """Return the module's bias."""
+        return builder.constant(self._weights[f"{module}.bias"].astype(self.element_type))
 
     def project(self, builder: GraphBuilder, x_ND: str, padding: int, name: str) -> str:
         """Return x_ND times the embedding matrix as float32, with so many more columns that are the least there is."""
-        matrix_DV = padded_projection(self._weights, padding).astype(np.float16)
+        matrix_DV = padded_projection(self._weights, padding).astype(self.element_type)
         logits_NV = builder.node("MatMul", [x_ND, builder.constant(matrix_DV)])
         if padding:
-            bias_V = np.zeros(matrix_DV.shape[1], np.float16)
+            bias_V = np.zeros(matrix_DV.shape[1], self.element_type)
             bias_V[-padding:] = _LEAST
             logits_NV = builder.node("Add", [logits_NV, builder.constant(bias_V)])
         return builder.cast(logits_NV, "float32", name=name)
@@ -57,13 +70,13 @@ class Float16Products:
 
 
 def device_encoder_graph(
-    config: TransformerConfig, weights: Weights, products: Products, max_length: int
+    config: TransformerConfig, weights: Weights, products: Float16Products, max_length: int
 ) -> onnx.ModelProto:
     """Return the encoder for sources of at most `max_length` tokens, with the decoder's cross-attention projections."""
     return _DeviceEncoder(config, weights, products, max_length).build()
 
 
-def device_decoder_graph(config: TransformerConfig, weights: Weights, products: Products) -> onnx.ModelProto:
+def device_decoder_graph(config: TransformerConfig, weights: Weights, products: Float16Products) -> onnx.ModelProto:
     """Return one step of the decoder."""
     return _DeviceDecoder(config, weights, products).build()
 
@@ -78,17 +91,43 @@ def reorder_graph() -> onnx.ModelProto:
     return builder.build()
 
 
-class _DeviceEncoder(EncoderGraph):
+class _DeviceForm(NetworkGraph):
+    """What both graphs have in common. With post-norm a sublayer's last bias, its residual connection and its norm are
+    one node; on a GPU nodes cost more than what they do."""
+
+    products: Float16Products
+
     def shape_of(self, x_ABD: str) -> str:
         """Return the input that holds the shape."""
         return self.builder.input(graph_io.SHAPE, "int64", [3])
 
+    def answer(self, x_ND: str, module: str) -> str:
+        """Return x_ND times the matrix of a sublayer's last module, for `leave`, which adds the bias."""
+        if self.config.norm is NormPlacement.PRE:
+            return self.linear(x_ND, module)
+        self._bias = self.products.bias(self.builder, module)
+        return self.products.product(self.builder, x_ND, module)
 
-class _DeviceDecoder(DecoderGraph):
-    def shape_of(self, x_ABD: str) -> str:
-        """Return the input that holds the shape."""
-        return self.builder.input(graph_io.SHAPE, "int64", [3])
+    def feed_forward_answer(self, x_ND: str, inner: str, outer: str) -> str:
+        """Return what the sublayer of these modules answers, for `leave`."""
+        return self.answer(self.activate(self.linear(x_ND, inner)), outer)
 
+    def leave(self, x_ND: str, answer_ND: str, residual: str, alpha: float) -> str:
+        """Return x_ND joined with what `answer` has returned."""
+        if self.config.norm is NormPlacement.PRE:
+            return super().leave(x_ND, answer_ND, residual, alpha)
+        if alpha != 1.0:
+            x_ND = self.builder.node("Mul", [x_ND, self.constant(np.array([alpha], np.float32))])
+        norm = (self.constant(self.weights[f"{residual}.norm.{part}"]) for part in ("weight", "bias"))
+        inputs = [x_ND, answer_ND, *norm, self._bias]
+        return self.builder.node("SkipLayerNormalization", inputs, domain=CONTRIB, epsilon=LAYER_NORM_EPSILON)
+
+
+class _DeviceEncoder(_DeviceForm, EncoderGraph):
+    pass
+
+
+class _DeviceDecoder(_DeviceForm, DecoderGraph):
     def declare_inputs(self) -> None:
         """Declare all inputs but x and its shape."""
         super().declare_inputs()
@@ -114,7 +153,7 @@ class _DeviceDecoder(DecoderGraph):
         return builder.node("Transpose", [attended_SHWE], perm=[0, 2, 1, 3])
 
     def head(self, hidden_RD: str) -> None:
-        """Find the best continuations of each row, with one node: on a GPU nodes cost more than what they do."""
+        """Find the best continuations of each row."""
         builder, vocabulary_size = self.builder, self.config.vocabulary_size
         padding = -vocabulary_size % _COLUMN_MULTIPLE
         logits_RV = self.products.project(builder, hidden_RD, padding, graph_io.LOGITS)

@@ -29,7 +29,7 @@ PROJECTION: Final = "projection"
 """What the input of the product with the embedding matrix is called, where inputs are named by their module."""
 _FEWEST_BLOCKS: Final = 72
 """More than the candidates of a beam of 32."""
-_LAYER_NORM_EPSILON: Final = 1e-5
+LAYER_NORM_EPSILON: Final = 1e-5
 _LEAST: Final = float(np.finfo(np.float32).min)
 """Is added to the scores of padding; the operator's own -10,000 would not cover what a cache may hold."""
 
@@ -121,7 +121,7 @@ def decoder_graph(config: TransformerConfig, weights: Weights, products: Product
     return DecoderGraph(config, weights, products).build()
 
 
-class _Graph:
+class NetworkGraph:
     """What both graphs are made of."""
 
     def __init__(self, name: str, config: TransformerConfig, weights: Weights, products: Products, length: int) -> None:
@@ -130,7 +130,7 @@ class _Graph:
         self.rotates = config.positions is Positions.ROPE
         self.products = products
         self.element_type = products.element_type
-        self._weights = weights
+        self.weights = weights
         self._rotation_length = length
         self._sine_and_cosine: list[str] = []
 
@@ -153,8 +153,8 @@ class _Graph:
 
     def norm(self, x_ND: str, module: str) -> str:
         """Return the module's layer norm of x_ND; mean and variance are float32 whatever x_ND is."""
-        scale, bias = (self.constant(self._weights[f"{module}.{part}"]) for part in ("weight", "bias"))
-        return self.builder.node("LayerNormalization", [x_ND, scale, bias], axis=-1, epsilon=_LAYER_NORM_EPSILON)
+        scale, bias = (self.constant(self.weights[f"{module}.{part}"]) for part in ("weight", "bias"))
+        return self.builder.node("LayerNormalization", [x_ND, scale, bias], axis=-1, epsilon=LAYER_NORM_EPSILON)
 
     def enter(self, x_ND: str, residual: str) -> str:
         """Return what a sublayer is given; see model/layers.py."""
@@ -167,16 +167,22 @@ class _Graph:
         sum_ND = self.builder.node("Add", [x_ND, answer_ND])
         return sum_ND if self.config.norm is NormPlacement.PRE else self.norm(sum_ND, f"{residual}.norm")
 
+    def answer(self, x_ND: str, module: str) -> str:
+        """Return x_ND times the matrix of a sublayer's last module plus its bias, for `leave` alone."""
+        return self.linear(x_ND, module)
+
     def feed_forward(self, x_ND: str, layer: str, alpha: float) -> str:
         """Return the layer's output after its feed-forward sublayer."""
         residual = f"{layer}.feed_forward_residual"
         entered = self.enter(x_ND, residual)
-        inner, outer = f"{layer}.feed_forward.inner", f"{layer}.feed_forward.outer"
-        if self.config.activation is Activation.RELU:
-            answer = self.products.feed_forward_relu(self.builder, entered, inner, outer)
-        else:
-            answer = self.linear(self._activate(self.linear(entered, inner)), outer)
+        answer = self.feed_forward_answer(entered, f"{layer}.feed_forward.inner", f"{layer}.feed_forward.outer")
         return self.leave(x_ND, answer, residual, alpha)
+
+    def feed_forward_answer(self, x_ND: str, inner: str, outer: str) -> str:
+        """Return what the sublayer of these modules answers, for `leave` alone."""
+        if self.config.activation is Activation.RELU:
+            return self.products.feed_forward_relu(self.builder, x_ND, inner, outer)
+        return self.answer(self.activate(self.linear(x_ND, inner)), outer)
 
     def rotate(self, x_BTD: str, positions_BT: str) -> str:
         """Return x_BTD with each head's pairs of columns turned by their positions; see model/positions.py."""
@@ -192,15 +198,18 @@ class _Graph:
             rotary_embedding_dim=self.config.head_dim,
         )
 
-    def _activate(self, inner: str) -> str:
+    def activate(self, inner: str) -> str:
+        """Return the activation of what the feed-forward sublayer's first module gives."""
         builder = self.builder
+        if self.config.activation is Activation.RELU:
+            return builder.node("Relu", [inner])
         if self.config.activation is Activation.GELU:
             return builder.node("Gelu", [inner])
         gate, gated = builder.nodes("Split", [inner], ["", ""], axis=-1, num_outputs=2)
         return builder.node("Mul", [builder.node("Mul", [gate, builder.node("Sigmoid", [gate])]), gated])
 
 
-class EncoderGraph(_Graph):
+class EncoderGraph(NetworkGraph):
     """The encoder in the form for a CPU."""
 
     def __init__(self, config: TransformerConfig, weights: Weights, products: Products, max_length: int) -> None:
@@ -246,10 +255,10 @@ class EncoderGraph(_Graph):
             mask_filter_value=_LEAST,
         )
         flat = builder.node("Reshape", [attended, builder.constant([-1, self.config.d_model])])
-        return self.leave(x_ND, self.linear(flat, f"{layer}.self_attention.output"), residual, self._alpha)
+        return self.leave(x_ND, self.answer(flat, f"{layer}.self_attention.output"), residual, self._alpha)
 
 
-class DecoderGraph(_Graph):
+class DecoderGraph(NetworkGraph):
     """A step of the decoder in the form for a CPU."""
 
     def __init__(self, config: TransformerConfig, weights: Weights, products: Products) -> None:
@@ -310,7 +319,7 @@ class DecoderGraph(_Graph):
         for name in present:
             builder.output(name, self.element_type, ["rows", config.heads, "room", self._cache_width])
         flat = builder.node("Reshape", [attended, builder.constant([-1, config.heads * self._cache_width])])
-        return self.leave(x_RD, self.linear(flat, f"{layer}.self_attention.output"), residual, self._alpha)
+        return self.leave(x_RD, self.answer(flat, f"{layer}.self_attention.output"), residual, self._alpha)
 
     def _cross_attention(self, x_RD: str, layer: str, cross: list[str], *, last: bool) -> str:
         builder, residual = self.builder, f"{layer}.cross_attention_residual"
@@ -318,7 +327,7 @@ class DecoderGraph(_Graph):
         query_SWD = builder.node("Reshape", [query_RD, self._shape_SWD])
         attend = self.attend_and_tell if last else self._attend
         flat = builder.node("Reshape", [attend(query_SWD, cross), builder.constant([-1, self.config.d_model])])
-        return self.leave(x_RD, self.linear(flat, f"{layer}.cross_attention.output"), residual, self._alpha)
+        return self.leave(x_RD, self.answer(flat, f"{layer}.cross_attention.output"), residual, self._alpha)
 
     def _attend(self, query_SWD: str, cross: list[str]) -> str:
         return self.builder.node(

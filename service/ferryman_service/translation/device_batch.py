@@ -66,6 +66,7 @@ class DeviceRunningBatch:
         self._place_S: Integers = np.empty(0, np.int64)
         self._end = 0  # no sentence is at this place or behind it
         self._layout = _FIRST_LAYOUT
+        # Places without a sentence have 0 and 1 here: what is computed there stays in bounds.
         self._past_length_P: NDArray[np.int32] = np.zeros(1, np.int32)
         self._source_length_P: NDArray[np.int32] = np.ones(1, np.int32)
         self._inputs: dict[int, _StepInputs] = {}
@@ -105,7 +106,6 @@ class DeviceRunningBatch:
             lambda part, sentence: self._cross.address(part * layout.places + self._end + sentence),
         )
         self._source_length_P[places] = [len(source) for source in sources]
-        self._past_length_P[places] = 0
         self._place_S = np.concatenate((self._place_S, places))
         self._end += len(sources)
 

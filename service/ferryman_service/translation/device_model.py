@@ -25,8 +25,6 @@ from ferryman_service.bundle.manifest import REORDER_FILE, Architecture, graph_f
 from ferryman_service.translation.onnx_model import CPU, CUDA, OnnxConfig, session_options
 
 _CUDA_PROVIDER: Final = "CUDAExecutionProvider"
-_DISABLED_OPTIMIZERS: Final = ["MatMulAddFusion"]
-"""It would join a product with its bias, which is faster joined with the norm that follows."""
 _MOST_GRAPHS: Final = 256
 """A captured graph is never freed, so there are only so many; other shapes are run node by node."""
 _MOST_NUMBERS: Final = 2**31 - 1
@@ -174,18 +172,30 @@ class CudaFailed(Exception):
     """CUDA was asked for, and ONNX Runtime does without: a driver or a library is missing."""
 
 
-def open_session(path: Path, config: OnnxConfig, *, captures: bool = False) -> onnxruntime.InferenceSession:
-    """Open a graph on the configured device; raises CudaFailed if CUDA does not start."""
-    providers: list[Any] = ["CPUExecutionProvider"]
-    if config.device == CUDA:
-        options = {"device_id": "0", "enable_cuda_graph": "1" if captures else "0"}
-        providers.insert(0, (_CUDA_PROVIDER, options))
+def open_session(
+    path: Path,
+    config: OnnxConfig,
+    *,
+    captures: bool = False,
+    options: onnxruntime.SessionOptions | None = None,
+) -> onnxruntime.InferenceSession:
+    """Open a graph on the configured device, with the common options if there are no others; raises CudaFailed if CUDA
+    does not start."""
     session = onnxruntime.InferenceSession(
-        str(path), session_options(config), providers=providers, disabled_optimizers=_DISABLED_OPTIMIZERS
+        str(path),
+        options or session_options(config),
+        providers=_providers(config, captures=captures),
     )
     if config.device == CUDA and _CUDA_PROVIDER not in session.get_providers():
         raise CudaFailed(f"ONNX Runtime {onnxruntime.__version__} could not start CUDA; its log says why")
     return session
+
+
+def _providers(config: OnnxConfig, *, captures: bool) -> list[Any]:
+    if config.device == CPU:
+        return ["CPUExecutionProvider"]
+    options = {"device_id": "0", "enable_cuda_graph": "1" if captures else "0"}
+    return [(_CUDA_PROVIDER, options), "CPUExecutionProvider"]
 
 
 def cuda_is_available() -> bool:

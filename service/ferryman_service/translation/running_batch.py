@@ -24,7 +24,7 @@ from ferryman_service.search.decoder import Candidates
 from ferryman_service.translation.onnx_model import CPU, OnnxModel
 
 _FIRST_PLACES: Final = 4
-_FIRST_POSITIONS: Final = 64
+_FIRST_POSITIONS: Final = 32
 _SOURCE_STEP: Final = 8
 _EMPTY_PLACES: Final = 1 / 16
 """How large a share of the places that a step computes may be empty: to fill them takes time too, and new sentences
@@ -201,13 +201,12 @@ class OnnxRunningBatch:
         length_N = self._past_length_R[source_N]
         longest = int(length_N.max())
         first_N = (entry_RT[source_N, :longest] != entry_RT[target_N, :longest]).argmax(axis=1)
-        window_N = first_N * (longest + 1) + length_N
-        order_N = window_N.argsort(kind="stable")
-        cuts = np.flatnonzero(np.diff(window_N[order_N])) + 1
+        order_N = length_N.argsort(kind="stable")
+        cuts = np.flatnonzero(np.diff(length_N[order_N])) + 1
         cache_NRHTE = self._cache.array
-        for same_N in np.split(order_N, cuts):
-            window = slice(int(first_N[same_N[0]]), int(length_N[same_N[0]]))
-            source, target = source_N[same_N], target_N[same_N]
+        for even_N in np.split(order_N, cuts):
+            window = slice(int(first_N[even_N].min()), int(length_N[even_N[0]]))
+            source, target = source_N[even_N], target_N[even_N]
             cache_NRHTE[:, target, :, window] = cache_NRHTE[:, source, :, window]
             entry_RT[target, window] = entry_RT[source, window]
 

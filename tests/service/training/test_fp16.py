@@ -17,6 +17,7 @@ KINDS = {
     "gelu": {"activation": Activation.GELU},
 }
 ON_THE_CPU = {graph_io.SHAPE, graph_io.K, graph_io.TOTAL_LENGTH}
+ROUNDING = 4e-3
 ASKS_FOR_SHAPES = {"Shape", "Size", "NonZero", "Range", "If", "Loop", "Scan"}
 
 
@@ -59,8 +60,8 @@ def test_matrices_keys_and_values_have_sixteen_bits(graphs):
         assert (value.type.tensor_type.elem_type == onnx.TensorProto.FLOAT16) == is_kept, value.name
 
 
-def test_a_cpu_with_the_same_sixteen_bits_gives_the_same_as_its_own_form():
-    """The two forms differ in operators alone."""
+def test_the_form_for_a_gpu_gives_the_numbers_of_that_for_a_cpu():
+    """The two forms differ in operators alone, and so in roundings."""
     network = random_network(121)
     weights = graph_weights(network)
     products = Float16Products(weights)
@@ -74,8 +75,9 @@ def test_a_cpu_with_the_same_sixteen_bits_gives_the_same_as_its_own_form():
         session = onnxruntime.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
         found.append(session.run(None, {**inputs, **more}))
     for one, other in zip(*found, strict=True):
-        np.testing.assert_array_equal(one[0], other[0])
-        np.testing.assert_array_equal(one[1, :, :3], other[1, :, :3])
+        assert one.dtype == other.dtype == np.float16
+        np.testing.assert_allclose(one[0], other[0], atol=ROUNDING)
+        np.testing.assert_allclose(one[1, :, :3], other[1, :, :3], atol=ROUNDING)
     decoders = [graph(network.config, weights, products) for graph in (decoder_graph, device_decoder_graph)]
     names = [{value.name for value in decoder.graph.input} for decoder in decoders]
     assert names[1] - names[0] == {graph_io.SHAPE, graph_io.SOURCE_POSITIONS}

@@ -157,6 +157,17 @@ def test_few_that_are_left_do_not_pay_for_many(pair):
     assert both.ours.layout.places == 4
 
 
+def test_a_long_sentence_that_left_makes_no_room_for_more(pair):
+    both = Both(pair, 1, seed=11)
+    both.admit(1, 5)
+    for _ in range(32):
+        both.step()
+    both.admit(3, 5)
+    both.keep(np.arange(1, 4))
+    both.step()
+    assert both.ours.layout.positions == 32
+
+
 def test_a_sentence_that_leaves_and_one_that_joins_make_no_new_shapes(pair):
     both = Both(pair, 2, seed=7)
     both.admit(8, 6)
