@@ -33,9 +33,9 @@ def base_recipe(vocabulary_size: int) -> Recipe:
     return resolve_recipe({"preset": "base", "data": {"vocabulary_size": vocabulary_size}})
 
 
-def small_recipe(vocabulary_size: int) -> Recipe:
+def small_recipe(vocabulary_size: int, **model: str) -> Recipe:
     """Return a network for checks, and for trying the program."""
-    shape = {"d_model": 64, "encoder_layers": 2, "decoder_layers": 2, "heads": 4, "ffn_dim": 128}
+    shape = {"d_model": 64, "encoder_layers": 2, "decoder_layers": 2, "heads": 4, "ffn_dim": 128, **model}
     return resolve_recipe({"model": shape, "data": {"vocabulary_size": vocabulary_size}})
 
 

@@ -14,6 +14,7 @@ import argparse
 import functools
 import json
 import os
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -42,6 +43,12 @@ LIMIT_S: Final = 450.0
 TARGETS: Final = {"latency": 1000 / 0.6, "greedy": 60_000.0, "beam 4": 35_000.0}
 """Target tokens per second; of latency, those of 0.6 ms each."""
 FORMS: Final = {"node by node": False, "CUDA graphs": True}
+KERNELS: Final = {
+    "cuDNN attention": {"ORT_ENABLE_CUDNN_FLASH_ATTENTION": "1"},
+    "no cuDNN attention": {"ORT_ENABLE_CUDNN_FLASH_ATTENTION": "0"},
+    "XQA": {"ORT_ENABLE_XQA": "1"},
+}
+"""Other kernels for attention that ONNX Runtime has, and the environment that chooses them."""
 PEER_SECTION: Final = "peer: CTranslate2"
 
 
@@ -57,6 +64,7 @@ def sections(setting: Setting) -> list[Section]:
         return Section(section_name(name, form), limit_s, work)
 
     forms = ["node by node"] if setting.device == CPU else list(FORMS)
+    kernels = [] if setting.device == CPU else list(KERNELS)
     checks = [Section(f"check: {name}", 80, functools.partial(check, setting)) for name, check in CHECKS.items()]
     steps = [
         Section(f"steps: {form}", 60, functools.partial(measure_steps, setting, graphs=FORMS[form])) for form in forms
@@ -67,8 +75,14 @@ def sections(setting: Setting) -> list[Section]:
         *checks,
         *(measured(name, form, 60) for form in forms[1:] for name in TARGETS),
         *steps,
+        *(Section(f"steps: {name}", 40, functools.partial(_steps_with, KERNELS[name], setting)) for name in kernels),
         Section(PEER_SECTION, 90, functools.partial(measure_peer, setting)),
     ]
+
+
+def _steps_with(environment: Mapping[str, str], setting: Setting) -> Finding:
+    os.environ.update(environment)  # of this section's process
+    return measure_steps(setting, graphs=False)
 
 
 def section_name(name: str, form: str) -> str:
@@ -136,7 +150,8 @@ def out_folder(setting: Setting) -> Path:
 
 
 def run_all(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
-    """Run the sections that fit the time; return the exit status."""
+    """Run the sections that fit the time, with models made anew; return the exit status."""
+    shutil.rmtree(setting_of(arguments).folder)
     setting = setting_of(arguments)
     facts, out = device_facts(arguments.device), out_folder(setting)
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from bench.gpu_models import random_sources
 from bench.gpu_sections import Finding
-from bench.serving_gpu_setting import Setting
+from bench.serving_gpu_setting import KINDS, Setting
 from ferryman_service.bundle.embedding import Embedding
 from ferryman_service.bundle.manifest import REORDER_FILE, graph_files, read_manifest
 from ferryman_service.domain.tokens import BOS
@@ -33,7 +33,8 @@ from ferryman_service.translation.onnx_model import CUDA, OnnxConfig, OnnxModel,
 from ferryman_service.translation.running_batch import OnnxRunningBatch
 
 _SEARCHES: Final = {"greedy": SearchOptions(beam_size=1), "beam 4": SearchOptions(beam_size=4)}
-_SAME_AT_LEAST: Final = 0.9
+_SAME_AT_LEAST: Final = 0.8
+"""Random weights have many close choices, and after one that falls out differently all is different."""
 _BLEU_LOSS_AT_MOST: Final = 0.1
 _TOLERANCE: Final = 0.1
 """Of a log-probability: some steps of a logit in 16 bits."""
@@ -49,6 +50,8 @@ def same_tokens(setting: Setting) -> Finding:
     here, exact = setting.engine(setting.check_bundle(), 4), setting.cpu_engine(setting.check_bundle())
     shares = {}
     for name, options in _SEARCHES.items():
+        # Random networks repeat themselves for ever, and then all is easily the same.
+        options = replace(options, no_repeat_ngram_size=1)
         found, wanted = (
             [result.translation.hypotheses[0].tokens if result.translation else None for result in results]
             for results in (engine.run(prepared, options, CancelToken()) for engine in (here, exact))
@@ -80,13 +83,14 @@ def bleu(setting: Setting) -> Finding:
 
 def running_batch(setting: Setting) -> Finding:
     """Sentences join, branch and leave at random, here in fp16 and on the CPU in fp32: the same log-probabilities."""
-    bundle = setting.check_bundle()
-    exact = OnnxModel.load(bundle, read_manifest(bundle).header.architecture, OnnxConfig())
-    model = DeviceModel.load(bundle, exact.architecture, setting.onnx_config)
     worst = {}
-    for width in (1, 4):
-        batches = DeviceRunningBatch(model, width), OnnxRunningBatch(exact, width)
-        worst[f"width {width}"] = _worst_difference(batches, setting.check_vocabulary)
+    for kind in KINDS:
+        bundle = setting.check_bundle(kind)
+        exact = OnnxModel.load(bundle, read_manifest(bundle).header.architecture, OnnxConfig())
+        model = DeviceModel.load(bundle, exact.architecture, setting.onnx_config)
+        for width in (1, 4):
+            batches = DeviceRunningBatch(model, width), OnnxRunningBatch(exact, width)
+            worst[f"{kind}, width {width}"] = _worst_difference(batches, setting.check_vocabulary)
     return {"ok": max(worst.values()) < _TOLERANCE, "largest_difference": worst, "steps": _STEPS}
 
 
@@ -112,8 +116,19 @@ def _worst_difference(batches: tuple[RunningBatch, RunningBatch], vocabulary_siz
 
 def placement(setting: Setting) -> Finding:
     """On which provider each kind of node runs: on a GPU none may be left to the CPU."""
-    bundle, config = setting.check_bundle(), setting.onnx_config
-    architecture, files = read_manifest(bundle).header.architecture, graph_files(ComputeType.FP16)
+    found = {
+        f"{kind}, {graph}": nodes
+        for kind in KINDS
+        for graph, nodes in _nodes(setting, setting.check_bundle(kind)).items()
+    }
+    on_cpu = [name for name, nodes in found.items() if "CPUExecutionProvider" in nodes]
+    return {"ok": setting.device != CUDA or not on_cpu, "on_cpu": on_cpu, "nodes": found}
+
+
+def _nodes(setting: Setting, bundle: Path) -> dict[str, dict[str, dict[str, int]]]:
+    """Return the nodes of each graph by provider, from a run."""
+    config, files = setting.onnx_config, graph_files(ComputeType.FP16)
+    architecture = read_manifest(bundle).header.architecture
 
     def profiled(name: str) -> onnxruntime.InferenceSession:
         options = session_options(config)
@@ -121,19 +136,15 @@ def placement(setting: Setting) -> Finding:
         options.profile_file_prefix = str(setting.folder / name)
         return open_session(bundle / name, config, options=options)
 
-    sessions = encoder, decoder, reorder = tuple(map(profiled, (files.encoder, files.decoder, REORDER_FILE)))
+    encoder, decoder, reorder = map(profiled, (files.encoder, files.decoder, REORDER_FILE))
     embedding = Embedding.open(bundle, ComputeType.FP16, architecture)
     model = DeviceModel(encoder, decoder, reorder, embedding, architecture, device=config.device)
     batch = DeviceRunningBatch(model, 2)
     batch.admit(random_sources(3, setting.check_vocabulary))
     for parents in ([0, 1], [0, 0]):
         batch.step(np.full((3, 2), BOS), np.tile(parents, (3, 1)), 4)
-    found = {
-        name: nodes_by_provider(_profile_of(session))
-        for name, session in zip(("encoder", "decoder", "reorder"), sessions, strict=True)
-    }
-    on_cpu = {name: nodes["CPUExecutionProvider"] for name, nodes in found.items() if "CPUExecutionProvider" in nodes}
-    return {"ok": config.device != CUDA or not on_cpu, "nodes": found}
+    sessions = {"encoder": encoder, "decoder": decoder, "reorder": reorder}
+    return {name: nodes_by_provider(_profile_of(session)) for name, session in sessions.items()}
 
 
 def _profile_of(session: onnxruntime.InferenceSession) -> list[dict[str, Any]]:

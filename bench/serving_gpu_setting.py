@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
 from bench.gpu_models import base_recipe, random_bundle, small_recipe
+from ferryman_service.domain.recipe import Activation, NormPlacement, Positions
 from ferryman_service.domain.translation import ComputeType
 from ferryman_service.translation.engine import BatchingEngine
 from ferryman_service.translation.loader import ON_A_GPU, OnnxBundleLoader
 from ferryman_service.translation.onnx_model import OnnxConfig
 from ferryman_service.translation.scheduler import SchedulerConfig
 
+KINDS: Final[Mapping[str, Mapping[str, str]]] = {
+    "post-norm": {},
+    "pre-norm": {"norm": NormPlacement.PRE, "positions": Positions.ROPE, "activation": Activation.SWIGLU},
+}
+"""Small models that have all operators between them."""
 FORCED_LENGTH: Final = 30
 """Subwords of every translation where speed is measured."""
 
@@ -56,9 +63,9 @@ class Setting:
             return random_bundle(self.folder / "speed", small_recipe(self.speed_vocabulary))
         return random_bundle(self.folder / "speed", base_recipe(self.speed_vocabulary))
 
-    def check_bundle(self) -> Path:
-        """Return a small model."""
-        return random_bundle(self.folder / "check", small_recipe(self.check_vocabulary))
+    def check_bundle(self, kind: str = "post-norm") -> Path:
+        """Return a small model of one of KINDS."""
+        return random_bundle(self.folder / kind, small_recipe(self.check_vocabulary, **KINDS[kind]))
 
     def engine(
         self, bundle: Path, beam_size: int, *, sentences: int | None = None, graphs: bool = False

@@ -23,7 +23,7 @@ from bench.serving_commands import TokenSearch
 from bench.serving_gpu_setting import FORCED_LENGTH, Setting
 from ferryman_service.bundle.manifest import DECODER_FP16_FILE, read_manifest
 from ferryman_service.domain.tokens import BOS
-from ferryman_service.domain.translation import CancelToken, PreparedSentence, SearchOptions
+from ferryman_service.domain.translation import CancelToken, PreparedSentence, SearchOptions, SentenceResult
 from ferryman_service.translation.device_batch import DeviceRunningBatch
 from ferryman_service.translation.device_model import DeviceModel
 from ferryman_service.translation.loader import open_device_model
@@ -96,9 +96,14 @@ def measure_throughput(setting: Setting, beam_size: int, *, graphs: bool) -> Fin
         started_s = time.perf_counter()
         results = engine.run(sentences, SearchOptions(beam_size=beam_size), CancelToken())
         taken_s = time.perf_counter() - started_s
-        assert all(result.translation is not None for result in results), [result.error for result in results][:1]
-        rates.append(len(sentences) * FORCED_LENGTH / taken_s)
+        rates.append(sum(map(_tokens_of, results)) / taken_s)
     return {"tokens_per_s": statistics.median(rates[1:]), "first_round": rates[0], "rounds": rates[1:]}
+
+
+def _tokens_of(result: SentenceResult) -> int:
+    if result.translation is None:
+        raise RuntimeError("a sentence was not translated") from result.error
+    return len(result.translation.hypotheses[0].tokens)
 
 
 def measure_steps(setting: Setting, *, graphs: bool) -> Finding:
@@ -164,5 +169,6 @@ def measure_peer(setting: Setting) -> Finding:
         search = replace(alone, beam_size=beam_size, max_batch_size=setting.batch)
         engine.translate(sentences[: setting.batch], search)
         taken_s = min(_seconds(functools.partial(engine.translate, sentences, search), CPU) for _ in range(2))
-        found[name] = {"tokens_per_s": len(sentences) * FORCED_LENGTH / taken_s}
+        tokens = sum(len(item.tokens) for item in engine.read(engine.translate(sentences, search)))
+        found[name] = {"tokens_per_s": tokens / taken_s}
     return found

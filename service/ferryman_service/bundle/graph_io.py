@@ -14,9 +14,10 @@ present_keys_RHTC and present_values_RHTC, which must be bound to the memory of 
 written in place.
 
 encoder.fp16.onnx and decoder.fp16.onnx are for a GPU: keys, values and attention are float16, and nothing asks for a
-shape, since that would be asked on the CPU. So both take shape_3 (int64, in the CPU's memory: the shape of x), and the
-decoder source_positions_L (int32, 0 to L - 1). It also returns best_RQ, float32, Q = 2 K: log_probs_RK and beside them
-tokens_RK, so that one copy brings both to the CPU.
+shape, since that would be asked on the CPU. So both take shape_3 (int64: the shape of x), and the decoder
+source_positions_L (int32, 0 to L - 1). It also returns best_RQ, float32, Q = 2 K: log_probs_RK and beside them
+tokens_RK, so that one copy brings both to the CPU. shape, k and total_length are read on the CPU, where a captured step
+does not look again: total_length is T there in every step.
 
 reorder.fp16.onnx: data_GNX and index_M to moved_GMX, where moved[g, m] is data[g, index[m]]; all int64, for it moves
 memory and does not look at what is in it.
