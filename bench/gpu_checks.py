@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,7 +21,6 @@ from ferryman_service.domain.recipe import Precision, Preset, Recipe, resolve_re
 from ferryman_service.domain.runs import FailureReason, TrainingFailed
 from ferryman_service.domain.training import TrainedModel
 from ferryman_service.domain.translation import CancelToken, SearchOptions
-from ferryman_service.pipeline.translator import MicroBatchLimit
 from ferryman_service.training.batches import Batch
 from ferryman_service.training.checkpoint import Checkpoint, Position, load_checkpoint, save_checkpoint
 from ferryman_service.training.engine import EngineConfig, TorchTrainingEngine
@@ -28,7 +28,8 @@ from ferryman_service.training.export import OnnxExporter
 from ferryman_service.training.files import Disk
 from ferryman_service.training.step import StepOutcome, Trainee, new_trainee
 from ferryman_service.translation.loader import OnnxBundleLoader
-from ferryman_service.translation.onnx_decoder import OnnxConfig
+from ferryman_service.translation.onnx_model import OnnxConfig
+from ferryman_service.translation.scheduler import SchedulerConfig
 
 _VOCABULARY: Final = 500
 # Small enough for a CPU, to which products in 16 bits are foreign.
@@ -280,19 +281,19 @@ def compare_export(trained: TrainedModel, recipe: Recipe, digest: str, folder: P
         run_id="run", corpus_id="corpus", corpus_digest=digest, source_language="a", target_language="b", recipe=recipe
     )
     OnnxExporter().export(trained, lineage, bundle)
-    exported = OnnxBundleLoader(OnnxConfig(), MicroBatchLimit()).load(bundle)
     reference = OnnxExporter().reference(trained)
-    equal: Mapping[str, int] = {
-        name: sum(
-            one.hypotheses[0].tokens == other.hypotheses[0].tokens
-            for one, other in zip(
-                exported.translate(trained.check_sentences, options, CancelToken())[0],
-                reference.translate(trained.check_sentences, options, CancelToken())[0],
-                strict=True,
+    with contextlib.closing(OnnxBundleLoader(OnnxConfig(), SchedulerConfig()).load(bundle)) as exported:
+        equal: Mapping[str, int] = {
+            name: sum(
+                one.hypotheses[0].tokens == other.hypotheses[0].tokens
+                for one, other in zip(
+                    exported.translate(trained.check_sentences, options, CancelToken())[0],
+                    reference.translate(trained.check_sentences, options, CancelToken())[0],
+                    strict=True,
+                )
             )
-        )
-        for name, options in _SEARCHES.items()
-    }
+            for name, options in _SEARCHES.items()
+        }
     sentences = len(trained.check_sentences)
     ok = all(count == sentences for count in equal.values()) and losses[-1] < losses[0]
     size = (bundle / WEIGHTS_FILE).stat().st_size

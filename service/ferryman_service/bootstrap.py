@@ -245,7 +245,7 @@ def _build_loader(config: ServiceConfig) -> BundleLoader:
     if not translates_on_gpu(config, cuda_is_available):
         int8 = config.compute_type is ComputeChoice.INT8
         onnx_config = OnnxConfig(compute_type=ComputeType.INT8 if int8 else ComputeType.FP32)
-    return OnnxBundleLoader(onnx_config, scheduler, on_a_gpu)
+    return OnnxBundleLoader(onnx_config, scheduler, on_a_gpu, rows_by_size=not config.max_batch_rows)
 
 
 def translates_on_gpu(config: ServiceConfig, cuda_is_available: Callable[[], bool]) -> bool:

@@ -43,15 +43,29 @@ ON_A_GPU: Final = SchedulerConfig(threads=1, max_rows=1024, max_encoded_tokens=8
 """A GPU does one step at a time, and many rows take it as long as few."""
 
 
+_WIDE: Final = 256
+_WIDE_ROWS: Final = 80
+"""With matrices this wide the products are as fast with 80 rows as with more, and rows take much memory."""
+
+
 class OnnxBundleLoader:
     """A BundleLoader."""
 
-    def __init__(self, config: OnnxConfig, scheduler: SchedulerConfig, on_a_gpu: SchedulerConfig = ON_A_GPU) -> None:
-        """Store the parts; `on_a_gpu` holds for models in fp16."""
+    def __init__(
+        self,
+        config: OnnxConfig,
+        scheduler: SchedulerConfig,
+        on_a_gpu: SchedulerConfig = ON_A_GPU,
+        *,
+        rows_by_size: bool = True,
+    ) -> None:
+        """Store the parts; `on_a_gpu` holds for models in fp16. With `rows_by_size` wide models run no more rows than
+        they make the most of, whatever `scheduler` says."""
         assert on_a_gpu.threads == 1, "a model on a GPU is used by one thread"
         self._config = config
         self._scheduler = scheduler
         self._on_a_gpu = on_a_gpu
+        self._rows_by_size = rows_by_size
 
     def load(self, bundle: Path, compute_type: ComputeType | None = None) -> BatchingEngine:
         """Check every digest and load; raises ModelDamaged. A bundle without int8 or fp16 is loaded as float32, on the
@@ -66,8 +80,15 @@ class OnnxBundleLoader:
             name = type(error).__name__  # its text names paths of this machine
             raise ModelDamaged(f"the bundle is as it was published, but cannot be loaded: {name}") from error
         text = SentenceText(subwords, header.max_sentence_tokens)
-        scheduler = self._on_a_gpu if config.compute_type is ComputeType.FP16 else self._scheduler
+        scheduler = self._scheduling(header.architecture, config.compute_type)
         return BatchingEngine(decoder, text, manifest.size_bytes(config.compute_type), scheduler)
+
+    def _scheduling(self, architecture: Architecture, compute_type: ComputeType) -> SchedulerConfig:
+        if compute_type is ComputeType.FP16:
+            return self._on_a_gpu
+        if self._rows_by_size and architecture.d_model > _WIDE:
+            return replace(self._scheduler, max_rows=min(_WIDE_ROWS, self._scheduler.max_rows))
+        return self._scheduler
 
     def _fitting(self, manifest: Manifest, compute_type: ComputeType) -> OnnxConfig:
         run_id = manifest.header.lineage.run_id

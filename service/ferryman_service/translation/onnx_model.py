@@ -114,5 +114,6 @@ def session_options(config: OnnxConfig) -> onnxruntime.SessionOptions:
     options.log_severity_level = 3
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     # A memory plan is kept for every shape that was ever seen, and batches have many shapes.
+    options.enable_cpu_mem_arena = False
     options.enable_mem_pattern = False
     return options
