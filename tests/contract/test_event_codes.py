@@ -9,7 +9,7 @@ from ferryman_service.domain.records import EventLevel
 from ferryman_service.domain.runs import FailureReason
 
 ROOT = Path(__file__).parents[2]
-CODE = re.compile(r"[A-Z]+(?:_[A-Z]+)*")
+CODE = re.compile(r"[A-Z][A-Z0-9]*(?:_[A-Z0-9]+)*")
 LEVELS = {level.name: level.value for level in EventLevel}
 
 

@@ -125,8 +125,8 @@ _HELP: Final[Mapping[str, str]] = {
     "translation_threads": "threads that decode for each loaded model, each on one core",
     "compute_type": "arithmetic of translation: on a CPU fp32, or int8, which is faster and costs a little quality; on "
     "a GPU fp16; auto is fp32 or fp16",
-    "max_batch_rows": "rows (sentences times beam) that a decoding thread runs at the same time; 0: 160 on a CPU, 80 of "
-    "models wider than 256, 1024 on a GPU",
+    "max_batch_rows": "rows (sentences times beam) that a decoding thread runs at the same time; 0: on a CPU 160, of "
+    "models wider than 256 80, on a GPU 1024",
     "max_sentences": "most sentences in one Translate call",
     "queue_tokens": "source subwords times beam that may wait or run before Translate calls are refused; streams may "
     "have as many again, and wait",

@@ -12,6 +12,7 @@ Shape suffixes: N rows or any numbers, D inputs of a product, O its outputs, F f
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
@@ -111,8 +112,9 @@ def measure_ranges(transformer: Transformer, pairs: Sequence[tuple[Sequence[int]
     def count(name: str, magnitude_N: NDArray[np.float32]) -> None:
         counts[name] = counts.get(name, 0) + np.histogram(magnitude_N, bins=_BINS, range=(0.0, largest[name]))[0]
 
-    for note in (note_largest, count):
-        _watch_inputs(transformer, pairs, note)
+    _watch_inputs(transformer, pairs, note_largest)
+    largest = {name: _rounded_up(value) for name, value in largest.items()}
+    _watch_inputs(transformer, pairs, count)
     return {name: _best_range(counts[name], largest[name]) for name in counts}
 
 
@@ -138,6 +140,12 @@ def _watch_inputs(
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _rounded_up(value: float) -> float:
+    """Return the next number of three digits: what PyTorch's threads round differently must not make other files."""
+    digit = 10.0 ** (math.floor(math.log10(value)) - 2)
+    return math.ceil(value / digit) * digit
 
 
 def _best_range(count_B: NDArray[np.int64], largest: float) -> float:
