@@ -16,7 +16,7 @@ class InlineExecutor(Executor):
 @contextmanager
 def leased(loaded, reference):
     """Yield the version that the reference names now, and its engine."""
-    lease = loaded.acquire(reference)
+    lease = loaded.acquire(reference, loaded._models.resolve(reference))
     try:
         yield lease.version, lease.engine
     finally:

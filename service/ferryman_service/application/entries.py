@@ -28,6 +28,7 @@ _QUICK_TEXTS: Final = 4
 _QUICK_CHARACTERS: Final = 512
 # What text/normalise.py takes for white space, without the control characters: those are to be found, not stripped.
 _SPACE: Final = "\t\n\r \u00a0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))
+_NOTHING_FOUND: Final = Hypothesis(text="", score=0.0, log_probability=0.0, target_tokens=0, finished=False)
 _LINE_BREAKS: Final = frozenset("\n\r\u2028\u2029")
 
 
@@ -57,7 +58,7 @@ class Entry:
         return parts[0] if len(parts) == 1 else self._joined(parts)
 
     def _joined(self, parts: Sequence[Translation]) -> Translation:
-        best = [part.hypotheses[0] for part in parts]
+        best = [part.hypotheses[0] if part.hypotheses else _NOTHING_FOUND for part in parts]
         log_probability = sum(hypothesis.log_probability for hypothesis in best)
         target_tokens = sum(hypothesis.target_tokens for hypothesis in best)
         hypothesis = Hypothesis(

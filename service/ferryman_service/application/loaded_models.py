@@ -109,10 +109,11 @@ class LoadedModels:
         finally:
             self._release(slot)
 
-    def acquire(self, reference: ModelReference) -> Lease:
-        """Return a lease of the version that the reference names now; waits for its load. Raises what `lease` does, but
-        ModelNotFound only if the reference names nothing."""
-        return Lease(self, self._acquire_reference(reference))
+    def acquire(self, reference: ModelReference, version: ModelVersion) -> Lease:
+        """Return a lease of `version`, which the reference named just now, or, if it was deleted since, of what it
+        names instead; waits for the load. Raises what `lease` does, but ModelNotFound only if the reference names
+        nothing."""
+        return Lease(self, self._acquire_reference(reference, version))
 
     def try_acquire(self, version: ModelVersion) -> Lease | None:
         """Return a lease if the version is in memory, else None. Waits for nothing: an event loop may call it."""
@@ -164,8 +165,7 @@ class LoadedModels:
             free = self._retire(slots)
         _free(free)
 
-    def _acquire_reference(self, reference: ModelReference) -> _Slot:
-        version = self._models.resolve(reference)
+    def _acquire_reference(self, reference: ModelReference, version: ModelVersion) -> _Slot:
         while True:
             try:
                 return self._acquire(version)

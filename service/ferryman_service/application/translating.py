@@ -38,7 +38,8 @@ DEFAULT_WINDOW: Final = 256
 _CALL_WEIGHT: Final = 4.0
 _STREAM_WEIGHT: Final = 1.0
 _TEXT_THREADS: Final = 2
-_WAITING_THREADS: Final = 16
+_WAITING_THREADS: Final = 4
+_LOADING_THREADS: Final = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,10 +109,11 @@ class TranslationUseCases:
         self._limits = limits
         self._admission = Admission(limits.queue_tokens)
         self._text = ThreadPoolExecutor(max_workers=_TEXT_THREADS, thread_name_prefix="text")
-        # Threads that wait for a database or a load: a model that is slow to load holds up few others.
         self._waiting = ThreadPoolExecutor(max_workers=_WAITING_THREADS, thread_name_prefix="lease")
+        # Several: a model that is slow to load holds up few other loads.
+        self._loading = ThreadPoolExecutor(max_workers=_LOADING_THREADS, thread_name_prefix="load")
         self._flights = Flights(self._waiting)
-        self._access = None if loaded is None else ModelAccess(models, loaded, self._waiting)
+        self._access = None if loaded is None else ModelAccess(models, loaded, self._waiting, self._loading)
 
     async def translate(self, request: TranslateRequest) -> TranslateResult:
         """Translate; cancelling the awaiting task frees its rows at the engine's next step.
@@ -169,6 +171,7 @@ class TranslationUseCases:
         """Wait for the work in hand; the event loop must still run."""
         self._flights.wait()
         self._text.shutdown(wait=True)
+        self._loading.shutdown(wait=True, cancel_futures=True)
         self._waiting.shutdown(wait=True)
 
     def _served(self) -> ModelAccess:

@@ -75,8 +75,9 @@ class TranslationMetrics:
         self._sentences.inc(len(timings))
         self._source_tokens.inc(sum(translation.source_tokens for translation in translations))
         for translation in translations:
-            self._target_tokens.inc(translation.hypotheses[0].target_tokens)
-            self._length.observe(translation.hypotheses[0].target_tokens)
+            if translation.hypotheses:  # a search may find none
+                self._target_tokens.inc(translation.hypotheses[0].target_tokens)
+                self._length.observe(translation.hypotheses[0].target_tokens)
         for sentence in timings:
             self._steps.observe(sentence.steps)
             for stage, seconds in self._sentence_seconds.items():

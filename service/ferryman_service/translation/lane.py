@@ -45,16 +45,19 @@ class _Running:
 
 
 class Lane:
-    """A running batch that sentences join and leave between steps. Used by one thread."""
+    """A running batch that sentences join and leave between steps. Used by one thread, and no more once it
+    `has_failed`."""
 
     def __init__(self, kind: LaneKind, decoder: Decoder, text: SentenceText) -> None:
+        """Make an empty batch; raises what the decoder raises, a lack of memory for instance."""
         self.kind = kind
-        self._decoder = decoder
+        self.has_failed = False
         self._text = text
+        self._batch = decoder.batch(kind.width, attention=kind.attention)
+        self._searches = Searches(kind.width, logits=kind.logits, attention=kind.attention)
         self._running: list[_Running] = []
         self._tokens: Counter[CancelToken] = Counter()
         self._steps = self._row_steps = 0
-        self._begin_anew()
 
     @property
     def sentences(self) -> int:
@@ -152,17 +155,12 @@ class Lane:
         )
 
     def _fail_all(self, error: Exception) -> None:
-        """Tell every caller that it went wrong, and begin with an empty batch."""
+        """Tell every caller that it went wrong. Nobody knows what state the batch is in."""
+        self.has_failed = True
         failed, self._running = self._running, []
         self._tokens.clear()
-        self._begin_anew()
         for running in failed:
             running.work.done(SentenceResult(translation=None, error=error, timings=self._timings(running)))
-
-    def _begin_anew(self) -> None:
-        kind = self.kind
-        self._batch = self._decoder.batch(kind.width, attention=kind.attention)
-        self._searches = Searches(kind.width, logits=kind.logits, attention=kind.attention)
 
 
 def why_unwanted(token: CancelToken) -> FerrymanError:

@@ -31,6 +31,10 @@ _ENCODED_TOKENS: Final = 512
 _EMPTY_PLACES: Final = 1 / 16
 """How large a share of the places that a step computes may be empty: to fill them takes time too, and new sentences
 do."""
+_MOST_BINDINGS: Final = 256
+"""A binding takes some kilobytes for each layer, and as sentences come and go there may be thousands of shapes."""
+_FEW_ROWS: Final = 6
+"""So many are copied faster one by one."""
 _SIMILAR: Final = 0.75
 """Sentences are encoded together if the shortest has at least this share of the longest one's length."""
 
@@ -165,6 +169,8 @@ class OnnxRunningBatch:
         shapes = self._places, k, self._room, self._source_room, self._cross.array.shape[1]
         binding = self._bindings.get(shapes)
         if binding is None:
+            if len(self._bindings) >= _MOST_BINDINGS:
+                del self._bindings[next(iter(self._bindings))]  # the oldest
             binding = self._bindings[shapes] = self._bind(self._places, k)
         if self._attention:
             # Memory of one's own is refused: ONNX infers the shape of this output as if there were no source.
@@ -180,16 +186,18 @@ class OnnxRunningBatch:
         """Give every row a place that holds its parent's cache."""
         if (parents_SW == self._ranks_W).all():
             return
-        parent_row_SW = np.take_along_axis(self._row_SW, parents_SW, 1)
-        same_SWW = parents_SW[:, :, None] == parents_SW[:, None, :]
-        first_SW = same_SWW.argmax(axis=2) == self._ranks_W  # the first child of its parent
-        further_SW = ~first_SW
-        row_SW = parent_row_SW.copy()
-        if further_SW.any():
-            lives_SW = (parents_SW[:, :, None] == self._ranks_W).any(axis=1)
-            target_N = self._row_SW[~lives_SW]  # as many in each sentence as it has further children
+        sentences, width = parents_SW.shape
+        number_SW = parents_SW + np.arange(0, sentences * width, width)[:, None]
+        row_SW = self._row_SW.take(number_SW)
+        dies_R = np.ones(sentences * width, bool)
+        dies_R[number_SW] = False
+        if dies_R.any():
+            # Not the first child of its parent.
+            further_SW = (parents_SW[:, :, None] == parents_SW[:, None, :]).argmax(axis=2) != self._ranks_W
+            source_N = row_SW[further_SW]
+            target_N = self._row_SW.reshape(-1)[dies_R]  # as many in each sentence as it has further children
             row_SW[further_SW] = target_N
-            self._copy_rows(parent_row_SW[further_SW], target_N)
+            self._copy_rows(source_N, target_N)
         self._row_SW = row_SW
         self._in_place = False
 
@@ -199,18 +207,23 @@ class OnnxRunningBatch:
         Rows of a beam part late, so that is most of it. `entry` says for each position of a row which key and value lie
         there: equal numbers, equal contents.
         """
-        entry_RT = self._entry_RT
-        length_N = self._past_length_R[source_N]
+        entry_RT, length_N = self._entry_RT, self._past_length_R[source_N]
         longest = int(length_N.max())
         first_N = (entry_RT[source_N, :longest] != entry_RT[target_N, :longest]).argmax(axis=1)
+        if len(source_N) <= _FEW_ROWS:
+            for pair in zip(source_N.tolist(), target_N.tolist(), first_N.tolist(), length_N.tolist(), strict=True):
+                self._copy_window(*pair)
+            return
         order_N = length_N.argsort(kind="stable")
         cuts = np.flatnonzero(np.diff(length_N[order_N])) + 1
-        cache_NRHTE = self._cache.array
         for even_N in np.split(order_N, cuts):
-            window = slice(int(first_N[even_N].min()), int(length_N[even_N[0]]))
-            source, target = source_N[even_N], target_N[even_N]
-            cache_NRHTE[:, target, :, window] = cache_NRHTE[:, source, :, window]
-            entry_RT[target, window] = entry_RT[source, window]
+            self._copy_window(source_N[even_N], target_N[even_N], int(first_N[even_N].min()), int(length_N[even_N[0]]))
+
+    def _copy_window(self, source: Integers | int, target: Integers | int, first: int, length: int) -> None:
+        """Copy the positions from `first` on of a row, or of rows of the same length."""
+        cache_NRHTE, window = self._cache.array, slice(first, length)
+        cache_NRHTE[:, target, :, window] = cache_NRHTE[:, source, :, window]
+        self._entry_RT[target, window] = self._entry_RT[source, window]
 
     def _number_entries(self, past_length_R: NDArray[np.int32]) -> None:
         """Give the key and value that a step has written into each row a number of their own."""

@@ -154,16 +154,26 @@ class _Worker:
             else:
                 joining.setdefault(lane_kind(work.options, search), []).append((waiting, search))
         for kind, admitted in joining.items():
-            lane = self._lanes.pop(kind, None) or Lane(kind, self._decoder, self._text)
-            self._lanes[kind] = lane
-            lane.admit(admitted)
+            self._admit(kind, admitted)
         for lane in self._lanes.values():
             if lane.sentences:
                 lane.step()
+        for kind in [kind for kind, lane in self._lanes.items() if lane.has_failed]:
+            del self._lanes[kind]
         self.sentences = sum(lane.sentences for lane in self._lanes.values())
         self.rows = sum(lane.rows for lane in self._lanes.values())
         if len(self._lanes) > _KEPT_LANES:
             self._forget_idle_lanes()
+
+    def _admit(self, kind: LaneKind, admitted: Sequence[tuple[Waiting, SentenceSearch]]) -> None:
+        try:
+            lane = self._lanes.pop(kind, None) or Lane(kind, self._decoder, self._text)
+        except Exception as error:  # noqa: BLE001 (this thread must live on, and those who wait must be told)
+            for waiting, _ in admitted:
+                _refuse(waiting, error)
+            return
+        self._lanes[kind] = lane
+        lane.admit(admitted)
 
     def _forget_idle_lanes(self) -> None:
         """Let empty batches go, with their memory, those that nobody has joined for longest first: else every kind of

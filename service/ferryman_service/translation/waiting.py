@@ -7,7 +7,7 @@ import itertools
 from collections import Counter
 from dataclasses import dataclass, field
 
-from ferryman_service.domain.translation import FairShare, SentenceWork
+from ferryman_service.domain.translation import CancelToken, FairShare, SentenceWork
 
 
 @dataclass(order=True)
@@ -36,6 +36,7 @@ class WaitingLine:
         self._order = itertools.count()
         self._now = 0.0
         self._sentences: Counter[FairShare] = Counter()
+        self._tokens: Counter[CancelToken] = Counter()
         self._weight = 0.0
 
     def __len__(self) -> int:
@@ -49,6 +50,7 @@ class WaitingLine:
         if not self._sentences[share]:
             self._weight += share.weight
         self._sentences[share] += 1
+        self._tokens[work.token] += 1
         heapq.heappush(self._heap, Waiting(start, -share.weight, next(self._order), work, cost, submitted_ns))
 
     def first(self) -> Waiting:
@@ -63,20 +65,25 @@ class WaitingLine:
         return waiting
 
     def take_abandoned(self) -> list[Waiting]:
-        """Take all those nobody waits for any more."""
+        """Take all those nobody waits for any more. Asks once for each token, since callers have many sentences."""
+        unwanted = {token for token in self._tokens if not token.is_wanted()}
+        if not unwanted:
+            return []
         kept: list[Waiting] = []
         gone: list[Waiting] = []
         for waiting in self._heap:
-            (kept if waiting.work.token.is_wanted() else gone).append(waiting)
-        if gone:
-            self._heap = kept
-            heapq.heapify(self._heap)
+            (gone if waiting.work.token in unwanted else kept).append(waiting)
+        self._heap = kept
+        heapq.heapify(self._heap)
         for waiting in gone:
             self._forget(waiting)
         return gone
 
     def _forget(self, waiting: Waiting) -> None:
-        share = waiting.work.share
+        share, token = waiting.work.share, waiting.work.token
+        self._tokens[token] -= 1
+        if not self._tokens[token]:
+            del self._tokens[token]
         self._sentences[share] -= 1
         if not self._sentences[share]:
             del self._sentences[share]

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from ferryman_service.application.entries import MAX_SPLIT_SENTENCES, Preparation, split_text
 from ferryman_service.domain.errors import InvalidSentence
-from ferryman_service.domain.translation import CancelToken, SearchOptions, SentenceResult
+from ferryman_service.domain.translation import CancelToken, SearchOptions, SentenceResult, Translation
 from ferryman_service.text.sentences import SentencexSplitter
 from tests.fakes.translator import TIMINGS, FakeEngine
 
@@ -52,6 +52,17 @@ def translated(engine, entry, options):
 )
 def test_a_text_keeps_its_paragraphs(engine, preparation, text, translation):
     assert translated(engine, preparation.entry(text, ""), preparation.options).hypotheses[0].text == translation
+
+
+def test_a_text_with_a_sentence_for_which_nothing_was_found_is_not_finished(engine, preparation):
+    entry = preparation.entry("A dog. Two cats!", "")
+    [found], _ = engine.translate([entry.sentences[0].text], preparation.options, TOKEN)
+    entry.accept(0, SentenceResult(translation=found, error=None, timings=TIMINGS))
+    nothing = Translation(hypotheses=[], source_tokens=3)
+    entry.accept(1, SentenceResult(translation=nothing, error=None, timings=TIMINGS))
+    [hypothesis] = entry.translation().hypotheses
+    assert (hypothesis.text, hypothesis.finished) == ("A DOG. ", False)
+    assert entry.translation().source_tokens == found.source_tokens + 3
 
 
 def test_counts_and_scores_are_those_of_all_sentences(engine, preparation):

@@ -192,7 +192,7 @@ def test_a_lease_without_a_block(make_loaded, publish, loader):
     lease = loaded.try_acquire(version)
     assert (lease.version, lease.engine) == (version, loader.made[0])
     assert references(loaded) == ["m/1", "a/1"], "it counts as used"
-    another = loaded.acquire(LATEST)
+    another = loaded.acquire(LATEST, version)
     freed = loaded.unload(version)
     with ThreadPoolExecutor() as threads:
         lease.release(threads)

@@ -49,9 +49,15 @@ def executor():
 
 
 @pytest.fixture
-def serve(counting, loaded, executor):
+def loading():
+    with ThreadPoolExecutor(2) as executor:
+        yield executor
+
+
+@pytest.fixture
+def serve(counting, loaded, executor, loading):
     """Lease what the reference names, give it back, and return its version's number."""
-    access = ModelAccess(counting, loaded, executor)
+    access = ModelAccess(counting, loaded, executor, loading)
 
     async def serve(reference=LATEST):
         lease = await access.lease(reference)
@@ -116,9 +122,28 @@ async def test_what_is_deleted_is_not_found(serve, models, publish):
         await serve()
 
 
-async def test_a_lease_keeps_its_model_until_it_is_released(counting, loaded, executor, publish):
+async def test_however_many_wait_for_a_load_other_models_are_served(serve, loader, publish):
+    """Also when something was published meanwhile, so that names have to be resolved again."""
+    publish("ready"), publish("slow")
+    ready, slow = ModelReference(name="ready"), ModelReference(name="slow")
+    await serve(ready)
+    loader.began.clear()
+    loader.gate.clear()
+    waiting = [asyncio.create_task(serve(slow)) for _ in range(9)]
+    assert await asyncio.to_thread(loader.began.wait, 10)
+    publish("another")
+    try:
+        assert await asyncio.wait_for(serve(ready), 5) == 1
+        assert not any(task.done() for task in waiting)
+    finally:
+        loader.gate.set()
+    assert await asyncio.gather(*waiting) == [1] * 9
+    assert loader.loads == ["ready/1", "slow/1"]
+
+
+async def test_a_lease_keeps_its_model_until_it_is_released(counting, loaded, executor, loading, publish):
     version = publish()
-    access = ModelAccess(counting, loaded, executor)
+    access = ModelAccess(counting, loaded, executor, loading)
     first, second = await access.lease(LATEST), await access.lease(LATEST)
     freed = loaded.unload(version)
     first.release(executor)
@@ -129,10 +154,10 @@ async def test_a_lease_keeps_its_model_until_it_is_released(counting, loaded, ex
     assert second.engine.closed
 
 
-async def test_the_last_release_frees_also_when_the_executor_has_ended(counting, loaded, publish):
+async def test_the_last_release_frees_also_when_the_executor_has_ended(counting, loaded, loading, publish):
     publish()
     executor = ThreadPoolExecutor(1)
-    lease = await ModelAccess(counting, loaded, executor).lease(LATEST)
+    lease = await ModelAccess(counting, loaded, executor, loading).lease(LATEST)
     loaded.close()
     executor.shutdown()
     lease.release(executor)

@@ -51,6 +51,13 @@ def test_sentences(metrics, sample):
     assert sample("ferryman_translate_sentence_seconds_sum", stage="decode") == pytest.approx(6.0)
 
 
+def test_a_sentence_for_which_nothing_was_found(metrics, sample):
+    metrics.observe_sentences([Translation(hypotheses=[], source_tokens=4)], [TIMINGS])
+    assert sample("ferryman_translate_sentences_total") == 1
+    assert sample("ferryman_translate_source_tokens_total") == 4
+    assert sample("ferryman_translate_sentence_target_tokens_count") == 0
+
+
 def test_what_is_in_flight_and_what_waits(metrics, sample, queued):
     with metrics.in_flight("StreamTranslate"):
         assert sample("ferryman_translate_in_flight", method="StreamTranslate") == 1

@@ -224,3 +224,14 @@ def test_memory_that_was_given_back_is_not_used_again(pair, monkeypatch):
         for _ in range(4):
             both.step()
         both.leave(1.0)
+
+
+def test_few_bindings_are_kept_however_many_shapes_there_were(pair, monkeypatch):
+    monkeypatch.setattr(running_batch, "_MOST_BINDINGS", 5)
+    both = Both(pair, 1, seed=7)
+    for count in [*range(1, 9), *range(8, 0, -1)]:
+        both.admit(count, 9)
+        both.step()
+        both.step()
+        assert len(both.ours._bindings) <= 5
+        both.leave(1.0)

@@ -167,6 +167,33 @@ def test_an_error_of_the_model_reaches_its_batch_and_the_next_work_is_served(sta
     assert results["after"].error is None
 
 
+def test_a_batch_that_cannot_be_made_is_told_to_its_callers_and_the_next_work_is_served(start, decoder, results):
+    """A lack of memory, or a device that is lost: no thread ends of it, else everybody would wait for ever."""
+    scheduler = start()
+    hold_up(scheduler, decoder, results, steps=9)
+    make = decoder.batch
+
+    def refuse(width, *, attention):
+        raise MemoryError("no room for a batch")
+
+    def lose_the_device():
+        decoder.batch = refuse
+        raise ZeroDivisionError("the model broke")
+
+    decoder.on_step = lose_the_device
+    decoder.gate.set()
+    results.wait(1)
+    assert isinstance(results["plug"].error, ZeroDivisionError)
+    decoder.on_step = lambda: None
+    scheduler.submit([work(3, results.of(name)) for name in range(3)])
+    results.wait(4)
+    assert all(isinstance(results[name].error, MemoryError) for name in range(3))
+    decoder.batch = make
+    scheduler.submit([work(3, results.of("after"))])
+    results.wait(5)
+    assert results["after"].error is None
+
+
 def test_a_search_that_cannot_begin_is_told_to_its_caller_alone(start, results):
     scheduler = start()
     impossible = work(3, results.of("impossible"), prefix=(7,) * 9)  # longer than the maximum length

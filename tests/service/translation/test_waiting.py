@@ -120,3 +120,27 @@ def test_those_nobody_waits_for_are_taken_out_and_the_rest_keep_their_order():
     assert line.line._weight == 0.0
     line.add("later", share)
     assert line.take_all() == ["later"]
+
+
+def test_a_caller_is_asked_once_however_many_sentences_wait():
+    """A full line holds tens of thousands, and is looked through many times a second."""
+
+    class CountingToken(CancelToken):
+        asked = 0
+
+        def is_wanted(self):
+            self.asked += 1
+            return super().is_wanted()
+
+    line, share = Line(), FairShare()
+    stays, goes = CountingToken(), CountingToken()
+    for number in range(100):
+        line.add(number, share, token=goes if number % 3 == 0 else stays)
+    goes.cancel()
+    assert len(line.line.take_abandoned()) == 34
+    assert (stays.asked, goes.asked) == (1, 1)
+    assert line.line.take_abandoned() == []
+    assert goes.asked == 1, "it has left the line"
+    assert line.take_all() == [number for number in range(100) if number % 3]
+    line.line.take_abandoned()
+    assert stays.asked == 2
