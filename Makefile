@@ -35,7 +35,7 @@ RATE ?=
 .NOTPARALLEL:
 .PHONY: help setup demo test check quick system protos protos-drift buf-lint lint types layers dockerfile wheel-smoke \
   bench-quality bench-quality-tok bench-export bench-training-cpu bench-training-gpu bench-overhead bench-corpora \
-  bench-serving-cpu bench-serving-gpu bench-load bench-decode-step bench-search-overhead soak clean
+  bench-serving-cpu bench-serving-gpu bench-load bench-decode-step bench-search-overhead bench-invariance soak clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -140,6 +140,10 @@ bench-load: $(READY) ## requests/s that the service holds, beside a plain server
 
 bench-decode-step: $(READY) ## what forms of a decoder step and of its matrix products cost in ONNX Runtime: [PRESET=tiny|base]
 	@$(BIN)/python -m bench.decode_step $(if $(PRESET),--presets "$(PRESET)")
+
+bench-invariance: $(READY) ## is a sentence translated the same alone and among others, after bench-quality: [DATA= MODEL= QUICK=1]
+	@$(BIN)/python -m bench.invariance $(if $(DATA),--data "$(DATA)") $(if $(MODEL),--model "$(MODEL)") \
+	  $(if $(QUICK),--quick)
 
 bench-search-overhead: $(READY) ## what the search takes of a decoding step, outside the model
 	@$(BIN)/python -m bench.search_overhead

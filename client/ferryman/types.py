@@ -611,8 +611,8 @@ class Translation:
 
     @property
     def text(self) -> str:
-        """The text of the best hypothesis."""
-        return self.hypotheses[0].text
+        """The text of the best hypothesis; empty if the search found none, which only constraints can bring about."""
+        return self.hypotheses[0].text if self.hypotheses else ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -253,3 +253,7 @@ def test_a_duration_is_seconds():
     message = metrics_pb2.Heartbeat(state=metrics_pb2.RUN_STATE_RUNNING)
     message.interval.FromTimedelta(timedelta(milliseconds=2500))
     assert from_message(types.Heartbeat, message).interval_s == 2.5
+
+
+def test_a_search_that_found_nothing_has_no_text():
+    assert types.Translation(hypotheses=(), source_tokens=3).text == ""

@@ -27,8 +27,9 @@ _MOST_DELAY_S: Final = 30.0
 
 
 def cost_tokens(sentence: PreparedSentence, options: SearchOptions) -> int:
-    """Return what a sentence costs, row tokens; at least 1, also for an empty sentence."""
-    return max(1, len(sentence.source) * options.rows)
+    """Return what a sentence costs, row tokens: its source's, or those that its translation must have, if that is more;
+    at least 1, also for an empty sentence."""
+    return max(1, max(len(sentence.source), sentence.min_length) * options.rows)
 
 
 class TokenBudget:

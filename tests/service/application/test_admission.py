@@ -32,6 +32,11 @@ def test_a_sentence_costs_its_rows(source_tokens, options, tokens):
     assert cost_tokens(PreparedSentence(source=(1,) * source_tokens), options) == tokens
 
 
+def test_a_translation_that_must_be_long_costs_its_length():
+    sentence = PreparedSentence(source=(1, 2), min_length=4000, max_length=4096)
+    assert cost_tokens(sentence, SearchOptions(beam_size=3)) == 12_000
+
+
 def test_a_call_that_finds_no_room_is_refused():
     admission = Admission(100)
     admission.admit(60)
