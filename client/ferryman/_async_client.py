@@ -7,7 +7,7 @@ import contextlib
 import os
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Sequence
 from types import TracebackType
-from typing import Any, Literal, Self, TypeVar, Unpack, overload
+from typing import Any, Literal, Self, TypeAlias, TypeVar, Unpack, overload
 
 import grpc
 from google.protobuf.message import Message
@@ -16,13 +16,16 @@ from ferryman import _convert, types
 from ferryman._channel import ChannelOptions, channel_options
 from ferryman._convert import Call, Pages, encode
 from ferryman._download import ModelFolder
-from ferryman._rpc_errors import error_from_rpc
+from ferryman._rpc_errors import ACCEPTED_KEY, error_from_rpc
 from ferryman._stream import Sentence, StreamBook, each_in_thread
 from ferryman._tail import MetricsTail
 from ferryman._upload import CorpusText, read_pieces
 from ferryman.errors import Unavailable
 
 T = TypeVar("T")
+
+
+StreamCall: TypeAlias = "grpc.aio.StreamStreamCall[Any, Any]"
 
 
 class AsyncClient:
@@ -296,7 +299,9 @@ class AsyncClient:
         reading = asyncio.create_task(_take_all(sentences, book, changed))
         reading.add_done_callback(lambda _: changed.set())
         method = self._channel.stream_stream(call.path, encode, call.response_type.FromString)
-        responses = method(_stream_requests(call, book, reading, changed), timeout=timeout_s)
+        begun: asyncio.Future[StreamCall] = asyncio.get_running_loop().create_future()
+        responses = method(_stream_requests(call, begun, book, reading, changed), timeout=timeout_s)
+        begun.set_result(responses)
         try:
             async for response in responses:
                 for result in book.accept(call.read(response)):
@@ -373,10 +378,21 @@ async def _take_all(
 
 
 async def _stream_requests(
-    call: Call[types.StreamTranslateResponse], book: StreamBook, reading: asyncio.Task[None], changed: asyncio.Event
+    call: Call[types.StreamTranslateResponse],
+    begun: asyncio.Future[StreamCall],
+    book: StreamBook,
+    reading: asyncio.Task[None],
+    changed: asyncio.Event,
 ) -> AsyncIterator[Message]:
-    """Yield the requests of a stream, its sentences as soon as they are read."""
+    """Yield the requests of a stream: the configuration, and once that is accepted, sentences as soon as they are read.
+
+    A message that is on its way when the server ends the call makes grpc.aio forget the call's status.
+    """
     yield call.request
+    responses = await begun
+    if ACCEPTED_KEY not in {key for key, _ in await responses.initial_metadata()}:
+        await responses.code()
+        return
     while True:
         await _until(lambda: book.has_news or reading.done(), changed)
         if not book.has_news:

@@ -13,6 +13,10 @@ from google.rpc.status_pb2 import Status
 from ferryman.errors import FerrymanError, Violation, error_class
 
 ERROR_DOMAIN: Final = "ferryman.v1"
+ACCEPTED_KEY: Final = "ferryman-model"
+"""In the initial metadata of a stream whose configuration the server has accepted."""
+_STATUS_FORGOTTEN: Final = "Internal error from Core"
+"""What grpc.aio says when it could not send: the status that the server ended the call with is lost by then."""
 _DETAILS_KEY: Final = "grpc-status-details-bin"
 
 
@@ -20,6 +24,8 @@ def error_from_rpc(error: Any) -> FerrymanError:  # noqa: ANN401 (grpc.RpcError 
     """Return the error that a failed call stands for; `error` is a grpc.Call or a grpc.aio.AioRpcError."""
     code: grpc.StatusCode = error.code()
     message = error.details() or code.name
+    if code is grpc.StatusCode.INTERNAL and message == _STATUS_FORGOTTEN:
+        code, message = grpc.StatusCode.UNAVAILABLE, "the server ended the call while a message was on its way to it"
     info, violations, retry_delay_s = ErrorInfo(), [], None
     for detail in _details(error):
         if detail.Is(ErrorInfo.DESCRIPTOR):

@@ -37,7 +37,7 @@ from grpc_status import rpc_status
 from ferryman import errors, types
 from ferryman._convert import SearchOptions, record_to_message
 from ferryman._mapping import fill_message, from_message
-from ferryman._rpc_errors import status_from_error
+from ferryman._rpc_errors import ACCEPTED_KEY, status_from_error
 from ferryman.types import RunState
 from ferryman.v1 import (
     corpus_pb2,
@@ -793,6 +793,7 @@ class _Translations(_Servicer, translation_pb2_grpc.TranslationServiceServicer):
             self.fake.translate_options.append(_set_options(config.options))
         except errors.FerrymanError as error:
             _abort(context, error)
+        context.send_initial_metadata(((ACCEPTED_KEY, version.reference),))
         for request in request_iterator:
             results = [self._outcome(sentence, config.options) for sentence in reversed(request.sentences.sentences)]
             answer = types.StreamTranslateResponse(model=version.reference, translations=tuple(results))

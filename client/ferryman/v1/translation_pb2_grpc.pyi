@@ -48,6 +48,7 @@ class TranslationServiceStub:
     a sentence is in flight until its translation is written, and who does not read is soon not read from. A sentence
     that cannot be translated has an error of its own and the stream goes on. Unary calls may overtake a stream, but
     cannot hold it up for ever. After the caller has half-closed, the stream ends when the last translation is sent.
+    Initial metadata comes as soon as the configuration is accepted, with the version in "ferryman-model".
     NOT_FOUND (MODEL_NOT_FOUND); INVALID_ARGUMENT with all violations (INVALID_REQUEST: configuration or messages);
     RESOURCE_EXHAUSTED (MODEL_TOO_LARGE); DEADLINE_EXCEEDED; DATA_LOSS (MODEL_DAMAGED); FAILED_PRECONDITION
     (ROLE_NOT_SERVED); UNAVAILABLE (SERVER_SHUTTING_DOWN: what was not answered was not translated). A full queue is no
@@ -74,6 +75,7 @@ class TranslationServiceAsyncStub(TranslationServiceStub):
     a sentence is in flight until its translation is written, and who does not read is soon not read from. A sentence
     that cannot be translated has an error of its own and the stream goes on. Unary calls may overtake a stream, but
     cannot hold it up for ever. After the caller has half-closed, the stream ends when the last translation is sent.
+    Initial metadata comes as soon as the configuration is accepted, with the version in "ferryman-model".
     NOT_FOUND (MODEL_NOT_FOUND); INVALID_ARGUMENT with all violations (INVALID_REQUEST: configuration or messages);
     RESOURCE_EXHAUSTED (MODEL_TOO_LARGE); DEADLINE_EXCEEDED; DATA_LOSS (MODEL_DAMAGED); FAILED_PRECONDITION
     (ROLE_NOT_SERVED); UNAVAILABLE (SERVER_SHUTTING_DOWN: what was not answered was not translated). A full queue is no
@@ -109,6 +111,7 @@ class TranslationServiceServicer(metaclass=_abc_1.ABCMeta):
         a sentence is in flight until its translation is written, and who does not read is soon not read from. A sentence
         that cannot be translated has an error of its own and the stream goes on. Unary calls may overtake a stream, but
         cannot hold it up for ever. After the caller has half-closed, the stream ends when the last translation is sent.
+        Initial metadata comes as soon as the configuration is accepted, with the version in "ferryman-model".
         NOT_FOUND (MODEL_NOT_FOUND); INVALID_ARGUMENT with all violations (INVALID_REQUEST: configuration or messages);
         RESOURCE_EXHAUSTED (MODEL_TOO_LARGE); DEADLINE_EXCEEDED; DATA_LOSS (MODEL_DAMAGED); FAILED_PRECONDITION
         (ROLE_NOT_SERVED); UNAVAILABLE (SERVER_SHUTTING_DOWN: what was not answered was not translated). A full queue is no

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
-from typing import Any, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import grpc
 
@@ -19,6 +19,8 @@ from ferryman_service.rpc import convert
 from ferryman_service.rpc.shutdown import Shutdown
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+ACCEPTED_KEY: Final = "ferryman-model"
+"""The initial metadata of a stream whose configuration is accepted: the version that translates."""
 _Requests: TypeAlias = "AsyncIterator[translation_pb2.StreamTranslateRequest]"
 
 
@@ -55,6 +57,7 @@ class TranslationServicer(translation_pb2_grpc.TranslationServiceServicer):
         work = convert.stream_request_from_wire(first, context.time_remaining())
         with self._metrics.in_flight("StreamTranslate"):
             async with self._use_cases.stream(work) as stream, _reading(messages, work, stream):
+                await context.send_initial_metadata(((ACCEPTED_KEY, stream.version.reference),))
                 while True:
                     async with self._shutdown.ends_wait():
                         results = await stream.results()
