@@ -14,12 +14,10 @@ from typing import Any, Final
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import TensorProto, helper, numpy_helper
 
-MICROSOFT: Final = "com.microsoft"
+from ferryman_service.training.graph_builder import CONTRIB, GraphBuilder
+
 CANDIDATES: Final = 12
-_OPSET: Final = 24
-_IR_VERSION: Final = 11
 _MAX_POSITIONS: Final = 512
 
 Array = NDArray[Any]
@@ -101,72 +99,29 @@ def parse_variant(text: str) -> Variant:
     return Variant(self_attention=SelfAttention(first), cross_attention=CrossAttention(cross), head=Head(head))
 
 
-class GraphBuilder:
-    """Nodes, weights, inputs and outputs of a graph in the making."""
+class StepBuilder(GraphBuilder):
+    """A GraphBuilder that draws weights, and declares an input once however often it is asked for."""
 
     def __init__(self, seed: int = 0) -> None:
-        self._nodes: list[onnx.NodeProto] = []
-        self._initializers: list[onnx.TensorProto] = []
-        self._inputs: dict[str, onnx.ValueInfoProto] = {}
-        self._outputs: list[onnx.ValueInfoProto] = []
+        super().__init__("step")
         self._random = np.random.default_rng(seed)
-        self._names = 0
+        self._declared: set[str] = set()
 
-    def input(self, name: str, kind: int, shape: Sequence[int | str]) -> str:
-        """Declare an input, once however often it is asked for; return its name."""
-        self._inputs.setdefault(name, helper.make_tensor_value_info(name, kind, shape))
+    def input(self, name: str, element_type: str, shape: Sequence[str | int]) -> str:
+        """Declare an input if it is not yet; return its name."""
+        if name not in self._declared:
+            self._declared.add(name)
+            super().input(name, element_type, shape)
         return name
-
-    def output(self, name: str, kind: int, shape: Sequence[int | str | None]) -> None:
-        """Declare an output."""
-        self._outputs.append(helper.make_tensor_value_info(name, kind, shape))
 
     def weight(self, *shape: int) -> str:
         """Add random weights whose columns have about the norm 1."""
         values = self._random.standard_normal(shape) * shape[0] ** -0.5
         return self.constant(values.astype(np.float32))
 
-    def constant(self, values: Array) -> str:
-        """Add an array."""
-        name = self._name("constant")
-        self._initializers.append(numpy_helper.from_array(values, name))
-        return name
-
-    def integers(self, *values: int) -> str:
-        """Add int64 numbers."""
-        return self.constant(np.array(values, np.int64))
-
-    def node(self, operator: str, inputs: Sequence[str], *, domain: str = "", **attributes: Any) -> str:  # noqa: ANN401
-        """Add a node with one output; return the output's name."""
-        return self.nodes(operator, inputs, [self._name(operator)], domain=domain, **attributes)[0]
-
-    def nodes(
-        self,
-        operator: str,
-        inputs: Sequence[str],
-        outputs: Sequence[str],
-        *,
-        domain: str = "",
-        **attributes: Any,  # noqa: ANN401
-    ) -> Sequence[str]:
-        """Add a node whose outputs have these names; return them."""
-        self._nodes.append(helper.make_node(operator, inputs, outputs, domain=domain, **attributes))
-        return outputs
-
-    def split(self, value: str, count: int) -> Sequence[str]:
+    def split(self, value: str, count: int) -> list[str]:
         """Cut the second dimension into equal parts."""
-        outputs = [self._name("part") for _ in range(count)]
-        return self.nodes("Split", [value], outputs, axis=1, num_outputs=count)
-
-    def model(self) -> onnx.ModelProto:
-        """Return the graph."""
-        graph = helper.make_graph(self._nodes, "step", list(self._inputs.values()), self._outputs, self._initializers)
-        opsets = [helper.make_opsetid("", _OPSET), helper.make_opsetid(MICROSOFT, 1)]
-        return helper.make_model(graph, opset_imports=opsets, ir_version=_IR_VERSION)
-
-    def _name(self, kind: str) -> str:
-        self._names += 1
-        return f"{kind}_{self._names}"
+        return self.nodes("Split", [value], [""] * count, axis=1, num_outputs=count)
 
 
 class StepGraph:
@@ -175,13 +130,13 @@ class StepGraph:
     def __init__(self, sizes: Sizes, variant: Variant) -> None:
         self._sizes = sizes
         self._variant = variant
-        self._graph = GraphBuilder()
+        self._graph = StepBuilder()
 
     def build(self) -> onnx.ModelProto:
         """Return the graph: tokens and positions in, candidates out, caches in and out."""
         graph, sizes = self._graph, self._sizes
-        token = graph.input("token", TensorProto.INT64, ["R"])
-        position = graph.input("position", TensorProto.INT64, ["R"])
+        token = graph.input("token", "int64", ["R"])
+        position = graph.input("position", "int64", ["R"])
         embedded = graph.node("Gather", [graph.weight(sizes.vocabulary, sizes.d_model), token])
         x = graph.node("Add", [embedded, graph.node("Gather", [graph.weight(_MAX_POSITIONS, sizes.d_model), position])])
         for layer in range(sizes.layers):
@@ -190,7 +145,7 @@ class StepGraph:
             inner = graph.node("Relu", [self._linear(x, sizes.d_model, sizes.ffn_dim)])
             x = self._norm(x, self._linear(inner, sizes.ffn_dim, sizes.d_model))
         self._head(graph.node("MatMul", [x, graph.weight(sizes.d_model, sizes.vocabulary)]))
-        return graph.model()
+        return graph.build()
 
     def _linear(self, x: str, width_in: int, width_out: int) -> str:
         bias = self._graph.constant(np.zeros(width_out, np.float32))
@@ -215,17 +170,17 @@ class StepGraph:
     def _gqa(self, joint: str, layer: int) -> str:
         graph, heads = self._graph, self._sizes.heads
         past = self._caches(layer, ["R", heads, "T", self._sizes.head_dim])
-        lengths = graph.input("past_lengths", TensorProto.INT32, ["R"])
-        total = graph.input("total_length", TensorProto.INT32, [])
-        inputs = [graph.node("Unsqueeze", [joint, graph.integers(1)]), "", "", *past, lengths, total]
+        lengths = graph.input("past_lengths", "int32", ["R"])
+        total = graph.input("total_length", "int32", [])
+        inputs = [graph.node("Unsqueeze", [joint, graph.constant([1])]), "", "", *past, lengths, total]
         outputs = [f"attended_{layer}", *self._present(layer, ["R", heads, "T", self._sizes.head_dim])]
         sizes = {"num_heads": heads, "kv_num_heads": heads}
-        return graph.nodes("GroupQueryAttention", inputs, outputs, domain=MICROSOFT, **sizes)[0]
+        return graph.nodes("GroupQueryAttention", inputs, outputs, domain=CONTRIB, **sizes)[0]
 
     def _concat(self, joint: str, layer: int) -> str:
         graph, heads, head_dim = self._graph, self._sizes.heads, self._sizes.head_dim
-        parent = graph.input("parent", TensorProto.INT64, ["R"])
-        shape = graph.integers(-1, heads, 1, head_dim)
+        parent = graph.input("parent", "int64", ["R"])
+        shape = graph.constant([-1, heads, 1, head_dim])
         query, *new = (graph.node("Reshape", [part, shape]) for part in graph.split(joint, 3))
         past = self._caches(layer, ["R", heads, "T", head_dim])
         present = self._present(layer, ["R", heads, "T + 1", head_dim])
@@ -235,8 +190,8 @@ class StepGraph:
 
     def _tree(self, joint: str, layer: int) -> str:
         graph, heads, head_dim = self._graph, self._sizes.heads, self._sizes.head_dim
-        mask = graph.input("ancestors", TensorProto.FLOAT, ["S", 1, "W", "T"])
-        place = graph.input("place", TensorProto.INT64, ["S"])
+        mask = graph.input("ancestors", "float32", ["S", 1, "W", "T"])
+        place = graph.input("place", "int64", ["S"])
         query, *new = (self._by_sentence(part) for part in graph.split(joint, 3))
         past = self._caches(layer, ["S", heads, "T", head_dim])
         present = self._present(layer, ["S", heads, "T", head_dim])
@@ -246,9 +201,9 @@ class StepGraph:
 
     def _a24(self, joint: str, layer: int) -> str:
         graph, width, heads = self._graph, self._sizes.d_model, self._sizes.heads
-        place = graph.input("place", TensorProto.INT64, ["R"])
-        lengths = graph.input("lengths", TensorProto.INT64, ["R"])
-        query, *new = (graph.node("Unsqueeze", [part, graph.integers(1)]) for part in graph.split(joint, 3))
+        place = graph.input("place", "int64", ["R"])
+        lengths = graph.input("lengths", "int64", ["R"])
+        query, *new = (graph.node("Unsqueeze", [part, graph.constant([1])]) for part in graph.split(joint, 3))
         past, present = self._caches(layer, ["R", "T", width]), self._present(layer, ["R", "T", width])
         for before, added, after in zip(past, new, present, strict=True):
             graph.nodes("TensorScatter", [before, added, place], [after], axis=1)
@@ -267,20 +222,20 @@ class StepGraph:
         if kind is CrossAttention.PLAIN:
             dimensions["keys"] = (sizes.head_dim, "L")
         keys, values = (
-            graph.input(f"cross_{part}_{layer}", TensorProto.FLOAT, ["S", sizes.heads, *dimensions[part]])
+            graph.input(f"cross_{part}_{layer}", "float32", ["S", sizes.heads, *dimensions[part]])
             for part in ("keys", "values")
         )
         if kind is CrossAttention.MHA:
-            bias = graph.input("wide_bias", TensorProto.FLOAT, ["S", 1, "W", "L"])
-            joined = graph.node("Reshape", [query, graph.input("shape_SWD", TensorProto.INT64, [3])])
+            bias = graph.input("wide_bias", "float32", ["S", 1, "W", "L"])
+            joined = graph.node("Reshape", [query, graph.input("shape_SWD", "int64", [3])])
             inputs = [joined, keys, values, "", "", bias]
-            return self._flat(graph.node("MultiHeadAttention", inputs, domain=MICROSOFT, num_heads=sizes.heads))
+            return self._flat(graph.node("MultiHeadAttention", inputs, domain=CONTRIB, num_heads=sizes.heads))
         by_sentence = self._by_sentence(query)
         if kind is CrossAttention.A24:
-            lengths = graph.input("source_lengths", TensorProto.INT64, ["S"])
+            lengths = graph.input("source_lengths", "int64", ["S"])
             attended = graph.node("Attention", [by_sentence, keys, values, "", "", "", lengths])
         else:
-            bias = graph.input("bias", TensorProto.FLOAT, ["S", 1, 1, "L"])
+            bias = graph.input("bias", "float32", ["S", 1, 1, "L"])
             attended = self._attend(by_sentence, (keys, values), bias, keys_by_width=True)
         return self._flat(graph.node("Transpose", [attended], perm=[0, 2, 1, 3]))
 
@@ -288,26 +243,26 @@ class StepGraph:
         """Attend with simple operators; keys are [..., T, E], or by width [..., E, T]."""
         graph, (keys, values) = self._graph, keys_values
         sizes = {"transB": int(not keys_by_width), "alpha": self._sizes.head_dim**-0.5}
-        scores = graph.node("FusedMatMul", [query, keys], domain=MICROSOFT, **sizes)
+        scores = graph.node("FusedMatMul", [query, keys], domain=CONTRIB, **sizes)
         if bias is not None:
             scores = graph.node("Add", [scores, bias])
         return graph.node("MatMul", [graph.node("Softmax", [scores], axis=-1), values])
 
     def _by_sentence(self, x_RD: str) -> str:
         """Return [S, H, W, E]."""
-        shape = self._graph.input("shape_SWHE", TensorProto.INT64, [4])
+        shape = self._graph.input("shape_SWHE", "int64", [4])
         return self._graph.node("Transpose", [self._graph.node("Reshape", [x_RD, shape])], perm=[0, 2, 1, 3])
 
     def _flat(self, x: str) -> str:
-        return self._graph.node("Reshape", [x, self._graph.integers(-1, self._sizes.d_model)])
+        return self._graph.node("Reshape", [x, self._graph.constant([-1, self._sizes.d_model])])
 
     def _caches(self, layer: int, shape: Sequence[int | str]) -> list[str]:
-        return [self._graph.input(f"past_{part}_{layer}", TensorProto.FLOAT, shape) for part in ("keys", "values")]
+        return [self._graph.input(f"past_{part}_{layer}", "float32", shape) for part in ("keys", "values")]
 
     def _present(self, layer: int, shape: Sequence[int | str]) -> list[str]:
         names = [f"present_{part}_{layer}" for part in ("keys", "values")]
         for name in names:
-            self._graph.output(name, TensorProto.FLOAT, shape)
+            self._graph.output(name, "float32", shape)
         return names
 
     def _head(self, logits: str) -> None:
@@ -315,26 +270,26 @@ class StepGraph:
         match self._variant.head:
             case Head.LOGSOFTMAX:
                 everything = graph.node("LogSoftmax", [logits], axis=-1)
-                graph.nodes("TopK", [everything, graph.integers(CANDIDATES)], best, axis=-1)
+                graph.nodes("TopK", [everything, graph.constant([CANDIDATES])], best, axis=-1)
             case Head.TOPK:
-                graph.nodes("TopK", [logits, graph.integers(CANDIDATES)], best, axis=-1)
+                graph.nodes("TopK", [logits, graph.constant([CANDIDATES])], best, axis=-1)
             case Head.LSE:
                 self._less_log_sum_exp(logits)
             case Head.ARGMAX:
                 graph.nodes("ArgMax", [logits], ["tokens"], axis=-1, keepdims=1)
-                graph.nodes("ReduceMax", [logits, graph.integers(-1)], ["best"], keepdims=1)
+                graph.nodes("ReduceMax", [logits, graph.constant([-1])], ["best"], keepdims=1)
             case Head.ALL:
                 graph.nodes("Identity", [logits], ["best"])
-        graph.output("best", TensorProto.FLOAT, ["R", None])
+        graph.output("best", "float32", ["R", "K"])
         if self._variant.head is not Head.ALL:
-            graph.output("tokens", TensorProto.INT64, ["R", None])
+            graph.output("tokens", "int64", ["R", "K"])
 
     def _less_log_sum_exp(self, logits: str) -> None:
         graph = self._graph
-        highest, _ = graph.nodes("TopK", [logits, graph.integers(CANDIDATES)], ["highest", "tokens"], axis=-1)
-        maximum = graph.node("Slice", [highest, graph.integers(0), graph.integers(1), graph.integers(1)])
+        highest, _ = graph.nodes("TopK", [logits, graph.constant([CANDIDATES])], ["highest", "tokens"], axis=-1)
+        maximum = graph.node("Slice", [highest, graph.constant([0]), graph.constant([1]), graph.constant([1])])
         powers = graph.node("Exp", [graph.node("Sub", [logits, maximum])])
-        log_sum = graph.node("Log", [graph.node("ReduceSum", [powers, graph.integers(-1)], keepdims=1)])
+        log_sum = graph.node("Log", [graph.node("ReduceSum", [powers, graph.constant([-1])], keepdims=1)])
         graph.nodes("Sub", [highest, graph.node("Add", [maximum, log_sum])], ["best"])
 
 

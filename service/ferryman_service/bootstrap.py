@@ -213,7 +213,7 @@ def _build_use_cases(stores: _Stores, config: ServiceConfig) -> _UseCases:
 
 def _require_packages(config: ServiceConfig) -> None:
     """Refuse to start without what the roles need, instead of failing each run or call. Loads nothing."""
-    needed = {Role.TRANSLATION: ("onnxruntime",), Role.TRAINING: ("torch", "onnx", "onnxscript", "onnxruntime")}
+    needed = {Role.TRANSLATION: ("onnxruntime",), Role.TRAINING: ("torch", "onnx", "onnxruntime")}
     for role in sorted(config.roles):
         missing = [name for name in needed[role] if importlib.util.find_spec(name) is None]
         if missing:

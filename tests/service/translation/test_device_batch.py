@@ -9,6 +9,7 @@ from ferryman_service.domain.recipe import Activation, NormPlacement, Positions
 from ferryman_service.domain.tokens import BOS, EOS
 from ferryman_service.translation import device_batch, device_model
 from ferryman_service.translation.device_batch import DeviceRunningBatch, Layout
+from tests.fakes.batch_lives import MOVES, Both, live
 from tests.fakes.device_network import open_device_graphs
 from tests.fakes.random_network import NaiveBatch, random_network, random_sources
 
@@ -28,94 +29,22 @@ def pair(request, tmp_path_factory):
     return network, open_device_graphs(tmp_path_factory.mktemp("graphs"), network, "float32")
 
 
-class Both:
-    """Drives a batch and the naive one with the same random moves, and compares what they answer."""
-
-    def __init__(self, pair, width, seed, *, logits=False, attention=False):
-        network, model = pair
-        self.ours = DeviceRunningBatch(model, width, attention=attention)
-        self.naive = NaiveBatch(network, width)
-        self._random = np.random.default_rng(seed)
-        self._width, self._logits, self._attends = width, logits, attention
-        self._tolerance = TOLERANCE[str(model.element_type)]
-
-    @property
-    def sentences(self):
-        return self.naive.sentences
-
-    def admit(self, count, longest):
-        sources = random_sources(count, longest, VOCABULARY_SIZE, int(self._random.integers(2**32)))
-        self.ours.admit(sources)
-        self.naive.admit(sources)
-        assert self.ours.sentences == self.naive.sentences
-
-    def keep(self, kept_S):
-        self.ours.keep(kept_S)
-        self.naive.keep(kept_S)
-
-    def leave(self, share):
-        """Let each sentence leave with a probability."""
-        self.keep(np.flatnonzero(self._random.random(self.sentences) >= share))
-
-    def step(self):
-        shape = self.sentences, self._width
-        fresh_S1 = np.array(self.naive.lengths())[:, None] == 0
-        token_SW = np.where(fresh_S1, BOS, self._random.integers(4, VOCABULARY_SIZE, shape))
-        parent_SW = np.where(
-            fresh_S1 | (self._random.random((self.sentences, 1)) < 0.3),
-            np.arange(self._width),  # nobody moves
-            self._random.integers(0, self._width, shape),
-        )
-        logits_SWV = self.naive.step_logits(token_SW, parent_SW)
-        if self._logits:
-            found_SWV = self.ours.step_logits(token_SW, parent_SW)
-            np.testing.assert_allclose(found_SWV, logits_SWV, atol=self._tolerance)
-        else:
-            self._compare_candidates(self.ours.step(token_SW, parent_SW, 7), logits_SWV)
-        if self._attends:
-            wanted_SWL, found_SWL = self.naive.attention(), self.ours.attention()
-            length = wanted_SWL.shape[2]
-            np.testing.assert_allclose(found_SWL[:, :, :length], wanted_SWL, atol=self._tolerance)
-            assert not found_SWL[:, :, length:].any(), "nobody attends to padding"
-
-    def _compare_candidates(self, found, logits_SWV):
-        log_probs_SWV = logits_SWV - np.log(np.exp(logits_SWV).sum(axis=2, keepdims=True))
-        assert found.tokens_SWK.shape == found.log_probs_SWK.shape == (self.sentences, self._width, 7)
-        assert (found.tokens_SWK.dtype, found.log_probs_SWK.dtype) == (np.int64, np.float32)
-        asked_SWK = np.take_along_axis(log_probs_SWV, found.tokens_SWK, axis=2)
-        np.testing.assert_allclose(found.log_probs_SWK, asked_SWK, atol=self._tolerance)
-        best_SWK = -np.sort(-log_probs_SWV, axis=2)[:, :, :7]
-        np.testing.assert_allclose(found.log_probs_SWK, best_SWK, atol=self._tolerance)
-
-
-moves = st.lists(
-    st.tuples(
-        st.integers(0, 6),  # sentences that join
-        st.sampled_from([1, 3, 9, 40, 100]),  # the longest of them, source tokens
-        st.sampled_from([0.0, 0.0, 0.3, 0.9, 1.0]),  # the share that leaves
-        st.integers(1, 6),  # steps
-    ),
-    min_size=2,
-    max_size=8,
-)
+def both_of(pair, width, seed, **wanted):
+    network, model = pair
+    ours = DeviceRunningBatch(model, width, attention=wanted.get("attention", False))
+    return Both(ours, network, seed, tolerance=TOLERANCE[str(model.element_type)], **wanted)
 
 
 @settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(width=st.integers(1, 5), moves=moves, seed=st.integers(0, 2**16), kind=st.sampled_from(["plain", "all"]))
+@given(width=st.integers(1, 5), moves=MOVES, seed=st.integers(0, 2**16), kind=st.sampled_from(["plain", "all"]))
 def test_any_life_of_a_batch_gives_the_networks_numbers(pair, width, moves, seed, kind):
-    both = Both(pair, width, seed, logits=kind == "all", attention=kind == "all")
-    for joining, longest, share, steps in moves:
-        if joining:
-            both.admit(joining, longest)
-        if both.sentences:
-            both.leave(share)
-        for _ in range(steps if both.sentences else 0):
-            both.step()
+    both = both_of(pair, width, seed, logits=kind == "all", attention=kind == "all")
+    live(both, moves)
 
 
 @pytest.mark.parametrize("width", [1, 3])
 def test_positions_beyond_the_first_room_while_others_come_and_go(pair, width):
-    both = Both(pair, width, seed=1)
+    both = both_of(pair, width, seed=1)
     both.admit(2, 12)
     for step in range(70):  # the cache's room doubles twice
         both.step()
@@ -126,7 +55,7 @@ def test_positions_beyond_the_first_room_while_others_come_and_go(pair, width):
 
 
 def test_long_sources_after_short_ones_and_back(pair):
-    both = Both(pair, 2, seed=2)
+    both = both_of(pair, 2, seed=2)
     for longest in (2, 200, 2, 90, 5):
         both.ours.admit([(*([7] * (longest - 1)), EOS)])
         both.naive.admit([(*([7] * (longest - 1)), EOS)])
@@ -139,7 +68,7 @@ def test_long_sources_after_short_ones_and_back(pair):
 
 
 def test_many_sentences_after_few_and_back(pair):
-    both = Both(pair, 2, seed=3)
+    both = both_of(pair, 2, seed=3)
     for count in (1, 33, 1, 70, 2):
         both.admit(count, 6)
         both.step()
@@ -149,7 +78,7 @@ def test_many_sentences_after_few_and_back(pair):
 
 
 def test_few_that_are_left_do_not_pay_for_many(pair):
-    both = Both(pair, 1, seed=6)
+    both = both_of(pair, 1, seed=6)
     both.admit(16, 6)
     both.step()
     both.keep(np.array([2, 9, 15]))
@@ -158,7 +87,7 @@ def test_few_that_are_left_do_not_pay_for_many(pair):
 
 
 def test_a_long_sentence_that_left_makes_no_room_for_more(pair):
-    both = Both(pair, 1, seed=11)
+    both = both_of(pair, 1, seed=11)
     both.admit(1, 5)
     for _ in range(32):
         both.step()
@@ -169,7 +98,7 @@ def test_a_long_sentence_that_left_makes_no_room_for_more(pair):
 
 
 def test_a_sentence_that_leaves_and_one_that_joins_make_no_new_shapes(pair):
-    both = Both(pair, 2, seed=7)
+    both = both_of(pair, 2, seed=7)
     both.admit(8, 6)
     layouts = set()
     for _ in range(12):
@@ -182,7 +111,7 @@ def test_a_sentence_that_leaves_and_one_that_joins_make_no_new_shapes(pair):
 
 def test_what_was_left_behind_in_the_caches_counts_nothing(pair):
     """The memory of those who left is used again as it is: here it is filled with large numbers."""
-    both = Both(pair, 3, seed=4)
+    both = both_of(pair, 3, seed=4)
     both.admit(6, 60)
     for _ in range(5):
         both.step()
@@ -222,7 +151,7 @@ def test_the_number_of_candidates_may_change(pair):
 
 def test_memory_is_moved_in_pieces_where_a_gpu_could_not_count_it(pair, monkeypatch):
     monkeypatch.setattr(device_model, "_MOST_NUMBERS", 5000)
-    both = Both(pair, 2, seed=8)
+    both = both_of(pair, 2, seed=8)
     both.admit(3, 20)
     for _ in range(4):
         both.step()
@@ -230,14 +159,14 @@ def test_memory_is_moved_in_pieces_where_a_gpu_could_not_count_it(pair, monkeypa
 
 def test_many_sentences_are_encoded_in_turns(pair, monkeypatch):
     monkeypatch.setattr(device_model, "_ENCODED_AT_ONCE", 32)
-    both = Both(pair, 1, seed=9)
+    both = both_of(pair, 1, seed=9)
     both.admit(7, 14)
     both.step()
 
 
 def test_bound_shapes_are_forgotten_and_bound_again(pair, monkeypatch):
     monkeypatch.setattr(device_batch, "_KEPT_BINDINGS", 2)
-    both = Both(pair, 2, seed=10)
+    both = both_of(pair, 2, seed=10)
     for count in (1, 2, 4):
         both.admit(count, 5)
         both.step()
@@ -262,7 +191,7 @@ def test_sixteen_bits_are_close_to_the_network(tmp_path, kind):
     network = random_network(VOCABULARY_SIZE, **KINDS[kind])
     model = open_device_graphs(tmp_path, network, "float16")
     assert model.element_type == np.float16
-    both = Both((network, model), 2, seed=5, attention=True)
+    both = both_of((network, model), 2, seed=5, attention=True)
     for joining in (3, 2):
         both.admit(joining, 30)
         for _ in range(6):

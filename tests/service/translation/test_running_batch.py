@@ -9,6 +9,7 @@ from ferryman_service.domain.recipe import Activation, NormPlacement, Positions
 from ferryman_service.domain.tokens import BOS, EOS
 from ferryman_service.translation import running_batch
 from ferryman_service.translation.running_batch import OnnxRunningBatch
+from tests.fakes.batch_lives import MOVES, Both, live
 from tests.fakes.random_network import NaiveBatch, open_graphs, random_network, random_sources
 
 VOCABULARY_SIZE = 120
@@ -26,92 +27,21 @@ def pair(request, tmp_path_factory):
     return network, open_graphs(tmp_path_factory.mktemp("graphs"), network)
 
 
-class Both:
-    """Drives a batch and the naive one with the same random moves, and compares what they answer."""
-
-    def __init__(self, pair, width, seed, *, logits=False, attention=False):
-        network, model = pair
-        self.ours = OnnxRunningBatch(model, width, attention=attention)
-        self.naive = NaiveBatch(network, width)
-        self._random = np.random.default_rng(seed)
-        self._width, self._logits, self._attends = width, logits, attention
-
-    @property
-    def sentences(self):
-        return self.naive.sentences
-
-    def admit(self, count, longest):
-        sources = random_sources(count, longest, VOCABULARY_SIZE, int(self._random.integers(2**32)))
-        self.admit_sources(sources)
-
-    def admit_sources(self, sources):
-        self.ours.admit(sources)
-        self.naive.admit(sources)
-        assert self.ours.sentences == self.naive.sentences
-
-    def leave(self, share):
-        """Let each sentence leave with a probability."""
-        kept_S = np.flatnonzero(self._random.random(self.sentences) >= share)
-        self.ours.keep(kept_S)
-        self.naive.keep(kept_S)
-
-    def step(self):
-        shape = self.sentences, self._width
-        fresh_S1 = np.array(self.naive.lengths())[:, None] == 0
-        token_SW = np.where(fresh_S1, BOS, self._random.integers(4, VOCABULARY_SIZE, shape))
-        parent_SW = np.where(
-            fresh_S1 | (self._random.random((self.sentences, 1)) < 0.3),
-            np.arange(self._width),  # nobody moves
-            self._random.integers(0, self._width, shape),
-        )
-        logits_SWV = self.naive.step_logits(token_SW, parent_SW)
-        if self._logits:
-            np.testing.assert_allclose(self.ours.step_logits(token_SW, parent_SW), logits_SWV, atol=TOLERANCE)
-        else:
-            self._compare_candidates(self.ours.step(token_SW, parent_SW, 7), logits_SWV)
-        if self._attends:
-            wanted_SWL = self.naive.attention()
-            found_SWL = self.ours.attention()
-            np.testing.assert_allclose(found_SWL[:, :, : wanted_SWL.shape[2]], wanted_SWL, atol=TOLERANCE)
-            assert not found_SWL[:, :, wanted_SWL.shape[2] :].any(), "nobody attends to padding"
-
-    def _compare_candidates(self, found, logits_SWV):
-        log_probs_SWV = logits_SWV - np.log(np.exp(logits_SWV).sum(axis=2, keepdims=True))
-        assert found.tokens_SWK.shape == found.log_probs_SWK.shape == (self.sentences, self._width, 7)
-        asked_SWK = np.take_along_axis(log_probs_SWV, found.tokens_SWK, axis=2)
-        np.testing.assert_allclose(found.log_probs_SWK, asked_SWK, atol=TOLERANCE)
-        best_SWK = -np.sort(-log_probs_SWV, axis=2)[:, :, :7]
-        np.testing.assert_allclose(found.log_probs_SWK, best_SWK, atol=TOLERANCE)
-
-
-moves = st.lists(
-    st.tuples(
-        st.integers(0, 6),  # sentences that join
-        st.sampled_from([1, 3, 9, 40, 100]),  # the longest of them, source tokens
-        st.sampled_from([0.0, 0.0, 0.3, 0.9, 1.0]),  # the share that leaves
-        st.integers(1, 6),  # steps
-    ),
-    min_size=2,
-    max_size=8,
-)
+def both_of(pair, width, seed, **wanted):
+    network, model = pair
+    return Both(OnnxRunningBatch(model, width, attention=wanted.get("attention", False)), network, seed, **wanted)
 
 
 @settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(width=st.integers(1, 5), moves=moves, seed=st.integers(0, 2**16), kind=st.sampled_from(["plain", "all"]))
+@given(width=st.integers(1, 5), moves=MOVES, seed=st.integers(0, 2**16), kind=st.sampled_from(["plain", "all"]))
 def test_any_life_of_a_batch_gives_the_networks_numbers(pair, width, moves, seed, kind):
-    both = Both(pair, width, seed, logits=kind == "all", attention=kind == "all")
-    for joining, longest, share, steps in moves:
-        if joining:
-            both.admit(joining, longest)
-        if both.sentences:
-            both.leave(share)
-        for _ in range(steps if both.sentences else 0):
-            both.step()
+    both = both_of(pair, width, seed, logits=kind == "all", attention=kind == "all")
+    live(both, moves)
 
 
 @pytest.mark.parametrize("width", [1, 3])
 def test_positions_beyond_the_first_room_while_others_come_and_go(pair, width):
-    both = Both(pair, width, seed=1)
+    both = both_of(pair, width, seed=1)
     both.admit(2, 12)
     for step in range(140):  # the cache's room doubles twice
         both.step()
@@ -125,7 +55,7 @@ def test_positions_beyond_the_first_room_while_others_come_and_go(pair, width):
 
 
 def test_long_sources_after_short_ones_and_back(pair):
-    both = Both(pair, 2, seed=2)
+    both = both_of(pair, 2, seed=2)
     for longest in (2, 200, 2, 90, 5):
         sources = random_sources(3, longest, VOCABULARY_SIZE, longest)
         both.admit_sources([(*([7] * (longest - 1)), EOS), *sources])
@@ -138,7 +68,7 @@ def test_long_sources_after_short_ones_and_back(pair):
 
 
 def test_many_sentences_after_few_and_back(pair):
-    both = Both(pair, 2, seed=3)
+    both = both_of(pair, 2, seed=3)
     for count in (1, 33, 1, 70, 2):
         both.admit(count, 6)
         both.step()
@@ -148,7 +78,7 @@ def test_many_sentences_after_few_and_back(pair):
 
 def test_what_was_left_behind_in_the_caches_counts_nothing(pair):
     """The memory of those who left is used again as it is: here it is filled with large numbers."""
-    both = Both(pair, 3, seed=4)
+    both = both_of(pair, 3, seed=4)
     both.admit(6, 60)
     for _ in range(5):
         both.step()
@@ -194,7 +124,7 @@ def test_the_number_of_candidates_may_change(pair):
 
 def test_shapes_that_come_back_find_other_memory(pair):
     """The number of sentences and all rooms are as they were once, the memory is not."""
-    both = Both(pair, 2, seed=5)
+    both = both_of(pair, 2, seed=5)
     both.admit_sources([(5, 6, 7, EOS), (8, 9, EOS), (10, EOS)])
     both.step()
     for source in [(*([7] * 90), EOS), (11, 12, EOS)] * 2:
@@ -218,7 +148,7 @@ def test_an_empty_batch_gives_its_memory_back(pair, monkeypatch):
 
 def test_memory_that_was_given_back_is_not_used_again(pair, monkeypatch):
     monkeypatch.setattr(running_batch, "_KEPT_BYTES", 1 << 10)
-    both = Both(pair, 3, seed=6)
+    both = both_of(pair, 3, seed=6)
     for _ in range(3):
         both.admit_sources([(*([7] * 20), EOS), (5, 6, EOS)])
         for _ in range(4):
@@ -228,7 +158,7 @@ def test_memory_that_was_given_back_is_not_used_again(pair, monkeypatch):
 
 def test_few_bindings_are_kept_however_many_shapes_there_were(pair, monkeypatch):
     monkeypatch.setattr(running_batch, "_MOST_BINDINGS", 5)
-    both = Both(pair, 1, seed=7)
+    both = both_of(pair, 1, seed=7)
     for count in [*range(1, 9), *range(8, 0, -1)]:
         both.admit(count, 9)
         both.step()
