@@ -35,7 +35,8 @@ RATE ?=
 .NOTPARALLEL:
 .PHONY: help setup demo test check quick system protos protos-drift buf-lint lint types layers dockerfile wheel-smoke \
   bench-quality bench-quality-tok bench-export bench-training-cpu bench-training-gpu bench-overhead bench-corpora \
-  bench-serving-cpu bench-serving-gpu bench-load bench-decode-step bench-search-overhead bench-invariance soak clean
+  bench-serving-cpu bench-serving-gpu bench-load bench-decode-step bench-search-overhead bench-invariance \
+  bench-serving-profile soak clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -143,6 +144,10 @@ bench-decode-step: $(READY) ## what forms of a decoder step and of its matrix pr
 
 bench-invariance: $(READY) ## is a sentence translated the same alone and among others, after bench-quality: [DATA= MODEL= QUICK=1]
 	@$(BIN)/python -m bench.invariance $(if $(DATA),--data "$(DATA)") $(if $(MODEL),--model "$(MODEL)") \
+	  $(if $(QUICK),--quick)
+
+bench-serving-profile: $(READY) ## where the time of translating goes, after bench-quality: [DATA= MODEL= QUICK=1]
+	@$(BIN)/python -m bench.serving_profile $(if $(DATA),--data "$(DATA)") $(if $(MODEL),--model "$(MODEL)") \
 	  $(if $(QUICK),--quick)
 
 bench-search-overhead: $(READY) ## what the search takes of a decoding step, outside the model
