@@ -31,6 +31,7 @@ from ferryman_service.domain.translation import (
     Timings,
     Translation,
     option_violations,
+    slowest,
 )
 
 MAX_WINDOW: Final = 4096
@@ -267,14 +268,7 @@ def _result(version: ModelVersion, entries: Sequence[Entry], arrived_ns: int) ->
         version=version,
         translations=[entry.translation() for entry in entries],
         sentences=sentences,
-        timings=Timings(
-            queue_ns=max(timings.queue_ns for timings in sentences),
-            text_ns=sum(timings.text_ns for timings in sentences),
-            encode_ns=max(timings.encode_ns for timings in sentences),
-            decode_ns=max(timings.decode_ns for timings in sentences),
-            steps=max(timings.steps for timings in sentences),
-            row_steps=sum(timings.row_steps for timings in sentences),
-        ),
+        timings=slowest(sentences),
         mean_batch_rows=sum(timings.row_steps for timings in sentences) / steps if steps else 0.0,
         total_ns=time.monotonic_ns() - arrived_ns,
     )

@@ -153,6 +153,21 @@ class Timings:
     row_steps: int = 0
 
 
+def slowest(timings: Sequence[Timings]) -> Timings:
+    """Return the timings of a request: of each stage, those of the sentence that took longest; the text of all."""
+    if not timings:
+        return Timings()
+    most = max(timings, key=lambda each: each.steps)
+    return Timings(
+        queue_ns=max(each.queue_ns for each in timings),
+        text_ns=sum(each.text_ns for each in timings),
+        encode_ns=max(each.encode_ns for each in timings),
+        decode_ns=max(each.decode_ns for each in timings),
+        steps=most.steps,
+        row_steps=most.row_steps,
+    )
+
+
 class CancelToken:
     """Tells work in another thread that nobody waits for it any more. Safe to use from every thread."""
 

@@ -15,6 +15,7 @@ from ferryman_service.domain.translation import (
     SentenceWork,
     Timings,
     Translation,
+    slowest,
 )
 from ferryman_service.pipeline.text import SentenceText
 from ferryman_service.search.decoder import Decoder
@@ -98,21 +99,6 @@ class BatchingEngine:
     def close(self) -> None:
         """End the threads, after what was submitted is translated."""
         self._scheduler.close()
-
-
-def slowest(timings: Sequence[Timings]) -> Timings:
-    """Return the timings of a request: of each stage, those of the sentence that took longest."""
-    if not timings:
-        return Timings()
-    most = max(timings, key=lambda each: each.steps)
-    return Timings(
-        queue_ns=max(each.queue_ns for each in timings),
-        text_ns=sum(each.text_ns for each in timings),
-        encode_ns=max(each.encode_ns for each in timings),
-        decode_ns=max(each.decode_ns for each in timings),
-        steps=most.steps,
-        row_steps=most.row_steps,
-    )
 
 
 class _Gathered:

@@ -19,8 +19,8 @@ from ferryman_service.domain.translation import (
     SearchOptions,
     SentenceWork,
     Timings,
+    slowest,
 )
-from ferryman_service.translation.engine import slowest
 from ferryman_service.translation.loader import OnnxBundleLoader
 from ferryman_service.translation.onnx_model import OnnxConfig
 from ferryman_service.translation.scheduler import SchedulerConfig
