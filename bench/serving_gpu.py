@@ -26,6 +26,7 @@ import torch
 from bench.gpu_sections import Finding, Section, python_module, run_section, run_sections
 from bench.result import Peer, Result, publish, results_folder
 from bench.serving_gpu_checks import CHECKS
+from bench.serving_gpu_profile import measure_heads, measure_host, measure_kernels
 from bench.serving_gpu_setting import Setting
 from bench.serving_gpu_speed import (
     SEARCHES,
@@ -75,6 +76,12 @@ def sections(setting: Setting) -> list[Section]:
         *checks,
         *(measured(name, form, 60) for form in forms[1:] for name in TARGETS),
         *steps,
+        Section("profile: kernels", 40, functools.partial(measure_kernels, setting)),
+        *(
+            Section(f"profile: host, {name}", 40, functools.partial(measure_host, setting, beam_size))
+            for name, beam_size in SEARCHES.items()
+        ),
+        Section("profile: heads", 40, functools.partial(measure_heads, setting)),
         *(Section(f"steps: {name}", 40, functools.partial(_steps_with, KERNELS[name], setting)) for name in kernels),
         Section(PEER_SECTION, 90, functools.partial(measure_peer, setting)),
     ]
