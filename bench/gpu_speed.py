@@ -27,7 +27,12 @@ from ferryman_service.model.config import TransformerConfig
 from ferryman_service.model.transformer import Transformer
 from ferryman_service.training.batches import SOURCE_MULTIPLE, Batch, make_batch
 from ferryman_service.training.budget import TimeBudget
-from ferryman_service.training.compile import compilation_remark, compile_layers, set_up_compilation
+from ferryman_service.training.compile import (
+    choose_attention,
+    compilation_remark,
+    compile_layers,
+    set_up_compilation,
+)
 from ferryman_service.training.flops import peak_flops, training_flops
 from ferryman_service.training.loop import LoopParts, TrainingLoop
 from ferryman_service.training.packing import plan_epoch
@@ -145,6 +150,7 @@ def widened(batch: Batch, length: int) -> Batch:
 
 def new_model(recipe: Recipe, variant: Variant, device: torch.device) -> Transformer:
     """Return the recipe's network, run as the variant says."""
+    choose_attention(device)
     torch.manual_seed(1)
     model = Transformer(TransformerConfig.from_recipe(recipe, recipe.data.vocabulary_size)).to(device).train()
     if variant in (Variant.COMPILED_LAYERS, Variant.BARE_LENGTHS):

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 RESULTS: Final = Path("bench/results")
-_PACKAGES: Final = ("ferryman", "torch", "onnxruntime", "sentencepiece", "sacrebleu", "numpy")
+_PACKAGES: Final = ("ferryman", "torch", "onnxruntime", "onnxruntime-gpu", "sentencepiece", "sacrebleu", "numpy")
 
 
 @dataclass(frozen=True, kw_only=True)

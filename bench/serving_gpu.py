@@ -47,7 +47,8 @@ FORMS: Final = {"node by node": False, "CUDA graphs": True}
 KERNELS: Final = {
     "cuDNN attention": {"ORT_ENABLE_CUDNN_FLASH_ATTENTION": "1"},
     "no cuDNN attention": {"ORT_ENABLE_CUDNN_FLASH_ATTENTION": "0"},
-    "XQA": {"ORT_ENABLE_XQA": "1"},
+    "no XQA": {"ORT_ENABLE_XQA": "0"},
+    "tuned products": {"ORT_CUDA_GEMM_AUTO_TUNE": "1"},
 }
 """Other kernels for attention that ONNX Runtime has, and the environment that chooses them."""
 PEER_SECTION: Final = "peer: CTranslate2"
@@ -113,13 +114,19 @@ def rate_of(found: Mapping[str, Finding], section: str) -> float | None:
     return None if rate is None else float(rate)
 
 
-def results(found: Mapping[str, Finding], *, small: bool) -> list[Result]:
+def results(found: Mapping[str, Finding], gpu: str, *, small: bool) -> list[Result]:
     """Return a line for the checks and one for each target, which holds for the faster form."""
     suffix = "-small" if small else ""
     checks = {name: value.get("ok", False) for name, value in found.items() if name.startswith("check: ")}
     share = sum(checks.values()) / len(checks) if checks else 0.0
     lines = [
-        Result(bench=f"serving-gpu-checks{suffix}", value=share, target=1.0, peer=None, details={"checks": checks})
+        Result(
+            bench=f"serving-gpu-checks{suffix}",
+            value=share,
+            target=1.0,
+            peer=None,
+            details={"gpu": gpu, "checks": checks},
+        )
     ]
     for name, target in TARGETS.items():
         rates = {form: rate_of(found, section_name(name, form)) for form in FORMS}
@@ -131,7 +138,7 @@ def results(found: Mapping[str, Finding], *, small: bool) -> list[Result]:
                 value=max((rate for rate in rates.values() if rate is not None), default=0.0),
                 target=None if small else target,
                 peer=None if theirs is None else Peer(name="ctranslate2 float16", value=theirs),
-                details={"unit": "target tokens/s of base in fp16", "forms": rates, "floor": floor},
+                details={"gpu": gpu, "unit": "target tokens/s of base in fp16", "forms": rates, "floor": floor},
             )
         )
     return lines
@@ -168,7 +175,7 @@ def run_all(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
 
     wanted = [section for section in sections(setting) if arguments.only in section.name]
     found = run_sections(wanted, [*python_module("bench.serving_gpu"), *argv], arguments.limit_s, save)
-    return max(publish(result, out) for result in results(found, small=arguments.small))
+    return max(publish(result, out) for result in results(found, facts.get("name", "none"), small=arguments.small))
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:

@@ -66,9 +66,7 @@ def measure_kernels(setting: Setting) -> Finding:
             "wall_us_profiled": round(1e6 * wall_s / _STEPS, 1),
             "device_us": round(sum(us for _, us, _ in kernels) / _STEPS, 1),
             "kernels_a_step": sum(count for _, _, count in kernels) / _STEPS,
-            "kernels": {
-                name[:160]: [round(us / _STEPS, 1), count / _STEPS] for name, us, count in kernels[:_SHOWN]
-            },
+            "kernels": {name[:160]: [round(us / _STEPS, 1), count / _STEPS] for name, us, count in kernels[:_SHOWN]},
         }
     return found
 
@@ -147,9 +145,7 @@ def _head_times(graph: bytes, setting: Setting) -> dict[str, float]:
     for rows, k in ((1, 2), (setting.batch, 2), (4 * setting.batch, 8)):
         hidden_RD = np.random.default_rng(2).standard_normal((rows, _WIDTH)).astype(np.float16)
         binding = session.io_binding()
-        binding.bind_ortvalue_input(
-            "hidden", onnxruntime.OrtValue.ortvalue_from_numpy(hidden_RD, setting.device, 0)
-        )
+        binding.bind_ortvalue_input("hidden", onnxruntime.OrtValue.ortvalue_from_numpy(hidden_RD, setting.device, 0))
         binding.bind_cpu_input("k", np.array([k], np.int64))
         binding.bind_output("best", setting.device, 0)
         taken_s = []

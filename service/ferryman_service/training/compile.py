@@ -38,6 +38,17 @@ def what_hinders(device: torch.device) -> str:
     return ""
 
 
+def choose_attention(device: torch.device) -> None:
+    """Choose the kernels of attention, for the whole process.
+
+    cuDNN's are the first choice of PyTorch on some GPUs, and make a plan for every shape that they meet, which takes
+    longer than the update (docs/lab-log.md): batches of text have a new shape each. Flash and memory-efficient
+    attention take any.
+    """
+    if device.type == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 def set_up_compilation(model: Transformer, setting: str, device: torch.device) -> bool:
     """Compile the layers if the setting, one of SETTINGS, wants it; return whether they are compiled.
 

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from ferryman_service.domain.models import ModelScores
 from ferryman_service.domain.records import EventLevel
 from ferryman_service.domain.runs import FailureReason, TrainingFailed
+from ferryman_service.domain.tracing import NULL_TRACER, Tracer
 from ferryman_service.domain.training import TrainedModel, TrainingJob
 from ferryman_service.model.config import TransformerConfig
 from ferryman_service.model.transformer import Transformer
@@ -31,7 +32,7 @@ from ferryman_service.training.checkpoint import (
     load_checkpoint,
     tidy_up,
 )
-from ferryman_service.training.compile import SETTINGS, compilation_remark, set_up_compilation
+from ferryman_service.training.compile import SETTINGS, choose_attention, compilation_remark, set_up_compilation
 from ferryman_service.training.data import ValidationPairs, tokenise_validation_pairs
 from ferryman_service.training.files import Disk, RunFiles, disk_full_is_told
 from ferryman_service.training.finish import choose_weights
@@ -73,9 +74,14 @@ class TorchTrainingEngine:
     """A TrainingEngine. Changes torch's settings for the whole process: use it in a program of its own."""
 
     def __init__(
-        self, config: EngineConfig, clock: Callable[[], float] = time.monotonic, disk: Disk | None = None
+        self,
+        config: EngineConfig,
+        clock: Callable[[], float] = time.monotonic,
+        disk: Disk | None = None,
+        tracer: Tracer = NULL_TRACER,
     ) -> None:
         self._config = config
+        self._tracer = tracer
         self._clock = clock
         self._disk = disk or Disk()
 
@@ -88,7 +94,8 @@ class TorchTrainingEngine:
         budget = TimeBudget(job.recipe.stop.max_time_seconds, self._clock)
         with disk_full_is_told(job.run_dir), join_ranks(self._device()) as ranks:
             self._set_up_torch()
-            return _Run(job, Series(reporter), ranks, budget, self._disk, self._config.compilation).train()
+            series = Series(reporter)
+            return _Run(job, series, ranks, budget, self._disk, self._config.compilation, self._tracer).train()
 
     def _device(self) -> torch.device:
         if self._config.device != "auto":
@@ -106,7 +113,14 @@ class _Run:
     """One call of train."""
 
     def __init__(
-        self, job: TrainingJob, series: Series, ranks: Ranks, budget: TimeBudget, disk: Disk, compilation: str
+        self,
+        job: TrainingJob,
+        series: Series,
+        ranks: Ranks,
+        budget: TimeBudget,
+        disk: Disk,
+        compilation: str,
+        tracer: Tracer,
     ) -> None:
         self._job = job
         self._recipe = job.recipe
@@ -116,6 +130,7 @@ class _Run:
         self._budget = budget
         self._disk = disk
         self._compilation = compilation
+        self._tracer = tracer
         self._compiled = False
 
     def train(self) -> TrainedModel:
@@ -130,7 +145,7 @@ class _Run:
         pairs = epoch_source(self._job, prepared, subwords, epochs, check)
         validation = tokenise_validation_pairs(self._job.corpus, subwords, self._recipe.data, threads=cores)
         model = self._new_model(subwords.size)
-        validator = Validator(validation, subwords, self._recipe, self._ranks.device, self._series.check)
+        validator = Validator(validation, subwords, self._recipe, self._ranks.device, self._series.check, self._tracer)
         trainee, position = self._start(model) if step == _BEGINNING else self._go_back_to(step, model)
         if self._ranks.is_first:
             self._report_start(model, prepared.pairs(), validation, position)
@@ -151,7 +166,8 @@ class _Run:
         """Find out where to go on, and make what all ranks need; return the step of the checkpoint, or _BEGINNING."""
         checkpoint = self._find_checkpoint()
         # Subwords are learnt and the training pairs tokenised once for all ranks and all runs that want them so.
-        prepared = prepare_corpus(self._job, self._series, threads=threads)
+        with self._tracer.span("prepare corpus"):
+            prepared = prepare_corpus(self._job, self._series, threads=threads)
         if checkpoint is not None:
             return checkpoint_step(checkpoint)
         self._series.resume(0)
@@ -206,6 +222,7 @@ class _Run:
     def _new_model(self, vocabulary_size: int) -> Transformer:
         torch.manual_seed(self._recipe.seed)  # the same initial weights on all ranks
         model = Transformer(TransformerConfig.from_recipe(self._recipe, vocabulary_size))
+        choose_attention(self._ranks.device)
         model = model.to(self._ranks.device).train()
         self._compiled = set_up_compilation(model, self._compilation, self._ranks.device)
         return model
@@ -244,7 +261,11 @@ class _Run:
             disk=self._disk,
         )
         loop = TrainingLoop(parts, position)
-        loop.run()
+        with self._tracer.span("train", {"ferryman.first_step": position.step + 1}) as span:
+            try:
+                loop.run()
+            finally:
+                span.set({"ferryman.last_step": loop.position.step, "ferryman.epoch": loop.position.epoch})
         return loop.position
 
     def _choose_weights(self, model: Transformer, validator: Validator, position: Position) -> ModelScores:

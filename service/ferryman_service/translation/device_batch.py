@@ -30,8 +30,8 @@ _CHUNK: Final = 8
 """Positions that are copied together when the room for them changes; every room is a multiple."""
 _ALIGNMENT: Final = 64
 """Where inputs begin in their common memory, as multiples of 4 bytes."""
-_KEPT_BYTES: Final = 256 << 20
-_KEPT_BINDINGS: Final = 64
+_KEPT_BYTES: Final = 1 << 30
+_KEPT_BINDINGS: Final = 256
 
 Floats = NDArray[np.float32]
 Integers = NDArray[np.int64]
@@ -307,7 +307,7 @@ class _Cache:
         so it must hold no NaN."""
         if wanted_bytes > _bytes_of(self._memory[side]):
             self._memory[side] = None
-            self._memory[side] = self._model.to_device(np.zeros(-(-wanted_bytes // 8), np.int64))
+            self._memory[side] = self._model.zeros(wanted_bytes)
 
 
 class _StepInputs:

@@ -30,6 +30,8 @@ _MOST_GRAPHS: Final = 256
 _MOST_NUMBERS: Final = 2**31 - 1
 """CUDA's Gather counts in 32 bits."""
 _ENCODED_AT_ONCE: Final = 16_384
+_ZEROS_BYTES: Final = 1 << 16
+_KEPT_MOVES: Final = 64
 
 _log = logging.getLogger(__name__)
 
@@ -62,6 +64,10 @@ class DeviceModel:
         self._cross_names = graph_io.keys_values_names("cross", architecture.decoder_layers)
         self._captures = captures
         self._graph_numbers = itertools.count()
+        # To get memory of the device and give it back is slow: what every step needs is kept.
+        self._indices: dict[int, onnxruntime.OrtValue] = {}
+        self._moves: dict[tuple[int, ...], onnxruntime.IOBinding] = {}
+        self._zeros: onnxruntime.OrtValue | None = None
 
     @classmethod
     def load(cls, bundle: Path, architecture: Architecture, config: OnnxConfig) -> DeviceModel:
@@ -86,6 +92,19 @@ class DeviceModel:
         """Return memory of the device, whatever is in it."""
         return onnxruntime.OrtValue.ortvalue_from_shape_and_type(list(shape), dtype, self.device, 0)
 
+    def zeros(self, size_bytes: int) -> onnxruntime.OrtValue:
+        """Return memory of the device, at least so much, all zeros: copied there from a small piece of them."""
+        if self._zeros is None:
+            self._zeros = self.to_device(np.zeros(_ZEROS_BYTES // 8, np.int64))
+        pieces = -(-size_bytes // _ZEROS_BYTES)
+        memory = self.room_for([pieces * _ZEROS_BYTES // 8], np.dtype(np.int64))
+        at_once = max(1, _MOST_NUMBERS // (_ZEROS_BYTES // 8))
+        for first in range(0, pieces, at_once):
+            everywhere = np.zeros(min(at_once, pieces - first), np.int64)
+            target = memory.data_ptr() + first * _ZEROS_BYTES
+            self.move(self._zeros.data_ptr(), 1, everywhere, target, 1, _ZEROS_BYTES)
+        return memory
+
     def bind_input(
         self, binding: onnxruntime.IOBinding, name: str, dtype: np.dtype[Any], shape: Sequence[int], address: int
     ) -> None:
@@ -108,40 +127,68 @@ class DeviceModel:
 
     def _encode(self, sources: Sequence[Sequence[int]], length: int, addresses: Sequence[int]) -> None:
         architecture, count = self.architecture, len(sources)
-        source_SL = np.zeros((count, length), np.int64)
-        for row_L, source in zip(source_SL, sources, strict=True):
-            row_L[: len(source)] = source
-        inputs: dict[str, NDArray[Any]] = {
-            graph_io.EMBEDDED: self.embedding.of_sources(source_SL),
-            graph_io.SOURCE_LENGTHS: np.fromiter(map(len, sources), np.int32, count),
-        }
+        lengths_S = np.fromiter(map(len, sources), np.int32, count)
+        real_SL = np.arange(length) < lengths_S[:, None]
+        x_SLD = np.zeros((count, length, architecture.d_model), np.float32)
+        x_SLD[real_SL] = self._embedded(sources, np.nonzero(real_SL)[1].astype(np.int32))
+        inputs: dict[str, NDArray[Any]] = {graph_io.EMBEDDED: x_SLD, graph_io.SOURCE_LENGTHS: lengths_S}
         if architecture.rotates:
-            inputs[graph_io.POSITIONS] = np.ascontiguousarray(np.broadcast_to(np.arange(length), source_SL.shape))
-        binding, shape_3 = self._encoder.io_binding(), np.array([count, length, architecture.d_model])
+            inputs[graph_io.POSITIONS] = np.ascontiguousarray(np.broadcast_to(np.arange(length), real_SL.shape))
+        binding, shape_3 = self._encoder.io_binding(), np.array(x_SLD.shape)
         binding.bind_input(graph_io.SHAPE, CPU, 0, shape_3.dtype, [3], shape_3.ctypes.data)
-        there = {name: self.to_device(array) for name, array in inputs.items()}
-        for name, value in there.items():
-            binding.bind_ortvalue_input(name, value)
+        for name, array in inputs.items():
+            binding.bind_cpu_input(name, array)  # ONNX Runtime copies it into memory that it keeps
         shape = count, architecture.heads, length, architecture.head_dim
         for name, address in zip(self._cross_names, addresses, strict=True):
             self.bind_output(binding, name, self.element_type, shape, address)
         self._encoder.run_with_iobinding(binding)
+
+    def _embedded(self, sources: Sequence[Sequence[int]], position_N: NDArray[np.int32]) -> NDArray[np.float32]:
+        """Return x_ND of all tokens of all sentences; position_N are their places in the sentences."""
+        token_N = np.fromiter(itertools.chain.from_iterable(sources), np.int64, len(position_N))
+        x_ND = np.empty((len(token_N), self.architecture.d_model), np.float32)
+        self.embedding.of_rows(token_N, position_N, int(position_N.max()), x_ND)
+        return x_ND
 
     def move(self, source: int, items: int, index_M: NDArray[np.int64], target: int, groups: int, item: int) -> None:
         """Fill the memory at `target`, [groups, M, item bytes], with items of [groups, items, item bytes] at `source`.
 
         An item's bytes are a multiple of 8.
         """
-        numbers, index, dtype = item // 8, self.to_device(index_M), np.dtype(np.int64)
-        at_once = max(1, _MOST_NUMBERS // (max(items, len(index_M)) * numbers))
+        numbers, moved = item // 8, len(index_M)
+        at_once = max(1, _MOST_NUMBERS // (max(items, moved) * numbers))
+        index = self._index(index_M)
         for first in range(0, groups, at_once):
             count = min(at_once, groups - first)
-            binding = self._reorder.io_binding()
-            shape, moved_shape = (count, items, numbers), (count, len(index_M), numbers)
-            self.bind_input(binding, graph_io.DATA, dtype, shape, source + first * items * item)
-            binding.bind_ortvalue_input(graph_io.INDEX, index)
-            self.bind_output(binding, graph_io.MOVED, dtype, moved_shape, target + first * len(index_M) * item)
-            self._reorder.run_with_iobinding(binding)
+            place = source + first * items * item, target + first * moved * item
+            self._reorder.run_with_iobinding(self._bound_move(index, *place, count, items, moved, numbers))
+
+    def _index(self, index_M: NDArray[np.int64]) -> onnxruntime.OrtValue:
+        """Return the numbers in the device's memory, where they stay until the next of the same length."""
+        kept = self._indices.get(len(index_M))
+        if kept is not None:
+            kept.update_inplace(index_M)
+            return kept
+        if len(self._indices) >= _KEPT_MOVES:
+            self._indices.clear()
+            self._moves.clear()  # they are bound to what was kept
+        self._indices[len(index_M)] = new = self.to_device(np.array(index_M))
+        return new
+
+    def _bound_move(
+        self, index: onnxruntime.OrtValue, source: int, target: int, groups: int, items: int, moved: int, numbers: int
+    ) -> onnxruntime.IOBinding:
+        key = source, target, groups, items, moved, numbers
+        found = self._moves.get(key)
+        if found is None:
+            if len(self._moves) >= _KEPT_MOVES:
+                self._moves.clear()
+            found, dtype = self._reorder.io_binding(), np.dtype(np.int64)
+            self.bind_input(found, graph_io.DATA, dtype, (groups, items, numbers), source)
+            found.bind_ortvalue_input(graph_io.INDEX, index)
+            self.bind_output(found, graph_io.MOVED, dtype, (groups, moved, numbers), target)
+            self._moves[key] = found
+        return found
 
     def step_options(self) -> onnxruntime.RunOptions | None:
         """Return the options with which the decoder is run on memory and shapes that it was never run on before, and

@@ -13,6 +13,7 @@ from ferryman_service.model.transformer import Transformer
 from ferryman_service.training.batches import make_batch
 from ferryman_service.training.checkpoint import checkpoint_path, load_checkpoint
 from ferryman_service.training.compile import (
+    choose_attention,
     compilation_remark,
     compile_layers,
     fused,
@@ -169,3 +170,14 @@ def new_folder(tmp_path, name):
     folder = tmp_path / name
     folder.mkdir()
     return folder
+
+
+@pytest.mark.parametrize("device", [CPU, GPU], ids=str)
+def test_attention_on_a_gpu_is_not_cudnns_which_plans_anew_for_every_shape(device):
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    try:
+        choose_attention(device)
+        assert torch.backends.cuda.cudnn_sdp_enabled() is (device is CPU)
+        assert torch.backends.cuda.flash_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(True)
