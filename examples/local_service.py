@@ -47,7 +47,7 @@ def local_service(data_dir: Path, log_path: Path, arguments: Sequence[str] = ())
 
 def _start(data_dir: Path, log_path: Path, arguments: Sequence[str]) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "ferryman_service", "serve", "--host", "127.0.0.1", "--port", "0"]
-    command += ["--metrics-port", "0", "--data-dir", str(data_dir), *arguments]
+    command += ["--metrics-port", "0", "--probe-port", "0", "--data-dir", str(data_dir), *arguments]
     with log_path.open("wb") as log:
         # In a session of its own, so that Ctrl-C reaches only the caller, who then stops the service in order.
         return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)

@@ -13,12 +13,13 @@ import grpc
 from google.protobuf.message import Message
 
 from ferryman import _convert, types
-from ferryman._channel import ChannelOptions, channel_options
+from ferryman._channel import ChannelOptions, channel_options, checked_timeout_s
 from ferryman._convert import Call, Pages, encode
 from ferryman._download import ModelFolder
 from ferryman._rpc_errors import ACCEPTED_KEY, error_from_rpc
-from ferryman._stream import Sentence, StreamBook, each_in_thread
+from ferryman._stream import Sentence, StreamBook, StreamRoad, each_in_thread
 from ferryman._tail import MetricsTail
+from ferryman._tracing import Metadata, call_span
 from ferryman._upload import CorpusText, read_pieces
 from ferryman.errors import Unavailable
 
@@ -39,17 +40,17 @@ class AsyncClient:
         target: str = "localhost:50051",
         *,
         credentials: grpc.ChannelCredentials | None = None,
-        timeout_s: float = 30.0,
+        timeout_s: float = 60.0,
         options: ChannelOptions = (),
     ) -> None:
         """See `ferryman.Client`."""
+        self._timeout_s = checked_timeout_s(timeout_s)
         all_options = channel_options(options)
         self._channel = (
             grpc.aio.insecure_channel(target, all_options)
             if credentials is None
             else grpc.aio.secure_channel(target, credentials, all_options)
         )
-        self._timeout_s = timeout_s
 
     async def __aenter__(self) -> Self:
         return self
@@ -287,6 +288,7 @@ class AsyncClient:
         split_sentences: bool = False,
         window: int | None = None,
         timeout_s: float | None = None,
+        reconnect_timeout_s: float = 60.0,
         **options: Unpack[types.TranslateOptions],
     ) -> AsyncGenerator[types.StreamTranslation]:
         """See `Client.translate_stream`; `sentences` may be an asynchronous iterable, any other is read in a thread.
@@ -294,36 +296,62 @@ class AsyncClient:
         Who stops early closes it: `contextlib.aclosing`.
         """
         call = _convert.translate_stream(model, split_sentences, window, options)
+        road = StreamRoad(call, timeout_s=timeout_s, reconnect_timeout_s=reconnect_timeout_s)
         book = StreamBook(window, in_order=in_order)
         changed = asyncio.Event()
         reading = asyncio.create_task(_take_all(sentences, book, changed))
         reading.add_done_callback(lambda _: changed.set())
-        method = self._channel.stream_stream(call.path, encode, call.response_type.FromString)
-        begun: asyncio.Future[StreamCall] = asyncio.get_running_loop().create_future()
-        responses = method(_stream_requests(call, begun, book, reading, changed), timeout=timeout_s)
-        begun.set_result(responses)
         try:
-            async for response in responses:
-                for result in book.accept(call.read(response)):
-                    book.give()
-                    changed.set()
-                    yield result
+            while True:
+                with call_span(call.path) as span:
+                    responses = self._stream_translate(road, book, reading, changed, span.metadata)
+                    try:
+                        async for response in responses:
+                            road.sign_of_life()
+                            for result in book.accept(call.read(response)):
+                                book.give()
+                                changed.set()
+                                yield result
+                        break
+                    except grpc.aio.AioRpcError as error:
+                        span.failed(error)
+                        pause_s = road.pause_s(error_from_rpc(error), dict(error.initial_metadata() or ()))
+                    finally:
+                        responses.cancel()
+                        changed.set()
+                await asyncio.sleep(pause_s)
             await reading
-        except grpc.aio.AioRpcError as error:
-            raise error_from_rpc(error) from error
         finally:
-            responses.cancel()
             reading.cancel()
             await asyncio.wait((reading,))
+
+    def _stream_translate(
+        self,
+        road: StreamRoad,
+        book: StreamBook,
+        reading: asyncio.Task[None],
+        changed: asyncio.Event,
+        metadata: Metadata,
+    ) -> StreamCall:
+        """Make the next call of a stream: all sentences without an answer, then those that are still to be read."""
+        book.rewind()
+        begun: asyncio.Future[StreamCall] = asyncio.get_running_loop().create_future()
+        method = self._channel.stream_stream(road.call.path, encode, road.call.response_type.FromString)
+        requests = _stream_requests(road.call, begun, book, reading, changed)
+        responses = method(requests, timeout=road.remaining_s(), metadata=metadata)
+        begun.set_result(responses)
+        return responses
 
     # --- How calls are made -------------------------------------------------------------------------------------------
 
     async def _call(self, call: Call[T], timeout_s: float | None = None) -> T:
         method = self._channel.unary_unary(call.path, encode, call.response_type.FromString)
-        try:
-            response = await method(call.request, timeout=self._timeout_s if timeout_s is None else timeout_s)
-        except grpc.aio.AioRpcError as error:
-            raise error_from_rpc(error) from error
+        deadline_s = self._timeout_s if timeout_s is None else timeout_s
+        with call_span(call.path) as span:
+            try:
+                response = await method(call.request, timeout=deadline_s, metadata=span.metadata)
+            except grpc.aio.AioRpcError as error:
+                raise error_from_rpc(error) from error
         return call.read(response)
 
     async def _all(self, pages: Pages[T]) -> AsyncIterator[T]:
@@ -338,26 +366,28 @@ class AsyncClient:
 
     async def _stream(self, call: Call[T]) -> AsyncGenerator[T]:
         method = self._channel.unary_stream(call.path, encode, call.response_type.FromString)
-        responses = method(call.request)
-        try:
-            async for response in responses:
-                yield call.read(response)
-        except grpc.aio.AioRpcError as error:
-            raise error_from_rpc(error) from error
-        finally:
-            responses.cancel()
+        with call_span(call.path) as span:
+            responses = method(call.request, metadata=span.metadata)
+            try:
+                async for response in responses:
+                    yield call.read(response)
+            except grpc.aio.AioRpcError as error:
+                raise error_from_rpc(error) from error
+            finally:
+                responses.cancel()
 
     async def _upload(self, call: Call[T], requests: Iterator[Message], failures: list[Exception]) -> T:
         method = self._channel.stream_unary(call.path, encode, call.response_type.FromString)
-        responding = method(_read_in_thread(requests))
-        try:
-            response = await responding
-        except grpc.aio.AioRpcError as error:
-            if failures:
-                raise failures[0]  # noqa: B904 (it has its own cause; the refusal only followed from it)
-            raise error_from_rpc(error) from error
-        finally:
-            responding.cancel()
+        with call_span(call.path) as span:
+            responding = method(_read_in_thread(requests), metadata=span.metadata)
+            try:
+                response = await responding
+            except grpc.aio.AioRpcError as error:
+                if failures:
+                    raise failures[0]  # noqa: B904 (it has its own cause; the refusal only followed from it)
+                raise error_from_rpc(error) from error
+            finally:
+                responding.cancel()
         return call.read(response)
 
 
@@ -394,8 +424,8 @@ async def _stream_requests(
         await responses.code()
         return
     while True:
-        await _until(lambda: book.has_news or reading.done(), changed)
-        if not book.has_news:
+        await _until(lambda: book.has_news or reading.done() or responses.done(), changed)
+        if responses.done() or not book.has_news:
             return
         yield book.message()
 

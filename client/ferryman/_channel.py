@@ -30,7 +30,10 @@ _RETRIED: Final = {
         "LoadModel",
         "ListLoadedModels",
     ),
-    "ferryman.v1.TranslationService": ("Translate",),
+    "ferryman.v1.TranslationService": (
+        "Translate",
+        "StreamTranslate",  # only until the server has accepted it: after that the client itself takes it up again
+    ),
 }
 _RETRY_POLICY: Final = {
     "maxAttempts": 4,
@@ -39,25 +42,54 @@ _RETRY_POLICY: Final = {
     "backoffMultiplier": 2,
     "retryableStatusCodes": ["UNAVAILABLE"],
 }
+# Each failed attempt takes a token, each success gives one half back, and below half of them nothing is repeated: the
+# callers of a server that dies are all repeated elsewhere, the callers of a service that is down do not knock at it
+# four times each.
+_RETRY_THROTTLING: Final = {"maxTokens": 1000, "tokenRatio": 0.5}
+_LARGEST_REQUEST_BYTES: Final = 16 * 1024 * 1024
 
 
 def channel_options(extra: ChannelOptions) -> list[tuple[str, Any]]:
-    """Return the options of a channel; the caller's come last, and the last one counts."""
-    return [
-        ("grpc.service_config", _service_config()),
-        ("grpc.primary_user_agent", f"ferryman/{version('ferryman')}"),
-        ("grpc.max_receive_message_length", 64 * 1024 * 1024),
-        # A dead peer is noticed within 30 s + 10 s, also by a stream that says nothing.
-        ("grpc.keepalive_time_ms", 30_000),
-        ("grpc.keepalive_timeout_ms", 10_000),
-        # After an outage the channel looks for the server every second or two, not every two minutes.
-        ("grpc.initial_reconnect_backoff_ms", 100),
-        ("grpc.min_reconnect_backoff_ms", 1_000),
-        ("grpc.max_reconnect_backoff_ms", 2_000),
-        *extra,
-    ]
+    """Return the options of a channel; the caller's replace those of the same name."""
+    return list(({**_defaults(), **dict(extra)}).items())
+
+
+def checked_timeout_s(timeout_s: float) -> float:
+    """Return the deadline of calls; raises ValueError for one that every call would miss."""
+    if not timeout_s > 0:
+        raise ValueError(f"timeout_s is {timeout_s}, must be over 0: it is the deadline of every call, in seconds")
+    return timeout_s
+
+
+def _defaults() -> dict[str, Any]:
+    return {
+        "grpc.service_config": _service_config(),
+        "grpc.primary_user_agent": f"ferryman/{version('ferryman')}",
+        "grpc.max_receive_message_length": 64 * 1024 * 1024,
+        # A request that does not fit in here is not repeated.
+        "grpc.per_rpc_retry_buffer_size": _LARGEST_REQUEST_BYTES,
+        # A dead peer is noticed within 30 s + 10 s, also by a quiet call. A server allows a ping every 10 s.
+        "grpc.keepalive_time_ms": 30_000,
+        "grpc.keepalive_timeout_ms": 10_000,
+        # A ping that measures the bandwidth may be under way, and keepalive waits for it.
+        "grpc.http2.ping_timeout_ms": 10_000,
+        "grpc.http2.max_pings_without_data": 0,
+        # After an outage the channel looks for the server every second or two, not every two minutes, also where its
+        # name leads to by then.
+        "grpc.initial_reconnect_backoff_ms": 100,
+        "grpc.min_reconnect_backoff_ms": 1_000,
+        "grpc.max_reconnect_backoff_ms": 2_000,
+        "grpc.dns_min_time_between_resolutions_ms": 2_000,
+    }
 
 
 def _service_config() -> str:
     names = [{"service": service, "method": method} for service, methods in _RETRIED.items() for method in methods]
-    return json.dumps({"methodConfig": [{"name": names, "retryPolicy": _RETRY_POLICY}]})
+    return json.dumps(
+        {
+            # Every address behind the name gets its share, not the first one everything.
+            "loadBalancingConfig": [{"round_robin": {}}],
+            "methodConfig": [{"name": names, "retryPolicy": _RETRY_POLICY}],
+            "retryThrottling": _RETRY_THROTTLING,
+        }
+    )

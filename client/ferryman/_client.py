@@ -13,12 +13,13 @@ import grpc
 from google.protobuf.message import Message
 
 from ferryman import _convert, types
-from ferryman._channel import ChannelOptions, channel_options
+from ferryman._channel import ChannelOptions, channel_options, checked_timeout_s
 from ferryman._convert import Call, Pages, encode
 from ferryman._download import ModelFolder
 from ferryman._rpc_errors import error_from_rpc
-from ferryman._stream import Sentence, SentencePump, StreamBook
+from ferryman._stream import Sentence, SentencePump, StreamBook, StreamRoad
 from ferryman._tail import MetricsTail
+from ferryman._tracing import call_span
 from ferryman._upload import CorpusText, read_pieces
 from ferryman.errors import Unavailable
 
@@ -29,7 +30,8 @@ class Client:
     """A connection to a Ferryman service. Safe to share between threads; close it, or use it in a `with` block.
 
     Every method raises errors of `ferryman.errors`. Calls that are safe to repeat are repeated, up to four times within
-    about a second, while the server is unavailable.
+    about a second, while the server is unavailable. If the target's name has several addresses, calls are spread over
+    all of them that can be reached.
     """
 
     def __init__(
@@ -37,20 +39,23 @@ class Client:
         target: str = "localhost:50051",
         *,
         credentials: grpc.ChannelCredentials | None = None,
-        timeout_s: float = 30.0,
+        timeout_s: float = 60.0,
         options: ChannelOptions = (),
     ) -> None:
-        """Connect, lazily, to `target` ("host:port" or any gRPC name); without `credentials` in plain text.
+        """Connect, lazily, to `target`; without `credentials` in plain text.
 
-        `timeout_s` is the deadline of every call but uploads and streams; `options` are gRPC channel options.
+        `target` is "host:port" or any gRPC name, such as "dns:///ferryman-headless:50051" or
+        "ipv4:10.0.0.1:50051,10.0.0.2:50051".
+        `timeout_s` is the deadline of every call but uploads, downloads and streams. `options` are gRPC channel
+        options, which replace the client's of the same name. Raises ValueError for a deadline that is not over 0.
         """
+        self._timeout_s = checked_timeout_s(timeout_s)
         all_options = channel_options(options)
         self._channel = (
             grpc.insecure_channel(target, all_options)
             if credentials is None
             else grpc.secure_channel(target, credentials, all_options)
         )
-        self._timeout_s = timeout_s
 
     def __enter__(self) -> Self:
         return self
@@ -337,6 +342,7 @@ class Client:
         split_sentences: bool = False,
         window: int | None = None,
         timeout_s: float | None = None,
+        reconnect_timeout_s: float = 60.0,
         **options: Unpack[types.TranslateOptions],
     ) -> Generator[types.StreamTranslation]:
         """Translate any number of sentences in bounded memory; yield results as they finish, or `in_order`.
@@ -345,32 +351,43 @@ class Client:
         is its number from 0. `sentences` is read in another thread, at most two windows ahead of the results that you
         have taken; `window` (default 256) bounds what the server works on at a time. A sentence that cannot be
         translated has a result with an error. What `sentences` raises is raised here, after the results of what came
-        before. No deadline unless `timeout_s`; nothing is repeated. Who stops early closes it: `contextlib.closing`.
-        Raises what `translate` does, but for QueueFull (a stream waits) and InvalidSentence; ServerShuttingDown.
+        before. No deadline unless `timeout_s`. When a server goes away half-way, what has no answer is sent again, to
+        the same version: each sentence still has exactly one result. Who stops early closes it: `contextlib.closing`.
+        Raises what `translate` does, but for QueueFull (a stream waits) and InvalidSentence; Unavailable also once no
+        attempt to go on has reached a server for `reconnect_timeout_s`.
         """
         call = _convert.translate_stream(model, split_sentences, window, options)
-        pump = SentencePump(call, sentences, StreamBook(window, in_order=in_order))
+        road = StreamRoad(call, timeout_s=timeout_s, reconnect_timeout_s=reconnect_timeout_s)
+        pump = SentencePump(sentences, StreamBook(window, in_order=in_order))
         method = self._channel.stream_stream(call.path, encode, call.response_type.FromString)
-        responses = method(pump.requests(), timeout=timeout_s)
-        try:
-            for response in responses:
-                yield from pump.results(call.read(response))
+        with contextlib.closing(pump):
+            while True:
+                with call_span(call.path) as span:
+                    responses = method(pump.requests(road.call), timeout=road.remaining_s(), metadata=span.metadata)
+                    try:
+                        for response in responses:
+                            road.sign_of_life()
+                            yield from pump.results(call.read(response))
+                        break
+                    except grpc.RpcError as error:
+                        span.failed(error)
+                        pause_s = road.pause_s(error_from_rpc(error), dict(responses.initial_metadata() or ()))
+                    finally:
+                        responses.cancel()
+                time.sleep(pause_s)
             if pump.failure is not None:
                 raise pump.failure
-        except grpc.RpcError as error:
-            raise error_from_rpc(error) from error
-        finally:
-            pump.close()
-            responses.cancel()
 
     # --- How calls are made -------------------------------------------------------------------------------------------
 
     def _call(self, call: Call[T], timeout_s: float | None = None) -> T:
         method = self._channel.unary_unary(call.path, encode, call.response_type.FromString)
-        try:
-            response = method(call.request, timeout=self._timeout_s if timeout_s is None else timeout_s)
-        except grpc.RpcError as error:
-            raise error_from_rpc(error) from error
+        deadline_s = self._timeout_s if timeout_s is None else timeout_s
+        with call_span(call.path) as span:
+            try:
+                response = method(call.request, timeout=deadline_s, metadata=span.metadata)
+            except grpc.RpcError as error:
+                raise error_from_rpc(error) from error
         return call.read(response)
 
     def _all(self, pages: Pages[T]) -> Iterator[T]:
@@ -384,24 +401,26 @@ class Client:
 
     def _stream(self, call: Call[T]) -> Generator[T]:
         method = self._channel.unary_stream(call.path, encode, call.response_type.FromString)
-        responses = method(call.request)
-        try:
-            for response in responses:
-                yield call.read(response)
-        except grpc.RpcError as error:
-            raise error_from_rpc(error) from error
-        finally:
-            responses.cancel()
+        with call_span(call.path) as span:
+            responses = method(call.request, metadata=span.metadata)
+            try:
+                for response in responses:
+                    yield call.read(response)
+            except grpc.RpcError as error:
+                raise error_from_rpc(error) from error
+            finally:
+                responses.cancel()
 
     def _upload(self, call: Call[T], requests: Iterator[Message], failures: list[Exception]) -> T:
         method = self._channel.stream_unary(call.path, encode, call.response_type.FromString)
-        future = method.future(requests)
-        try:
-            response = future.result()
-        except grpc.RpcError as error:
-            if failures:
-                raise failures[0]  # noqa: B904 (it has its own cause; the refusal only followed from it)
-            raise error_from_rpc(error) from error
-        finally:
-            future.cancel()
+        with call_span(call.path) as span:
+            future = method.future(requests, metadata=span.metadata)
+            try:
+                response = future.result()
+            except grpc.RpcError as error:
+                if failures:
+                    raise failures[0]  # noqa: B904 (it has its own cause; the refusal only followed from it)
+                raise error_from_rpc(error) from error
+            finally:
+                future.cancel()
         return call.read(response)

@@ -5,6 +5,7 @@ A `Call` says which RPC to make, with what, and how to read the answer; how it i
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC
@@ -417,6 +418,13 @@ def translate_stream(
         response_type=translation_pb2.StreamTranslateResponse,
         read=lambda response: from_message(types.StreamTranslateResponse, response),
     )
+
+
+def stream_of_version(call: Call[types.StreamTranslateResponse], version: str) -> Call[types.StreamTranslateResponse]:
+    """Return the same call of StreamTranslate with exactly this version, "name/7"."""
+    request = translation_pb2.StreamTranslateRequest.FromString(encode(call.request))
+    request.config.model = version
+    return dataclasses.replace(call, request=request)
 
 
 def stream_sentences(sentences: Iterable[types.StreamSentence]) -> Message:

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import threading
+import time
 from collections import deque
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from typing import Final, TypeAlias, TypeVar
 
 from google.protobuf.message import Message
 
-from ferryman._convert import Call, stream_sentences
+from ferryman._convert import Call, stream_of_version, stream_sentences
+from ferryman._reconnect import Reconnection
+from ferryman._rpc_errors import ACCEPTED_KEY
+from ferryman.errors import FerrymanError, Unavailable
 from ferryman.types import StreamSentence, StreamTranslateResponse, StreamTranslation
 
 T = TypeVar("T")
@@ -35,6 +40,7 @@ class StreamBook:
         self._limit = 2 * (window or _DEFAULT_WINDOW)
         self._in_order = in_order
         self._ids: dict[int, str] = {}
+        self._unanswered: dict[int, StreamSentence] = {}
         self._to_send: deque[StreamSentence] = deque()
         self._held: dict[int, StreamTranslation] = {}
         self._taken = 0
@@ -59,7 +65,12 @@ class StreamBook:
             item = StreamSentence(id=item[0], sentence=item[1])
         self._taken += 1
         self._ids[number] = item.id
-        self._to_send.append(StreamSentence(id=str(number), sentence=item.sentence, target_prefix=item.target_prefix))
+        self._unanswered[number] = dataclasses.replace(item, id=str(number))
+        self._to_send.append(self._unanswered[number])
+
+    def rewind(self) -> None:
+        """Send again what has no answer: the call that it was sent in has broken off."""
+        self._to_send = deque(self._unanswered.values())
 
     def message(self) -> Message:
         """Return the next request: of what waits to be sent, as much as a message should hold."""
@@ -71,6 +82,7 @@ class StreamBook:
         results: list[StreamTranslation] = []
         for result in response.translations:
             number = int(result.id)
+            del self._unanswered[number]
             mine = StreamTranslation(id=self._ids.pop(number), translation=result.translation, error=result.error)
             if self._in_order:
                 self._held[number] = mine
@@ -87,13 +99,48 @@ class StreamBook:
         self._given += 1
 
 
+class StreamRoad:
+    """The calls of one `translate_stream`: one, and a further one whenever a server goes away half-way.
+
+    Only a call that a server had accepted is taken up again. Its first version is that of all of them, so that one
+    stream never mixes two.
+    """
+
+    def __init__(
+        self, call: Call[StreamTranslateResponse], *, timeout_s: float | None, reconnect_timeout_s: float
+    ) -> None:
+        """Store. `timeout_s` is the deadline of all calls together, `reconnect_timeout_s` bounds the silence."""
+        self.call = call
+        self._ends_s = None if timeout_s is None else time.monotonic() + timeout_s
+        self._accepted = False
+        self._reconnection = Reconnection(reconnect_timeout_s)
+
+    def remaining_s(self) -> float | None:
+        """Return the deadline of the next call."""
+        return None if self._ends_s is None else max(0.0, self._ends_s - time.monotonic())
+
+    def sign_of_life(self) -> None:
+        """Note a response."""
+        self._reconnection.sign_of_life()
+
+    def pause_s(self, error: FerrymanError, initial_metadata: Mapping[str, str | bytes]) -> float:
+        """Return how long to wait before the next call; raise `error` if there is to be none."""
+        version = initial_metadata.get(ACCEPTED_KEY)
+        if version is not None:
+            self._accepted = True
+            self.call = stream_of_version(self.call, str(version))
+        if not (self._accepted and isinstance(error, Unavailable)):
+            raise error
+        return self._reconnection.pause_s(error)
+
+
 class SentencePump:
     """Reads the caller's sentences in a thread of its own, so that each is sent as soon as it is there."""
 
-    def __init__(self, call: Call[StreamTranslateResponse], sentences: Iterable[Sentence], book: StreamBook) -> None:
+    def __init__(self, sentences: Iterable[Sentence], book: StreamBook) -> None:
         """Store, and start to read."""
         self.failure: BaseException | None = None
-        self._call = call
+        self._calls = 0
         self._sentences = sentences
         self._book = book
         self._changed = threading.Condition()
@@ -102,13 +149,22 @@ class SentencePump:
         # A caller's iterable may wait for ever; the end of the program must not wait for it.
         threading.Thread(target=self._read, name="ferryman-sentences", daemon=True).start()
 
-    def requests(self) -> Iterator[Message]:
-        """Yield the requests of the call."""
-        yield self._call.request
+    def requests(self, call: Call[StreamTranslateResponse]) -> Iterator[Message]:
+        """Return the requests of a call, which takes the place of the one before."""
+        with self._changed:
+            self._calls += 1
+            self._book.rewind()
+            self._changed.notify_all()
+            return self._requests(call, self._calls)
+
+    def _requests(self, call: Call[StreamTranslateResponse], number: int) -> Iterator[Message]:
+        yield call.request
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._book.has_news or self._read_all or self._closed)
-                if self._closed or not self._book.has_news:
+                self._changed.wait_for(
+                    lambda: self._book.has_news or self._read_all or self._closed or self._calls > number
+                )
+                if self._closed or self._calls > number or not self._book.has_news:
                     return
                 message = self._book.message()
             yield message

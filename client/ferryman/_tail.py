@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import random
 import time
 from collections.abc import Callable
-from typing import Final
 
 from ferryman._convert import Call, stream_metrics
+from ferryman._reconnect import Reconnection
 from ferryman.errors import Unavailable
 from ferryman.types import Heartbeat, MetricRecord
-
-_FIRST_PAUSE_S: Final = 0.1
-_LONGEST_PAUSE_S: Final = 5.0
 
 
 class MetricsTail:
@@ -31,10 +27,7 @@ class MetricsTail:
         self._run_id = run_id
         self._last_sequence = after_sequence
         self._follow = follow
-        self._reconnect_timeout_s = reconnect_timeout_s
-        self._clock = clock
-        self._broken_since_s: float | None = None
-        self._pause_s = _FIRST_PAUSE_S
+        self._reconnection = Reconnection(reconnect_timeout_s, clock)
 
     def call(self) -> Call[MetricRecord | Heartbeat]:
         """Return the call that goes on where the last one broke off."""
@@ -42,8 +35,7 @@ class MetricsTail:
 
     def accept(self, item: MetricRecord | Heartbeat) -> bool:
         """Note a sign of life; tell whether it is news (a record that was seen before is not)."""
-        self._broken_since_s = None
-        self._pause_s = _FIRST_PAUSE_S
+        self._reconnection.sign_of_life()
         if isinstance(item, Heartbeat):
             return True
         is_news = item.sequence > self._last_sequence
@@ -52,12 +44,4 @@ class MetricsTail:
 
     def pause_s(self, error: Unavailable) -> float:
         """Return how long to wait before the next call; raise `error` if the server has been silent for too long."""
-        now_s = self._clock()
-        if self._broken_since_s is None:
-            self._broken_since_s = now_s
-        if now_s - self._broken_since_s >= self._reconnect_timeout_s:
-            raise error
-        pause_s = self._pause_s
-        self._pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
-        # Spread, so that the watchers of a server that comes back do not all knock at once.
-        return pause_s * random.uniform(0.5, 1.0)  # noqa: S311 (no secret)
+        return self._reconnection.pause_s(error)

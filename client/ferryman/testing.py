@@ -59,6 +59,13 @@ _LAST_STEP: Final = 50_000
 _HEARTBEAT_INTERVAL_S: Final = 0.1
 _CHUNK_BYTES: Final = 1 << 20
 _MODEL_BYTES: Final = 4_000_000
+# As the service's: requests of 16 MiB, a ping every ten seconds, and no port for two.
+_SERVER_OPTIONS: Final = (
+    ("grpc.max_receive_message_length", 16 * 2**20),
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.so_reuseport", 0),
+)
 
 
 def noam_learning_rate(step: int) -> float:
@@ -121,13 +128,18 @@ class FakeFerryman:
         script: Sequence[types.MetricPayload] | None = None,
         hold_after: int | None = None,
         learning_rate: Callable[[int], float] = noam_learning_rate,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        options: Sequence[tuple[str, Any]] = (),
     ) -> None:
         """Store; `start` or a `with` block serves.
 
         `translate` translates a sentence; what it raises of `ferryman.errors` the caller gets, InvalidSentence in a
         stream as the error of that sentence. `script` is what every run records, by default `training_script()`.
         `hold_after`: runs stand still after so many records, until `release` or CancelTraining. `learning_rate` is the
-        curve that GetLRSchedule answers with. A held run that is paused and resumed is still held.
+        curve that GetLRSchedule answers with. A held run that is paused and resumed is still held. It
+        listens on `host` and `port` (0: a free one); `options` are gRPC options of the server, such as a connection
+        age.
         """
         self.translate = translate
         self.script = list(script) if script is not None else training_script(learning_rate=learning_rate)
@@ -142,12 +154,14 @@ class FakeFerryman:
         self.backend = _Backend(self)
         self._failures: defaultdict[str, deque[errors.FerrymanError]] = defaultdict(deque)
         self._server: grpc.Server | None = None
-        self._port = 0
+        self._host = host
+        self._port = port
+        self._options = list({**dict(_SERVER_OPTIONS), **dict(options)}.items())
 
     @property
     def target(self) -> str:
         """The address to give to a client; the same after a restart."""
-        return f"127.0.0.1:{self._port}"
+        return f"{self._host}:{self._port}"
 
     def __enter__(self) -> Self:
         self.start()
@@ -159,13 +173,13 @@ class FakeFerryman:
         self.stop()
 
     def start(self) -> None:
-        """Serve on a free loopback port; after `stop`, on the port of before."""
-        server = grpc.server(ThreadPoolExecutor(max_workers=16))
+        """Serve; after `stop`, on the port of before."""
+        server = grpc.server(ThreadPoolExecutor(max_workers=16), options=self._options)
         training_pb2_grpc.add_TrainingServiceServicer_to_server(_Training(self), server)
         corpus_pb2_grpc.add_CorpusServiceServicer_to_server(_Corpora(self), server)
         model_pb2_grpc.add_ModelServiceServicer_to_server(_Models(self), server)
         translation_pb2_grpc.add_TranslationServiceServicer_to_server(_Translations(self), server)
-        self._port = server.add_insecure_port(f"127.0.0.1:{self._port}")
+        self._port = server.add_insecure_port(self.target)
         server.start()
         self._server = server
 
@@ -433,6 +447,7 @@ class _Backend:
                 size_bytes=_MODEL_BYTES,
                 digest=hashlib.sha256(_manifest(name, number)).hexdigest(),
                 create_time=datetime.now(UTC),
+                int8=types.Int8Outcome(pairs=1000, kept=True, fp32_bleu=31.5, int8_bleu=31.25),
             )
             self.models.setdefault(name, []).append(version)
             return version

@@ -452,8 +452,20 @@ class ModelScores:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Int8Outcome:
+    """What 8-bit arithmetic was measured to cost before a version was published: sacreBLEU of the same held-out pairs
+    in float32 and in int8, None without pairs. `kept`: the version has int8; if it loses over 0.3 it has not."""
+
+    pairs: int
+    kept: bool
+    fp32_bleu: float | None = None
+    int8_bleu: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelVersion:
-    """A published version; it never changes. `parameters` counts trained weights."""
+    """A published version; it never changes. `parameters` counts trained weights. `int8` is None if nobody has said
+    what it costs, as of versions of an earlier release."""
 
     name: str
     version: int
@@ -467,6 +479,7 @@ class ModelVersion:
     size_bytes: int
     digest: str
     create_time: datetime
+    int8: Int8Outcome | None = None
 
     @property
     def reference(self) -> str:

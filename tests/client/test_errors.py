@@ -123,6 +123,18 @@ def test_a_reason_of_another_domain_is_none_of_ours():
     assert type(error) is errors.Unavailable
 
 
+class BrokenOff(FailedCall):
+    def details(self) -> str:
+        return "Stream removed (RST_STREAM (Received RST_STREAM with error code 2))"
+
+
+def test_a_stream_that_a_proxy_broke_off_is_a_broken_connection_and_a_bug_of_the_server_is_not():
+    error = error_from_rpc(BrokenOff(grpc.StatusCode.INTERNAL, None))
+    assert (type(error), error.code) == (errors.Unavailable, grpc.StatusCode.UNAVAILABLE)
+    bug = with_info(ErrorInfo(reason="INTERNAL", domain="ferryman.v1"))
+    assert type(error_from_rpc(BrokenOff(grpc.StatusCode.INTERNAL, bug))) is errors.FerrymanError
+
+
 def test_the_delay_that_the_server_asks_for_is_told(fake, client):
     fake.add_model("m")
     fake.fail_next("Translate", errors.QueueFull("full", retry_delay_s=1.25))

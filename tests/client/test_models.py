@@ -17,7 +17,9 @@ def test_aliases_are_references(fake, client):
     model = client.set_model_alias("m", "production", 1)
     assert [(alias.alias, alias.version) for alias in model.aliases] == [("production", 1)]
     assert model.aliases[0].update_time.tzinfo is not None
-    assert client.get_model("m@production").version.version == 1
+    version = client.get_model("m@production").version
+    assert version.version == 1
+    assert version.int8 == types.Int8Outcome(pairs=1000, kept=True, fp32_bleu=31.5, int8_bleu=31.25)
     assert client.translate("m@production", "x").model == "m/1"
     assert client.translate("m", "x").model == "m/2"
     client.delete_model_alias("m", "production")

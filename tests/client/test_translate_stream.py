@@ -78,11 +78,61 @@ def test_nothing_to_translate(collect):
     assert collect([]) == []
 
 
-def test_errors_are_those_of_the_tree_and_nothing_is_repeated(fake, collect):
-    fake.fail_next("StreamTranslate", errors.ServerShuttingDown("stopping"))
-    with pytest.raises(errors.ServerShuttingDown):
+def test_errors_are_those_of_the_tree(fake, collect):
+    fake.fail_next("StreamTranslate", errors.ModelTooLarge("too large"))
+    with pytest.raises(errors.ModelTooLarge):
         collect(["x"])
     assert fake.calls == ["StreamTranslate"]
+
+
+def test_who_is_not_accepted_is_repeated_only_as_any_call(fake, collect):
+    fake.fail_next("StreamTranslate", errors.ServerShuttingDown("stopping"), times=9)
+    with pytest.raises(errors.ServerShuttingDown):
+        collect(["x"])
+    assert fake.calls == ["StreamTranslate"] * 4
+
+
+@pytest.mark.parametrize("in_order", [False, True])
+def test_a_stream_goes_on_when_its_server_comes_back_and_keeps_its_version(fake, collect, in_order):
+    stops = iter([300, 900])
+    stop_at = next(stops)
+    translated: list[str] = []
+
+    def translate(sentence: str) -> str:
+        translated.append(sentence)
+        return sentence
+
+    fake.translate = translate
+
+    def sentences() -> Iterator[str]:
+        nonlocal stop_at
+        for number in range(1500):
+            if number == stop_at:
+                fake.add_model("m")
+                fake.stop()
+                fake.start()
+                stop_at = next(stops, 0)
+            yield str(number)
+
+    results = collect(sentences(), in_order=in_order, window=20)
+    found = [result.id for result in results]
+    assert sorted(found, key=int) == [str(number) for number in range(1500)]
+    assert not in_order or found == sorted(found, key=int)
+    assert all(result.translation.text == result.id for result in results)
+    assert fake.calls.count("StreamTranslate") >= 3
+    assert len(translated) - 1500 <= 2 * 2 * 20 + 2 * 64, "what was answered is not sent again"
+    assert fake.backend.loaded.keys() == {"m/1"}, "no stream mixes two versions"
+
+
+def test_a_stream_gives_up_on_a_server_that_stays_away(fake, collect):
+    def sentences() -> Iterator[str]:
+        yield "x"
+        time.sleep(0.2)
+        fake.stop()
+        yield "y"
+
+    with pytest.raises(errors.Unavailable):
+        collect(sentences(), reconnect_timeout_s=0.3)
 
 
 def test_what_the_sentences_raise_comes_after_the_results_of_what_was_before(fake, client):

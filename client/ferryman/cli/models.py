@@ -8,6 +8,7 @@ from typing import Annotated, Final
 import typer
 
 from ferryman.cli.common import connect, print_fields, print_table
+from ferryman.types import Int8Outcome
 
 app = typer.Typer(no_args_is_help=True, help="Published models.")
 
@@ -59,6 +60,7 @@ def show(
             ("BLEU", f"{scores.bleu:.1f}"),
             ("chrF", f"{scores.chrf:.1f}"),
             ("nll per token", f"{scores.nll_per_token:.4f}"),
+            ("int8", int8_text(version.int8)),
             ("weights", f"{scores.weights}, step {scores.step:,}"),
             ("parameters", f"{version.parameters:,}"),
             ("size", f"{version.size_bytes / 1e6:.1f} MB"),
@@ -68,6 +70,17 @@ def show(
             ("published", version.create_time.isoformat(timespec="seconds")),
         ]
     )
+
+
+def int8_text(outcome: Int8Outcome | None) -> str:
+    """Say what serving in 8-bit arithmetic costs."""
+    if outcome is None:
+        return "-"
+    kept = "" if outcome.kept else ", left out"
+    if outcome.fp32_bleu is None or outcome.int8_bleu is None:
+        return f"not measured{kept}"
+    lost = outcome.fp32_bleu - outcome.int8_bleu
+    return f"{lost:+.2f} BLEU lost on {outcome.pairs:,} pairs{kept}"
 
 
 @app.command()

@@ -111,6 +111,7 @@ class ModelVersion(_message.Message):
     SIZE_BYTES_FIELD_NUMBER: _builtins.int
     DIGEST_FIELD_NUMBER: _builtins.int
     CREATE_TIME_FIELD_NUMBER: _builtins.int
+    INT8_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Output only. The model's name."""
     version: _builtins.int
@@ -141,6 +142,12 @@ class ModelVersion(_message.Message):
     def create_time(self) -> _timestamp_pb2.Timestamp:
         """Output only. When it was published, UTC."""
 
+    @_builtins.property
+    def int8(self) -> Global___Int8Outcome:
+        """Output only. What serving it in 8-bit arithmetic costs. Unset if nobody has said: of a version of an earlier
+        release, or of a bundle that was made without.
+        """
+
     def __init__(
         self,
         *,
@@ -156,14 +163,60 @@ class ModelVersion(_message.Message):
         size_bytes: _builtins.int = ...,
         digest: _builtins.str = ...,
         create_time: _timestamp_pb2.Timestamp | None = ...,
+        int8: Global___Int8Outcome | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "recipe", b"recipe", "scores", b"scores"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_int8", b"_int8", "create_time", b"create_time", "int8", b"int8", "recipe", b"recipe", "scores", b"scores"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["corpus_id", b"corpus_id", "create_time", b"create_time", "digest", b"digest", "name", b"name", "parameters", b"parameters", "recipe", b"recipe", "run_id", b"run_id", "scores", b"scores", "size_bytes", b"size_bytes", "source_language", b"source_language", "target_language", b"target_language", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_int8", b"_int8", "corpus_id", b"corpus_id", "create_time", b"create_time", "digest", b"digest", "int8", b"int8", "name", b"name", "parameters", b"parameters", "recipe", b"recipe", "run_id", b"run_id", "scores", b"scores", "size_bytes", b"size_bytes", "source_language", b"source_language", "target_language", b"target_language", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__int8: _TypeAlias = _typing.Literal["int8"]  # noqa: Y015
+    _WhichOneofArgType__int8: _TypeAlias = _typing.Literal["_int8", b"_int8"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__int8) -> _WhichOneofReturnType__int8 | None: ...
 
 Global___ModelVersion: _TypeAlias = ModelVersion  # noqa: Y015
+
+@_typing.final
+class Int8Outcome(_message.Message):
+    """What 8-bit arithmetic was measured to cost before a version was published, and what follows from it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PAIRS_FIELD_NUMBER: _builtins.int
+    FP32_BLEU_FIELD_NUMBER: _builtins.int
+    INT8_BLEU_FIELD_NUMBER: _builtins.int
+    KEPT_FIELD_NUMBER: _builtins.int
+    pairs: _builtins.int
+    """Output only. Held-out pairs that both arithmetics translated, greedily. 0: there were none, nothing was measured."""
+    fp32_bleu: _builtins.float
+    """Output only. sacreBLEU (cased, 13a) of these pairs in float32, 0 to 100; unset without pairs."""
+    int8_bleu: _builtins.float
+    """Output only. The same in int8."""
+    kept: _builtins.bool
+    """Output only. Whether the version has int8 graphs. They are left out if they lose over 0.3 BLEU; then it is always
+    served in float32, or on a GPU in fp16.
+    """
+    def __init__(
+        self,
+        *,
+        pairs: _builtins.int = ...,
+        fp32_bleu: _builtins.float | None = ...,
+        int8_bleu: _builtins.float | None = ...,
+        kept: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_fp32_bleu", b"_fp32_bleu", "_int8_bleu", b"_int8_bleu", "fp32_bleu", b"fp32_bleu", "int8_bleu", b"int8_bleu"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_fp32_bleu", b"_fp32_bleu", "_int8_bleu", b"_int8_bleu", "fp32_bleu", b"fp32_bleu", "int8_bleu", b"int8_bleu", "kept", b"kept", "pairs", b"pairs"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__fp32_bleu: _TypeAlias = _typing.Literal["fp32_bleu"]  # noqa: Y015
+    _WhichOneofArgType__fp32_bleu: _TypeAlias = _typing.Literal["_fp32_bleu", b"_fp32_bleu"]  # noqa: Y015
+    _WhichOneofReturnType__int8_bleu: _TypeAlias = _typing.Literal["int8_bleu"]  # noqa: Y015
+    _WhichOneofArgType__int8_bleu: _TypeAlias = _typing.Literal["_int8_bleu", b"_int8_bleu"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__fp32_bleu) -> _WhichOneofReturnType__fp32_bleu | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__int8_bleu) -> _WhichOneofReturnType__int8_bleu | None: ...
+
+Global___Int8Outcome: _TypeAlias = Int8Outcome  # noqa: Y015
 
 @_typing.final
 class ModelScores(_message.Message):

@@ -56,7 +56,9 @@ class TranslateRequest(_message.Message):
     TARGET_PREFIXES_FIELD_NUMBER: _builtins.int
     SPLIT_SENTENCES_FIELD_NUMBER: _builtins.int
     model: _builtins.str
-    """Required. "name" for the latest version, "name/version" for a certain one, "name@alias" for what an alias names."""
+    """Required. "name" for the latest version, "name/version" for a certain one, "name@alias" for what an alias names.
+    While a server loads a newer latest version, it serves "name" with the one that it has served before.
+    """
     split_sentences: _builtins.bool
     """Optional. Split each entry of `sentences`, a text in the model's source language, into sentences first, translate
     them one by one and join their translations: by the white space of the text where it holds a line break, as between
@@ -68,7 +70,8 @@ class TranslateRequest(_message.Message):
     def sentences(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Required. The sentences, 1 to 1,024 (the server may be set to another limit). Leading, trailing and repeated white
         space does not matter, a line break counts as white space; other control characters are a violation. A sentence
-        over the model's max_sentence_tokens is a violation. An empty sentence has the empty translation.
+        over the model's max_sentence_tokens is a violation. An empty sentence has the empty translation, or the target
+        prefix.
         """
 
     @_builtins.property
@@ -319,7 +322,9 @@ class Translation(_message.Message):
     """Subwords of the source, end symbol included; 0 for an empty sentence."""
     @_builtins.property
     def hypotheses(self) -> _containers.RepeatedCompositeFieldContainer[Global___Hypothesis]:
-        """The hypotheses, best first: n_best of them, fewer only if the search found fewer. For an empty sentence one, empty."""
+        """The hypotheses, best first: n_best of them, fewer only if the search found fewer. For an empty sentence one: empty,
+        or the target prefix with the probability 1, no end symbol and no alignment.
+        """
 
     @_builtins.property
     def source_pieces(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:

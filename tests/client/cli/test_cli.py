@@ -10,8 +10,9 @@ from datetime import datetime
 import pytest
 from typer.testing import CliRunner
 
-from ferryman import EventLevel, RunEvent, RunState, Sampling, StateChange, __version__, errors
+from ferryman import EventLevel, Int8Outcome, RunEvent, RunState, Sampling, StateChange, __version__, errors
 from ferryman.cli.app import app
+from ferryman.cli.models import int8_text
 from ferryman.testing import noam_learning_rate, training_script
 
 
@@ -176,8 +177,22 @@ def test_models_list_show(run, fake):
     assert run("models", "list").stdout.startswith("en-de/1\ten-de\t31.5\t1,000,000\t")
     shown = run("models", "show", "en-de").stdout
     assert version.digest in shown
+    assert "int8:          +0.25 BLEU lost on 1,000 pairs\n" in shown
     missing = run("models", "show", "xx")
     assert (missing.exit_code, missing.stderr) == (2, "Error: no model 'xx'\n")
+
+
+@pytest.mark.parametrize(
+    ("outcome", "shown"),
+    [
+        (None, "-"),
+        (Int8Outcome(pairs=0, kept=True), "not measured"),
+        (Int8Outcome(pairs=9, kept=True, fp32_bleu=30.0, int8_bleu=30.1), "-0.10 BLEU lost on 9 pairs"),
+        (Int8Outcome(pairs=9, kept=False, fp32_bleu=30.0, int8_bleu=29.0), "+1.00 BLEU lost on 9 pairs, left out"),
+    ],
+)
+def test_models_show_says_what_int8_costs(outcome, shown):
+    assert int8_text(outcome) == shown
 
 
 def test_models_alias(run, fake):

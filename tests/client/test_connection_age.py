@@ -1,0 +1,47 @@
+"""The client against the real service, whose connections end every two seconds."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from ferryman import Client, RunState
+from tests.system.conftest import Stubs, reversal_corpus, small_recipe
+from tests.system.service_process import ServiceProcess
+
+pytestmark = pytest.mark.system
+
+AGE_FLAGS = ("--max-connection-age-s", "1", "--max-connection-age-grace-s", "1")
+SENTENCES = 200
+
+
+@pytest.fixture
+def service(tmp_path: Path) -> Iterator[ServiceProcess]:
+    service = ServiceProcess(tmp_path / "data", *AGE_FLAGS)
+    yield service
+    assert service.stop() == 0
+
+
+def test_a_run_and_a_long_translation_do_not_notice_that_connections_end(service):
+    stubs = Stubs(service.address)
+    run_id = stubs.start(stubs.upload().corpus_id, small_recipe(max_steps=200)).run_id
+
+    def slowly() -> Iterator[str]:
+        for source, _ in reversal_corpus(SENTENCES, seed=5):
+            time.sleep(0.03)
+            yield source
+
+    with Client(service.address) as client:
+        sequences = [record.sequence for record in client.stream_metrics(run_id)]
+        run = client.get_training_run(run_id)
+        results = list(client.translate_stream("reversal", slowly(), in_order=True))
+    assert run.state is RunState.SUCCEEDED
+    assert sequences == list(range(1, run.last_sequence + 1))
+    assert [result.id for result in results] == [str(number) for number in range(SENTENCES)]
+    assert all(result.translation for result in results)
+    log = service.log.read_text()
+    assert log.count("TrainingService/StreamMetrics ") >= 2, "the stream was cut"
+    assert log.count("TranslationService/StreamTranslate ") >= 2, "the stream was cut"
