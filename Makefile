@@ -37,10 +37,10 @@ RATE ?=
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test check quick system ops protos protos-drift buf-lint lint types layers dockerfile wheel-smoke \
-  bench-quality bench-quality-tok bench-export bench-training-cpu bench-training-gpu bench-overhead bench-corpora \
+.PHONY: help setup demo test check quick system ops protos protos-drift metrics-docs dashboards buf-lint lint types layers \
+  dockerfile image-contents chart wheel-smoke bench-quality bench-quality-tok bench-export bench-training-cpu bench-training-gpu bench-overhead bench-corpora \
   bench-serving-cpu bench-serving-gpu bench-load bench-decode-step bench-search-overhead bench-invariance \
-  bench-serving-profile soak clean
+  bench-serving-profile soak rehearse clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -94,6 +94,12 @@ protos-drift: $(READY) ## check that the committed stubs are what protos/ genera
 	  && { diff -r -x __init__.py -x __pycache__ "$$fresh/ferryman/v1" client/ferryman/v1 \
 	    || { echo "the committed stubs differ from what protos/ generates: run 'make protos' and commit" >&2; exit 1; }; }
 
+metrics-docs: $(READY) ## write docs/metrics.md from the code
+	$(BIN)/python -m ferryman_service.observability.catalogue docs/metrics.md
+
+dashboards: $(OPS) ## write deploy/grafana/*.json from the code
+	$(BIN)/python -m deploy.grafana.dashboards
+
 buf-lint: $(READY) ## lint the contract
 	$(BIN)/buf lint
 
@@ -103,13 +109,19 @@ lint: $(READY) ## ruff: rules and format
 
 types: $(READY) ## mypy --strict
 	$(BIN)/mypy
-	$(BIN)/mypy examples bench
+	$(BIN)/mypy examples bench deploy/image_contents.py deploy/helm
 
 layers: $(READY) ## the layers of the architecture
 	$(BIN)/lint-imports
 
 dockerfile: $(READY) ## hadolint
 	$(BIN)/hadolint Dockerfile
+
+image-contents: $(READY) ## what each target of the Dockerfile would hold, and its budget
+	@$(BIN)/python -m deploy.image_contents --packages
+
+chart: $(READY) ## write what the Helm chart takes over: schema, table of values, rules, dashboards
+	$(BIN)/python -m deploy.helm.generate
 
 wheel-smoke: $(READY) ## install the wheel in a clean environment and use it
 	PYTHON=$(BIN)/python tests/wheel_smoke.sh
@@ -170,6 +182,9 @@ soak: $(READY) ## training that dies everywhere, and a translation service under
 	$(BIN)/python -m bench.kill $(if $(MINUTES),--minutes "$(MINUTES)") $(if $(PROCESSES),--processes "$(PROCESSES)")
 	$(BIN)/python -m bench.load --soak $(or $(MINUTES),10) $(if $(DATA),--data "$(DATA)") \
 	  $(if $(MODEL),--model "$(MODEL)") $(if $(RATE),--rate "$(RATE)")
+
+rehearse: $(OPS) ## the cluster on one machine: restarts, kills and promotions under load behind a real Envoy, ~4 min: [QUICK=1]
+	@$(BIN)/python -m bench.rehearsal $(if $(QUICK),--quick)
 
 clean: ## remove caches, builds, and what demo and benchmarks left; the virtual environment stays
 	rm -rf build dist demo-output bench-output .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
