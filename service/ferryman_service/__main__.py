@@ -1,52 +1,88 @@
-"""The command `ferryman-service`: serve, health, import-model."""
+"""The command `ferryman-service`: serve, health, config, import-model.
+
+What only some commands need is imported by them: a health check every few seconds must not cost a second.
+"""
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import logging
 import os
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Final
 
-from ferryman_service import bootstrap
-from ferryman_service.config.service_config import ServiceConfig, add_arguments, config_from
+from ferryman_service.config.service_config import ConfigMistakes, LogFormat, ServiceConfig
+from ferryman_service.config.sources import Settings, add_arguments, load
 from ferryman_service.domain.errors import FerrymanError
-from ferryman_service.stores.database import DatabaseTooNew
+from ferryman_service.observability.logs import LogConfig, configure_logging
+from ferryman_service.rpc.health import address_of, check_health
+
+_log = logging.getLogger(__name__)
+_STOP_S: Final = 5.0
+"""What stopping may take beyond drain_s and grace_s."""
+_HURRY_S: Final = 3.0
+"""What it may take from the second signal on."""
+_HEALTH_TIMEOUT_S: Final = 5.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; exit status 0 is success, 1 a failure, 2 a wrong command line."""
-    parser = _parser(os.environ)
-    arguments = parser.parse_args(argv)
+    """Run the command; exit status 0 is success, 1 a failure, 2 a wrong command line or configuration."""
+    arguments = _parser().parse_args(argv)
     try:
-        config = config_from(arguments)
-    except ValueError as error:
-        parser.error(str(error))
-    logging.basicConfig(level=config.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+        settings = load(arguments, os.environ)
+    except ConfigMistakes as error:
+        return _report(error)
+    if arguments.command == "config":
+        return _config(settings, arguments)
+    if arguments.command == "health":
+        return _health(settings.config, arguments)
+    return _use_stores(settings, arguments)
+
+
+def _use_stores(settings: Settings, arguments: argparse.Namespace) -> int:
+    from ferryman_service.stores.database import DatabaseTooNew
+
+    config = settings.config
+    configure_logging(LogConfig(format=config.log_format, level=config.log_level, sentences=config.log_sentences))
     # The service never forks; without this, gRPC's fork handlers run before each worker is started.
     os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
-    commands = {"serve": _serve, "health": _health, "import-model": _import_model}
+    for warning in settings.warnings:
+        _log.warning(warning)
     try:
-        return commands[arguments.command](config, arguments)
+        return (_serve if arguments.command == "serve" else _import_model)(config, arguments)
     except (FerrymanError, DatabaseTooNew, OSError) as error:
         print(f"ferryman-service: {error}", file=sys.stderr)  # noqa: T201
         return 1
 
 
-def _parser(environment: Mapping[str, str]) -> argparse.ArgumentParser:
+def _parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
-    add_arguments(common, environment)
+    add_arguments(common)
     parser = argparse.ArgumentParser(
         prog="ferryman-service",
-        description="Trains encoder-decoder Transformers and serves them over gRPC. "
-        "Every flag can also be set by the environment variable named beside it.",
+        description="Trains encoder-decoder Transformers and serves them over gRPC. Every flag can also be set by the "
+        "environment variable named beside it, by a file that this variable with _FILE behind it names, and in the "
+        "configuration file. A flag wins over the environment, and that over the file.",
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("serve", parents=[common], help="serve until SIGTERM or SIGINT")
-    commands.add_parser("health", parents=[common], help="exit with 0 if the server at --host and --port is serving")
+    commands.add_parser("serve", parents=[common], help="serve until SIGTERM or SIGINT; a second one hurries the end")
+    health = commands.add_parser(
+        "health", parents=[common], help="exit with 0 if the server at --host and --port is serving"
+    )
+    health.add_argument("--probe", action="store_true", help="ask at --probe-host and --probe-port instead")
+    health.add_argument("--service", default="", help="ask about this service, or about liveness (default: the whole)")
+    config = commands.add_parser("config", parents=[common], help="look at the configuration, and do nothing else")
+    what = config.add_mutually_exclusive_group(required=True)
+    what.add_argument(
+        "--check", action="store_true", help="name every mistake, each with its source; 2 if there is one"
+    )
+    what.add_argument("--show", action="store_true", help="print what counts, as TOML, and where each value comes from")
     importing = commands.add_parser(
         "import-model", parents=[common], help="publish a model bundle that was trained elsewhere"
     )
@@ -57,32 +93,110 @@ def _parser(environment: Mapping[str, str]) -> argparse.ArgumentParser:
     return parser
 
 
+def _report(error: ConfigMistakes) -> int:
+    count = len(error.mistakes)
+    print(f"ferryman-service: {count} mistake{'s' * (count > 1)} in the configuration", file=sys.stderr)  # noqa: T201
+    for mistake in error.mistakes:
+        print(f"  {mistake.text}", file=sys.stderr)  # noqa: T201
+    return 2
+
+
+def _config(settings: Settings, arguments: argparse.Namespace) -> int:
+    for warning in settings.warnings:
+        print(f"warning: {warning}", file=sys.stderr)  # noqa: T201
+    for line in settings.lines() if arguments.show else ["the configuration is right"]:
+        print(line)  # noqa: T201
+    return 0
+
+
 def _serve(config: ServiceConfig, _: argparse.Namespace) -> int:
     return asyncio.run(_serve_until_signal(config))
 
 
+def _say(config: ServiceConfig, line: str) -> None:
+    if config.log_format is LogFormat.JSON:  # then all output is
+        _log.info(line)
+    else:
+        print(line, flush=True)  # noqa: T201
+
+
 async def _serve_until_signal(config: ServiceConfig) -> int:
-    stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    from ferryman_service import bootstrap
+
+    signals = _StopSignals(asyncio.get_running_loop(), config.drain_s + config.grace_s + _STOP_S)
+    signals.heed()
     service = bootstrap.build_service(config)
     await service.start()
     # For scripts that took port 0: the addresses, on one line each, once everything serves.
-    print(f"serving on {config.host}:{service.port}", flush=True)  # noqa: T201
+    _say(config, f"serving on {config.host}:{service.port}")
+    if service.probe_port:
+        _say(config, f"probes on {config.probe_host}:{service.probe_port}")
     if service.metrics_port:
-        print(f"metrics on http://{config.metrics_host}:{service.metrics_port}/metrics", flush=True)  # noqa: T201
-    await stop.wait()
-    await service.stop()
+        _say(config, f"metrics on http://{config.metrics_host}:{service.metrics_port}/metrics")
+    await signals.stop.wait()
+    if not await service.stop(signals.hurry):
+        _end_process()
     return 0
 
 
-def _health(config: ServiceConfig, _: argparse.Namespace) -> int:
-    healthy = bootstrap.check_health(config)
-    print("SERVING" if healthy else "NOT_SERVING")  # noqa: T201
-    return 0 if healthy else 1
+class _StopSignals:
+    """SIGTERM and SIGINT: the first one sets `stop`, the second one `hurry`. Each bounds the time until the process
+    ends, whatever is stuck: another thread, or the event loop itself."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, limit_s: float) -> None:
+        self.stop = asyncio.Event()
+        self.hurry = asyncio.Event()
+        self._loop = loop
+        self._limit_s = limit_s
+        self._told = False
+
+    def heed(self) -> None:
+        """Begin to listen; to be called in the main thread."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            # Not the loop's own handlers: they run only if the loop does.
+            signal.signal(number, lambda *_: self._heed())
+
+    def _heed(self) -> None:
+        # This may interrupt anything, a log line too: so what is said and done is left to the loop.
+        limit_s, tell = (_HURRY_S, self._tell_again) if self._told else (self._limit_s, self._tell)
+        self._told = True
+        timer = threading.Timer(limit_s, _end_process)
+        timer.daemon = True
+        timer.start()
+        with contextlib.suppress(RuntimeError):  # the loop has ended
+            self._loop.call_soon_threadsafe(tell)
+
+    def _tell(self) -> None:
+        _log.info("told to stop")
+        self.stop.set()
+
+    def _tell_again(self) -> None:
+        _log.warning("told to stop once more: stopping now")
+        self.hurry.set()
+
+
+def _end_process() -> None:
+    """End the process, which was told to stop, with what is stuck in it; exit status 0: it does what it was told."""
+    _log.warning("something has not ended in time; it is left, and the process ends")
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
+def _health(config: ServiceConfig, arguments: argparse.Namespace) -> int:
+    if arguments.probe and not config.probe_port:
+        print("ferryman-service: --probe-port is 0, so there is no probe port", file=sys.stderr)  # noqa: T201
+        return 2
+    host, port = (config.probe_host, config.probe_port) if arguments.probe else (config.host, config.port)
+    status = check_health(address_of(host, port), arguments.service, _HEALTH_TIMEOUT_S)
+    print(status)  # noqa: T201
+    return 0 if status == "SERVING" else 1
 
 
 def _import_model(config: ServiceConfig, arguments: argparse.Namespace) -> int:
+    from ferryman_service import bootstrap
+
     version = bootstrap.import_model(config, arguments.bundle, arguments.name)
     print(f"published {version.reference}")  # noqa: T201
     return 0

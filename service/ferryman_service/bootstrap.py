@@ -6,10 +6,14 @@ import asyncio
 import contextlib
 import importlib.util
 import logging
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeAlias
+
+from prometheus_client import CollectorRegistry
+from sqlalchemy import Engine
 
 from ferryman_service.application.corpora import CorpusUseCases
 from ferryman_service.application.loaded_models import LoadedModels, LoadingLimits
@@ -17,42 +21,61 @@ from ferryman_service.application.metrics_feed import FeedConfig, MetricsFeed
 from ferryman_service.application.models import ModelUseCases
 from ferryman_service.application.paging import Pager
 from ferryman_service.application.ports import BundleLoader
+from ferryman_service.application.readiness import Readiness
 from ferryman_service.application.supervisor import Supervisor, SupervisorConfig
 from ferryman_service.application.training import RunLimits, TrainingUseCases
 from ferryman_service.application.translating import TranslationLimits, TranslationUseCases
 from ferryman_service.config.service_config import ComputeChoice, Device, Role, ServiceConfig
 from ferryman_service.domain.models import ModelVersion
+from ferryman_service.domain.tracing import Tracer
 from ferryman_service.domain.translation import ComputeType
 from ferryman_service.launch.torchrun import LaunchConfig, TorchrunLauncher, torchrun_command
+from ferryman_service.observability.engine import EngineCollector
+from ferryman_service.observability.gpu import GpuCollector, open_nvml
 from ferryman_service.observability.http import MetricsEndpoint, new_registry
+from ferryman_service.observability.launcher import LaunchMetrics
+from ferryman_service.observability.models import LoadedModelsCollector, LoadMetrics
+from ferryman_service.observability.process import DataFolderCollector, HealthCollector, tell_build
 from ferryman_service.observability.rpc import RpcMetrics
+from ferryman_service.observability.store import StoreMetrics
+from ferryman_service.observability.tracing import TraceConfig, open_tracer
 from ferryman_service.observability.training import ObserverConfig, RunObserver
 from ferryman_service.observability.translation import TranslationMetrics
+from ferryman_service.rpc import health
 from ferryman_service.rpc import server as rpc
+from ferryman_service.rpc.call_scope import CallScopes
 from ferryman_service.rpc.corpora import CorpusServicer
 from ferryman_service.rpc.interceptors import CallInterceptor
 from ferryman_service.rpc.models import ModelServicer
 from ferryman_service.rpc.shutdown import Shutdown
 from ferryman_service.rpc.training import TrainingServicer
 from ferryman_service.rpc.translation import TranslationServicer
+from ferryman_service.rpc.translation_watch import TranslationWatch
 from ferryman_service.stores.corpora import CorpusLimits, FileCorpusStore
 from ferryman_service.stores.database import open_database, upgrade
 from ferryman_service.stores.layout import DataFolder
 from ferryman_service.stores.lock import FolderLock
 from ferryman_service.stores.models import FileModelStore
+from ferryman_service.stores.probe import DatabaseProbe
 from ferryman_service.stores.run_folders import FileRunFolders
 from ferryman_service.stores.runs import SqlRunStore
 from ferryman_service.text.sentences import SentencexSplitter
+from ferryman_service.translation.counts import EngineCounts
 
 _log = logging.getLogger(__name__)
-_HEALTH_TIMEOUT_S: Final = 5.0
 _RESTART_PAUSE_S: Final = 1.0
+_CLOSE_S: Final = 3.0
+"""What is left to do after the last call has ended, at most."""
 _BYTES_PER_MIB: Final = 2**20
+
+
+_Part: TypeAlias = Supervisor | RunObserver | health.HealthProber
 
 
 @dataclass(frozen=True)
 class _Stores:
     folder: DataFolder
+    database: Engine
     runs: SqlRunStore
     folders: FileRunFolders
     corpora: FileCorpusStore
@@ -76,6 +99,27 @@ class _UseCases:
             self.loaded.close()
 
 
+@dataclass(frozen=True)
+class _Metrics:
+    """What the parts fill; what is only looked at when Prometheus asks is added by `_export_state`."""
+
+    registry: CollectorRegistry
+    store: StoreMetrics
+    loads: LoadMetrics
+    launches: LaunchMetrics
+    engines: EngineCounts
+
+
+@dataclass(frozen=True)
+class _CallParts:
+    """What is around every call, whatever its service."""
+
+    shutdown: Shutdown
+    interceptor: CallInterceptor
+    health: health.HealthServicer
+    tracer: Tracer
+
+
 class Service:
     """Everything that runs in the service's process. `start` and `stop` are called once each, from one event loop."""
 
@@ -85,40 +129,60 @@ class Service:
         config: ServiceConfig,
         lock: FolderLock | None,
         server: rpc.RpcServer,
+        health_servicer: health.HealthServicer,
+        probes: health.ProbeServer,
         endpoint: MetricsEndpoint,
-        background: tuple[Supervisor | RunObserver, ...],
+        background: tuple[_Part, ...],
         use_cases: _UseCases,
+        tracer: Tracer,
     ) -> None:
         """Store the parts."""
         self._config = config
         self._lock = lock
         self._server = server
+        self._health = health_servicer
+        self._probes = probes
         self._endpoint = endpoint
         self._background = background
         self._use_cases = use_cases
+        self._tracer = tracer
         self._tasks: list[asyncio.Task[None]] = []
         self.port = 0
+        self.probe_port = 0
         self.metrics_port = 0
 
     async def start(self) -> None:
         """Listen, then begin to work; raises OSError if an address is taken."""
+        await self._health.start()
         self.port = await self._server.start()
+        if self._config.probe_port:
+            self.probe_port = await self._probes.start()
         if self._config.metrics_port:
             self.metrics_port = self._endpoint.start()
         self._tasks = [asyncio.create_task(_run_for_ever(part)) for part in self._background]
 
-    async def stop(self) -> None:
-        """Stop taking calls, let those in flight end, stop. Workers go on without us."""
+    async def stop(self, hurry: asyncio.Event) -> bool:
+        """Say NOT_SERVING, wait for the balancers to notice, take no more calls, let those in flight end, stop. Workers
+        go on without us. Once `hurry` is set, nothing is waited for.
+
+        Return whether everything has ended; if not, a thread is stuck, and only the end of the process ends it. Takes
+        at most drain_s, grace_s and a few seconds.
+        """
+        await self._health.begin_stop()
+        await _wait(hurry, self._config.drain_s)
         for task in self._tasks:
             task.cancel()
         for task in self._tasks:
             with contextlib.suppress(asyncio.CancelledError):
                 await task
-        await self._server.stop(self._config.grace_s)
-        await asyncio.to_thread(self._use_cases.close)
-        self._endpoint.stop()
+        ended = await self._server.stop(self._config.grace_s, hurry)
+        closes = (self._use_cases.close, self._endpoint.stop, self._tracer.close)
+        ended &= all(await asyncio.gather(*(ends_in_time(close, _CLOSE_S) for close in closes)))
+        if self._config.probe_port:
+            await self._probes.stop()
         if self._lock is not None:
             self._lock.release()
+        return ended
 
 
 def build_service(config: ServiceConfig) -> Service:
@@ -133,27 +197,32 @@ def build_service(config: ServiceConfig) -> Service:
     lock = FolderLock(folder.root / "training-service.lock") if trains else None
     if lock is not None:
         lock.acquire()
-    stores = _open_stores(folder, config)
+    metrics = _build_metrics()
+    stores = _open_stores(folder, config, metrics.store.failed)
     stores.models.recover()
     if trains:
         stores.corpora.recover()
         stores.runs.recover()
         stores.folders.delete_orphans(stores.runs.ids())
-    registry = new_registry()
-    use_cases = _build_use_cases(stores, config)
-    observer = RunObserver(stores.runs, registry, ObserverConfig())
+    tracer = open_tracer(TraceConfig(endpoint=config.trace_endpoint, sample_ratio=config.trace_sample_ratio))
+    use_cases = _build_use_cases(stores, config, metrics, tracer)
+    observer = RunObserver(stores.runs, stores.folders, metrics.registry, metrics.store, ObserverConfig())
+    around = _build_call_parts(RpcMetrics(metrics.registry), tracer, config)
+    translations = TranslationMetrics(metrics.registry, use_cases.translation.queued_tokens, config.queue_tokens)
+    _export_state(metrics, folder, use_cases, around.health, config)
     return Service(
         config=config,
         lock=lock,
-        server=_build_server(
-            use_cases,
-            RpcMetrics(registry),
-            TranslationMetrics(registry, use_cases.translation.queued_tokens),
-            config,
+        server=_build_server(use_cases, around, translations, config),
+        health_servicer=around.health,
+        probes=health.ProbeServer(around.health, (around.interceptor,), config.probe_host, config.probe_port),
+        endpoint=MetricsEndpoint(metrics.registry, config.metrics_host, config.metrics_port),
+        background=(
+            _build_prober(stores, use_cases, around.health, config),
+            *((_build_supervisor(stores, config, metrics.launches), observer) if trains else ()),
         ),
-        endpoint=MetricsEndpoint(registry, config.metrics_host, config.metrics_port),
-        background=(_build_supervisor(stores, config), observer) if trains else (),
         use_cases=use_cases,
+        tracer=tracer,
     )
 
 
@@ -164,16 +233,41 @@ def import_model(config: ServiceConfig, bundle: Path, name: str) -> ModelVersion
     return _open_stores(folder, config).models.import_bundle(bundle, name)
 
 
-def check_health(config: ServiceConfig) -> bool:
-    """Ask the server at the configured address whether it serves."""
-    return rpc.check_health(f"{config.host}:{config.port}", _HEALTH_TIMEOUT_S)
+def _build_metrics() -> _Metrics:
+    registry = new_registry()
+    return _Metrics(
+        registry=registry,
+        store=StoreMetrics(registry),
+        loads=LoadMetrics(registry),
+        launches=LaunchMetrics(registry),
+        engines=EngineCounts(),
+    )
 
 
-def _open_stores(folder: DataFolder, config: ServiceConfig) -> _Stores:
-    database = open_database(folder.database)
+def _export_state(
+    metrics: _Metrics,
+    folder: DataFolder,
+    use_cases: _UseCases,
+    servicer: health.HealthServicer,
+    config: ServiceConfig,
+) -> None:
+    """Export what the parts know themselves, each time Prometheus asks."""
+    registry, loaded = metrics.registry, use_cases.loaded
+    tell_build(registry, config.roles)
+    DataFolderCollector(registry, folder.root)
+    HealthCollector(registry, servicer.serving)
+    EngineCollector(registry, metrics.engines)
+    LoadedModelsCollector(registry, tuple if loaded is None else loaded.loaded)
+    if (nvml := open_nvml()) is not None:
+        GpuCollector(registry, nvml)
+
+
+def _open_stores(folder: DataFolder, config: ServiceConfig, on_failure: Callable[[], None] | None = None) -> _Stores:
+    database = open_database(folder.database, on_failure=on_failure)
     upgrade(database)
     return _Stores(
         folder=folder,
+        database=database,
         runs=SqlRunStore(database),
         folders=FileRunFolders(folder),
         corpora=FileCorpusStore(database, folder, CorpusLimits(max_bytes=config.max_corpus_bytes)),
@@ -181,9 +275,9 @@ def _open_stores(folder: DataFolder, config: ServiceConfig) -> _Stores:
     )
 
 
-def _build_use_cases(stores: _Stores, config: ServiceConfig) -> _UseCases:
+def _build_use_cases(stores: _Stores, config: ServiceConfig, metrics: _Metrics, tracer: Tracer) -> _UseCases:
     pager = Pager(stores.folder.page_token_key())
-    loaded = _build_loaded_models(stores, config) if Role.TRANSLATION in config.roles else None
+    loaded = _build_loaded_models(stores, config, metrics) if Role.TRANSLATION in config.roles else None
     return _UseCases(
         training=TrainingUseCases(
             runs=stores.runs,
@@ -206,6 +300,7 @@ def _build_use_cases(stores: _Stores, config: ServiceConfig) -> _UseCases:
             loaded=loaded,
             splitter=SentencexSplitter(),
             limits=TranslationLimits(max_sentences=config.max_sentences, queue_tokens=config.queue_tokens),
+            tracer=tracer,
         ),
         loaded=loaded,
     )
@@ -224,14 +319,14 @@ def _require_packages(config: ServiceConfig) -> None:
             )
 
 
-def _build_loaded_models(stores: _Stores, config: ServiceConfig) -> LoadedModels:
+def _build_loaded_models(stores: _Stores, config: ServiceConfig, metrics: _Metrics) -> LoadedModels:
     limits = LoadingLimits(
         max_loaded_models=config.max_loaded_models, memory_bytes=config.model_memory_mib * _BYTES_PER_MIB
     )
-    return LoadedModels(stores.models, _build_loader(config), limits)
+    return LoadedModels(stores.models, _build_loader(config, metrics.engines), limits, metrics.loads)
 
 
-def _build_loader(config: ServiceConfig) -> BundleLoader:
+def _build_loader(config: ServiceConfig, counts: EngineCounts) -> BundleLoader:
     """Import ONNX Runtime only where it is used: a service without the translation role starts sooner."""
     from ferryman_service.translation.device_model import cuda_is_available
     from ferryman_service.translation.loader import ON_A_GPU, OnnxBundleLoader
@@ -241,11 +336,11 @@ def _build_loader(config: ServiceConfig) -> BundleLoader:
     scheduler, on_a_gpu = SchedulerConfig(threads=config.translation_threads), ON_A_GPU
     if config.max_batch_rows:
         scheduler, on_a_gpu = (replace(each, max_rows=config.max_batch_rows) for each in (scheduler, on_a_gpu))
-    onnx_config = OnnxConfig(compute_type=ComputeType.FP16, device=CUDA)
+    onnx_config = OnnxConfig(compute_type=ComputeType.FP16, device=CUDA, cuda_graphs=True)
     if not translates_on_gpu(config, cuda_is_available):
         int8 = config.compute_type is ComputeChoice.INT8
         onnx_config = OnnxConfig(compute_type=ComputeType.INT8 if int8 else ComputeType.FP32)
-    return OnnxBundleLoader(onnx_config, scheduler, on_a_gpu, rows_by_size=not config.max_batch_rows)
+    return OnnxBundleLoader(onnx_config, scheduler, on_a_gpu, rows_by_size=not config.max_batch_rows, counts=counts)
 
 
 def translates_on_gpu(config: ServiceConfig, cuda_is_available: Callable[[], bool]) -> bool:
@@ -262,9 +357,11 @@ def translates_on_gpu(config: ServiceConfig, cuda_is_available: Callable[[], boo
     return False
 
 
-def _build_supervisor(stores: _Stores, config: ServiceConfig) -> Supervisor:
+def _build_supervisor(stores: _Stores, config: ServiceConfig, launches: LaunchMetrics) -> Supervisor:
+    flags = _worker_flags(config)
+
     def command(processes: int) -> tuple[str, ...]:
-        return (*torchrun_command(processes), "--device", config.device.value, "--log-level", config.log_level)
+        return (*torchrun_command(processes), *flags)
 
     launcher = TorchrunLauncher(LaunchConfig(data_dir=stores.folder.root, command=command), stores.folder.worker_log)
     supervisor = SupervisorConfig(
@@ -273,31 +370,84 @@ def _build_supervisor(stores: _Stores, config: ServiceConfig) -> Supervisor:
         backoff_s=config.restart_backoff_s,
         pause_grace_s=config.pause_grace_s,
     )
-    return Supervisor(stores.runs, launcher, supervisor)
+    return Supervisor(stores.runs, launcher, supervisor, launches)
+
+
+def _worker_flags(config: ServiceConfig) -> tuple[str, ...]:
+    """Return what a worker is told of this process's configuration."""
+    logs = ("--log-level", config.log_level, "--log-format", config.log_format.value)
+    sentences = ("--log-sentences",) if config.log_sentences else ()
+    ratio = str(config.trace_sample_ratio)
+    traces = ("--trace-endpoint", config.trace_endpoint, "--trace-sample-ratio", ratio) if config.trace_endpoint else ()
+    return ("--device", config.device.value, *logs, *sentences, *traces)
+
+
+def _build_call_parts(calls: RpcMetrics, tracer: Tracer, config: ServiceConfig) -> _CallParts:
+    shutdown = Shutdown()
+    by_role = {Role.TRAINING: health.TRAINING, Role.TRANSLATION: health.TRANSLATION}
+    serving = (health.CORPORA, health.MODELS, *(by_role[role] for role in config.roles))
+    return _CallParts(
+        shutdown=shutdown,
+        interceptor=CallInterceptor(calls, shutdown, CallScopes(tracer, log_sentences=config.log_sentences)),
+        health=health.HealthServicer(shutdown, serving),
+        tracer=tracer,
+    )
+
+
+def _build_prober(
+    stores: _Stores, use_cases: _UseCases, servicer: health.HealthServicer, config: ServiceConfig
+) -> health.HealthProber:
+    probe = DatabaseProbe(stores.database, writes=Role.TRAINING in config.roles)
+    return health.HealthProber(servicer, Readiness(probe, use_cases.loaded), health.ProberConfig())
 
 
 def _build_server(
-    use_cases: _UseCases, calls: RpcMetrics, translations: TranslationMetrics, config: ServiceConfig
+    use_cases: _UseCases, around: _CallParts, translations: TranslationMetrics, config: ServiceConfig
 ) -> rpc.RpcServer:
-    shutdown = Shutdown()
+    shutdown = around.shutdown
+    watch = TranslationWatch(around.tracer, log_sentences=config.log_sentences)
     servicers = rpc.Servicers(
-        training=TrainingServicer(use_cases.training, use_cases.feed, shutdown),
+        training=TrainingServicer(use_cases.training, use_cases.feed, shutdown, around.tracer),
         corpora=CorpusServicer(use_cases.corpora),
         models=ModelServicer(use_cases.models),
-        translation=TranslationServicer(use_cases.translation, translations, shutdown),
+        translation=TranslationServicer(use_cases.translation, translations, shutdown, watch),
     )
-    by_role = {Role.TRAINING: rpc.TRAINING, Role.TRANSLATION: rpc.TRANSLATION}
     rpc_config = rpc.RpcConfig(
         host=config.host,
         port=config.port,
         reflection=config.reflection,
-        serving=(rpc.CORPORA, rpc.MODELS, *(by_role[role] for role in config.roles)),
+        max_connection_age_s=config.max_connection_age_s,
+        max_connection_age_grace_s=config.max_connection_age_grace_s,
     )
-    return rpc.RpcServer(servicers, CallInterceptor(calls), shutdown, rpc_config)
+    return rpc.RpcServer(servicers, around.health, around.interceptor, shutdown, rpc_config)
 
 
-async def _run_for_ever(part: Supervisor | RunObserver) -> None:
-    """Run a part in the background; a bug in it is logged, and must not leave the runs without a supervisor."""
+async def _wait(hurry: asyncio.Event, limit_s: float) -> None:
+    """Wait for so long, or until `hurry` is set."""
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(hurry.wait(), limit_s)
+
+
+async def ends_in_time(work: Callable[[], object], limit_s: float) -> bool:
+    """Do the work in a thread that holds up nobody, and tell whether it has ended in time."""
+    loop = asyncio.get_running_loop()
+    ended = asyncio.Event()
+
+    def do() -> None:
+        try:
+            work()
+        finally:
+            with contextlib.suppress(RuntimeError):  # the loop has ended, and with it whoever waited
+                loop.call_soon_threadsafe(ended.set)
+
+    threading.Thread(target=do, name="close", daemon=True).start()
+    await _wait(ended, limit_s)
+    return ended.is_set()
+
+
+async def _run_for_ever(part: _Part) -> None:
+    """Run a part in the background; a bug in it is logged, and must not leave the runs without a supervisor, or the
+    probes without news."""
     while True:
         try:
             await part.run()

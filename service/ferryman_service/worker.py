@@ -9,6 +9,7 @@ service to be alive. Rank 0 claims the attempt, reports and publishes; the other
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 import sys
@@ -25,10 +26,13 @@ from ferryman_service.application.execution import (
     leave_attempt,
 )
 from ferryman_service.application.reporting import ReporterConfig
-from ferryman_service.config.service_config import Device
+from ferryman_service.config.service_config import Device, LogFormat
 from ferryman_service.domain.ids import RUN_PREFIX, is_id
+from ferryman_service.domain.tracing import NULL_TRACER, Tracer
 from ferryman_service.launch.process import current_process_identity, die_with_parent, end_on_sigterm
 from ferryman_service.launch.torchrun import read_log_tail
+from ferryman_service.observability.logs import LogConfig, configure_logging
+from ferryman_service.observability.tracing import TraceConfig, open_tracer
 from ferryman_service.stores.layout import DataFolder
 
 _log = logging.getLogger(__name__)
@@ -42,11 +46,14 @@ def main() -> int:
     """Do one attempt of one run; the exit status is 0 if the run ended as it should, however that was."""
     arguments = _parse(sys.argv[1:])
     die_with_parent()
-    logging.basicConfig(level=arguments.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    rank = os.environ.get("RANK", "0")
+    configure_logging(_log_config(arguments, rank))
     stop = threading.Event()
     folder = DataFolder(arguments.data_dir)
-    ports = _build(folder, arguments.device, stop)
-    is_first = int(os.environ.get("RANK", "0")) == 0
+    is_first = int(rank) == 0
+    # The others do the same at the same time: one of them is enough.
+    tracer = open_tracer(_trace_config(arguments)) if is_first else NULL_TRACER
+    ports = _build(folder, arguments.device, stop, tracer)
     # torchrun passes SIGTERM on to all of its processes. The first leaves a checkpoint after its step, and the others
     # follow it. Where that takes too long, as in the middle of an export, the run goes on from its last checkpoint.
     leave = partial(leave_attempt, ports, arguments.run_id, arguments.attempt) if is_first else lambda: None
@@ -55,12 +62,29 @@ def main() -> int:
     _log.info("attempt %d of %s", arguments.attempt, arguments.run_id)
     if not is_first:
         return 0 if follow_attempt(ports, arguments.run_id, arguments.attempt, run_dir) else 1
-    succeeded = execute_attempt(ports, arguments.run_id, arguments.attempt, current_process_identity(), run_dir)
-    _log.info("the model is published" if succeeded else "nothing was published")
+    with contextlib.closing(tracer):
+        succeeded = execute_attempt(ports, arguments.run_id, arguments.attempt, current_process_identity(), run_dir)
+    if not succeeded:
+        _log.info("nothing was published")
     return 0
 
 
-def _build(folder: DataFolder, device: Device, stop: threading.Event) -> WorkerPorts:
+def _log_config(arguments: argparse.Namespace, rank: str) -> LogConfig:
+    return LogConfig(
+        format=arguments.log_format,
+        level=arguments.log_level,
+        sentences=arguments.log_sentences,
+        fields={"run": arguments.run_id, "attempt": str(arguments.attempt), "rank": rank},
+    )
+
+
+def _trace_config(arguments: argparse.Namespace) -> TraceConfig:
+    return TraceConfig(
+        endpoint=arguments.trace_endpoint, sample_ratio=arguments.trace_sample_ratio, service="ferryman-worker"
+    )
+
+
+def _build(folder: DataFolder, device: Device, stop: threading.Event, tracer: Tracer) -> WorkerPorts:
     """The composition root of the worker. It imports what takes seconds, in which torchrun's agent may die."""
     from ferryman_service.stores.corpora import CorpusLimits, FileCorpusStore
     from ferryman_service.stores.database import open_database
@@ -81,7 +105,7 @@ def _build(folder: DataFolder, device: Device, stop: threading.Event) -> WorkerP
         runs=SqlRunStore(database),
         corpora=FileCorpusStore(database, folder, CorpusLimits()),
         models=models,
-        engine=TorchTrainingEngine(EngineConfig(device=device.value)),
+        engine=TorchTrainingEngine(EngineConfig(device=device.value), tracer=tracer),
         exporter=OnnxExporter(),
         loader=OnnxBundleLoader(OnnxConfig(), SchedulerConfig()),
         log_tail=lambda run_id, attempt: read_log_tail(folder.worker_log(run_id, attempt)),
@@ -90,6 +114,7 @@ def _build(folder: DataFolder, device: Device, stop: threading.Event) -> WorkerP
         initial=lambda run: initial_weights(models, FileRunFolders(folder), run),
         stop_requested=stop.is_set,
         free_reserve=partial(free_reserve, folder.reserve),
+        tracer=tracer,
     )
 
 
@@ -100,6 +125,10 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--attempt", type=int, required=True)
     parser.add_argument("--device", type=Device, default=Device.AUTO)
     parser.add_argument("--log-level", default="INFO")
+    parser.add_argument("--log-format", type=LogFormat, default=LogFormat.CONSOLE)
+    parser.add_argument("--log-sentences", action="store_true")
+    parser.add_argument("--trace-endpoint", default="")
+    parser.add_argument("--trace-sample-ratio", type=float, default=1.0)
     arguments = parser.parse_args(argv)
     if not is_id(arguments.run_id, RUN_PREFIX):
         parser.error(f"--run-id {arguments.run_id!r} is not the id of a run")

@@ -4,6 +4,7 @@ import contextlib
 
 import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from ferryman.v1 import model_pb2, training_pb2, translation_pb2
 
@@ -78,3 +79,45 @@ def test_translations_are_counted(service, counted):
     counted(call, 7, "ferryman_translate_target_tokens_total")
     counted(call, 1, "ferryman_translate_seconds_count", stage="queue")
     counted(call, 3, "ferryman_translate_seconds_sum", stage="decode")
+
+
+def test_messages_are_counted_both_ways(service, counted):
+    unary = method("ModelService", "GetModel")
+
+    def get():
+        service.model_stub.GetModel(model_pb2.GetModelRequest(model="en-de"))
+
+    counted(get, 1, "grpc_server_msg_received_total", **unary)
+    counted(get, 1, "grpc_server_msg_sent_total", **unary)
+
+    def fail():
+        service.model_stub.GetModel(model_pb2.GetModelRequest(model="nobody"))
+
+    counted(fail, 1, "grpc_server_msg_received_total", **unary)
+    counted(fail, 0, "grpc_server_msg_sent_total", **unary)
+
+    upload = method("CorpusService", "UploadCorpus", "client_stream")
+    counted(service.upload, 3, "grpc_server_msg_received_total", **upload)
+    counted(service.upload, 1, "grpc_server_msg_sent_total", **upload)
+
+    run_id = service.claimed_run()
+    records = method("TrainingService", "StreamMetrics", "server_stream")
+
+    def read_history():
+        request = training_pb2.StreamMetricsRequest(run_id=run_id, history_only=True)
+        assert len(list(service.training_stub.StreamMetrics(request))) == 3
+
+    counted(read_history, 3, "grpc_server_msg_sent_total", **records)
+    counted(read_history, 1, "grpc_server_msg_received_total", **records)
+
+
+def test_messages_of_health_are_counted_though_it_writes_them_itself(service, counted):
+    watch = {"grpc_service": "grpc.health.v1.Health", "grpc_method": "Watch", "grpc_type": "server_stream"}
+
+    def look():
+        answers = health_pb2_grpc.HealthStub(service.channel).Watch(health_pb2.HealthCheckRequest(), timeout=10)
+        next(answers)
+        answers.cancel()
+
+    counted(look, 1, "grpc_server_msg_sent_total", **watch)
+    counted(look, 1, "grpc_server_msg_received_total", **watch)

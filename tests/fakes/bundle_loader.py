@@ -6,6 +6,7 @@ import threading
 
 from ferryman_service.domain.errors import ModelDamaged
 from ferryman_service.domain.translation import (
+    ComputeType,
     Hypothesis,
     PreparedSentence,
     SentenceResult,
@@ -22,11 +23,21 @@ class SpyTranslator:
         self.reference = f"{bundle.parent.name}/{bundle.name}"
         self.warmed_up = False
         self.closed = False
+        self.cached_bytes = 0
         self._memory_bytes = memory_bytes
         self._failures = failures
 
     def memory_bytes(self):
         return self._memory_bytes
+
+    def cache_bytes(self):
+        return self.cached_bytes
+
+    def drop_caches(self):
+        self.cached_bytes = 0
+
+    def compute_type(self):
+        return ComputeType.FP32
 
     def warm_up(self):
         assert not self.warmed_up, "a model is warmed up once"

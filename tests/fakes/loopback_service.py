@@ -26,16 +26,20 @@ from ferryman_service.application.training import RunLimits, TrainingUseCases
 from ferryman_service.application.translating import TranslationLimits, TranslationUseCases
 from ferryman_service.domain.records import RunState
 from ferryman_service.domain.runs import ProcessIdentity
+from ferryman_service.domain.tracing import NULL_TRACER
 from ferryman_service.observability.http import new_registry
 from ferryman_service.observability.rpc import RpcMetrics
 from ferryman_service.observability.translation import TranslationMetrics
 from ferryman_service.rpc import server as rpc
+from ferryman_service.rpc.call_scope import CallScopes
 from ferryman_service.rpc.corpora import CorpusServicer
+from ferryman_service.rpc.health import CORPORA, MODELS, TRAINING, TRANSLATION, HealthServicer
 from ferryman_service.rpc.interceptors import CallInterceptor
 from ferryman_service.rpc.models import ModelServicer
 from ferryman_service.rpc.shutdown import Shutdown
 from ferryman_service.rpc.training import TrainingServicer
 from ferryman_service.rpc.translation import TranslationServicer
+from ferryman_service.rpc.translation_watch import TranslationWatch
 from ferryman_service.stores.corpora import CorpusLimits, FileCorpusStore
 from ferryman_service.stores.database import open_database, upgrade
 from ferryman_service.stores.layout import DataFolder
@@ -64,6 +68,8 @@ class LoopbackService:
         queue_tokens=TranslationLimits.queue_tokens,
         loader=None,
         loading_limits=None,
+        tracer=NULL_TRACER,
+        log_sentences=False,
         **config,
     ):
         self.folder = DataFolder(root / "data")
@@ -79,10 +85,10 @@ class LoopbackService:
         self._trains, self._translates, self._heartbeat_s = trains, translates, heartbeat_s
         self._max_queued_runs = max_queued_runs
         self._queue_tokens = queue_tokens
+        self._tracer, self._log_sentences = tracer, log_sentences
         self._bundles = itertools.count(1)
         self._rpc_config = rpc.RpcConfig(
             port=config.pop("port", 0),
-            serving=[rpc.CORPORA, rpc.MODELS, *[rpc.TRAINING] * trains, *[rpc.TRANSLATION] * translates],
             **config,
         )
         self._loop = asyncio.new_event_loop()
@@ -107,6 +113,7 @@ class LoopbackService:
     def stop(self, grace_s=5.0):
         """Stop as SIGTERM does; return how many seconds it took. Callers keep their channel."""
         began_s = time.monotonic()
+        self.wait_for(self.health.begin_stop())
         self.wait_for(self._server.stop(grace_s))
         return time.monotonic() - began_s
 
@@ -171,16 +178,23 @@ class LoopbackService:
             loaded=self.loaded,
             splitter=SentencexSplitter(),
             limits=TranslationLimits(queue_tokens=self._queue_tokens),
+            tracer=self._tracer,
         )
-        translation_metrics = TranslationMetrics(self.registry, self._translation.queued_tokens)
+        translation_metrics = TranslationMetrics(self.registry, self._translation.queued_tokens, self._queue_tokens)
         feed = MetricsFeed(self.runs, FeedConfig(heartbeat_s=self._heartbeat_s))
+        watch = TranslationWatch(self._tracer, log_sentences=self._log_sentences)
         servicers = rpc.Servicers(
-            training=TrainingServicer(training, feed, shutdown),
+            training=TrainingServicer(training, feed, shutdown, self._tracer),
             corpora=CorpusServicer(CorpusUseCases(corpora=self.corpora, pager=pager)),
             models=ModelServicer(self._models),
-            translation=TranslationServicer(self._translation, translation_metrics, shutdown),
+            translation=TranslationServicer(self._translation, translation_metrics, shutdown, watch),
         )
-        self._server = rpc.RpcServer(servicers, CallInterceptor(RpcMetrics(self.registry)), shutdown, self._rpc_config)
+        serving = [CORPORA, MODELS, *[TRAINING] * self._trains, *[TRANSLATION] * self._translates]
+        self.health = HealthServicer(shutdown, serving)
+        await self.health.start()
+        scopes = CallScopes(self._tracer, log_sentences=self._log_sentences)
+        interceptor = CallInterceptor(RpcMetrics(self.registry), shutdown, scopes)
+        self._server = rpc.RpcServer(servicers, self.health, interceptor, shutdown, self._rpc_config)
         return await self._server.start()
 
     def _end(self):

@@ -24,6 +24,7 @@ from ferryman_service.search.decoder import Candidates
 from ferryman_service.search.sentence import RawHypothesis
 
 VOCABULARY_SIZE = 40
+BYTES_PER_ROW = 100
 GREEDY = SearchOptions(beam_size=1)
 LIKELY, UNLIKELY, NEVER = -0.01, -6.0, -1000.0
 
@@ -93,6 +94,10 @@ class ScriptedBatch:
     @property
     def sentences(self) -> int:
         return len(self._left_S)
+
+    @property
+    def size_bytes(self) -> int:
+        return (1 + self.sentences) * self.width * BYTES_PER_ROW  # an empty one keeps some
 
     def admit(self, sources: Sequence[Sequence[int]]) -> None:
         try:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from ferryman_service.domain.errors import InvalidSentence, Violation
 from ferryman_service.domain.translation import (
+    ComputeType,
     FairShare,
     Hypothesis,
     PreparedSentence,
@@ -37,14 +38,19 @@ class FakeEngine:
     """Implements ports.TranslationEngine; a word is a token, and each takes a random time, up to `delay_s`.
 
     A sentence "wait" is busy until its caller gives up, "break" is a bug in the engine. `busy` is set when a "wait" is
-    being decoded, `given_up` when its caller gave up. `in_flight` counts what was submitted and is not done, `peak` is
-    the most that ever was; `shares` are the callers' weights in the order of their sentences. Every step takes STEP_S
+    being decoded, `given_up` when its caller gave up. `began` is set once anything is submitted, `preparing` when a
+    sentence is prepared, which waits for `preparing_gate` if that is set to an event. `in_flight` counts what was
+    submitted and is not done, `peak` is the most that ever was; `shares` are the callers' weights in the order of their
+    sentences. Every step takes STEP_S
     and looks at every token.
     """
 
     def __init__(self, *, delay_s=0.0, seed=0, max_sentence_tokens=8):
         self.busy = threading.Event()
         self.given_up = threading.Event()
+        self.began = threading.Event()
+        self.preparing = threading.Event()
+        self.preparing_gate = None
         self.delay_s = delay_s
         self.in_flight = 0
         self.peak = 0
@@ -62,6 +68,15 @@ class FakeEngine:
     def memory_bytes(self):
         return 1000
 
+    def compute_type(self):
+        return ComputeType.FP32
+
+    def cache_bytes(self):
+        return 0
+
+    def drop_caches(self):
+        pass
+
     def warm_up(self):
         pass
 
@@ -77,6 +92,9 @@ class FakeEngine:
 
     def prepare(self, sentence, prefix, options):
         assert not self.closed, "nobody uses a closed engine"
+        self.preparing.set()
+        if self.preparing_gate is not None:
+            assert self.preparing_gate.wait(10), "the test forgot to open the gate"
         violations = []
         if "\x00" in sentence:
             violations.append(
@@ -110,6 +128,7 @@ class FakeEngine:
 
     def submit(self, work):
         assert not self.closed, "nobody uses a closed engine"
+        self.began.set()
         with self._lock:
             self.submitted += len(work)
             self.in_flight += len(work)

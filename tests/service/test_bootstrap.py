@@ -1,9 +1,15 @@
-"""Where the service translates, by what it was told and what there is."""
+"""Where the service translates, by what it was told and what there is; how it is put together, starts and ends."""
+
+import asyncio
+import socket
+import threading
+import time
 
 import pytest
 
-from ferryman_service.bootstrap import build_service, translates_on_gpu
+from ferryman_service.bootstrap import build_service, ends_in_time, translates_on_gpu
 from ferryman_service.config.service_config import ComputeChoice, Device, Role, ServiceConfig
+from ferryman_service.rpc.health import TRANSLATION, check_health
 
 
 @pytest.mark.parametrize(
@@ -48,3 +54,39 @@ async def test_a_service_with_a_gpu_it_has_not_does_not_start(tmp_path):
     config = ServiceConfig(data_dir=tmp_path, device=Device.CUDA, roles=frozenset({Role.TRANSLATION}))
     with pytest.raises(OSError, match="--device cuda"):
         build_service(config)
+
+
+async def test_a_service_starts_on_its_ports_and_ends(tmp_path):
+    pytest.importorskip("onnxruntime")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        probe_port = taken.getsockname()[1]
+    config = ServiceConfig(
+        data_dir=tmp_path,
+        port=0,
+        metrics_port=0,
+        probe_port=probe_port,
+        drain_s=600,
+        roles=frozenset({Role.TRANSLATION}),
+    )
+    service = build_service(config)
+    await service.start()
+    assert (service.probe_port, service.metrics_port) == (probe_port, 0)
+    for port in (service.port, probe_port):
+        assert await asyncio.to_thread(check_health, f"127.0.0.1:{port}", TRANSLATION, 5) == "SERVING"
+    hurry = asyncio.Event()
+    stopping = asyncio.create_task(service.stop(hurry))
+    await asyncio.sleep(0.1)
+    assert await asyncio.to_thread(check_health, f"127.0.0.1:{probe_port}", TRANSLATION, 5) == "NOT_SERVING"
+    assert await asyncio.to_thread(check_health, f"127.0.0.1:{probe_port}", "liveness", 5) == "SERVING"
+    hurry.set()
+    assert await stopping, "everything has ended"
+
+
+async def test_what_does_not_close_in_time_is_left():
+    released = threading.Event()
+    began_s = time.monotonic()
+    assert not await ends_in_time(lambda: released.wait(30), 0.1)
+    assert time.monotonic() - began_s < 5
+    released.set()
+    assert await ends_in_time(released.wait, 10)

@@ -22,7 +22,7 @@ class ServiceProcess:
         command = [
             *wrapper,
             *(sys.executable, "-m", "ferryman_service", "serve", "--data-dir", str(data_dir)),
-            *("--port", str(port), "--metrics-port", "0", "--heartbeat-s", "0.5", *flags),
+            *("--port", str(port), "--metrics-port", "0", "--probe-port", "0", "--heartbeat-s", "0.5", *flags),
         ]
         environment = {key: value for key, value in os.environ.items() if not key.startswith("FERRYMAN_")}
         with self.log.open("wb") as output:

@@ -1,11 +1,16 @@
 """How much translating may wait and run at the same time in this process, counted in row tokens.
 
 A sentence costs its source subwords times its rows (the beam, or the samples): what it takes of encoder, cache and
-decoder grows with both, and a translation is about as long as its source. Nothing is counted while models load.
+decoder grows with both, and a translation is about as long as its source. From the moment that work is accepted until
+its sentences are cut into subwords, while its model loads or a thread is busy with other texts, it is counted as what
+it is expected to cost; what it does cost replaces that, and work that was accepted is not refused any more.
 
 Unary calls and streams have a budget each, of the same size, so that neither can shut the other out: a call that finds
-no room is refused at once, a stream waits for its turn, first come, first served. A cost above the whole budget is let
-through when nothing else is there. All of it belongs to one event loop.
+no room is refused at once, a stream waits for its turn, first come, first served. Whoever asks gets room as soon as
+there is any, however much it asks for: so what is large is refused no more often, and waits no longer, than what is
+small, and for a while up to twice the budget may be taken. Hence a call must not cost more than the budget (it never
+finds room: that is an error of its own), and a stream takes what it needs in portions. All of it belongs to one event
+loop.
 """
 
 from __future__ import annotations
@@ -14,12 +19,16 @@ import asyncio
 import math
 import time
 from collections import deque
-from collections.abc import Callable
-from typing import Final
+from collections.abc import Callable, Iterator, Sequence
+from typing import Final, TypeVar
 
-from ferryman_service.domain.errors import QueueFull
+from ferryman_service.domain.errors import InvalidRequest, QueueFull, Violation
 from ferryman_service.domain.translation import PreparedSentence, SearchOptions
 
+T = TypeVar("T")
+
+_CHARACTERS_PER_TOKEN: Final = 4
+_PORTIONS: Final = 16
 _FORGET_S: Final = 10.0
 _UNKNOWN_DELAY_S: Final = 1.0
 _LEAST_DELAY_S: Final = 0.1
@@ -27,29 +36,40 @@ _MOST_DELAY_S: Final = 30.0
 
 
 def cost_tokens(sentence: PreparedSentence, options: SearchOptions) -> int:
-    """Return what a sentence costs, row tokens: its source's, or those that its translation must have, if that is more;
-    at least 1, also for an empty sentence."""
-    return max(1, max(len(sentence.source), sentence.min_length) * options.rows)
+    """Return what a sentence costs, row tokens; at least 1, also for an empty sentence."""
+    return max(1, sentence.work_tokens * options.rows)
+
+
+def expected_tokens(texts: Sequence[str], prefixes: Sequence[str], options: SearchOptions) -> int:
+    """Return what texts will cost as far as their length tells: a subword for four characters, and the end symbol."""
+    characters = sum(map(len, texts)) + sum(map(len, prefixes))
+    return (characters // _CHARACTERS_PER_TOKEN + len(texts)) * options.rows
 
 
 class TokenBudget:
-    """Tokens that are lent and given back. `used` are lent now."""
+    """Tokens that are lent and given back. `used` are lent now; while any of the limit is left, whoever asks gets what
+    it asks for."""
 
     def __init__(self, limit_tokens: int, clock: Callable[[], float] = time.monotonic) -> None:
         """Store; `clock` tells seconds."""
         assert limit_tokens > 0, "a budget must be positive"
         self.used = 0
-        self._limit = limit_tokens
+        self.limit_tokens = limit_tokens
         self._drain = _DrainRate(clock)
         self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
 
-    def fits(self, tokens: int) -> bool:
-        """Tell whether there is room, now."""
-        return self.used == 0 or self.used + tokens <= self._limit
+    @property
+    def portion_tokens(self) -> int:
+        """What a stream takes at a time, but for a single sentence that costs more."""
+        return max(1, self.limit_tokens // _PORTIONS)
+
+    def has_room(self) -> bool:
+        """Tell whether anything is left."""
+        return self.used < self.limit_tokens
 
     def try_take(self, tokens: int) -> bool:
         """Take the tokens if there is room; they must be given back."""
-        if not self.fits(tokens):
+        if not self.has_room():
             return False
         self._lend(tokens)
         return True
@@ -64,21 +84,25 @@ class TokenBudget:
             await turn
         except asyncio.CancelledError:
             if turn.cancelled():
-                self._serve()  # it may have stood before somebody for whom there is room
+                self._serve()  # which forgets those who have stopped waiting
             else:
                 self.give_back(tokens)
             raise
 
-    def give_back(self, tokens: int) -> None:
-        """Give tokens back; whoever waits first gets room first."""
-        self.used -= tokens
+    def change(self, tokens: int) -> None:
+        """Lend so many more, or fewer, to work that has tokens already: it costs other than was expected."""
+        self.used += tokens
         assert self.used >= 0, "more was given back than was taken"
-        self._drain.drained(tokens)
         self._serve()
 
+    def give_back(self, tokens: int) -> None:
+        """Give tokens back; whoever waits first gets room first."""
+        self._drain.drained(tokens)
+        self.change(-tokens)
+
     def delay_s(self, tokens: int) -> float:
-        """Estimate when there will be room, seconds from now, by how fast tokens have come back lately."""
-        missing = self.used + min(tokens, self._limit) - self._limit
+        """Estimate when so many will be free, seconds from now, by how fast tokens have come back lately."""
+        missing = self.used + min(tokens, self.limit_tokens) - self.limit_tokens
         rate = self._drain.tokens_per_second()
         delay_s = _UNKNOWN_DELAY_S if rate is None else missing / rate
         return min(max(delay_s, _LEAST_DELAY_S), _MOST_DELAY_S)
@@ -89,11 +113,35 @@ class TokenBudget:
         self.used += tokens
 
     def _serve(self) -> None:
-        while self._waiting and (self._waiting[0][1].cancelled() or self.fits(self._waiting[0][0])):
+        while self._waiting and (self._waiting[0][1].cancelled() or self.has_room()):
             tokens, turn = self._waiting.popleft()
             if not turn.cancelled():
                 self._lend(tokens)
                 turn.set_result(None)
+
+
+class Held:
+    """Tokens, taken already, of work that is not with the engine yet."""
+
+    def __init__(self, budget: TokenBudget, tokens: int) -> None:
+        """Store."""
+        self._budget = budget
+        self._tokens = tokens
+
+    def settle(self, tokens: int) -> None:
+        """Hold what the work does cost instead of what was expected."""
+        change, self._tokens = tokens - self._tokens, tokens
+        self._budget.change(change)
+
+    def hand_over(self) -> None:
+        """Leave the tokens to whom the work is handed to, who gives them back."""
+        self._tokens = 0
+
+    def release(self) -> None:
+        """Give back what was not handed over; harmless when repeated."""
+        tokens, self._tokens = self._tokens, 0
+        if tokens:
+            self._budget.give_back(tokens)
 
 
 class Admission:
@@ -103,29 +151,50 @@ class Admission:
         """Make two budgets of `limit_tokens` row tokens each; `clock` tells seconds."""
         self.calls = TokenBudget(limit_tokens, clock)
         self.streams = TokenBudget(limit_tokens, clock)
-        self._limit = limit_tokens
 
-    def check(self, tokens: int) -> None:
-        """Raise QueueFull if a call of at least so many tokens could not be admitted now; takes nothing."""
-        if not self.calls.fits(tokens):
-            raise self._full(tokens)
-
-    def admit(self, tokens: int) -> None:
-        """Take the tokens of a call; raises QueueFull. They go back to `calls`."""
+    def admit(self, expected: int) -> Held:
+        """Take the expected tokens of a call, at most the whole budget; raises QueueFull."""
+        tokens = min(expected, self.calls.limit_tokens)
         if not self.calls.try_take(tokens):
             raise self._full(tokens)
+        return Held(self.calls, tokens)
+
+    def check_size(self, tokens: int) -> None:
+        """Raise InvalidRequest if a call costs more than the whole budget."""
+        limit = self.calls.limit_tokens
+        if tokens > limit:
+            text = (
+                f"take {tokens:,} row tokens (source subwords times beam), a call may take at most {limit:,} "
+                "(--queue-tokens): send fewer in a call, or use StreamTranslate"
+            )
+            raise InvalidRequest([Violation(field="sentences", description=text, reason="TOO_MANY_TOKENS")])
 
     def _full(self, tokens: int) -> QueueFull:
-        delay_s = self.calls.delay_s(tokens)
+        delay_s, limit = self.calls.delay_s(tokens), self.calls.limit_tokens
         return QueueFull(
-            f"the request takes {tokens:,} row tokens (source subwords times beam), and of the {self._limit:,} that "
+            f"the request takes about {tokens:,} row tokens (source subwords times beam), and of the {limit:,} that "
             f"this server lets wait {self.calls.used:,} are taken: call again in {delay_s:.1f} s, or use "
             "StreamTranslate, which waits",
             retry_delay_s=delay_s,
             request_tokens=tokens,
             queued_tokens=self.calls.used,
-            limit_tokens=self._limit,
+            limit_tokens=limit,
         )
+
+
+def in_portions(items: Sequence[tuple[T, int]], most_tokens: int) -> Iterator[tuple[list[T], int]]:
+    """Yield the items, each with its tokens, in groups of at most so many tokens with their sum; an item that has more
+    is a group by itself."""
+    group: list[T] = []
+    tokens = 0
+    for item, cost in items:
+        if group and tokens + cost > most_tokens:
+            yield group, tokens
+            group, tokens = [], 0
+        group.append(item)
+        tokens += cost
+    if group:
+        yield group, tokens
 
 
 class _DrainRate:

@@ -6,7 +6,7 @@ import contextlib
 import errno
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -25,7 +25,13 @@ from ferryman_service.application.ports import (
     Translator,
 )
 from ferryman_service.application.reporting import ReporterConfig, SilentReporter, StoreReporter
-from ferryman_service.application.verification import MAX_INT8_LOSS, check_export, measure_int8
+from ferryman_service.application.verification import (
+    FP16_PAIRS,
+    MAX_FP16_LOSS,
+    MAX_INT8_LOSS,
+    check_export,
+    translate_held_out,
+)
 from ferryman_service.domain.errors import (
     AttemptFenced,
     DiskFull,
@@ -34,7 +40,8 @@ from ferryman_service.domain.errors import (
     RunNotFound,
     StoreUnavailable,
 )
-from ferryman_service.domain.models import ModelLineage, parse_model_reference
+from ferryman_service.domain.log_context import MAY_HOLD_TEXT, logging_with
+from ferryman_service.domain.models import Int8Scores, ModelLineage, parse_model_reference
 from ferryman_service.domain.records import EventLevel, RunEvent, RunState
 from ferryman_service.domain.runs import (
     FailureReason,
@@ -45,6 +52,7 @@ from ferryman_service.domain.runs import (
     TrainingRun,
     disk_full_handover,
 )
+from ferryman_service.domain.tracing import NULL_TRACER, Attributes, Span, Tracer
 from ferryman_service.domain.training import DiskIsFull, InitialWeights, PauseRequested, StopRequested
 from ferryman_service.domain.translation import ComputeType
 
@@ -60,7 +68,8 @@ class WorkerPorts:
     """Everything a worker needs of the world.
 
     `log_tail(run_id, attempt)` reads its own log; `stop_requested` tells whether this process was told to end;
-    `initial(run)` says what fine-tuning starts from; `free_reserve` frees a little room on a disk that has none.
+    `initial(run)` says what fine-tuning starts from; `free_reserve` frees a little room on a disk that has none. The
+    spans of the tracer belong to the one that the run was started in.
     """
 
     runs: RunStore
@@ -75,6 +84,7 @@ class WorkerPorts:
     initial: Callable[[TrainingRun], InitialWeights | None] = lambda run: None
     stop_requested: Callable[[], bool] = lambda: False
     free_reserve: Callable[[], None] = lambda: None
+    tracer: Tracer = NULL_TRACER
 
 
 def execute_attempt(ports: WorkerPorts, run_id: str, attempt: int, worker: ProcessIdentity, run_dir: Path) -> bool:
@@ -89,8 +99,16 @@ def execute_attempt(ports: WorkerPorts, run_id: str, attempt: int, worker: Proce
     except (AttemptFenced, RunNotFound) as error:
         _log.warning("this attempt is not wanted any more: %s", error)
         return False
+    of_attempt: Attributes = {
+        "ferryman.run": run.run_id,
+        "ferryman.attempt": run.attempt,
+        "ferryman.model_name": run.model_name,
+    }
     try:
-        _train_and_publish(ports, run, run_dir)
+        carrier = {"traceparent": run.trace_context}
+        with ports.tracer.span("attempt", of_attempt, carrier=carrier) as span, _logging_with_trace(span):
+            _train_and_publish(ports, run, run_dir)
+            _log.info("the model is published")
     except (AttemptFenced, RunNotFound) as error:
         _log.warning("this attempt was overtaken: %s", error)
     except (RunCancelled, PauseRequested, StopRequested, TrainingFailed, DiskIsFull, DiskFull, OSError) as error:
@@ -98,6 +116,10 @@ def execute_attempt(ports: WorkerPorts, run_id: str, attempt: int, worker: Proce
     else:
         return True
     return False
+
+
+def _logging_with_trace(span: Span) -> contextlib.AbstractContextManager[None]:
+    return logging_with(trace_id=span.trace_id) if span.trace_id else contextlib.nullcontext()
 
 
 def follow_attempt(ports: WorkerPorts, run_id: str, attempt: int, run_dir: Path) -> bool:
@@ -151,7 +173,7 @@ def _conclude(ports: WorkerPorts, run: TrainingRun, error: Exception) -> None:
     if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT):
         raise error
     if not isinstance(error, RunCancelled | PauseRequested | StopRequested):
-        _log.error("the attempt failed", exc_info=error)
+        _log.error("the attempt failed", exc_info=error, extra={MAY_HOLD_TEXT: _quotes_sentences(error)})
     while True:
         try:
             _write_end(ports, run, error)
@@ -165,6 +187,10 @@ def _conclude(ports: WorkerPorts, run: TrainingRun, error: Exception) -> None:
             return
         else:
             return
+
+
+def _quotes_sentences(error: Exception) -> bool:
+    return isinstance(error, TrainingFailed) and error.reason is FailureReason.EXPORT_MISMATCH
 
 
 def _write_end(ports: WorkerPorts, run: TrainingRun, error: Exception) -> None:
@@ -229,7 +255,8 @@ def _train_and_publish(ports: WorkerPorts, run: TrainingRun, run_dir: Path) -> N
     exporting = StoreReporter(ports.runs, run, ports.reporter, ports.stop_requested)
     exporting.start()
     try:
-        staged = _export(ports, run, trained, exporting)
+        with ports.tracer.span("export", {"ferryman.parameters": trained.parameters}):
+            staged = _export(ports, run, trained, exporting)
         exporting.close()
         ports.models.publish(run.run_id, run.attempt, staged)
     except BaseException:
@@ -254,27 +281,67 @@ def _export(ports: WorkerPorts, run: TrainingRun, trained: TrainedModel, reporte
     reporter.check()
     with contextlib.closing(ports.loader.load(staged, ComputeType.FP32)) as exported:
         verdict = check_export(
-            reference=ports.exporter.reference(trained), exported=exported, sentences=trained.check_sentences
+            reference=ports.exporter.reference(trained),
+            exported=exported,
+            sentences=trained.check_sentences,
+            check=reporter.check,
         )
         reporter.event(EventLevel.INFO, "EXPORT_CHECKED", verdict)
         reporter.check()
-        _judge_int8(ports, trained, staged, exported, reporter)
+        _judge_arithmetics(ports, trained, staged, exported, reporter)
     return staged
 
 
-def _judge_int8(
+def _judge_arithmetics(
     ports: WorkerPorts, trained: TrainedModel, staged: Path, exported: Translator, reporter: StoreReporter
 ) -> None:
-    """Measure what int8 costs, and leave it out of the bundle if that is too much."""
+    """Measure on held-out pairs what int8 and fp16 cost; without pairs, say that nobody has."""
     if not trained.held_out:
+        ports.exporter.settle_int8(staged, Int8Scores(pairs=0), keep=True)
+        text = "there are no held-out pairs: what int8 and fp16 cost is not known, the model has both all the same"
+        reporter.event(EventLevel.WARNING, "ARITHMETICS_NOT_MEASURED", text)
         return
+    sources = [source for source, _ in trained.held_out]
+    exact = translate_held_out(exported, sources, reporter.check)
+    _report_fp16(ports, trained, staged, exact, reporter)
+    _judge_int8(ports, trained, staged, exact, reporter)
+
+
+def _report_fp16(
+    ports: WorkerPorts, trained: TrainedModel, staged: Path, exact: Sequence[str], reporter: StoreReporter
+) -> None:
+    """Measure what the graphs for GPUs cost, on the CPU, and say so. A CPU that cannot run them fails no run."""
+    pairs = trained.held_out[:FP16_PAIRS]
+    references = [reference for _, reference in pairs]
+    try:
+        with contextlib.closing(ports.loader.load(staged, ComputeType.FP16)) as fp16:
+            texts = translate_held_out(fp16, [source for source, _ in pairs], reporter.check)
+    except Exception as error:  # noqa: BLE001 (it is a report, and what ends the work goes its way)
+        reporter.check()
+        _log.warning("fp16 was not measured", exc_info=error, extra={MAY_HOLD_TEXT: True})
+        text = f"the graphs for GPUs could not be tried on this CPU: {type(error).__name__}"
+        reporter.event(EventLevel.WARNING, "FP16_NOT_MEASURED", text)
+        return
+    fp32_bleu, fp16_bleu = ports.exporter.bleu(exact[: len(pairs)], references), ports.exporter.bleu(texts, references)
+    text = f"BLEU of {len(pairs)} held-out pairs, greedy, on a CPU: {fp32_bleu:.2f} in fp32, {fp16_bleu:.2f} in fp16"
+    if fp32_bleu - fp16_bleu <= MAX_FP16_LOSS:
+        reporter.event(EventLevel.INFO, "FP16_CHECKED", text)
+    else:
+        reporter.event(EventLevel.WARNING, "FP16_LOSES", f"{text}: over {MAX_FP16_LOSS} lost, which a GPU would serve")
+
+
+def _judge_int8(
+    ports: WorkerPorts, trained: TrainedModel, staged: Path, exact: Sequence[str], reporter: StoreReporter
+) -> None:
+    """Measure what int8 costs, and leave it out of the bundle if that is too much."""
+    sources, references = [source for source, _ in trained.held_out], [reference for _, reference in trained.held_out]
     with contextlib.closing(ports.loader.load(staged, ComputeType.INT8)) as int8:
-        scores = measure_int8(exact=exported, int8=int8, pairs=trained.held_out, bleu=ports.exporter.bleu)
-    keep = scores.loss <= MAX_INT8_LOSS
+        texts = translate_held_out(int8, sources, reporter.check)
+    fp32_bleu, int8_bleu = ports.exporter.bleu(exact, references), ports.exporter.bleu(texts, references)
+    keep = fp32_bleu - int8_bleu <= MAX_INT8_LOSS
+    scores = Int8Scores(pairs=len(references), fp32_bleu=fp32_bleu, int8_bleu=int8_bleu)
     ports.exporter.settle_int8(staged, scores, keep=keep)
-    text = (
-        f"BLEU of {scores.pairs} held-out pairs, greedy: {scores.fp32_bleu:.2f} in fp32, {scores.int8_bleu:.2f} in int8"
-    )
+    text = f"BLEU of {scores.pairs} held-out pairs, greedy: {fp32_bleu:.2f} in fp32, {int8_bleu:.2f} in int8"
     if keep:
         reporter.event(EventLevel.INFO, "INT8_CHECKED", text)
     else:

@@ -2,15 +2,18 @@
 
 How versions take over from one another, so that no request fails or is disturbed:
 
-* Loading holds up those who ask for the version that is being loaded, and nobody else. Who asks for a model by its name
-  or by an alias waits, at the first request after a new version was published, for that version's load.
+* Loading holds up those who ask for the version that is being loaded, and nobody else.
+* Who asks for a model by its name alone is served by the version before until the newest is loaded and warmed up
+  (`application/model_access.py`).
 * Before SetModelAlias moves an alias whose present target is in memory, it loads and warms up the new target: the
   requests that name the alias never wait for a load (`application/models.py`).
 * What a request has leased stays until the request ends, whatever is unloaded, deleted or evicted meanwhile.
 * A request by name or alias whose version is deleted between its resolution and its lease resolves again.
 
 What is leased is never freed, and a model is measured once it is loaded. So both limits bound what is *kept*: while a
-model loads, or more models are in use at the same time than fit, there may be more, until they are given back.
+model loads, or more models are in use at the same time than fit, there may be more, until they are given back. Memory
+is that of the models and of the caches of the sentences that they translate, as it is whenever a model is taken or
+given back. Where it is too much, the caches of idle models go first, then the models.
 """
 
 from __future__ import annotations
@@ -23,9 +26,11 @@ from concurrent.futures import Executor, Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from ferryman_service.application.ports import BundleLoader, ModelStore, TranslationEngine
+from ferryman_service.application.ports import BundleLoader, LoadObserver, ModelStore, TranslationEngine
 from ferryman_service.domain.errors import ModelDamaged, ModelNotFound, ModelTooLarge, ServerShuttingDown
+from ferryman_service.domain.log_context import logging_with
 from ferryman_service.domain.models import LoadedModel, ModelReference, ModelVersion
+from ferryman_service.domain.translation import ComputeType
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,12 +58,20 @@ class _Slot:
         self.translator: TranslationEngine | None = None
         self.memory_bytes = 0
         self.load_time_ns = 0
+        self.compute_type = ComputeType.FP32
         self.leases = 0
         self.freed: Future[None] = Future()
 
+    def cache_bytes(self) -> int:
+        """Return what the caches of its sentences take now."""
+        return 0 if self.translator is None else self.translator.cache_bytes()
+
     def describe(self) -> LoadedModel:
         return LoadedModel(
-            reference=self.version.reference, memory_bytes=self.memory_bytes, load_time_ns=self.load_time_ns
+            reference=self.version.reference,
+            memory_bytes=self.memory_bytes,
+            load_time_ns=self.load_time_ns,
+            compute_type=self.compute_type,
         )
 
 
@@ -73,6 +86,11 @@ class Lease:
         self._loaded = loaded
         self._slot = slot
 
+    def share(self) -> Lease:
+        """Return another lease of the same model, to be released by itself; waits for nothing."""
+        self._loaded._lend_again(self._slot)
+        return Lease(self._loaded, self._slot)
+
     def release(self, executor: Executor) -> None:
         """Give the model back, once, and do not wait: if somebody has to free it now, then the executor."""
         if free := self._loaded._give_back(self._slot):
@@ -85,11 +103,14 @@ class Lease:
 class LoadedModels:
     """The models in memory, the least recently used leaving first. Safe to use from every thread."""
 
-    def __init__(self, models: ModelStore, loader: BundleLoader, limits: LoadingLimits) -> None:
-        """Store the ports; nothing is loaded yet."""
+    def __init__(
+        self, models: ModelStore, loader: BundleLoader, limits: LoadingLimits, observer: LoadObserver | None = None
+    ) -> None:
+        """Store the ports; nothing is loaded yet. `observer` is told of every load."""
         self._models = models
         self._loader = loader
         self._limits = limits
+        self._observer = observer
         self._lock = threading.Lock()
         self._slots: OrderedDict[str, _Slot] = OrderedDict()
         self._retired: set[_Slot] = set()
@@ -188,11 +209,17 @@ class LoadedModels:
         try:
             with slot.loading:
                 if slot.translator is None:
-                    self._load(slot)
+                    with logging_with(model=slot.version.reference):
+                        self._load_observed(slot)
         except BaseException:
             self._release(slot)
             raise
         return slot
+
+    def _lend_again(self, slot: _Slot) -> None:
+        with self._lock:
+            assert slot.leases > 0, "only what is leased is shared: it may be out of the table"
+            slot.leases += 1
 
     def _release(self, slot: _Slot) -> None:
         _free(self._give_back(slot))
@@ -207,6 +234,18 @@ class LoadedModels:
                 self._retired.remove(slot)
                 return [slot]
             return self._over_limits()
+
+    def _load_observed(self, slot: _Slot) -> None:
+        try:
+            self._load(slot)
+        except ModelNotFound:
+            raise  # it was deleted meanwhile: nothing is wrong with it
+        except BaseException:
+            if self._observer is not None:
+                self._observer.failed()
+            raise
+        if self._observer is not None:
+            self._observer.loaded(slot.load_time_ns / 1e9)
 
     def _load(self, slot: _Slot) -> None:
         """Fill the slot, or leave it empty and raise."""
@@ -228,6 +267,7 @@ class LoadedModels:
             raise
         with self._lock:
             slot.memory_bytes, slot.load_time_ns = memory_bytes, time.monotonic_ns() - began_ns
+            slot.compute_type = translator.compute_type()
             slot.translator = translator
             free = self._over_limits()
         _free(free)
@@ -243,11 +283,11 @@ class LoadedModels:
     def _over_limits(self) -> list[_Slot]:
         """Take out the least recently used models that nobody leases, as far as the limits want, and return them."""
         free: list[_Slot] = []
-        in_memory = [*self._retired, *self._slots.values()]
-        memory_bytes = sum(slot.memory_bytes for slot in in_memory)
+        budget = self._limits.memory_bytes
+        memory_bytes = self._memory_bytes() if budget else 0
         for reference, slot in list(self._slots.items()):
             too_many = len(self._slots) > self._limits.max_loaded_models
-            too_much = 0 < self._limits.memory_bytes < memory_bytes
+            too_much = 0 < budget < memory_bytes
             if not (too_many or too_much):
                 break
             if slot.leases == 0:
@@ -255,6 +295,18 @@ class LoadedModels:
                 memory_bytes -= slot.memory_bytes
                 free.append(slot)
         return free
+
+    def _memory_bytes(self) -> int:
+        """Return how much memory all models take; where that is too much, without the caches of idle ones, which go."""
+        in_memory = [*self._retired, *self._slots.values()]
+        models = sum(slot.memory_bytes for slot in in_memory)
+        caches = {slot: slot.cache_bytes() for slot in in_memory}
+        if models + sum(caches.values()) <= self._limits.memory_bytes:
+            return models + sum(caches.values())
+        for slot in in_memory:
+            if slot.leases == 0 and slot.translator is not None:
+                slot.translator.drop_caches()
+        return models + sum(size for slot, size in caches.items() if slot.leases)
 
     def _retire(self, slots: Sequence[_Slot]) -> list[_Slot]:
         """Let the slots, which are in the table no more, be freed with their last lease; return those without any."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
-from ferryman_service.application.loaded_models import LoadedModels
+from ferryman_service.application.loaded_models import Lease, LoadedModels
 from ferryman_service.application.paging import Page, Pager
 from ferryman_service.application.ports import BundleReader, ModelStore
 from ferryman_service.domain.errors import InvalidRequest, ModelNotFound, RoleNotServed, Violation
@@ -124,16 +125,28 @@ class ModelUseCases:
         self._loading.shutdown(wait=True, cancel_futures=True)
 
     def _move_alias(self, target: ModelVersion, alias: str) -> Model:
-        """Move the alias with its new target in memory, so that no request by the alias waits for a load."""
-        with self._served().lease(target):
-            return self._models.set_alias(target.name, alias, target.version)
+        """Move the alias with its new target in memory, so that no request by the alias waits for a load; the present
+        one keeps its memory until then."""
+        with contextlib.ExitStack() as present:
+            if lease := self._lease_in_memory(ModelReference(name=target.name, alias=alias)):
+                present.callback(lease.release, self._loading)
+            with self._served().lease(target):
+                model = self._models.set_alias(target.name, alias, target.version)
+                present.close()  # now: it must be the first to leave if there is no room for both
+                return model
 
     def _is_loaded(self, reference: ModelReference) -> bool:
-        assert self._loaded is not None, "only a process that translates asks"
+        lease = self._lease_in_memory(reference)
+        if lease is not None:
+            lease.release(self._loading)
+        return lease is not None
+
+    def _lease_in_memory(self, reference: ModelReference) -> Lease | None:
+        """Return a lease of what the reference names, if it names anything and that is in memory."""
         try:
-            return self._loaded.is_loaded(self._models.resolve(reference))
+            return self._served().try_acquire(self._models.resolve(reference))
         except ModelNotFound:
-            return False
+            return None
 
     def _served(self) -> LoadedModels:
         if self._loaded is None:

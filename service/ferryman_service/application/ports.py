@@ -14,6 +14,7 @@ from typing import Protocol
 from ferryman_service.domain.corpora import Corpus, CorpusHeader, SentencePair, Side, Split
 from ferryman_service.domain.corpora import CorpusFiles as CorpusFiles
 from ferryman_service.domain.models import BundleFile, Int8Scores, Model, ModelLineage, ModelReference, ModelVersion
+from ferryman_service.domain.readiness import StoreState
 from ferryman_service.domain.records import EventLevel, Payload, Record, RunState, StepMetrics, ValidationMetrics
 from ferryman_service.domain.runs import AppendAck as AppendAck
 from ferryman_service.domain.runs import (
@@ -419,6 +420,18 @@ class TranslationEngine(Translator, Protocol):
         """Return how much memory the loaded model takes; the same at every call."""
         ...
 
+    def compute_type(self) -> ComputeType:
+        """Return the arithmetic that the model is computed in; the same at every call."""
+        ...
+
+    def cache_bytes(self) -> int:
+        """Return how much memory the sentences in flight take now, or have taken and is kept for the next ones."""
+        ...
+
+    def drop_caches(self) -> None:
+        """Free, soon, what is kept for the next sentences; waits for nothing, and harms nothing in flight."""
+        ...
+
     def warm_up(self) -> None:
         """Do what makes the first translation slower than the others; called once, before any translation."""
         ...
@@ -481,6 +494,38 @@ class ModelExporter(Protocol):
 
     def reference(self, trained: TrainedModel) -> Translator:
         """Return a translator that runs the trained weights directly, to check the bundle against."""
+        ...
+
+
+class LoadObserver(Protocol):
+    """Is told of the models that are loaded. Returns at once, and raises nothing."""
+
+    def loaded(self, seconds: float) -> None:
+        """Take note of a model that was loaded and warmed up."""
+        ...
+
+    def failed(self) -> None:
+        """Take note of a model that could not be loaded."""
+        ...
+
+
+class LaunchObserver(Protocol):
+    """Is told of the workers that are started. Returns at once, and raises nothing."""
+
+    def started(self) -> None:
+        """Take note of a worker that was started."""
+        ...
+
+    def failed_to_start(self) -> None:
+        """Take note of a worker whose program could not be started."""
+        ...
+
+
+class StoreProbe(Protocol):
+    """Looks whether the store can be used."""
+
+    def look(self) -> StoreState:
+        """Return what can be done with it now; may take as long as a transaction may wait, and raises nothing."""
         ...
 
 

@@ -219,6 +219,7 @@ class _ProgressMeter:
             remaining_seconds=self._remaining_s(fraction, elapsed_s),
             last_step=metrics,
             skipped_updates=self._progress.skipped_updates + metrics.skipped,
+            step_time_ns=time.time_ns(),
         )
         return self.after_event()
 

@@ -16,8 +16,9 @@ from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from ferryman_service.application.ports import Launcher, RunStore
+from ferryman_service.application.ports import Launcher, LaunchObserver, RunStore
 from ferryman_service.domain.errors import AttemptFenced, DiskFull, RunNotFound, StoreUnavailable
+from ferryman_service.domain.log_context import logging_with
 from ferryman_service.domain.records import ACTIVE_STATES, EventLevel, RunEvent, RunState
 from ferryman_service.domain.runs import FailureReason, Handover, RunFailure, TrainingRun, disk_full_handover
 
@@ -49,11 +50,14 @@ class SupervisorConfig:
 class Supervisor:
     """One per data folder. `tick` is called by one thread at a time."""
 
-    def __init__(self, runs: RunStore, launcher: Launcher, config: SupervisorConfig) -> None:
-        """Store the ports."""
+    def __init__(
+        self, runs: RunStore, launcher: Launcher, config: SupervisorConfig, observer: LaunchObserver | None = None
+    ) -> None:
+        """Store the ports; `observer` is told of every start of a worker."""
         self._runs = runs
         self._launcher = launcher
         self._config = config
+        self._observer = observer
         self._launched_at_s: dict[tuple[str, int], float] = {}
         self._asked_at_s: dict[tuple[str, str], float] = {}
         self._leftovers_since_s: dict[tuple[str, int], float] = {}
@@ -127,11 +131,16 @@ class Supervisor:
         try:
             self._launcher.start(started.run_id, started.attempt, started.processes)
         except OSError as error:
+            if self._observer is not None:
+                self._observer.failed_to_start()
             _log.exception("cannot start a worker for %s", run.run_id)
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 self._give_up(started, disk_full_handover(str(error)))
             else:
                 self._restart(started, f"the worker could not be started: {error}")
+        else:
+            if self._observer is not None:
+                self._observer.started()
 
     def _end(self, run: TrainingRun, why: str) -> None:
         """See to it that the attempt's processes are gone, all of them, then say how it went and what comes now, unless
@@ -196,6 +205,11 @@ class Supervisor:
     @contextmanager
     def _apart(self, run: TrainingRun) -> Iterator[None]:
         """Keep what goes wrong with a run from the others; the next look tries again."""
+        with logging_with(run=run.run_id), self._going_on_after_errors(run):
+            yield
+
+    @contextmanager
+    def _going_on_after_errors(self, run: TrainingRun) -> Iterator[None]:
         try:
             yield
         except RunNotFound:

@@ -44,7 +44,8 @@ _Resolved = TypeVar("_Resolved")
 
 @dataclass(frozen=True, kw_only=True)
 class StartRequest:
-    """What StartTraining is asked. `recipe` holds the fields that the caller set."""
+    """What StartTraining is asked. `recipe` holds the fields that the caller set; `trace_context` is TrainingRun's, and
+    no part of what makes a request the same as another."""
 
     request_id: str
     corpus_id: str
@@ -54,6 +55,7 @@ class StartRequest:
     initial_model: str = ""
     keep_optimizer: bool = False
     processes: int = 0
+    trace_context: str = ""
     unknown: Sequence[Violation] = ()
 
 
@@ -136,6 +138,7 @@ class TrainingUseCases:
             processes=request.processes or self._limits.processes,
             initial_model="" if initial is None else initial.reference,
             keep_optimizer=request.keep_optimizer,
+            trace_context=request.trace_context,
         )
         with self._needs:
             if initial is not None:

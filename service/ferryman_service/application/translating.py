@@ -14,15 +14,17 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Final
 
-from ferryman_service.application.admission import Admission, cost_tokens
+from ferryman_service.application.admission import Admission, Held, cost_tokens, expected_tokens
 from ferryman_service.application.entries import Entry, Preparation
 from ferryman_service.application.flight import Caller, Flight, Flights
 from ferryman_service.application.loaded_models import Lease, LoadedModels
 from ferryman_service.application.model_access import ModelAccess
 from ferryman_service.application.ports import ModelStore, SentenceSplitter
+from ferryman_service.application.text_threads import TextThreads
 from ferryman_service.application.translation_stream import TranslationStream
 from ferryman_service.domain.errors import InvalidRequest, RoleNotServed, Violation
 from ferryman_service.domain.models import ModelReference, ModelVersion, parse_model_reference
+from ferryman_service.domain.tracing import NULL_TRACER, Tracer
 from ferryman_service.domain.translation import (
     CancelToken,
     FairShare,
@@ -103,40 +105,56 @@ class TranslationUseCases:
         loaded: LoadedModels | None,
         splitter: SentenceSplitter,
         limits: TranslationLimits,
+        tracer: Tracer = NULL_TRACER,
     ) -> None:
         """Store the ports; without loaded models this process does not translate."""
         self._loaded = loaded
         self._splitter = splitter
         self._limits = limits
         self._admission = Admission(limits.queue_tokens)
-        self._text = ThreadPoolExecutor(max_workers=_TEXT_THREADS, thread_name_prefix="text")
+        # As with budgets: books in streams do not hold up calls.
+        self._call_texts = TextThreads(_TEXT_THREADS, "call-text")
+        self._stream_texts = TextThreads(_TEXT_THREADS, "stream-text")
         self._waiting = ThreadPoolExecutor(max_workers=_WAITING_THREADS, thread_name_prefix="lease")
         # Several: a model that is slow to load holds up few other loads.
         self._loading = ThreadPoolExecutor(max_workers=_LOADING_THREADS, thread_name_prefix="load")
         self._flights = Flights(self._waiting)
-        self._access = None if loaded is None else ModelAccess(models, loaded, self._waiting, self._loading)
+        self._access = None if loaded is None else ModelAccess(models, loaded, self._waiting, self._loading, tracer)
 
     async def translate(self, request: TranslateRequest) -> TranslateResult:
         """Translate; cancelling the awaiting task frees its rows at the engine's next step.
 
-        Raises RoleNotServed, InvalidRequest, ModelNotFound, InvalidSentence, ModelDamaged, ModelTooLarge, QueueFull,
-        DeadlineExceeded.
+        Whether there is room for it is decided before anything is waited for. Raises RoleNotServed, InvalidRequest,
+        ModelNotFound, InvalidSentence, ModelDamaged, ModelTooLarge, QueueFull, DeadlineExceeded, ServerShuttingDown.
         """
         arrived_ns = time.monotonic_ns()
         access = self._served()
         reference = self._checked(request)
-        self._admission.check(len(request.sentences) * request.options.rows)
+        held = self._admission.admit(expected_tokens(request.sentences, request.target_prefixes, request.options))
+        try:
+            version, entries = await self._translated(request, access, reference, held)
+        finally:
+            held.release()
+        return _result(version, entries, arrived_ns)
+
+    async def _translated(
+        self, request: TranslateRequest, access: ModelAccess, reference: ModelReference, held: Held
+    ) -> tuple[ModelVersion, list[Entry]]:
+        """Translate what is admitted; return the version that did, and the entries, complete."""
         caller = self._caller(request, _CALL_WEIGHT)
         lease = await access.lease(reference)
         gathering = _Gathering()
         flight = Flight(lease, caller, self._flights, gathering.accept)
         try:
             caller.token.check()
-            entries = await self._entries(request, lease)
+            entries = await self._entries(request, lease, caller.token)
             sentences = [
                 ((entry, place), sentence) for entry in entries for place, sentence in enumerate(entry.sentences)
             ]
-            self._admission.admit(sum(cost_tokens(sentence, request.options) for _, sentence in sentences))
+            tokens = sum(cost_tokens(sentence, request.options) for _, sentence in sentences)
+            self._admission.check_size(tokens)
+            held.settle(tokens)
+            held.hand_over()
             flight.submit(sentences)
             await gathering.all_of(entries)
         except BaseException:
@@ -144,7 +162,7 @@ class TranslationUseCases:
             raise
         finally:
             flight.close()
-        return _result(lease.version, entries, arrived_ns)
+        return lease.version, entries
 
     @asynccontextmanager
     async def stream(self, request: StreamRequest) -> AsyncIterator[TranslationStream]:
@@ -158,7 +176,7 @@ class TranslationUseCases:
         lease = await access.lease(reference)
         preparation = self._preparation(request, lease)
         window = DEFAULT_WINDOW if request.window is None else request.window
-        stream = TranslationStream(lease, caller, preparation, window, self._flights, self._text)
+        stream = TranslationStream(lease, caller, preparation, window, self._flights, self._stream_texts)
         try:
             yield stream
         finally:
@@ -171,7 +189,8 @@ class TranslationUseCases:
     def close(self) -> None:
         """Wait for the work in hand; the event loop must still run."""
         self._flights.wait()
-        self._text.shutdown(wait=True)
+        self._call_texts.close()
+        self._stream_texts.close()
         self._loading.shutdown(wait=True, cancel_futures=True)
         self._waiting.shutdown(wait=True)
 
@@ -226,13 +245,12 @@ class TranslationUseCases:
             splitter=self._splitter if request.split_sentences else None,
         )
 
-    async def _entries(self, request: TranslateRequest, lease: Lease) -> list[Entry]:
+    async def _entries(self, request: TranslateRequest, lease: Lease, token: CancelToken) -> list[Entry]:
         preparation = self._preparation(request, lease)
-        if preparation.is_quick(request.sentences, request.target_prefixes):
-            return preparation.entries(request.sentences, request.target_prefixes)
-        return await asyncio.get_running_loop().run_in_executor(
-            self._text, preparation.entries, request.sentences, request.target_prefixes
-        )
+        texts, prefixes = request.sentences, request.target_prefixes
+        if preparation.is_quick(texts, prefixes):
+            return preparation.entries(texts, prefixes)
+        return await self._call_texts.run(token, lambda: preparation.entries(texts, prefixes))
 
 
 class _Gathering:

@@ -9,14 +9,14 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Final
 
-from ferryman_service.application.admission import cost_tokens
+from ferryman_service.application.admission import Held, cost_tokens, expected_tokens, in_portions
 from ferryman_service.application.entries import Entry, Preparation
 from ferryman_service.application.flight import Caller, Flight, Flights
 from ferryman_service.application.loaded_models import Lease
+from ferryman_service.application.text_threads import TextThreads
 from ferryman_service.domain.errors import InvalidSentence
 from ferryman_service.domain.models import ModelVersion
 from ferryman_service.domain.translation import SentenceResult, Timings, Translation
@@ -55,7 +55,13 @@ class TranslationStream:
     """One stream; belongs to an event loop. One task puts sentences in, one takes results out; `close` ends both."""
 
     def __init__(
-        self, lease: Lease, caller: Caller, preparation: Preparation, window: int, flights: Flights, threads: Executor
+        self,
+        lease: Lease,
+        caller: Caller,
+        preparation: Preparation,
+        window: int,
+        flights: Flights,
+        threads: TextThreads,
     ) -> None:
         """Store; must be called in the event loop. `threads` split long sentences into subwords."""
         self._caller = caller
@@ -124,26 +130,50 @@ class TranslationStream:
         self._flight.close()
 
     async def _start(self, chunk: Sequence[StreamSentence]) -> None:
-        entries = await self._prepare(chunk)
+        texts, prefixes = [item.sentence for item in chunk], [item.target_prefix for item in chunk]
+        held = await self._held(expected_tokens(texts, prefixes, self._caller.options))
+        try:
+            entries = await self._prepare(chunk, texts, prefixes)
+            for sentence, entry in zip(chunk, entries, strict=True):
+                if isinstance(entry, SentenceError):
+                    self._finish(StreamResult(id=sentence.id, outcome=entry))
+            await self._submit(chunk, entries, held)
+        finally:
+            held.release()
+
+    async def _held(self, tokens: int) -> Held:
+        """Wait for room for so many tokens, at most a portion."""
+        budget = self._caller.budget
+        tokens = min(tokens, budget.portion_tokens)
+        await budget.take(tokens)
+        return Held(budget, tokens)
+
+    async def _submit(
+        self, chunk: Sequence[StreamSentence], entries: Sequence[Entry | SentenceError], held: Held
+    ) -> None:
+        """Hand what can be translated to the engine in portions, each as soon as there is room, so that other streams
+        have their turns between them. For the first there is room, which is held."""
+        options, budget = self._caller.options, self._caller.budget
         sentences = [
-            ((sentence.id, entry, place), prepared)
+            (((sentence.id, entry, place), prepared), cost_tokens(prepared, options))
             for sentence, entry in zip(chunk, entries, strict=True)
             if isinstance(entry, Entry)
             for place, prepared in enumerate(entry.sentences)
         ]
-        for sentence, entry in zip(chunk, entries, strict=True):
-            if isinstance(entry, SentenceError):
-                self._finish(StreamResult(id=sentence.id, outcome=entry))
-        if sentences:
-            tokens = sum(cost_tokens(prepared, self._caller.options) for _, prepared in sentences)
-            await self._caller.budget.take(tokens)
-            self._flight.submit(sentences)
+        for number, (portion, tokens) in enumerate(in_portions(sentences, budget.portion_tokens)):
+            if number == 0:
+                held.settle(tokens)
+                held.hand_over()
+            else:
+                await budget.take(tokens)
+            self._flight.submit(portion)
 
-    async def _prepare(self, chunk: Sequence[StreamSentence]) -> list[Entry | SentenceError]:
-        texts, prefixes = [item.sentence for item in chunk], [item.target_prefix for item in chunk]
+    async def _prepare(
+        self, chunk: Sequence[StreamSentence], texts: Sequence[str], prefixes: Sequence[str]
+    ) -> list[Entry | SentenceError]:
         if self._preparation.is_quick(texts, prefixes):
             return self._entries(chunk)
-        return await asyncio.get_running_loop().run_in_executor(self._threads, self._entries, chunk)
+        return await self._threads.run(self._caller.token, lambda: self._entries(chunk))
 
     def _entries(self, chunk: Sequence[StreamSentence]) -> list[Entry | SentenceError]:
         entries: list[Entry | SentenceError] = []

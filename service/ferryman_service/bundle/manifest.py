@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from ferryman_service.domain.errors import ModelDamaged
-from ferryman_service.domain.models import Int8Scores, ModelLineage, ModelScores
+from ferryman_service.domain.models import Int8Outcome, Int8Scores, ModelLineage, ModelScores
 from ferryman_service.domain.recipe import recipe_from_dict, recipe_to_dict
 from ferryman_service.domain.translation import ComputeType
 
@@ -93,7 +93,7 @@ class FileDigest:
 @dataclass(frozen=True, kw_only=True)
 class ManifestHeader:
     """What a bundle says about its model. `max_sentence_tokens` counts the end symbol. `int8`: what its int8 graphs
-    were measured to cost, if they were."""
+    were measured to cost, or that there was nothing to measure them on; None as long as nobody has tried."""
 
     lineage: ModelLineage
     scores: ModelScores
@@ -115,6 +115,11 @@ class Manifest:
     def has_int8(self) -> bool:
         """Whether the bundle can be translated with in int8."""
         return ENCODER_INT8_FILE in self.files
+
+    @property
+    def int8(self) -> Int8Outcome | None:
+        """What became of int8 when the model was checked; None if nobody has said."""
+        return None if self.header.int8 is None else Int8Outcome(scores=self.header.int8, kept=self.has_int8)
 
     @property
     def has_fp16(self) -> bool:

@@ -1,13 +1,16 @@
-"""The service's configuration: one frozen object, read once from flags and environment."""
+"""The service's configuration: one frozen object. `config/sources.py` fills it from flags, environment and file.
+
+A new option is a field here, a line in HELP, and one in RANGES if it is a number.
+"""
 
 from __future__ import annotations
 
-import argparse
 import enum
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 ENVIRONMENT_PREFIX: Final = "FERRYMAN_"
 
@@ -36,14 +39,41 @@ class ComputeChoice(enum.StrEnum):
     FP16 = "fp16"
 
 
+class LogFormat(enum.StrEnum):
+    """How lines of the log look: for a person, or a JSON object each."""
+
+    CONSOLE = "console"
+    JSON = "json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mistake:
+    """A value that cannot be, and the options that it comes from."""
+
+    options: tuple[str, ...]
+    text: str
+
+
+class ConfigMistakes(ValueError):
+    """The configuration cannot work; holds every mistake."""
+
+    def __init__(self, mistakes: Sequence[Mistake]) -> None:
+        assert mistakes, "there is at least one mistake"
+        super().__init__("\n".join(mistake.text for mistake in mistakes))
+        self.mistakes = tuple(mistakes)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ServiceConfig:
-    """Everything `ferryman-service serve` can be told; each field is a flag and an environment variable."""
+    """Everything `ferryman-service serve` can be told; each field is a flag, an environment variable and a key of the
+    configuration file."""
 
     host: str = "127.0.0.1"
     port: int = 50051
     metrics_host: str = "127.0.0.1"
     metrics_port: int = 9464
+    probe_host: str = "127.0.0.1"
+    probe_port: int = 50052
     data_dir: Path = Path("ferryman-data")
     roles: frozenset[Role] = frozenset(Role)
     reflection: bool = True
@@ -62,55 +92,87 @@ class ServiceConfig:
     queue_tokens: int = 262_144
     max_loaded_models: int = 4
     model_memory_mib: int = 0
+    drain_s: float = 0.0
     grace_s: float = 10.0
+    max_connection_age_s: float = 1800.0
+    max_connection_age_grace_s: float = 300.0
     heartbeat_s: float = 10.0
     device: Device = Device.AUTO
     log_level: str = "INFO"
+    log_format: LogFormat = LogFormat.CONSOLE
+    log_sentences: bool = False
+    trace_endpoint: str = ""
+    trace_sample_ratio: float = 1.0
 
     def __post_init__(self) -> None:
-        """Refuse values that cannot work."""
-        legal: Mapping[str, tuple[float, float]] = {
-            "port": (0, 65_535),
-            "metrics_port": (0, 65_535),
-            "max_concurrent_runs": (1, 64),
-            "max_queued_runs": (1, 100_000),
-            "max_restarts": (0, 1000),
-            "restart_backoff_s": (0, 60),
-            "pause_grace_s": (1, 86_400),
-            "processes_per_run": (1, 1024),
-            "max_processes_per_run": (1, 1024),
-            "max_corpus_bytes": (1, 2**50),
-            "translation_threads": (1, 256),
-            "max_batch_rows": (0, 65_536),
-            "max_sentences": (1, 100_000),
-            "queue_tokens": (1, 2**40),
-            "max_loaded_models": (1, 1000),
-            "model_memory_mib": (0, 2**30),
-            "grace_s": (0, 3600),
-            "heartbeat_s": (0.01, 3600),
-        }
-        for name, (low, high) in legal.items():
+        """Refuse values that cannot work, all at once."""
+        if mistakes := [*self._out_of_range(), *self._conflicts()]:
+            raise ConfigMistakes(mistakes)
+
+    def _out_of_range(self) -> Iterator[Mistake]:
+        for name, (low, high) in RANGES.items():
             value = getattr(self, name)
             if not low <= value <= high:
-                raise ValueError(f"{_flag(name)} is {value:g}, must be from {low:g} to {high:g}")
+                text = f"{flag_of(name)} is {value:.15g}, must be from {low:.15g} to {high:.15g}"
+                yield Mistake(options=(name,), text=text)
+        if not self.roles:
+            yield Mistake(options=("roles",), text="--roles must name training, translation or both")
+
+    def _conflicts(self) -> Iterator[Mistake]:
         if self.processes_per_run > self.max_processes_per_run:
-            raise ValueError(
+            text = (
                 f"--processes-per-run is {self.processes_per_run}, must not be above --max-processes-per-run, which is "
                 f"{self.max_processes_per_run}"
             )
+            yield Mistake(options=("processes_per_run", "max_processes_per_run"), text=text)
         if self.device is Device.CPU and self.compute_type is ComputeChoice.FP16:
-            raise ValueError("--compute-type is fp16, which is for CUDA; on a CPU use fp32 or int8")
+            text = "--compute-type is fp16, which is for CUDA; on a CPU use fp32 or int8"
+            yield Mistake(options=("compute_type", "device"), text=text)
         if self.device is Device.CUDA and self.compute_type in (ComputeChoice.FP32, ComputeChoice.INT8):
-            raise ValueError(f"--compute-type is {self.compute_type}, which is for a CPU; on CUDA use fp16")
-        if not self.roles:
-            raise ValueError("--roles must name training, translation or both")
+            text = f"--compute-type is {self.compute_type}, which is for a CPU; on CUDA use fp16"
+            yield Mistake(options=("compute_type", "device"), text=text)
+        if self.trace_endpoint and not re.fullmatch(r"https?://[^/\s]+/?", self.trace_endpoint):
+            text = (
+                f"--trace-endpoint is {self.trace_endpoint!r}, must be like http://localhost:4317 or https://host:4317"
+            )
+            yield Mistake(options=("trace_endpoint",), text=text)
 
 
-_HELP: Final[Mapping[str, str]] = {
+RANGES: Final[Mapping[str, tuple[float, float]]] = {
+    "port": (0, 65_535),
+    "metrics_port": (0, 65_535),
+    "probe_port": (0, 65_535),
+    "max_concurrent_runs": (1, 64),
+    "max_queued_runs": (1, 100_000),
+    "max_restarts": (0, 1000),
+    "restart_backoff_s": (0, 60),
+    "pause_grace_s": (1, 86_400),
+    "processes_per_run": (1, 1024),
+    "max_processes_per_run": (1, 1024),
+    "max_corpus_bytes": (1, 2**50),
+    "translation_threads": (1, 256),
+    "max_batch_rows": (0, 65_536),
+    "max_sentences": (1, 100_000),
+    "queue_tokens": (1, 2**40),
+    "max_loaded_models": (1, 1000),
+    "model_memory_mib": (0, 2**30),
+    "drain_s": (0, 3600),
+    "grace_s": (0, 3600),
+    "max_connection_age_s": (0, 604_800),
+    "max_connection_age_grace_s": (0, 604_800),
+    "heartbeat_s": (0.01, 3600),
+    "trace_sample_ratio": (0, 1),
+}
+"""The least and the greatest value of each option that is a number."""
+
+HELP: Final[Mapping[str, str]] = {
     "host": "address to serve gRPC on",
     "port": "port to serve gRPC on; 0 takes a free one",
     "metrics_host": "address of the Prometheus endpoint",
     "metrics_port": "port of the Prometheus endpoint; 0 turns it off",
+    "probe_host": "address of the probe port",
+    "probe_port": "port that serves nothing but health checks, for probes that can neither encrypt nor authenticate; 0 "
+    "turns it off",
     "data_dir": "folder of the database, corpora, runs and models; made if missing",
     "roles": "what this process does: training, translation, or both with a comma between them",
     "reflection": "serve gRPC reflection, which grpcurl and its like need",
@@ -131,70 +193,29 @@ _HELP: Final[Mapping[str, str]] = {
     "queue_tokens": "source subwords times beam that may wait or run before Translate calls are refused; streams may "
     "have as many again, and wait",
     "max_loaded_models": "models kept in memory, the least recently used leaving first",
-    "model_memory_mib": "MiB of memory that the models kept in memory may take together; 0: no such limit",
+    "model_memory_mib": "MiB of memory that the models kept in memory may take, with caches; 0: no such limit",
+    "drain_s": "seconds between saying NOT_SERVING and beginning to stop, in which calls are still taken: as long as "
+    "balancers need to notice",
     "grace_s": "seconds that calls in flight get to end when the service stops",
+    "max_connection_age_s": "seconds after which a connection is asked to end, so that clients spread anew over the "
+    "servers; 0: never",
+    "max_connection_age_grace_s": "seconds that the calls on such a connection get to end before they are cut",
     "heartbeat_s": "seconds of silence after which a metrics stream says that it lives",
     "device": "where models are trained and run: auto, cpu or cuda",
     "log_level": "DEBUG, INFO, WARNING or ERROR",
+    "log_format": "lines of the log: console, for a person, or json",
+    "log_sentences": "log what is translated, and its translations; else no text of a sentence is ever logged",
+    "trace_endpoint": "where traces are sent, by OTLP over gRPC, such as http://localhost:4317; empty: nowhere",
+    "trace_sample_ratio": "share of the traces that begin here which are kept, from 0 to 1; a caller's own decision "
+    "counts first",
 }
 
 
-def add_arguments(parser: argparse.ArgumentParser, environment: Mapping[str, str]) -> None:
-    """Add a flag for every field; its default is the environment's value if there is one."""
-    defaults = ServiceConfig()
-    for name, text in _HELP.items():
-        default = getattr(defaults, name)
-        variable = ENVIRONMENT_PREFIX + name.upper()
-        convert = _converter(name, default)
-        options: dict[str, Any] = {"type": convert}
-        if isinstance(default, bool):
-            options = {"action": argparse.BooleanOptionalAction}
-        if variable in environment:
-            default = _from_environment(parser, variable, environment[variable], convert)
-        shown = ",".join(sorted(default)) if isinstance(default, frozenset) else default
-        parser.add_argument(_flag(name), default=default, help=f"{text} [{variable}] (default: {shown})", **options)
-
-
-def config_from(arguments: argparse.Namespace) -> ServiceConfig:
-    """Return the configuration; raises ValueError naming the flag that is wrong."""
-    return ServiceConfig(**{name: getattr(arguments, name) for name in _HELP})
-
-
-def _flag(name: str) -> str:
+def flag_of(name: str) -> str:
+    """Return the flag of an option."""
     return "--" + name.replace("_", "-")
 
 
-def _converter(name: str, default: object) -> Callable[[str], Any]:
-    if name == "roles":
-        return _roles
-    if name == "log_level":
-        return _log_level
-    return _truth if isinstance(default, bool) else type(default) if not isinstance(default, Path) else Path
-
-
-def _from_environment(
-    parser: argparse.ArgumentParser, variable: str, text: str, convert: Callable[[str], Any]
-) -> object:
-    try:
-        return convert(text)
-    except (ValueError, argparse.ArgumentTypeError) as error:
-        parser.error(f"{variable}={text!r}: {error}")
-
-
-def _roles(text: str) -> frozenset[Role]:
-    names: Iterable[str] = (part.strip() for part in text.split(","))
-    return frozenset(Role(name) for name in names if name)
-
-
-def _log_level(text: str) -> str:
-    legal: Sequence[str] = ("DEBUG", "INFO", "WARNING", "ERROR")
-    if text.upper() not in legal:
-        raise ValueError(f"must be one of {', '.join(legal)}")
-    return text.upper()
-
-
-def _truth(text: str) -> bool:
-    values = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
-    if text.lower() not in values:
-        raise ValueError("must be true or false")
-    return values[text.lower()]
+def variable_of(name: str) -> str:
+    """Return the environment variable of an option."""
+    return ENVIRONMENT_PREFIX + name.upper()

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from ferryman_service.domain.errors import InvalidRequest, Violation
 from ferryman_service.domain.ids import is_alias, is_model_name
 from ferryman_service.domain.recipe import Recipe
+from ferryman_service.domain.translation import ComputeType
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,16 +24,29 @@ class ModelScores:
 
 @dataclass(frozen=True, kw_only=True)
 class Int8Scores:
-    """What 8-bit arithmetic costs: sacreBLEU of the same held-out pairs, greedy, in float32 and in int8."""
+    """What 8-bit arithmetic costs: sacreBLEU of the same held-out pairs, greedy, in float32 and in int8. Without pairs
+    nothing was measured, and there are no scores."""
 
     pairs: int
-    fp32_bleu: float
-    int8_bleu: float
+    fp32_bleu: float | None = None
+    int8_bleu: float | None = None
+
+    def __post_init__(self) -> None:
+        measured = self.pairs > 0
+        assert measured == (self.fp32_bleu is not None) == (self.int8_bleu is not None), "scores are of pairs"
 
     @property
-    def loss(self) -> float:
-        """BLEU lost; negative if int8 is better."""
-        return self.fp32_bleu - self.int8_bleu
+    def loss(self) -> float | None:
+        """BLEU lost; negative if int8 is better, None if nothing was measured."""
+        return None if self.fp32_bleu is None or self.int8_bleu is None else self.fp32_bleu - self.int8_bleu
+
+
+@dataclass(frozen=True, kw_only=True)
+class Int8Outcome:
+    """What a version's int8 was measured to cost, and whether it was kept: can the version be served so?"""
+
+    scores: Int8Scores
+    kept: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +63,8 @@ class ModelLineage:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelVersion:
-    """A published version; it never changes. `digest` is the SHA-256 of the bundle's manifest, hexadecimal."""
+    """A published version; it never changes. `digest` is the SHA-256 of the bundle's manifest, hexadecimal. `int8`
+    None: nobody has said what it costs, as of versions of an earlier release."""
 
     name: str
     version: int
@@ -59,6 +74,7 @@ class ModelVersion:
     size_bytes: int
     digest: str
     create_time_ns: int
+    int8: Int8Outcome | None = None
 
     @property
     def reference(self) -> str:
@@ -96,11 +112,13 @@ class BundleFile:
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedModel:
-    """A version that is in memory; `load_time_ns` counts from the first byte read to the end of the warm-up."""
+    """A version that is in memory; `load_time_ns` counts from the first byte read to the end of the warm-up.
+    `compute_type` is what it is computed in, which may not be what was asked for."""
 
     reference: str
     memory_bytes: int
     load_time_ns: int
+    compute_type: ComputeType
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -59,7 +59,8 @@ class RunProgress:
     """How far a run is: a summary of its records, kept beside them.
 
     `reports` counts the records of the series (steps, validations, and the events that belong to them), which a resumed
-    worker makes again; `skipped_updates` counts the steps whose update was skipped.
+    worker makes again; `skipped_updates` counts the steps whose update was skipped. `step_time_ns` is when the worker
+    reported the last step, nanoseconds since 1970, 0 if that is not known.
     """
 
     step: int = 0
@@ -72,6 +73,7 @@ class RunProgress:
     best_validation: ValidationMetrics | None = None
     reports: int = 0
     skipped_updates: int = 0
+    step_time_ns: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +82,8 @@ class TrainingRun:
 
     `restarts` counts the workers that died, or were told to end, without getting further than those before them. The
     next attempt starts no earlier than `not_before_ns`, which is 0 unless it follows one that was given up.
-    `initial_model` is "" or the version, "name/7", whose weights training starts from.
+    `initial_model` is "" or the version, "name/7", whose weights training starts from. `trace_context` is "" or the
+    span (W3C's `traceparent`) that the spans of its workers belong to.
     """
 
     run_id: str
@@ -104,6 +107,7 @@ class TrainingRun:
     processes: int = 1
     initial_model: str = ""
     keep_optimizer: bool = False
+    trace_context: str = ""
 
     @property
     def place(self) -> str:

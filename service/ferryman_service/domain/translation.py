@@ -142,7 +142,8 @@ class Translation:
 class Timings:
     """Where the time of a sentence or a request went, nanoseconds; of a request, of the sentence that took longest.
 
-    `row_steps` are the rows of the running batch, added up over the `steps` that this work took part in.
+    `row_steps` are the rows of the running batch, added up over the `steps` that this work took part in. `end_ns` is
+    when it was done, on the clock of time.perf_counter_ns(); 0 where that is not known.
     """
 
     queue_ns: int = 0
@@ -151,6 +152,7 @@ class Timings:
     decode_ns: int = 0
     steps: int = 0
     row_steps: int = 0
+    end_ns: int = 0
 
 
 def slowest(timings: Sequence[Timings]) -> Timings:
@@ -165,6 +167,7 @@ def slowest(timings: Sequence[Timings]) -> Timings:
         decode_ns=max(each.decode_ns for each in timings),
         steps=most.steps,
         row_steps=most.row_steps,
+        end_ns=max(each.end_ns for each in timings),
     )
 
 
@@ -202,6 +205,12 @@ class PreparedSentence:
     min_length: int = 0
     max_length: int = 1
     text_ns: int = 0
+
+    @property
+    def work_tokens(self) -> int:
+        """About how many subwords a row of it takes: those of the source, or those that the translation must have, if
+        that is more; none for an empty sentence."""
+        return max(len(self.source), self.min_length, len(self.prefix)) if self.source else 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -58,6 +58,11 @@ class TorchBatch:
         """S."""
         return self._sentences
 
+    @property
+    def size_bytes(self) -> int:
+        """How much memory the caches take."""
+        return sum(tensor.nbytes for both in (self._cross, self._cache) for pair in both for tensor in pair)
+
     @torch.inference_mode()
     def admit(self, sources: Sequence[Sequence[int]]) -> None:
         """Encode sentences (subword ids, end symbol included, none empty); the batch must be empty."""

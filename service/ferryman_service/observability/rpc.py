@@ -6,32 +6,46 @@ from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
+from ferryman_service.observability.definitions import Metric, counter, histogram
+
 _SECONDS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 _METHOD: Final = ("grpc_service", "grpc_method", "grpc_type")
 _UNKNOWN: Final = ("other", "other", "unary")
 
+STARTED: Final = counter("grpc_server_started_total", "Calls that began.", _METHOD)
+HANDLED: Final = counter("grpc_server_handled_total", "Calls that ended.", (*_METHOD, "grpc_code"))
+SECONDS: Final = histogram("grpc_server_handling_seconds", "From a call's begin to its end.", _SECONDS, _METHOD)
+RECEIVED: Final = counter("grpc_server_msg_received_total", "Messages received from callers.", _METHOD)
+SENT: Final = counter("grpc_server_msg_sent_total", "Messages sent to callers.", _METHOD)
+METRICS: Final[tuple[Metric, ...]] = (STARTED, HANDLED, SECONDS, RECEIVED, SENT)
+
 
 class RpcMetrics:
-    """grpc_server_started_total, grpc_server_handled_total and grpc_server_handling_seconds."""
+    """What is counted of every call; belongs to one event loop."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
-        self._started = Counter("grpc_server_started_total", "Calls that began.", _METHOD, registry=registry)
-        self._handled = Counter(
-            "grpc_server_handled_total", "Calls that ended.", (*_METHOD, "grpc_code"), registry=registry
-        )
-        self._seconds = Histogram(
-            "grpc_server_handling_seconds",
-            "From a call's begin to its end.",
-            _METHOD,
-            buckets=_SECONDS,
-            registry=registry,
-        )
+        self._started = STARTED.counter(registry)
+        self._handled = HANDLED.counter(registry)
+        self._seconds = SECONDS.histogram(registry)
+        self._received = RECEIVED.counter(registry)
+        self._sent = SENT.counter(registry)
+        self._calls: dict[tuple[str, str, str], CallMetrics] = {}
 
     def calls_of(self, service: str, method: str, kind: str) -> CallMetrics:
         """Return the metrics of one method. Only methods that exist may be named, or labels would grow without
         bound."""
-        labels = (service, method, kind)
-        return CallMetrics(self._started.labels(*labels), self._handled, self._seconds.labels(*labels), labels)
+        labels = service, method, kind
+        found = self._calls.get(labels)
+        if found is None:
+            found = self._calls[labels] = CallMetrics(
+                started=self._started.labels(*labels),
+                handled=self._handled,
+                seconds=self._seconds.labels(*labels),
+                received=self._received.labels(*labels),
+                sent=self._sent.labels(*labels),
+                labels=labels,
+            )
+        return found
 
     def unknown_method(self) -> None:
         """Count a call of a method that does not exist, whatever its name, under "other"."""
@@ -42,15 +56,34 @@ class RpcMetrics:
 class CallMetrics:
     """The metrics of one method."""
 
-    def __init__(self, started: Counter, handled: Counter, seconds: Histogram, labels: tuple[str, str, str]) -> None:
+    def __init__(
+        self,
+        *,
+        started: Counter,
+        handled: Counter,
+        seconds: Histogram,
+        received: Counter,
+        sent: Counter,
+        labels: tuple[str, str, str],
+    ) -> None:
         self._started = started
         self._handled = handled
         self._seconds = seconds
+        self._received = received
+        self._sent = sent
         self._labels = labels
 
     def started(self) -> None:
         """Count a call that begins."""
         self._started.inc()
+
+    def received(self) -> None:
+        """Count a message of the caller's."""
+        self._received.inc()
+
+    def sent(self) -> None:
+        """Count a message to the caller."""
+        self._sent.inc()
 
     def handled(self, code: str, seconds: float) -> None:
         """Count a call that ended with a status code such as "OK"."""

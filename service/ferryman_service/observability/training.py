@@ -1,55 +1,50 @@
-"""Training as Prometheus sees it: counters over all runs, and gauges for the active ones only.
+"""Training as Prometheus sees it: counters over all runs, and gauges for the active ones only (`run_gauges`).
 
-Curves of single runs belong to StreamMetrics. The gauges carry the run's id as a label, which is bounded because they
-are removed when the run ends and at most `max_runs` are shown.
+Curves of single runs belong to StreamMetrics.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry
 
 from ferryman_service.domain.errors import DiskFull, StoreUnavailable
-from ferryman_service.domain.records import Record, RunState, StateChange, StepMetrics, ValidationMetrics
-from ferryman_service.domain.runs import RunFilter, TrainingRun
+from ferryman_service.domain.records import Record, RunEvent, RunState, StateChange, StepMetrics, ValidationMetrics
+from ferryman_service.domain.runs import CheckpointInfo, RunFilter, TrainingRun
+from ferryman_service.observability.definitions import counter, gauge, histogram
+from ferryman_service.observability.run_gauges import RunGauges
+from ferryman_service.observability.store import StoreMetrics
 
 _log = logging.getLogger(__name__)
 _READ_LIMIT: Final = 1000
 _OLDEST_FIRST: Final = RunFilter(oldest_first=True)
 _NEWEST_FIRST: Final = RunFilter()
 _STEP_SECONDS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
-_STEP_GAUGES: Final[Mapping[str, str]] = {
-    "step": "Updates done.",
-    "epoch": "The pass over the training pairs.",
-    "loss": "Label-smoothed cross-entropy per target token of the last step, nats.",
-    "perplexity": "Perplexity of the last step.",
-    "learning_rate": "Learning rate of the last step.",
-    "gradient_norm": "Global norm of the last step's gradient before clipping.",
-    "target_tokens_per_second": "Target tokens per second of the last step.",
-    "padding_share": "Share of padding in the last batch, 0 to 1.",
-    "memory_bytes": "The worker's memory.",
-    "model_flops_utilization": "Share of the device's peak that the last step reached, 0 to 1; 0 where it is unknown.",
-}
-_RUN_GAUGES: Final[Mapping[str, tuple[str, Callable[[TrainingRun], float]]]] = {
-    "attempt": ("How often a worker was started.", lambda run: run.attempt),
-    "restarts": ("Workers that died in a row without getting further.", lambda run: run.restarts),
-    "skipped_updates": (
-        "Updates skipped for a gradient that was not finite.",
-        lambda run: run.progress.skipped_updates,
-    ),
-    "paused": ("1 while the run is paused, else 0.", lambda run: run.state is RunState.PAUSED),
-}
-_VALIDATION_GAUGES: Final[Mapping[str, str]] = {
-    "loss": "Label-smoothed cross-entropy per target token of the last validation, nats.",
-    "perplexity": "Perplexity of the last validation.",
-    "bleu": "BLEU of the last validation, 0 to 100.",
-    "chrf": "chrF of the last validation, 0 to 100.",
-}
+_RESTARTS: Final = frozenset({"RESTARTED", "HANDED_OVER"})
+_FURTHER: Final = frozenset({RunState.RUNNING, RunState.EXPORTING})
+
+STEPS: Final = counter("ferryman_training_steps_total", "Updates of all runs.")
+TOKENS: Final = counter("ferryman_training_target_tokens_total", "Target tokens trained on.", unit="tokens")
+STEP_SECONDS: Final = histogram("ferryman_training_step_seconds", "Time of an update.", _STEP_SECONDS)
+RUNS: Final = gauge("ferryman_training_runs", "Runs that are not over, by state.", ("state",))
+RUNS_ENDED: Final = counter("ferryman_training_runs_ended_total", "Runs that ended, by state.", ("state",))
+CHECKPOINTS: Final = counter(
+    "ferryman_training_checkpoints_total",
+    "Checkpoints that were written, as far as one was there at a look each second.",
+)
+SKIPPED: Final = counter(
+    "ferryman_training_skipped_updates_total", "Updates skipped for a gradient that was not finite."
+)
+RESTARTS: Final = counter(
+    "ferryman_training_restarts_total", "Workers that died, or were told to end, and left their run to another."
+)
+METRICS: Final = (STEPS, TOKENS, STEP_SECONDS, RUNS, RUNS_ENDED, CHECKPOINTS, SKIPPED, RESTARTS)
 
 
 class RunReader(Protocol):
@@ -68,6 +63,14 @@ class RunReader(Protocol):
         ...
 
 
+class CheckpointReader(Protocol):
+    """The part of the runs' folders that is read here."""
+
+    def checkpoints(self, run_id: str) -> Sequence[CheckpointInfo]:
+        """Return the complete checkpoints; none if there is no folder."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class ObserverConfig:
     """How often to look, how many runs may have gauges of their own, and how many records of a run one look reads."""
@@ -80,27 +83,28 @@ class ObserverConfig:
 class RunObserver:
     """Follows the records of all runs from the first look on. `look` is called by one thread at a time."""
 
-    def __init__(self, runs: RunReader, registry: CollectorRegistry, config: ObserverConfig) -> None:
+    def __init__(
+        self,
+        runs: RunReader,
+        checkpoints: CheckpointReader,
+        registry: CollectorRegistry,
+        store: StoreMetrics,
+        config: ObserverConfig,
+        now_ns: Callable[[], int] = time.time_ns,
+    ) -> None:
+        """Store the parts; `store` is told how old steps are when they are read."""
         self._runs = runs
         self._config = config
+        self._store = store
+        self._now_ns = now_ns
+        self._totals = _Totals(registry)
+        self._gauges = RunGauges(registry, config.max_runs)
+        self._checkpoints = _CheckpointCount(checkpoints, registry)
+        self._states = RUNS.gauge(registry)
         self._cursors: dict[str, int] | None = None
         self._newest: str | None = None
-        self._shown: set[str] = set()
-        self._steps = Counter("ferryman_training_steps_total", "Updates of all runs.", registry=registry)
-        self._tokens = Counter("ferryman_training_target_tokens_total", "Target tokens trained on.", registry=registry)
-        self._seconds = Histogram(
-            "ferryman_training_step_seconds", "Time of an update.", buckets=_STEP_SECONDS, registry=registry
-        )
-        self._ended = Counter(
-            "ferryman_training_runs_ended_total", "Runs that ended, by state.", ("state",), registry=registry
-        )
-        self._states = Gauge(
-            "ferryman_training_runs", "Runs that are not over, by state.", ("state",), registry=registry
-        )
-        run_texts = {name: text for name, (text, _) in _RUN_GAUGES.items()}
-        self._run_gauges = _gauges("ferryman_training_run_", run_texts, registry)
-        self._step_gauges = _gauges("ferryman_training_run_", _STEP_GAUGES, registry)
-        self._validation_gauges = _gauges("ferryman_training_run_validation_", _VALIDATION_GAUGES, registry)
+        self._progress_ns: dict[str, int] = {}
+        self._step_ns: dict[str, int] = {}
 
     async def run(self) -> None:
         """Look until cancelled."""
@@ -129,15 +133,32 @@ class RunObserver:
             if not has_news and run_id not in last_sequences:
                 self._let_go(run_id)  # it was deleted before its end was read
         for run in unfinished:
-            self._show_run(run)
+            if run.run_id in cursors:  # else its end was read just now
+                self._show(run)
 
     def _begin(self, unfinished: Sequence[TrainingRun]) -> None:
-        self._cursors = {run.run_id: run.last_sequence for run in unfinished}
         for run in unfinished:
-            if run.progress.last_step is not None:
-                self._show(run.run_id, self._step_gauges, run.progress.last_step)
+            self._recall(run)
         newest = self._runs.list_page(_NEWEST_FIRST, None, 1)
         self._newest = newest[0].place if newest else None
+        self._cursors = {run.run_id: run.last_sequence for run in unfinished}
+
+    def _recall(self, run: TrainingRun) -> None:
+        """Take note of how far a run came before the first look: its last records say when, and its last scores."""
+        self._checkpoints.begin(run.run_id)
+        self._step_ns[run.run_id] = run.progress.step_time_ns
+        if run.progress.last_step is not None:
+            self._gauges.show_step(run.run_id, run.progress.last_step)
+        first = run.last_sequence
+        for _ in range(self._pages):
+            if first == 0:
+                break
+            first, before = max(0, first - _READ_LIMIT), first
+            for record in reversed(self._runs.records_after(run.run_id, first, before - first)):
+                self._note_progress(run.run_id, record)
+                if isinstance(record.payload, ValidationMetrics):
+                    self._gauges.show_validation(run.run_id, record.payload)
+                    return
 
     def _new_runs(self) -> Sequence[str]:
         """Return the runs that were created since the last look, as many as one page holds."""
@@ -145,54 +166,113 @@ class RunObserver:
         self._newest = runs[-1].place if runs else self._newest
         return [run.run_id for run in runs]
 
+    @property
+    def _pages(self) -> int:
+        return -(-self._config.max_records // _READ_LIMIT)
+
     def _follow(self, run_id: str) -> bool:
         """Read a run's news, at most `max_records`; let go of the run when it has ended. Return whether there were
         any."""
         assert self._cursors is not None
         before = self._cursors[run_id]
-        for _ in range(-(-self._config.max_records // _READ_LIMIT)):
+        for _ in range(self._pages):
             records = self._runs.records_after(run_id, self._cursors[run_id], _READ_LIMIT)
-            for record in records:
-                self._observe(run_id, record)
-                self._cursors[run_id] = record.sequence
+            self._observe(run_id, records)
             if records and isinstance(end := records[-1].payload, StateChange) and end.state.is_terminal:
+                self._checkpoints.look(run_id)
                 self._let_go(run_id)
                 return True
             if len(records) < _READ_LIMIT:
                 break
-        return self._cursors[run_id] != before
+        has_news = self._cursors[run_id] != before
+        if has_news:
+            self._checkpoints.look(run_id)
+        return has_news
 
     def _let_go(self, run_id: str) -> None:
         assert self._cursors is not None
         del self._cursors[run_id]
-        if run_id in self._shown:
-            self._shown.discard(run_id)
-            for gauge in (*self._run_gauges.values(), *self._step_gauges.values(), *self._validation_gauges.values()):
-                gauge.remove(run_id)
+        self._progress_ns.pop(run_id, None)
+        self._step_ns.pop(run_id, None)
+        self._checkpoints.forget(run_id)
+        self._gauges.remove(run_id)
 
-    def _observe(self, run_id: str, record: Record) -> None:
+    def _observe(self, run_id: str, records: Sequence[Record]) -> None:
+        assert self._cursors is not None
+        step: StepMetrics | None = None
+        validation: ValidationMetrics | None = None
+        for record in records:
+            self._totals.count(record)
+            self._note_progress(run_id, record)
+            self._cursors[run_id] = record.sequence
+            if isinstance(record.payload, StepMetrics):
+                step = record.payload
+            elif isinstance(record.payload, ValidationMetrics):
+                validation = record.payload
+        if step is not None:
+            self._gauges.show_step(run_id, step)
+        if validation is not None:
+            self._gauges.show_validation(run_id, validation)
+
+    def _note_progress(self, run_id: str, record: Record) -> None:
+        payload = record.payload
+        moves = isinstance(payload, StepMetrics | ValidationMetrics)
+        if moves or (isinstance(payload, StateChange) and payload.state in _FURTHER):
+            self._progress_ns[run_id] = max(record.time_ns, self._progress_ns.get(run_id, 0))
+
+    def _show(self, run: TrainingRun) -> None:
+        step_ns = run.progress.step_time_ns
+        if step_ns > self._step_ns.get(run.run_id, 0):
+            self._step_ns[run.run_id] = step_ns
+            self._store.lagged(max(0, self._now_ns() - step_ns) / 1e9)
+        if run.start_time_ns is not None:
+            self._gauges.show_run(run, self._progress_ns.get(run.run_id, run.start_time_ns))
+
+
+class _Totals:
+    """The counters over all runs."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._steps = STEPS.counter(registry)
+        self._tokens = TOKENS.counter(registry)
+        self._seconds = STEP_SECONDS.histogram(registry)
+        self._skipped = SKIPPED.counter(registry)
+        self._restarts = RESTARTS.counter(registry)
+        ended = RUNS_ENDED.counter(registry)
+        self._ended = {state: ended.labels(state.value) for state in RunState if state.is_terminal}
+
+    def count(self, record: Record) -> None:
         match record.payload:
             case StepMetrics() as step:
                 self._steps.inc()
                 self._tokens.inc(step.target_tokens)
                 self._seconds.observe(step.step_seconds)
-                self._show(run_id, self._step_gauges, step)
-            case ValidationMetrics() as validation:
-                self._show(run_id, self._validation_gauges, validation)
+                self._skipped.inc(step.skipped)
             case StateChange(state=state) if state.is_terminal:
-                self._ended.labels(state.value).inc()
-
-    def _show(self, run_id: str, gauges: Mapping[str, Gauge], metrics: StepMetrics | ValidationMetrics) -> None:
-        if run_id in self._shown or len(self._shown) < self._config.max_runs:
-            self._shown.add(run_id)
-            for name, gauge in gauges.items():
-                gauge.labels(run_id).set(getattr(metrics, name))
-
-    def _show_run(self, run: TrainingRun) -> None:
-        if run.run_id in self._shown:
-            for name, (_, value_of) in _RUN_GAUGES.items():
-                self._run_gauges[name].labels(run.run_id).set(value_of(run))
+                self._ended[state].inc()
+            case RunEvent(code=code) if code in _RESTARTS:
+                self._restarts.inc()
 
 
-def _gauges(prefix: str, texts: Mapping[str, str], registry: CollectorRegistry) -> Mapping[str, Gauge]:
-    return {name: Gauge(prefix + name, text, ("run",), registry=registry) for name, text in texts.items()}
+class _CheckpointCount:
+    """Counts the checkpoints that are there and were not before: nothing else tells of them."""
+
+    def __init__(self, folders: CheckpointReader, registry: CollectorRegistry) -> None:
+        self._folders = folders
+        self._total = CHECKPOINTS.counter(registry)
+        self._seen: dict[str, set[tuple[int, int]]] = {}
+
+    def begin(self, run_id: str) -> None:
+        """Take those that are there for known."""
+        self._seen[run_id] = self._present(run_id)
+
+    def look(self, run_id: str) -> None:
+        present = self._present(run_id)
+        self._total.inc(len(present - self._seen.get(run_id, set())))
+        self._seen[run_id] = present
+
+    def forget(self, run_id: str) -> None:
+        self._seen.pop(run_id, None)
+
+    def _present(self, run_id: str) -> set[tuple[int, int]]:
+        return {(found.step, found.create_time_ns) for found in self._folders.checkpoints(run_id)}

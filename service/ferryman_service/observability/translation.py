@@ -6,55 +6,99 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Final
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry
 
 from ferryman_service.domain.translation import Timings, Translation
+from ferryman_service.observability.definitions import ROWS, counter, gauge, histogram
 
 _SECONDS: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 _TOKENS: Final = (1, 2, 5, 10, 20, 30, 40, 60, 80, 120, 200, 400, 1000)
-_ROWS: Final = (1, 2, 5, 10, 20, 40, 80, 160, 320, 640, 1280)
 _CALL_STAGES: Final = ("queue", "text", "encode", "decode")
 _SENTENCE_STAGES: Final = ("queue", "encode", "decode")
 _METHODS: Final = ("Translate", "StreamTranslate")
 
+REQUESTS: Final = counter("ferryman_translate_requests_total", "Calls that were read.", ("method",))
+IN_FLIGHT: Final = gauge("ferryman_translate_in_flight", "Calls that are being served.", ("method",))
+QUEUE: Final = gauge(
+    "ferryman_translate_queue_tokens", "Source subwords times rows that wait or run.", ("method",), "tokens"
+)
+QUEUE_LIMIT: Final = gauge(
+    "ferryman_translate_queue_limit_tokens",
+    "How many may: beyond it Translate is refused, and StreamTranslate waits.",
+    ("method",),
+    "tokens",
+)
+REJECTED: Final = counter("ferryman_translate_rejected_total", "Translate calls that found the queue full.")
+SENTENCES: Final = counter("ferryman_translate_sentences_total", "Sentences translated.")
+SOURCE_TOKENS: Final = counter(
+    "ferryman_translate_source_tokens_total", "Subwords of the sentences, end symbols included.", unit="tokens"
+)
+TARGET_TOKENS: Final = counter(
+    "ferryman_translate_target_tokens_total", "Subwords of the best translations, end symbols included.", unit="tokens"
+)
+CALL_SECONDS: Final = histogram(
+    "ferryman_translate_seconds", "Time of a Translate call, by stage.", _SECONDS, ("stage",)
+)
+SENTENCE_SECONDS: Final = histogram(
+    "ferryman_translate_sentence_seconds", "Time of a sentence, by stage.", _SECONDS, ("stage",)
+)
+SENTENCE_TOKENS: Final = histogram(
+    "ferryman_translate_sentence_target_tokens",
+    "Subwords of a best translation, end symbol included.",
+    _TOKENS,
+    unit="tokens",
+)
+SENTENCE_STEPS: Final = histogram(
+    "ferryman_translate_sentence_steps", "Decoding steps of a sentence.", _TOKENS, unit="steps"
+)
+BATCH_ROWS: Final = histogram(
+    "ferryman_translate_batch_rows", "Rows of a decoding step, mean over a Translate call's.", ROWS, unit="rows"
+)
+METRICS: Final = (
+    REQUESTS,
+    IN_FLIGHT,
+    QUEUE,
+    QUEUE_LIMIT,
+    REJECTED,
+    SENTENCES,
+    SOURCE_TOKENS,
+    TARGET_TOKENS,
+    CALL_SECONDS,
+    SENTENCE_SECONDS,
+    SENTENCE_TOKENS,
+    SENTENCE_STEPS,
+    BATCH_ROWS,
+)
+
 
 class TranslationMetrics:
-    """ferryman_translate_*. `queued_tokens` tells the row tokens of unary calls and of streams that wait or run."""
+    """ferryman_translate_*. `queued_tokens` tells the row tokens of unary calls and of streams that wait or run, from
+    every thread; `limit_tokens` is how many of each may."""
 
-    def __init__(self, registry: CollectorRegistry, queued_tokens: Callable[[], tuple[int, int]]) -> None:
-        def counter(name: str, text: str) -> Counter:
-            return Counter(f"ferryman_translate_{name}_total", text, registry=registry)
-
-        def histogram(name: str, text: str, buckets: Sequence[float]) -> Histogram:
-            return Histogram(f"ferryman_translate_{name}", text, buckets=buckets, registry=registry)
-
-        def stages(name: str, text: str, labels: Sequence[str]) -> dict[str, Histogram]:
-            seconds = Histogram(f"ferryman_translate_{name}", text, ("stage",), buckets=_SECONDS, registry=registry)
-            return {label: seconds.labels(label) for label in labels}
-
-        def gauge(name: str, text: str) -> list[Gauge]:
-            made = Gauge(f"ferryman_translate_{name}", text, ("method",), registry=registry)
-            return [made.labels(method) for method in _METHODS]
-
-        self._sentences = counter("sentences", "Sentences translated.")
-        self._source_tokens = counter("source_tokens", "Subwords of the sentences, end symbols included.")
-        self._target_tokens = counter("target_tokens", "Subwords of the best translations, end symbols included.")
-        self._rejected = counter("rejected", "Translate calls that found the queue full.")
-        self._seconds = stages("seconds", "Time of a Translate call, by stage.", _CALL_STAGES)
-        self._sentence_seconds = stages("sentence_seconds", "Time of a sentence, by stage.", _SENTENCE_STAGES)
-        self._length = histogram(
-            "sentence_target_tokens", "Subwords of a best translation, end symbol included.", _TOKENS
-        )
-        self._steps = histogram("sentence_steps", "Decoding steps of a sentence.", _TOKENS)
-        self._batch_rows = histogram("batch_rows", "Rows of a decoding step, mean over a Translate call's.", _ROWS)
-        self._in_flight = dict(zip(_METHODS, gauge("in_flight", "Calls that are being served."), strict=True))
-        calls, streams = gauge("queue_tokens", "Source subwords times rows that wait or run.")
-        calls.set_function(lambda: queued_tokens()[0])
-        streams.set_function(lambda: queued_tokens()[1])
+    def __init__(
+        self, registry: CollectorRegistry, queued_tokens: Callable[[], tuple[int, int]], limit_tokens: int
+    ) -> None:
+        requests, in_flight = REQUESTS.counter(registry), IN_FLIGHT.gauge(registry)
+        self._requests = {method: requests.labels(method) for method in _METHODS}
+        self._in_flight = {method: in_flight.labels(method) for method in _METHODS}
+        queue, limit = QUEUE.gauge(registry), QUEUE_LIMIT.gauge(registry)
+        for place, method in enumerate(_METHODS):
+            queue.labels(method).set_function(lambda place=place: queued_tokens()[place])  # type: ignore[misc]
+            limit.labels(method).set(limit_tokens)
+        self._rejected = REJECTED.counter(registry)
+        self._sentences = SENTENCES.counter(registry)
+        self._source_tokens, self._target_tokens = SOURCE_TOKENS.counter(registry), TARGET_TOKENS.counter(registry)
+        seconds, sentence_seconds = CALL_SECONDS.histogram(registry), SENTENCE_SECONDS.histogram(registry)
+        self._seconds = {stage: seconds.labels(stage) for stage in _CALL_STAGES}
+        self._sentence_seconds = {stage: sentence_seconds.labels(stage) for stage in _SENTENCE_STAGES}
+        self._length = SENTENCE_TOKENS.histogram(registry)
+        self._steps = SENTENCE_STEPS.histogram(registry)
+        self._batch_rows = BATCH_ROWS.histogram(registry)
 
     @contextmanager
     def in_flight(self, method: str) -> Iterator[None]:
-        """Count a call of "Translate" or "StreamTranslate" while the block runs."""
+        """Count a call of "Translate" or "StreamTranslate", and have it in flight while the block runs."""
+        self._requests[method].inc()
         with self._in_flight[method].track_inprogress():
             yield
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from typing import Final
 
 from ferryman_service.domain.errors import InvalidSentence, Violation
 from ferryman_service.domain.tokens import EOS
@@ -13,8 +12,6 @@ from ferryman_service.domain.translation import Hypothesis, PreparedSentence, Se
 from ferryman_service.search.sentence import RawHypothesis
 from ferryman_service.text.normalise import has_control_characters, normalise
 from ferryman_service.text.subwords import Subwords
-
-_EMPTY: Final = Hypothesis(text="", score=0.0, log_probability=0.0, target_tokens=0, finished=True)
 
 
 class SentenceText:
@@ -47,9 +44,10 @@ class SentenceText:
         self, sentence: PreparedSentence, found: Sequence[RawHypothesis], options: SearchOptions
     ) -> Translation:
         """Return the translation that the hypotheses are; none were sought for an empty sentence."""
-        if not sentence.source:
-            return Translation(hypotheses=[_EMPTY], source_tokens=0)
         with_pieces = options.return_token_scores or options.return_alignment
+        if not sentence.source:
+            nothing = self._nothing(sentence.prefix, options, with_pieces=with_pieces)
+            return Translation(hypotheses=[nothing], source_tokens=0)
         return Translation(
             hypotheses=[self._hypothesis(raw, with_pieces=with_pieces) for raw in found],
             source_tokens=len(sentence.source),
@@ -101,6 +99,19 @@ class SentenceText:
             "split the sentence, or ask for split_sentences"
         )
         return [Violation(field=field, description=text, reason="SENTENCE_TOO_LONG")]
+
+    def _nothing(self, prefix: tuple[int, ...], options: SearchOptions, *, with_pieces: bool) -> Hypothesis:
+        """Return the translation of an empty sentence: the words that it must begin with, which cost no probability."""
+        return Hypothesis(
+            text=self._subwords.decode(prefix),
+            score=0.0,
+            log_probability=0.0,
+            target_tokens=len(prefix),
+            finished=True,
+            tokens=prefix,
+            pieces=tuple(self._pieces(prefix)) if with_pieces else (),
+            token_log_probabilities=(0.0,) * len(prefix) if options.return_token_scores else (),
+        )
 
     def _hypothesis(self, raw: RawHypothesis, *, with_pieces: bool) -> Hypothesis:
         return Hypothesis(

@@ -17,7 +17,7 @@ from ferryman_service.application.translating import StreamRequest, TranslateReq
 from ferryman_service.application.translation_stream import SentenceError, StreamResult, StreamSentence
 from ferryman_service.domain.corpora import Corpus, CorpusHeader, SentencePair, Side, Split, SplitStatistics
 from ferryman_service.domain.errors import InvalidRequest, Violation
-from ferryman_service.domain.models import BundleFile, LoadedModel, Model, ModelAlias, ModelVersion
+from ferryman_service.domain.models import BundleFile, Int8Outcome, LoadedModel, Model, ModelAlias, ModelVersion
 from ferryman_service.domain.recipe import (
     Activation,
     Averaging,
@@ -315,7 +315,12 @@ def version_to_wire(version: ModelVersion) -> model_pb2.ModelVersion:
         size_bytes=version.size_bytes,
         digest=version.digest,
         create_time=_timestamp(version.create_time_ns),
+        int8=None if version.int8 is None else _int8_to_wire(version.int8),
     )
+
+
+def _int8_to_wire(int8: Int8Outcome) -> model_pb2.Int8Outcome:
+    return model_pb2.Int8Outcome(**_plain(int8.scores), kept=int8.kept)
 
 
 def download_header_to_wire(version: ModelVersion, files: Iterable[BundleFile]) -> model_pb2.DownloadModelResponse:

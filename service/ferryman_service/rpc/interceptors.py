@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from contextlib import aclosing
+from contextlib import AbstractContextManager, aclosing
+from functools import partial
 from typing import Any, Final, NoReturn, TypeAlias
 
 import grpc
 from google.protobuf.message import DecodeError
 from grpc_status import rpc_status
 
-from ferryman_service.domain.errors import Cancelled, FerrymanError, InvalidRequest, Violation
+from ferryman_service.domain.errors import FerrymanError, InvalidRequest, Violation
 from ferryman_service.observability.rpc import CallMetrics, RpcMetrics
+from ferryman_service.rpc.call_scope import DEFAULT_SCOPES, CallScope, CallScopes
 from ferryman_service.rpc.errors import internal_status, status_code, to_status
+from ferryman_service.rpc.message_counts import counting_messages
+from ferryman_service.rpc.shutdown import Shutdown
 
-_log = logging.getLogger(__name__)
+_OURS: Final = "ferryman.v1."
 _Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 _Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 _Behaviour: TypeAlias = "Callable[[Any, _Context], Any]"
+_OpenScope: TypeAlias = "Callable[[_Context], AbstractContextManager[CallScope]]"
 
 _MAKERS: Final[Mapping[str, Callable[..., _Handler]]] = {
     "unary": grpc.unary_unary_rpc_method_handler,
@@ -34,8 +38,10 @@ _MAKERS: Final[Mapping[str, Callable[..., _Handler]]] = {
 class CallInterceptor(grpc.aio.ServerInterceptor):
     """The only interceptor: its order inside a call is its own."""
 
-    def __init__(self, metrics: RpcMetrics) -> None:
+    def __init__(self, metrics: RpcMetrics, shutdown: Shutdown, scopes: CallScopes = DEFAULT_SCOPES) -> None:
         self._metrics = metrics
+        self._shutdown = shutdown
+        self._scopes = scopes
 
     async def intercept_service(
         self,
@@ -56,8 +62,17 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         read_here = None if handler.request_streaming else handler.request_deserializer
         if read_here is not None:
             respond = _reading(respond, read_here)
+        respond = _ending(respond, self._shutdown, is_ours=service.startswith(_OURS))
+        calls = self._metrics.calls_of(service, method, kind)
+        respond = counting_messages(
+            respond,
+            calls,
+            request_streaming=handler.request_streaming,
+            response_streaming=handler.response_streaming,
+        )
+        open_scope = partial(self._scopes.open, service, method)
         return _MAKERS[kind](
-            _around(respond, self._metrics.calls_of(service, method, kind), f"{service}/{method}"),
+            _around(respond, calls, open_scope),
             request_deserializer=None if read_here is not None else handler.request_deserializer,
             response_serializer=handler.response_serializer,
         )
@@ -92,8 +107,22 @@ def _reading(respond: _Behaviour, read: Callable[[bytes], Any]) -> _Behaviour:
     return read_and_respond
 
 
-def _around(respond: _Behaviour, calls: CallMetrics, name: str) -> _Behaviour:
+def _ending(respond: _Behaviour, shutdown: Shutdown, *, is_ours: bool) -> _Behaviour:
+    async def respond_in_time(request: Any, context: _Context) -> Any:  # noqa: ANN401 (any message)
+        async with shutdown.ends_call():
+            if is_ours:
+                await shutdown.let_in()
+            return await respond(request, context)
+
+    return respond_in_time
+
+
+def _around(respond: _Behaviour, calls: CallMetrics, open_scope: _OpenScope) -> _Behaviour:
     async def call(request: Any, context: _Context) -> Any:  # noqa: ANN401 (any message)
+        with open_scope(context) as scope:
+            return await call_in(scope, request, context)
+
+    async def call_in(scope: CallScope, request: Any, context: _Context) -> Any:  # noqa: ANN401
         began_s = time.monotonic()
         calls.started()
         code = grpc.StatusCode.OK
@@ -111,16 +140,18 @@ def _around(respond: _Behaviour, calls: CallMetrics, name: str) -> _Behaviour:
             raise
         except FerrymanError as error:
             code = status_code(error)
-            await _abort_with_error(error, context, name)
+            await _abort_with_error(error, context, scope)
         except DecodeError:
             code = grpc.StatusCode.INVALID_ARGUMENT
-            await _abort_with_error(_malformed(), context, name)
-        except Exception:  # noqa: BLE001 (the outermost place: every error must become a status)
+            await _abort_with_error(_malformed(), context, scope)
+        except Exception as error:  # noqa: BLE001 (the outermost place: every error must become a status)
             code = grpc.StatusCode.INTERNAL
-            _log.exception("%s failed with an error that is not its caller's", name)
-            await context.abort_with_status(rpc_status.to_status(internal_status()))
+            scope.bug("failed with an error that is not its caller's", error)
+            await scope.abort(context, rpc_status.to_status(internal_status()))
         finally:
-            calls.handled(code.name, time.monotonic() - began_s)
+            seconds = time.monotonic() - began_s
+            calls.handled(code.name, seconds)
+            scope.ended(code, seconds)
 
     return call
 
@@ -130,11 +161,9 @@ def _malformed() -> InvalidRequest:
     return InvalidRequest([Violation(field="request", description=text, reason="MALFORMED")])
 
 
-async def _abort_with_error(error: FerrymanError, context: _Context, name: str) -> NoReturn:
+async def _abort_with_error(error: FerrymanError, context: _Context, scope: CallScope) -> NoReturn:
     if status_code(error) is grpc.StatusCode.INTERNAL:
-        _log.error("%s: %s must not leave the service", name, error.reason, exc_info=error)
-        await context.abort_with_status(rpc_status.to_status(internal_status()))
-    if not isinstance(error, Cancelled):
-        _log.info("%s: %s: %s", name, error.reason, error.message)
-    await context.abort_with_status(rpc_status.to_status(to_status(error)))
-    raise AssertionError("abort_with_status always raises")
+        scope.bug(f"{error.reason} must not leave the service", error)
+        await scope.abort(context, rpc_status.to_status(internal_status()))
+    await scope.abort(context, rpc_status.to_status(to_status(error)), error)
+    raise AssertionError("abort always raises")

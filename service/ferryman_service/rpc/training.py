@@ -13,8 +13,11 @@ from ferryman.v1 import training_pb2, training_pb2_grpc
 from ferryman_service.application.metrics_feed import MetricsFeed
 from ferryman_service.application.training import CurveRequest, StartRequest, TrainingUseCases
 from ferryman_service.domain.errors import Violation
-from ferryman_service.domain.records import RunState
+from ferryman_service.domain.ids import RUN_PREFIX, is_id
+from ferryman_service.domain.log_context import add_log_fields
+from ferryman_service.domain.records import Record, RunState
 from ferryman_service.domain.runs import RunFilter
+from ferryman_service.domain.tracing import NULL_TRACER, Tracer
 from ferryman_service.rpc import convert
 from ferryman_service.rpc.shutdown import Shutdown
 
@@ -24,10 +27,13 @@ Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 class TrainingServicer(training_pb2_grpc.TrainingServiceServicer):
     """Adapts TrainingUseCases and MetricsFeed; see the contract for what each call means."""
 
-    def __init__(self, use_cases: TrainingUseCases, feed: MetricsFeed, shutdown: Shutdown) -> None:
+    def __init__(
+        self, use_cases: TrainingUseCases, feed: MetricsFeed, shutdown: Shutdown, tracer: Tracer = NULL_TRACER
+    ) -> None:
         self._use_cases = use_cases
         self._feed = feed
         self._shutdown = shutdown
+        self._tracer = tracer
 
     async def StartTraining(
         self, request: training_pb2.StartTrainingRequest, context: Context
@@ -43,22 +49,26 @@ class TrainingServicer(training_pb2_grpc.TrainingServiceServicer):
             initial_model=request.initial_model,
             keep_optimizer=request.keep_optimizer,
             processes=request.processes,
+            trace_context=self._tracer.context(),
             unknown=unknown,
         )
         run = await asyncio.to_thread(self._use_cases.start, start)
+        self._about_run(run.run_id)
         return training_pb2.StartTrainingResponse(run=convert.run_to_wire(run))
 
     async def StreamMetrics(
         self, request: training_pb2.StreamMetricsRequest, context: Context
     ) -> AsyncIterator[training_pb2.StreamMetricsResponse]:
         """Stream a run's records until its end, or the server's."""
-        follow = not request.history_only
+        self._about_run(request.run_id)
+        follow, sent = not request.history_only, request.after_sequence
         async with aclosing(self._feed.stream(request.run_id, request.after_sequence, follow=follow)) as items:
             while True:
-                async with self._shutdown.ends_wait():
+                async with self._shutdown.ends_wait(after_sequence=sent):
                     item = await anext(items, None)
                 if item is None:
                     return
+                sent = item.sequence if isinstance(item, Record) else sent
                 yield convert.stream_item_to_wire(item)
 
     async def GetLRSchedule(
@@ -83,6 +93,7 @@ class TrainingServicer(training_pb2_grpc.TrainingServiceServicer):
         self, request: training_pb2.GetTrainingRunRequest, context: Context
     ) -> training_pb2.GetTrainingRunResponse:
         """Return a run."""
+        self._about_run(request.run_id)
         run = await asyncio.to_thread(self._use_cases.get, request.run_id)
         return training_pb2.GetTrainingRunResponse(run=convert.run_to_wire(run))
 
@@ -106,6 +117,7 @@ class TrainingServicer(training_pb2_grpc.TrainingServiceServicer):
         self, request: training_pb2.CancelTrainingRequest, context: Context
     ) -> training_pb2.CancelTrainingResponse:
         """Ask a run to stop."""
+        self._about_run(request.run_id)
         run = await asyncio.to_thread(self._use_cases.cancel, request.run_id)
         return training_pb2.CancelTrainingResponse(run=convert.run_to_wire(run))
 
@@ -113,6 +125,7 @@ class TrainingServicer(training_pb2_grpc.TrainingServiceServicer):
         self, request: training_pb2.PauseTrainingRequest, context: Context
     ) -> training_pb2.PauseTrainingResponse:
         """Ask a run to rest."""
+        self._about_run(request.run_id)
         run = await asyncio.to_thread(self._use_cases.pause, request.run_id)
         return training_pb2.PauseTrainingResponse(run=convert.run_to_wire(run))
 
@@ -120,6 +133,7 @@ class TrainingServicer(training_pb2_grpc.TrainingServiceServicer):
         self, request: training_pb2.ResumeTrainingRequest, context: Context
     ) -> training_pb2.ResumeTrainingResponse:
         """Let a paused run go on."""
+        self._about_run(request.run_id)
         run = await asyncio.to_thread(self._use_cases.resume, request.run_id)
         return training_pb2.ResumeTrainingResponse(run=convert.run_to_wire(run))
 
@@ -127,6 +141,7 @@ class TrainingServicer(training_pb2_grpc.TrainingServiceServicer):
         self, request: training_pb2.ListCheckpointsRequest, context: Context
     ) -> training_pb2.ListCheckpointsResponse:
         """Return a run's checkpoints."""
+        self._about_run(request.run_id)
         checkpoints = await asyncio.to_thread(self._use_cases.checkpoints, request.run_id)
         return training_pb2.ListCheckpointsResponse(checkpoints=map(convert.checkpoint_to_wire, checkpoints))
 
@@ -134,5 +149,12 @@ class TrainingServicer(training_pb2_grpc.TrainingServiceServicer):
         self, request: training_pb2.DeleteTrainingRunRequest, context: Context
     ) -> training_pb2.DeleteTrainingRunResponse:
         """Remove a run."""
+        self._about_run(request.run_id)
         await asyncio.to_thread(self._use_cases.delete, request.run_id)
         return training_pb2.DeleteTrainingRunResponse()
+
+    def _about_run(self, run_id: str) -> None:
+        """Say in the log and in the trace which run the call is about; what cannot be a run's id is left out."""
+        if is_id(run_id, RUN_PREFIX):
+            add_log_fields(run=run_id)
+            self._tracer.annotate({"ferryman.run": run_id})

@@ -17,6 +17,7 @@ from ferryman_service.domain.translation import Translation
 from ferryman_service.observability.translation import TranslationMetrics
 from ferryman_service.rpc import convert
 from ferryman_service.rpc.shutdown import Shutdown
+from ferryman_service.rpc.translation_watch import DEFAULT_WATCH, TranslationWatch
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 ACCEPTED_KEY: Final = "ferryman-model"
@@ -27,22 +28,32 @@ _Requests: TypeAlias = "AsyncIterator[translation_pb2.StreamTranslateRequest]"
 class TranslationServicer(translation_pb2_grpc.TranslationServiceServicer):
     """Adapts TranslationUseCases; see the contract for what each call means."""
 
-    def __init__(self, use_cases: TranslationUseCases, metrics: TranslationMetrics, shutdown: Shutdown) -> None:
+    def __init__(
+        self,
+        use_cases: TranslationUseCases,
+        metrics: TranslationMetrics,
+        shutdown: Shutdown,
+        watch: TranslationWatch = DEFAULT_WATCH,
+    ) -> None:
         self._use_cases = use_cases
         self._metrics = metrics
         self._shutdown = shutdown
+        self._watch = watch
 
     async def Translate(
         self, request: translation_pb2.TranslateRequest, context: Context
     ) -> translation_pb2.TranslateResponse:
         """Translate sentences; the caller's deadline and cancellation end the work."""
         work = convert.translate_request_from_wire(request, context.time_remaining())
+        self._watch.model_named(work.model)
+        self._watch.sentences_read(work.sentences)
         with self._metrics.in_flight("Translate"):
             try:
                 result = await self._use_cases.translate(work)
             except QueueFull:
                 self._metrics.rejected()
                 raise
+        self._watch.call_translated(result)
         self._metrics.observe_call(result.timings, result.mean_batch_rows)
         self._metrics.observe_sentences(result.translations, result.sentences)
         return convert.result_to_wire(result)
@@ -55,14 +66,17 @@ class TranslationServicer(translation_pb2_grpc.TranslationServiceServicer):
         async with self._shutdown.ends_wait():
             first = await anext(messages, None)
         work = convert.stream_request_from_wire(first, context.time_remaining())
-        with self._metrics.in_flight("StreamTranslate"):
-            async with self._use_cases.stream(work) as stream, _reading(messages, work, stream):
+        self._watch.model_named(work.model)
+        with self._metrics.in_flight("StreamTranslate"), self._watch.stream() as watch:
+            async with self._use_cases.stream(work) as stream, _reading(messages, work, stream, self._watch):
+                watch.accepted(stream.version)
                 await context.send_initial_metadata(((ACCEPTED_KEY, stream.version.reference),))
                 while True:
                     async with self._shutdown.ends_wait():
                         results = await stream.results()
                     if not results:
                         return
+                    watch.translated(results)
                     for result in results:
                         translations = [result.outcome] if isinstance(result.outcome, Translation) else []
                         self._metrics.observe_sentences(translations, result.timings)
@@ -71,14 +85,18 @@ class TranslationServicer(translation_pb2_grpc.TranslationServiceServicer):
 
 
 @contextlib.asynccontextmanager
-async def _reading(messages: _Requests, work: StreamRequest, stream: TranslationStream) -> AsyncIterator[None]:
+async def _reading(
+    messages: _Requests, work: StreamRequest, stream: TranslationStream, watch: TranslationWatch
+) -> AsyncIterator[None]:
     """Read the caller's messages beside the block, each only when the window has room for a sentence."""
 
     async def read() -> None:
         try:
             await stream.wait_for_room()
             async for message in messages:
-                await stream.put(convert.stream_sentences_from_wire(message, split_sentences=work.split_sentences))
+                sentences = convert.stream_sentences_from_wire(message, split_sentences=work.split_sentences)
+                watch.sentences_read(sentence.sentence for sentence in sentences)
+                await stream.put(sentences)
                 await stream.wait_for_room()
         except Exception as error:  # noqa: BLE001 (whatever it is, it ends the stream, in the task that writes)
             stream.end_input(error)

@@ -42,6 +42,11 @@ class RunningBatch(Protocol):
         """S: how many sentences are in the batch."""
         ...
 
+    @property
+    def size_bytes(self) -> int:
+        """How much memory the caches take; may be asked by another thread than the one that uses the batch."""
+        ...
+
     def admit(self, sources: Sequence[Sequence[int]]) -> None:
         """Encode sentences (subword ids, end symbol included, none empty) and put them behind those in the batch."""
         ...

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
@@ -21,24 +21,29 @@ from ferryman_service.stores.sqlite import WRITES_OPTION, create_sqlite_engine, 
 
 _MIGRATIONS: Final = Path(__file__).parent / "migrations"
 _NO_SPACE: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
+_ON_FAILURE_OPTION: Final = "ferryman_on_failure"
+"""Execution option of an engine: what is called when one of its transactions fails."""
 
 
 class DatabaseTooNew(Exception):
     """The database was written by a newer version of this program."""
 
 
-def open_database(path: Path, busy_timeout_s: float = 10.0) -> Engine:
+def open_database(path: Path, busy_timeout_s: float = 10.0, on_failure: Callable[[], None] | None = None) -> Engine:
     """Return an engine for the database file, safe to use from every thread. Its tables need `upgrade` first.
 
-    A transaction waits `busy_timeout_s` for another process before it raises StoreUnavailable.
+    A transaction waits `busy_timeout_s` for another process before it raises StoreUnavailable. `on_failure` is called
+    when one ends with StoreUnavailable or DiskFull.
     """
-    return create_sqlite_engine(path, busy_timeout_s)
+    engine = create_sqlite_engine(path, busy_timeout_s)
+    engine.update_execution_options(**{_ON_FAILURE_OPTION: on_failure})
+    return engine
 
 
 @contextmanager
 def reading(engine: Engine) -> Iterator[Connection]:
     """Run a transaction that only reads, on one snapshot. Raises StoreUnavailable."""
-    with _translated_errors(), engine.begin() as connection:
+    with _told_failures(engine), _translated_errors(), engine.begin() as connection:
         yield connection
 
 
@@ -48,7 +53,8 @@ def writing(engine: Engine) -> Iterator[Connection]:
 
     Raises StoreUnavailable, DiskFull.
     """
-    with _translated_errors(), engine.execution_options(**{WRITES_OPTION: True}).begin() as connection:
+    writes = engine.execution_options(**{WRITES_OPTION: True})
+    with _told_failures(engine), _translated_errors(), writes.begin() as connection:
         yield connection
 
 
@@ -80,6 +86,17 @@ def upgrade(engine: Engine) -> None:
             )
         config.attributes["connection"] = connection
         command.upgrade(config, "head")
+
+
+@contextmanager
+def _told_failures(engine: Engine) -> Iterator[None]:
+    try:
+        yield
+    except (StoreUnavailable, DiskFull):
+        on_failure = engine.get_execution_options().get(_ON_FAILURE_OPTION)
+        if on_failure is not None:
+            on_failure()
+        raise
 
 
 @contextmanager

@@ -12,7 +12,16 @@ from typing import Any, Final
 from sqlalchemy import Connection, Row, func, insert, select, update
 
 from ferryman_service.domain.errors import ModelNotFound
-from ferryman_service.domain.models import Model, ModelAlias, ModelLineage, ModelReference, ModelScores, ModelVersion
+from ferryman_service.domain.models import (
+    Int8Outcome,
+    Int8Scores,
+    Model,
+    ModelAlias,
+    ModelLineage,
+    ModelReference,
+    ModelScores,
+    ModelVersion,
+)
 from ferryman_service.domain.recipe import recipe_from_dict, recipe_to_dict
 from ferryman_service.stores import tables
 
@@ -119,6 +128,7 @@ def _version_from_row(row: Row[Any]) -> ModelVersion:
         size_bytes=row.size_bytes,
         digest=row.digest,
         create_time_ns=row.create_time_ns,
+        int8=None if row.int8 is None else Int8Outcome(**row.int8 | {"scores": Int8Scores(**row.int8["scores"])}),
     )
 
 

@@ -227,7 +227,8 @@ class FileModelStore:
 
 def _describe(connection: Connection, name: str, staged: Path) -> ModelVersion:
     """Return what the staged bundle becomes: the next version of the model."""
-    header = read_manifest(staged).header
+    manifest = read_manifest(staged)
+    header = manifest.header
     return ModelVersion(
         name=name,
         version=next_version(connection, name),
@@ -237,6 +238,7 @@ def _describe(connection: Connection, name: str, staged: Path) -> ModelVersion:
         size_bytes=bundle_size_bytes(staged),
         digest=manifest_digest(staged),
         create_time_ns=time.time_ns(),
+        int8=manifest.int8,
     )
 
 

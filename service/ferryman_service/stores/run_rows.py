@@ -110,6 +110,7 @@ def run_from_row(row: Row[Any]) -> TrainingRun:
         processes=row.processes,
         initial_model=row.initial_model,
         keep_optimizer=row.keep_optimizer,
+        trace_context=row.trace_context,
     )
 
 

@@ -86,6 +86,7 @@ class ChangeCounter:
         self._engine = engine
         self._lock = threading.Lock()
         self._connection: sqlite3.Connection | None = None
+        self._openings = 0
         self._unknown = itertools.count(-1, -1)
         event.listen(engine, "engine_disposed", lambda _: self._close())
 
@@ -101,8 +102,10 @@ class ChangeCounter:
                     self._connection = sqlite3.connect(
                         str(self._engine.url.database), timeout=0, isolation_level=None, check_same_thread=False
                     )
+                    self._openings += 1
                 [value] = self._connection.execute("PRAGMA data_version").fetchone()
-                return int(value)
+                # The versions that one connection has seen mean nothing to the next.
+                return self._openings << 32 | int(value)
         except sqlite3.OperationalError:
             return next(self._unknown)
 

@@ -77,6 +77,7 @@ runs: Final = Table(
     Column("processes", Integer, nullable=False, server_default="1"),
     Column("initial_model", Text, nullable=False, server_default=""),
     Column("keep_optimizer", Boolean, nullable=False, server_default=false()),
+    Column("trace_context", Text, nullable=False, server_default=""),
     Index(None, "create_time_ns", "run_id"),
     Index(None, "state"),
 )
@@ -125,6 +126,7 @@ model_versions: Final = Table(
     Column("size_bytes", BigInteger, nullable=False),
     Column("digest", Text, nullable=False),
     Column("create_time_ns", BigInteger, nullable=False),
+    Column("int8", JsonText),
 )
 
 model_aliases: Final = Table(

@@ -16,6 +16,7 @@ from sacrebleu.metrics.chrf import CHRF
 
 from ferryman_service.domain.recipe import Recipe
 from ferryman_service.domain.runs import FailureReason, TrainingFailed
+from ferryman_service.domain.tracing import NULL_TRACER, Tracer
 from ferryman_service.domain.translation import SearchOptions
 from ferryman_service.model.session import TorchDecoder
 from ferryman_service.model.transformer import Transformer
@@ -49,17 +50,25 @@ class Validator:
         recipe: Recipe,
         device: torch.device,
         check: Callable[[], None],
+        tracer: Tracer = NULL_TRACER,
     ) -> None:
         self._pairs = pairs
         self._subwords = subwords
         self._recipe = recipe
         self._device = device
         self._check = check
+        self._tracer = tracer
         self.was_split = False
 
     def score(self, model: Transformer) -> ValidationScores:
         """Return the model's scores; leaves it in the mode in which it came. Raises what `check` raises, and
         TrainingFailed (OUT_OF_MEMORY) if not even a single pair fits."""
+        with self._tracer.span("validate", {"ferryman.pairs": len(self._pairs.sources)}) as span:
+            scores = self._score(model)
+            span.set({"ferryman.loss": scores.loss, "ferryman.bleu": scores.bleu, "ferryman.chrf": scores.chrf})
+        return scores
+
+    def _score(self, model: Transformer) -> ValidationScores:
         was_training, self.was_split = model.training, False
         model.eval()
         try:

@@ -8,6 +8,7 @@ from typing import Final
 
 from ferryman_service.domain.translation import (
     CancelToken,
+    ComputeType,
     FairShare,
     PreparedSentence,
     SearchOptions,
@@ -19,6 +20,7 @@ from ferryman_service.domain.translation import (
 )
 from ferryman_service.pipeline.text import SentenceText
 from ferryman_service.search.decoder import Decoder
+from ferryman_service.translation.counts import EngineCounts
 from ferryman_service.translation.scheduler import Scheduler, SchedulerConfig
 
 _WARM_UP: Final = SearchOptions(max_length=3)
@@ -27,11 +29,22 @@ _WARM_UP: Final = SearchOptions(max_length=3)
 class BatchingEngine:
     """A TranslationEngine over any Decoder. Safe to call from every thread until it is closed."""
 
-    def __init__(self, decoder: Decoder, text: SentenceText, memory_bytes: int, config: SchedulerConfig) -> None:
-        """Start the decoding threads; `memory_bytes` is what the model takes."""
+    def __init__(
+        self,
+        decoder: Decoder,
+        text: SentenceText,
+        memory_bytes: int,
+        config: SchedulerConfig,
+        *,
+        compute_type: ComputeType = ComputeType.FP32,
+        counts: EngineCounts | None = None,
+    ) -> None:
+        """Start the decoding threads; `memory_bytes` is what the model takes, `compute_type` its arithmetic, and
+        `counts` is told what the engine does."""
         self._text = text
         self._memory_bytes = memory_bytes
-        self._scheduler = Scheduler(decoder, text, config)
+        self._compute_type = compute_type
+        self._scheduler = Scheduler(decoder, text, config, counts)
 
     def max_sentence_tokens(self) -> int:
         """Return the longest source sentence, in subwords with the end symbol."""
@@ -40,6 +53,18 @@ class BatchingEngine:
     def memory_bytes(self) -> int:
         """Return how much memory the model takes, without what is in flight."""
         return self._memory_bytes
+
+    def compute_type(self) -> ComputeType:
+        """Return the arithmetic that the model is computed in."""
+        return self._compute_type
+
+    def cache_bytes(self) -> int:
+        """Return how much memory the running batches' caches take."""
+        return self._scheduler.cache_bytes()
+
+    def drop_caches(self) -> None:
+        """Let running batches go, soon, in which nothing runs."""
+        self._scheduler.drop_idle_batches()
 
     def warm_up(self) -> None:
         """Translate a word, with a beam and greedily: buffers are made, and every part of the graphs has run once."""

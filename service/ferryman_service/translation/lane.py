@@ -16,6 +16,7 @@ from ferryman_service.pipeline.text import SentenceText
 from ferryman_service.search.beam import Searches
 from ferryman_service.search.decoder import Decoder
 from ferryman_service.search.sentence import RawHypothesis, SentenceSearch, needs_logits
+from ferryman_service.translation.counts import EngineCounts
 from ferryman_service.translation.waiting import Waiting
 
 
@@ -48,11 +49,13 @@ class Lane:
     """A running batch that sentences join and leave between steps. Used by one thread, and no more once it
     `has_failed`."""
 
-    def __init__(self, kind: LaneKind, decoder: Decoder, text: SentenceText) -> None:
-        """Make an empty batch; raises what the decoder raises, a lack of memory for instance."""
+    def __init__(self, kind: LaneKind, decoder: Decoder, text: SentenceText, counts: EngineCounts) -> None:
+        """Make an empty batch; raises what the decoder raises, a lack of memory for instance. `counts` is told of every
+        step."""
         self.kind = kind
         self.has_failed = False
         self._text = text
+        self._counts = counts
         self._batch = decoder.batch(kind.width, attention=kind.attention)
         self._searches = Searches(kind.width, logits=kind.logits, attention=kind.attention)
         self._running: list[_Running] = []
@@ -68,6 +71,11 @@ class Lane:
     def rows(self) -> int:
         """How many rows a step computes."""
         return len(self._running) * self.kind.width
+
+    @property
+    def cache_bytes(self) -> int:
+        """How much memory the batch's caches take; other threads may ask."""
+        return self._batch.size_bytes
 
     def admit(self, admitted: Sequence[tuple[Waiting, SentenceSearch]]) -> None:
         """Encode sentences and let them join."""
@@ -95,6 +103,7 @@ class Lane:
             self._searches.step(self._batch)
             self._steps += 1
             self._row_steps += self.rows
+            self._counts.step(self.rows)
             done_S = self._searches.done()
             if len(done_S):
                 self._hand_over(done_S.tolist())
@@ -145,13 +154,15 @@ class Lane:
             del self._tokens[token]
 
     def _timings(self, running: _Running) -> Timings:
+        end_ns = time.perf_counter_ns()
         return Timings(
             queue_ns=running.queue_ns,
             text_ns=running.work.sentence.text_ns,
             encode_ns=running.encode_ns,
-            decode_ns=time.perf_counter_ns() - running.joined_ns,
+            decode_ns=end_ns - running.joined_ns,
             steps=self._steps - running.steps,
             row_steps=self._row_steps - running.row_steps,
+            end_ns=end_ns,
         )
 
     def _fail_all(self, error: Exception) -> None:

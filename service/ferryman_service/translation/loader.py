@@ -18,6 +18,7 @@ from ferryman_service.domain.translation import ComputeType
 from ferryman_service.pipeline.text import SentenceText
 from ferryman_service.search.decoder import Decoder, RunningBatch
 from ferryman_service.text.subwords import Subwords
+from ferryman_service.translation.counts import EngineCounts
 from ferryman_service.translation.device_batch import DeviceRunningBatch
 from ferryman_service.translation.device_model import DeviceModel
 from ferryman_service.translation.engine import BatchingEngine
@@ -58,14 +59,16 @@ class OnnxBundleLoader:
         on_a_gpu: SchedulerConfig = ON_A_GPU,
         *,
         rows_by_size: bool = True,
+        counts: EngineCounts | None = None,
     ) -> None:
         """Store the parts; `on_a_gpu` holds for models in fp16. With `rows_by_size` wide models run no more rows than
-        they make the most of, whatever `scheduler` says."""
+        they make the most of, whatever `scheduler` says. `counts` is told what the engines do."""
         assert on_a_gpu.threads == 1, "a model on a GPU is used by one thread"
         self._config = config
         self._scheduler = scheduler
         self._on_a_gpu = on_a_gpu
         self._rows_by_size = rows_by_size
+        self._counts = counts
 
     def load(self, bundle: Path, compute_type: ComputeType | None = None) -> BatchingEngine:
         """Check every digest and load; raises ModelDamaged. A bundle without int8 or fp16 is loaded as float32, on the
@@ -81,7 +84,14 @@ class OnnxBundleLoader:
             raise ModelDamaged(f"the bundle is as it was published, but cannot be loaded: {name}") from error
         text = SentenceText(subwords, header.max_sentence_tokens)
         scheduler = self._scheduling(header.architecture, config.compute_type)
-        return BatchingEngine(decoder, text, manifest.size_bytes(config.compute_type), scheduler)
+        return BatchingEngine(
+            decoder,
+            text,
+            manifest.size_bytes(config.compute_type),
+            scheduler,
+            compute_type=config.compute_type,
+            counts=self._counts,
+        )
 
     def _scheduling(self, architecture: Architecture, compute_type: ComputeType) -> SchedulerConfig:
         if compute_type is ComputeType.FP16:

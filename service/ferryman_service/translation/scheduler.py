@@ -19,6 +19,7 @@ from ferryman_service.pipeline.text import SentenceText
 from ferryman_service.pipeline.translator import sentence_search
 from ferryman_service.search.decoder import Decoder
 from ferryman_service.search.sentence import SentenceSearch
+from ferryman_service.translation.counts import EngineCounts
 from ferryman_service.translation.lane import Lane, LaneKind, lane_kind, why_unwanted
 from ferryman_service.translation.waiting import Waiting, WaitingLine
 
@@ -49,15 +50,19 @@ class SchedulerConfig:
 class Scheduler:
     """Translates what is submitted. Safe to use from every thread."""
 
-    def __init__(self, decoder: Decoder, text: SentenceText, config: SchedulerConfig) -> None:
-        """Start the threads."""
+    def __init__(
+        self, decoder: Decoder, text: SentenceText, config: SchedulerConfig, counts: EngineCounts | None = None
+    ) -> None:
+        """Start the threads; `counts` is told what they do."""
         self._config = config
+        self._counts = counts or EngineCounts()
         self._text = text
         self._line = WaitingLine()
         self._changed = threading.Condition()
         self._closing = False
         self._next_look = 0.0
-        self._workers = [_Worker(decoder, text) for _ in range(config.threads)]
+        self._workers = [_Worker(decoder, text, self._counts) for _ in range(config.threads)]
+        self._counts.watch(self.cache_bytes)
         self._threads = [
             threading.Thread(target=self._run, args=(worker,), name=f"decode-{index}", daemon=True)
             for index, worker in enumerate(self._workers)
@@ -87,6 +92,18 @@ class Scheduler:
             self._changed.notify_all()
         for thread in self._threads:
             thread.join()
+        self._counts.unwatch(self.cache_bytes)
+
+    def cache_bytes(self) -> int:
+        """Return how much memory the running batches' caches take."""
+        return sum(worker.cache_bytes() for worker in self._workers)
+
+    def drop_idle_batches(self) -> None:
+        """Let each thread free its batches, with their memory, as soon as nothing runs in any of them."""
+        with self._changed:
+            for worker in self._workers:
+                worker.drops_batches = True
+            self._changed.notify_all()
 
     def _run(self, worker: _Worker) -> None:
         while True:
@@ -94,6 +111,7 @@ class Scheduler:
                 while not self._line and not worker.sentences:
                     if self._closing:
                         return
+                    worker.drop_batches()
                     self._changed.wait()
                 abandoned = self._take_abandoned()
                 taken = self._take(worker)
@@ -135,12 +153,24 @@ class Scheduler:
 class _Worker:
     """What one decoding thread has. `sentences` is read by the other threads too, under the scheduler's lock."""
 
-    def __init__(self, decoder: Decoder, text: SentenceText) -> None:
+    def __init__(self, decoder: Decoder, text: SentenceText, counts: EngineCounts) -> None:
         self._decoder = decoder
         self._text = text
+        self._counts = counts
         self._lanes: dict[LaneKind, Lane] = {}
         self.sentences = 0
         self.rows = 0
+        self.drops_batches = False
+
+    def drop_batches(self) -> None:
+        """Free the batches if somebody has asked for it; nothing runs in any."""
+        if self.drops_batches:
+            self._lanes.clear()
+            self.drops_batches = False
+
+    def cache_bytes(self) -> int:
+        """Return how much memory the batches' caches take; called from other threads."""
+        return sum(lane.cache_bytes for lane in tuple(self._lanes.values()))
 
     def turn(self, taken: Sequence[Waiting]) -> None:
         """Let the taken sentences join, and take a step with every batch."""
@@ -167,7 +197,7 @@ class _Worker:
 
     def _admit(self, kind: LaneKind, admitted: Sequence[tuple[Waiting, SentenceSearch]]) -> None:
         try:
-            lane = self._lanes.pop(kind, None) or Lane(kind, self._decoder, self._text)
+            lane = self._lanes.pop(kind, None) or Lane(kind, self._decoder, self._text, self._counts)
         except Exception as error:  # noqa: BLE001 (this thread must live on, and those who wait must be told)
             for waiting, _ in admitted:
                 _refuse(waiting, error)

@@ -43,8 +43,8 @@ class WaitingLine:
         return len(self._heap)
 
     def add(self, work: SentenceWork, submitted_ns: int) -> None:
-        """Put a sentence in line; its cost is its rows times its source tokens."""
-        cost = work.options.rows * len(work.sentence.source)
+        """Put a sentence in line; its cost is its rows times the subwords that each takes."""
+        cost = work.options.rows * work.sentence.work_tokens
         share = work.share
         start = share.start_of(cost, self._now)
         if not self._sentences[share]:

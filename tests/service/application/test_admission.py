@@ -4,8 +4,15 @@ import asyncio
 
 import pytest
 
-from ferryman_service.application.admission import Admission, TokenBudget, cost_tokens
-from ferryman_service.domain.errors import QueueFull
+from ferryman_service.application.admission import (
+    Admission,
+    Held,
+    TokenBudget,
+    cost_tokens,
+    expected_tokens,
+    in_portions,
+)
+from ferryman_service.domain.errors import InvalidRequest, QueueFull
 from ferryman_service.domain.translation import PreparedSentence, Sampling, SearchOptions
 
 
@@ -37,33 +44,81 @@ def test_a_translation_that_must_be_long_costs_its_length():
     assert cost_tokens(sentence, SearchOptions(beam_size=3)) == 12_000
 
 
+def test_words_that_a_translation_must_begin_with_cost_too_unless_there_is_nothing_to_translate():
+    prefix = (3,) * 40
+    assert cost_tokens(PreparedSentence(source=(1, 2), prefix=prefix), SearchOptions(beam_size=2)) == 80
+    assert cost_tokens(PreparedSentence(source=(), prefix=prefix), SearchOptions(beam_size=2)) == 1
+
+
+def test_what_is_expected_grows_with_texts_prefixes_and_rows():
+    greedy = SearchOptions(beam_size=1)
+    assert expected_tokens(["12345678", ""], (), greedy) == 4
+    assert expected_tokens(["12345678", ""], ["1234", ""], greedy) == 5
+    assert expected_tokens(["12345678", ""], ["1234", ""], SearchOptions(beam_size=5)) == 25
+
+
 def test_a_call_that_finds_no_room_is_refused():
     admission = Admission(100)
-    admission.admit(60)
-    admission.admit(40)
+    first, _ = admission.admit(60), admission.admit(40)
     with pytest.raises(QueueFull, match="1 row tokens") as caught:
         admission.admit(1)
     assert caught.value.metadata == {"request_tokens": "1", "queued_tokens": "100", "limit_tokens": "100"}
-    admission.calls.give_back(60)
+    first.release()
     admission.admit(60)
     assert admission.calls.used == 100
 
 
-def test_what_is_larger_than_all_passes_when_nothing_else_is_there():
+def test_under_steady_load_a_large_call_is_admitted_as_soon_as_a_small_one():
+    """Small calls come whenever there is room, so that the budget is never empty, nor has room for the large one."""
     admission = Admission(100)
-    admission.admit(1000)
+    small = [admission.admit(5) for _ in range(20)]
     with pytest.raises(QueueFull):
-        admission.check(1)
-    admission.calls.give_back(1000)
-    admission.admit(1)
+        admission.admit(90)
+    small.pop().release()
+    large = admission.admit(90)
     with pytest.raises(QueueFull):
-        admission.admit(1000)
+        admission.admit(1)
+    assert admission.calls.used < 200
+    for held in small:
+        held.release()
+    admission.admit(5)
+    large.release()
+    assert admission.calls.used == 5
 
 
-def test_a_check_takes_nothing():
+def test_a_call_over_the_whole_budget_is_told_the_limit_however_little_waits():
     admission = Admission(100)
-    admission.check(100)
+    admission.check_size(100)
+    with pytest.raises(InvalidRequest, match=r"take 101 row tokens .* at most 100 \(--queue-tokens\)") as caught:
+        admission.check_size(101)
+    assert [(v.field, v.reason) for v in caught.value.violations] == [("sentences", "TOO_MANY_TOKENS")]
+
+
+def test_what_is_expected_to_be_over_the_budget_is_counted_as_all_of_it():
+    admission = Admission(100)
+    held = admission.admit(10**9)
+    assert admission.calls.used == 100
+    held.settle(70)
+    assert admission.calls.used == 70, "what it does cost is known now"
+    held.release()
     assert admission.calls.used == 0
+
+
+async def test_what_is_held_goes_back_once_or_to_whom_it_is_handed():
+    budget = TokenBudget(100)
+    held = Held(budget, 100)
+    assert budget.try_take(100)
+    waiting = asyncio.create_task(budget.take(10))
+    await asyncio.sleep(0)
+    held.settle(99)
+    await asyncio.wait_for(waiting, 5)
+    assert budget.used == 109
+    held.hand_over()
+    held.release()
+    assert budget.used == 109
+    other = Held(budget, 10)
+    other.release(), other.release()
+    assert budget.used == 99
 
 
 def test_streams_and_calls_do_not_shut_each_other_out():
@@ -74,36 +129,49 @@ def test_streams_and_calls_do_not_shut_each_other_out():
 
 async def test_streams_wait_in_turn():
     budget = TokenBudget(100)
-    await budget.take(80)
+    await budget.take(100)
     order = []
 
     async def take(name, tokens):
         await budget.take(tokens)
         order.append(name)
 
-    waiting = [asyncio.create_task(take(*item)) for item in (("large", 90), ("small", 10), ("smaller", 5))]
+    waiting = [asyncio.create_task(take(*item)) for item in (("large", 98), ("small", 10), ("smaller", 5))]
     await asyncio.sleep(0)
-    assert order == [], "a small one does not overtake a large one, or that would wait for ever"
-    budget.give_back(80)
-    await asyncio.gather(*waiting[:2])
+    assert order == []
+    budget.give_back(1)
+    await waiting[0]
+    assert order == ["large"], "what is large waits no longer than what is small"
+    await asyncio.sleep(0)
+    assert (order, budget.used) == (["large"], 197)
+    budget.give_back(98)
+    await waiting[1]
     assert order == ["large", "small"]
-    assert budget.used == 100
-    budget.give_back(10)
+    budget.give_back(99)
     await waiting[2]
-    assert budget.used == 95
+    assert budget.used == 15
 
 
 async def test_who_stops_waiting_lets_the_next_through():
     budget = TokenBudget(100)
-    await budget.take(80)
-    large = asyncio.create_task(budget.take(90))
-    small = asyncio.create_task(budget.take(20))
-    await asyncio.sleep(0)
-    large.cancel()
-    await asyncio.wait_for(small, 5)
-    assert budget.used == 100
-    budget.give_back(100)
     await budget.take(100)
+    first, second = asyncio.create_task(budget.take(90)), asyncio.create_task(budget.take(20))
+    await asyncio.sleep(0)
+    first.cancel()
+    await asyncio.sleep(0)
+    budget.give_back(50)
+    await asyncio.wait_for(second, 5)
+    assert budget.used == 70
+
+
+@pytest.mark.parametrize(
+    ("costs", "portions"),
+    [([], []), ([30, 30, 30, 30], [60, 60]), ([200, 1, 64, 64], [200, 65, 64])],
+)
+def test_portions_hold_no_more_than_they_may_but_for_one_item(costs, portions):
+    found = list(in_portions(list(enumerate(costs)), 65))
+    assert [tokens for _, tokens in found] == portions
+    assert [item for group, _ in found for item in group] == list(range(len(costs)))
 
 
 async def test_who_is_cancelled_just_when_it_is_served_gives_back():

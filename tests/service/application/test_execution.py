@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import threading
 import time
 
 import pytest
@@ -27,7 +28,8 @@ from ferryman_service.bundle.manifest import (
 )
 from ferryman_service.domain.corpora import CorpusHeader, SentencePair, Split
 from ferryman_service.domain.errors import DiskFull, StoreUnavailable
-from ferryman_service.domain.models import Int8Scores, ModelLineage, ModelReference, ModelScores
+from ferryman_service.domain.log_context import MAY_HOLD_TEXT
+from ferryman_service.domain.models import Int8Outcome, Int8Scores, ModelLineage, ModelReference, ModelScores
 from ferryman_service.domain.records import EventLevel, RunEvent, RunState, StateChange, StepMetrics
 from ferryman_service.domain.runs import FailureReason, TrainingFailed
 from ferryman_service.domain.training import DiskIsFull, PauseRequested, RunCancelled, StopRequested
@@ -38,6 +40,7 @@ from ferryman_service.stores.layout import DataFolder
 from ferryman_service.stores.models import FileModelStore
 from ferryman_service.stores.run_folders import FileRunFolders
 from ferryman_service.stores.runs import SqlRunStore
+from tests.fakes.spans import KeptSpans
 
 SCORES = ModelScores(bleu=1.0, chrf=2.0, nll_per_token=3.0, weights="best", step=1)
 
@@ -45,8 +48,8 @@ SCORES = ModelScores(bleu=1.0, chrf=2.0, nll_per_token=3.0, weights="best", step
 class PlayedEngine:
     """Reports one event, then does what the test says. `held_out` are the pairs that int8 is measured on."""
 
-    def __init__(self, act=lambda reporter: None, held_out=()):
-        self.act, self.held_out = act, held_out
+    def __init__(self, act=lambda reporter: None, held_out=(), check_sentences=("a", "b")):
+        self.act, self.held_out, self.check_sentences = act, held_out, check_sentences
 
     def train(self, job, reporter):
         reporter.event(EventLevel.INFO, "TRAINED", job.run_id)
@@ -58,7 +61,7 @@ class PlayedEngine:
             recipe=job.recipe,
             scores=SCORES,
             parameters=7,
-            check_sentences=("a", "b"),
+            check_sentences=self.check_sentences,
             held_out=self.held_out,
         )
 
@@ -97,9 +100,9 @@ def write_bundle(bundle, lineage, files):
 class PlayedExporter:
     """Writes a bundle whose graphs are empty files, and loads it. BLEU is the number that the first text is."""
 
-    def __init__(self, exported, reference, int8):
+    def __init__(self, exported, reference, int8, fp16):
         self.trained = reference
-        self.loads = {ComputeType.FP32: exported, ComputeType.INT8: int8}
+        self.loads = {ComputeType.FP32: exported, ComputeType.INT8: int8, ComputeType.FP16: fp16}
 
     def export(self, trained, lineage, bundle):
         write_bundle(bundle, lineage, (*CONTENT_FILES, *INT8_FILES))
@@ -150,13 +153,23 @@ class House:
         run_dir.mkdir(parents=True, exist_ok=True)
         return run, run_dir
 
-    def ports(self, act=lambda reporter: None, exported=None, reference=None, int8=None, held_out=(), **changes):
-        exporter = PlayedExporter(exported or Echo(), reference or Echo(), int8 or Echo())
+    def ports(
+        self,
+        act=lambda reporter: None,
+        exported=None,
+        reference=None,
+        int8=None,
+        fp16=None,
+        held_out=(),
+        check_sentences=("a", "b"),
+        **changes,
+    ):
+        exporter = PlayedExporter(exported or Echo(), reference or Echo(), int8 or Echo(), fp16 or Echo(text="0"))
         values = {
             "runs": self.runs,
             "corpora": self.corpora,
             "models": self.models,
-            "engine": PlayedEngine(act, held_out),
+            "engine": PlayedEngine(act, held_out, check_sentences),
             "exporter": exporter,
             "loader": exporter,
             "log_tail": lambda run_id, attempt: f"tail {attempt}",
@@ -194,7 +207,7 @@ def test_the_road_ends_in_a_published_model(house, new_run):
     payloads = [record.payload for record in house.runs.records_after(run.run_id, 0, 100)]
     states = [payload.state for payload in payloads if isinstance(payload, StateChange)]
     assert states == [RunState.QUEUED, RunState.STARTING, RunState.RUNNING, RunState.EXPORTING, RunState.SUCCEEDED]
-    checked = [payload for payload in payloads if isinstance(payload, RunEvent)][-1]
+    checked = [payload for payload in payloads if isinstance(payload, RunEvent)][-2]
     assert checked.code == "EXPORT_CHECKED"
     assert "4 of 4" in checked.message
 
@@ -507,6 +520,39 @@ def test_int8_is_kept_if_it_costs_little(house, new_run, int8_bleu, kept):
     assert f"2 held-out pairs, greedy: 30.00 in fp32, {float(int8_bleu):.2f} in int8" in event.message
     assert exact.seen[-1] == int8.seen[-1] == (["x", "z"], 1)
     assert exact.closed and int8.closed
+    outcome = house.models.resolve(ModelReference(name="en-de")).int8
+    assert outcome == Int8Outcome(scores=manifest.header.int8, kept=kept), "the published version says so too"
+
+
+@pytest.mark.parametrize(
+    ("fp16_bleu", "code"), [("29.5", "FP16_CHECKED"), ("28.5", "FP16_LOSES"), ("nan", "FP16_LOSES")]
+)
+def test_what_fp16_costs_is_measured_on_few_pairs_and_reported(house, new_run, fp16_bleu, code):
+    exact, fp16 = Echo(text="30"), Echo(text=fp16_bleu)
+    succeeded, run = house.work(new_run, exported=exact, int8=Echo(text="30"), fp16=fp16, held_out=PAIRS * 100)
+    assert succeeded
+    [event] = [payload for payload in house.payloads(run.run_id) if getattr(payload, "code", "").startswith("FP16")]
+    assert (event.code, event.level) == (code, EventLevel.INFO if code == "FP16_CHECKED" else EventLevel.WARNING)
+    assert f"of 100 held-out pairs, greedy, on a CPU: 30.00 in fp32, {float(fp16_bleu):.2f} in fp16" in event.message
+    assert sum(len(sentences) for sentences, _ in fp16.seen) == 100
+    assert fp16.closed
+
+
+@pytest.mark.parametrize("failure", ["load", "translate"])
+def test_fp16_that_cannot_be_tried_fails_no_run(house, new_run, failure):
+    class Broken(Echo):
+        def translate(self, sentences, options, token):
+            raise ArithmeticError("not on this CPU")
+
+    fp16 = Broken()
+    ports = house.ports(exported=Echo(text="30"), int8=Echo(text="30"), fp16=fp16, held_out=PAIRS)
+    if failure == "load":
+        del ports.loader.loads[ComputeType.FP16]
+    run, run_dir = house.start(new_run)
+    assert execute_attempt(ports, run.run_id, 1, house.worker, run_dir)
+    codes = {getattr(payload, "code", "") for payload in house.payloads(run.run_id)}
+    assert {"FP16_NOT_MEASURED", "INT8_CHECKED"} < codes
+    assert fp16.closed or failure == "load"
 
 
 def test_a_score_that_is_no_number_is_too_low(house, new_run):
@@ -515,13 +561,51 @@ def test_a_score_that_is_no_number_is_too_low(house, new_run):
     assert not manifest_of_the_only_model(house).has_int8
 
 
-def test_without_held_out_pairs_nobody_measures_int8(house, new_run):
-    int8 = Echo()
-    _, run = house.work(new_run, int8=int8)
-    assert int8.seen == []
-    assert manifest_of_the_only_model(house).header.int8 is None
-    codes = [getattr(payload, "code", "") for payload in house.payloads(run.run_id)]
-    assert not any(code.startswith("INT8") for code in codes)
+def test_without_held_out_pairs_nothing_is_measured_and_this_is_said(house, new_run):
+    int8, fp16 = Echo(), Echo()
+    _, run = house.work(new_run, int8=int8, fp16=fp16)
+    assert int8.seen == fp16.seen == []
+    manifest = manifest_of_the_only_model(house)
+    assert (manifest.header.int8, manifest.has_int8) == (Int8Scores(pairs=0), True)
+    event = [payload for payload in house.payloads(run.run_id) if isinstance(payload, RunEvent)][-1]
+    assert (event.level, event.code) == (EventLevel.WARNING, "ARITHMETICS_NOT_MEASURED")
+    assert house.models.resolve(ModelReference(name="en-de")).int8.scores.loss is None
+
+
+class Slow(Echo):
+    """A translator that takes a while, and has something happen when it begins."""
+
+    def __init__(self, begins):
+        super().__init__(text="0")
+        self.begins = begins
+
+    def translate(self, sentences, options, token):
+        if not self.seen:
+            self.begins()
+        time.sleep(0.01)
+        return super().translate(sentences, options, token)
+
+
+@pytest.mark.parametrize("stage", ["exported", "reference", "fp16", "int8"])
+def test_checking_a_bundle_ends_soon_after_a_cancellation(house, new_run, stage):
+    slow = Slow(lambda: [house.runs.request_cancel(run.run_id) for run in house.runs.unfinished()])
+    options = {"exported": Echo(text="0"), "int8": Echo(text="0"), "reference": Echo(text="0"), stage: slow}
+    succeeded, run = house.work(new_run, check_sentences=("a",) * 6400, held_out=PAIRS * 3200, **options)
+    assert (succeeded, run.state) == (False, RunState.CANCELLED)
+    assert len(slow.seen) < 60
+    assert slow.closed or stage == "reference"
+    assert house.models.list_page(None, 10) == []
+
+
+def test_checking_a_bundle_ends_soon_after_the_worker_is_told_to_end(house, new_run):
+    told = threading.Event()
+    slow = Slow(told.set)
+    succeeded, run = house.work(
+        new_run, exported=Echo(text="0"), int8=slow, held_out=PAIRS * 3200, stop_requested=told.is_set
+    )
+    assert (succeeded, run.state, run.worker) == (False, RunState.QUEUED, None), "another attempt exports it"
+    assert len(slow.seen) < 60
+    assert list(house.folder.staging.iterdir()) == []
 
 
 def test_models_that_were_loaded_to_be_checked_are_closed_whatever_happens(house, new_run):
@@ -601,3 +685,56 @@ def test_the_optimizer_may_be_gone_once_the_run_has_a_checkpoint(house, new_run,
     folders.delete(source.run_id)
     later = initial_weights(house.models, folders, run)
     assert (later.keep_optimizer, later.checkpoint) == (True, None)
+
+
+TRACE = "0af7651916cd43dd8448eb211c80319c"
+
+
+def in_a_trace(new_run):
+    """A maker of runs that were started in a trace."""
+    context = f"00-{TRACE}-b7ad6b7169203331-01"
+    return lambda *args: dataclasses.replace(new_run(*args), trace_context=context)
+
+
+def test_the_spans_of_an_attempt_belong_to_the_trace_the_run_was_started_in(house, new_run):
+    spans = KeptSpans()
+    succeeded, run = house.work(in_a_trace(new_run), tracer=spans.tracer)
+    assert succeeded
+    attempt, export = spans.one("attempt"), spans.one("export")
+    assert f"{attempt.context.trace_id:032x}" == TRACE
+    assert f"{attempt.parent.span_id:016x}" == "b7ad6b7169203331"
+    assert export.parent.span_id == attempt.context.span_id
+    assert attempt.attributes == {"ferryman.run": run.run_id, "ferryman.attempt": 1, "ferryman.model_name": "en-de"}
+    assert attempt.status.is_unset
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (TrainingFailed(FailureReason.OUT_OF_MEMORY, "no room"), "TrainingFailed"),
+        (OSError(errno.ENOSPC, "full"), "OSError"),
+        (PauseRequested(), None),
+        (RunCancelled(), None),
+    ],
+    ids=lambda value: str(value),
+)
+def test_an_attempt_that_fails_says_so_in_its_span_and_one_that_was_told_to_end_does_not(house, new_run, error, told):
+    def act(reporter):
+        raise error
+
+    spans = KeptSpans()
+    house.work(in_a_trace(new_run), act, tracer=spans.tracer)
+    attempt = spans.one("attempt")
+    assert attempt.attributes.get("error.type") == told
+    assert attempt.status.is_ok is (told is None)
+
+
+def test_the_sentences_of_an_export_that_is_not_the_same_are_marked_in_the_log(house, new_run, caplog):
+    house.work(new_run, exported=Echo(tokens=(5,)), reference=Echo(tokens=(6,), score=-9.0))
+    house.work(new_run, lambda reporter: fail_for_memory())
+    marks = [getattr(record, MAY_HOLD_TEXT) for record in caplog.records if record.exc_info]
+    assert marks == [True, False]
+
+
+def fail_for_memory():
+    raise TrainingFailed(FailureReason.OUT_OF_MEMORY, "no room")

@@ -10,7 +10,9 @@ import pytest
 from ferryman_service.application.loaded_models import LoadedModels, LoadingLimits
 from ferryman_service.domain.errors import ModelDamaged, ModelNotFound, ModelTooLarge, ServerShuttingDown
 from ferryman_service.domain.models import ModelReference
+from ferryman_service.domain.translation import ComputeType
 from tests.fakes.leases import leased
+from tests.fakes.observers import FakeLoadObserver
 
 LATEST = ModelReference(name="m")
 PRODUCTION = ModelReference(name="m", alias="production")
@@ -36,7 +38,7 @@ def test_a_lease_loads_and_warms_up_once(make_loaded, publish, loader):
     assert loader.loads == ["m/1"]
     [model] = loaded.loaded()
     assert (model.reference, model.memory_bytes) == ("m/1", 100)
-    assert model.load_time_ns > 0
+    assert model.load_time_ns > 0 and model.compute_type is ComputeType.FP32
     assert loaded.is_loaded(version) and not first.closed
 
 
@@ -171,6 +173,29 @@ def test_the_memory_of_what_still_drains_counts(make_loaded, publish, loader):
         loaded.unload(a)
         loaded.load(c)
         assert references(loaded) == ["c/1"], "a drains, so b had to leave"
+
+
+def test_the_caches_of_what_is_translated_count(make_loaded, publish, loader):
+    loaded = make_loaded(max_loaded_models=9, memory_bytes=350)
+    versions = [publish(name) for name in "abc"]
+    for version in versions:
+        loaded.load(version)
+    idle, _, busy = loader.made
+    with loaded.lease(versions[2]), loaded.lease(versions[2]):
+        busy.cached_bytes = 50
+        with loaded.lease(versions[2]):
+            assert references(loaded) == ["c/1", "b/1", "a/1"]
+        idle.cached_bytes = 1
+        with loaded.lease(versions[2]):
+            assert references(loaded) == ["c/1", "b/1", "a/1"]
+            assert idle.cached_bytes == 0, "what is kept for nobody goes before any model does"
+        busy.cached_bytes = 51
+        with loaded.lease(versions[2]):
+            assert references(loaded) == ["c/1", "b/1"]
+        busy.cached_bytes = 1000
+    assert references(loaded) == ["c/1"]
+    assert loader.open() == ["c/1"], "with its last sentence a model's own caches go, not the model"
+    assert busy.cached_bytes == 0
 
 
 def test_closing_frees_all_and_refuses_new_leases(make_loaded, publish, loader):
@@ -310,3 +335,33 @@ def test_random_leases_loads_and_unloads_keep_the_promises(make_loaded, publish,
             future.result(timeout=60)
     assert loader.open() == sorted(references(loaded))
     assert len(references(loaded)) <= 2
+
+
+def test_loads_and_their_failures_are_observed(models, loader, publish):
+    observer = FakeLoadObserver()
+    loaded = LoadedModels(models, loader, LoadingLimits(memory_bytes=1000), observer)
+    version = publish()
+    loader.failures = [ModelDamaged("not today")]
+    loader.warm_up_failures = [MemoryError()]
+    for error in (ModelDamaged, MemoryError):
+        with pytest.raises(error):
+            loaded.load(version)
+    loader.memory_bytes = 1001
+    with pytest.raises(ModelTooLarge):
+        loaded.load(version)
+    loader.memory_bytes = 100
+    assert (observer.failures, observer.loads_s) == (3, [])
+    loaded.load(version)
+    loaded.load(version)
+    [load_s] = observer.loads_s
+    assert load_s > 0 and observer.failures == 3
+
+
+def test_a_version_that_was_deleted_meanwhile_is_no_failure(models, loader, publish):
+    observer = FakeLoadObserver()
+    loaded = LoadedModels(models, loader, LoadingLimits(), observer)
+    version = publish()
+    models.delete_version(version.name, version.version)
+    with pytest.raises(ModelNotFound):
+        loaded.load(version)
+    assert observer.failures == 0

@@ -1,35 +1,51 @@
 """The short way to a leased model is never an outdated one."""
 
 import asyncio
+import itertools
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from ferryman_service.application.loaded_models import LoadedModels, LoadingLimits
-from ferryman_service.application.model_access import ModelAccess
-from ferryman_service.domain.errors import ModelNotFound
+from ferryman_service.application.loaded_models import Lease, LoadedModels, LoadingLimits
+from ferryman_service.application.model_access import TRY_AGAIN_S, ModelAccess
+from ferryman_service.domain.errors import ModelDamaged, ModelNotFound, StoreUnavailable
 from ferryman_service.domain.models import ModelReference
 
 LATEST = ModelReference(name="m")
+PRODUCTION = ModelReference(name="m", alias="production")
 
 
 class CountingModels:
-    """A ModelStore that counts how often it is asked to resolve; `on_resolve` is called after each."""
+    """A ModelStore that counts how often it is asked to resolve; `on_resolve` is called after each. While it is `lost`
+    it can tell nothing, as a database on a disk that is gone."""
 
     def __init__(self, models):
         self._models = models
         self.resolved = 0
         self.on_resolve = lambda: None
+        self.lost = False
+        self._unknown = itertools.count(-1, -1)
+
+    def revision(self):
+        return next(self._unknown) if self.lost else self._models.revision()
 
     def __getattr__(self, name):
         return getattr(self._models, name)
 
     def resolve(self, reference):
+        if self.lost:
+            raise StoreUnavailable("the disk is gone")
         version = self._models.resolve(reference)
         self.resolved += 1
         self.on_resolve()
         return version
+
+
+async def becomes(condition):
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0.001)
 
 
 @pytest.fixture
@@ -74,17 +90,22 @@ async def test_it_is_resolved_once_as_long_as_nothing_changes(serve, counting, p
     assert counting.resolved == 1
 
 
-async def test_what_has_changed_counts_at_once(serve, publish):
+async def test_what_has_changed_counts_at_once(serve, models, publish):
     for version in range(1, 6):
         publish()
-        assert [await serve() for _ in range(2)] == [version] * 2
+        models.set_alias("m", "production", version)
+        assert [await serve(PRODUCTION) for _ in range(2)] == [version] * 2
 
 
-async def test_what_changes_while_it_is_resolved_is_not_missed(serve, counting, publish):
-    publish()
-    counting.on_resolve = lambda: (setattr(counting, "on_resolve", lambda: None), publish())
-    assert await serve() == 1, "it was the latest when it was asked for"
-    assert await serve() == 2
+async def test_what_changes_while_it_is_resolved_is_not_missed(serve, counting, models, publish):
+    publish(), publish()
+    models.set_alias("m", "production", 1)
+    counting.on_resolve = lambda: (
+        setattr(counting, "on_resolve", lambda: None),
+        models.set_alias("m", "production", 2),
+    )
+    assert await serve(PRODUCTION) == 1, "it was so when it was asked for"
+    assert await serve(PRODUCTION) == 2
 
 
 async def test_a_slow_answer_does_not_replace_a_newer_one(serve, counting, publish):
@@ -141,6 +162,147 @@ async def test_however_many_wait_for_a_load_other_models_are_served(serve, loade
     assert loader.loads == ["ready/1", "slow/1"]
 
 
+async def test_however_many_wait_for_a_load_other_models_are_loaded(serve, loader, publish):
+    """There are two threads for loads."""
+    publish("slow"), publish("other")
+    loader.gate.clear()
+    waiting = [asyncio.create_task(serve(ModelReference(name="slow"))) for _ in range(9)]
+    await becomes(lambda: loader.loads == ["slow/1"])
+    waiting.append(asyncio.create_task(serve(ModelReference(name="other"))))
+    try:
+        await becomes(lambda: loader.loads == ["slow/1", "other/1"])
+    finally:
+        loader.gate.set()
+    assert await asyncio.gather(*waiting) == [1] * 10
+
+
+async def test_all_who_wait_for_a_load_that_fails_are_told_and_the_next_tries_again(serve, counting, loader, publish):
+    publish()
+    loader.gate.clear()
+    waiting = [asyncio.create_task(serve()) for _ in range(5)]
+    await becomes(lambda: counting.resolved == 5 and loader.began.is_set())
+    await asyncio.sleep(0.02)
+    loader.failures.append(ModelDamaged("not today"))
+    loader.gate.set()
+    results = await asyncio.gather(*waiting, return_exceptions=True)
+    assert [type(result) for result in results] == [ModelDamaged] * 5
+    assert await serve() == 1
+    assert loader.loads == ["m/1", "m/1"]
+
+
+async def test_the_version_before_serves_on_until_the_newer_one_is_warm(serve, loaded, loader, publish):
+    publish()
+    assert await serve() == 1
+    publish()
+    loader.gate.clear()
+    try:
+        assert [await asyncio.wait_for(serve(), 5) for _ in range(5)] == [1] * 5
+        await becomes(lambda: loader.loads == ["m/1", "m/2"])
+        assert await serve() == 1
+    finally:
+        loader.gate.set()
+    await becomes(lambda: "m/2" in [model.reference for model in loaded.loaded()])
+    assert [await serve() for _ in range(3)] == [2] * 3
+    assert loader.loads == ["m/1", "m/2"], "it is loaded once, whoever asks meanwhile"
+
+
+async def test_what_serves_on_keeps_its_place_while_the_newer_one_is_loaded(
+    counting, loader, executor, loading, publish
+):
+    loaded = LoadedModels(counting, loader, LoadingLimits(max_loaded_models=1))
+    access = ModelAccess(counting, loaded, executor, loading)
+    publish()
+    (await access.lease(LATEST)).release(executor)
+    publish()
+    loader.gate.clear()
+    for _ in range(20):
+        lease = await asyncio.wait_for(access.lease(LATEST), 5)
+        assert lease.version.version == 1
+        lease.release(executor)
+        await asyncio.sleep(0.002)
+    loader.gate.set()
+    await becomes(lambda: loader.open() == ["m/2"])
+    assert loader.loads == ["m/1", "m/2"]
+
+
+async def test_it_serves_on_if_the_newer_one_cannot_be_loaded_which_is_tried_again_later(
+    counting, loaded, loader, executor, loading, publish, caplog
+):
+    now_s = 0.0
+    access = ModelAccess(counting, loaded, executor, loading, clock=lambda: now_s)
+
+    async def serve():
+        lease = await access.lease(LATEST)
+        lease.release(executor)
+        await asyncio.sleep(0.005)
+        return lease.version.version
+
+    publish()
+    assert await serve() == 1
+    publish()
+    loader.failures += [ModelDamaged("not today"), ModelDamaged("nor today")]
+    for tries in (1, 2):
+        assert await serve() == 1
+        await becomes(lambda tries=tries: len(caplog.records) == tries)
+        now_s += TRY_AGAIN_S - 1
+        assert [await serve() for _ in range(5)] == [1] * 5
+        assert len(loader.loads) == 1 + tries, "not at every request"
+        now_s += 2
+    assert await serve() == 1
+    await becomes(lambda: loader.open() == ["m/1", "m/2"])
+    assert await serve() == 2
+
+
+async def test_what_is_deleted_or_unloaded_serves_on_no_more(serve, models, loaded, publish):
+    """Deleted by another process, that is: here it would leave memory."""
+    publish()
+    assert await serve() == 1
+    publish()
+    models.delete_version("m", 1)
+    assert await serve() == 2
+    publish()
+    await asyncio.wrap_future(loaded.unload(models.resolve(ModelReference(name="m", version=2))))
+    assert await serve() == 3
+
+
+async def test_nobody_gets_an_older_version_after_a_newer_one(serve, loaded, models, publish):
+    old, new = publish(), publish()
+    assert await serve(ModelReference(name="m", version=1)) == 1
+    assert await serve() == 2
+    await asyncio.wrap_future(loaded.unload(new))
+    assert loaded.is_loaded(old)
+    assert await serve() == 2
+
+
+async def test_an_alias_and_a_number_are_served_as_they_say(serve, models, publish):
+    publish()
+    models.set_alias("m", "production", 1)
+    assert [await serve(), await serve(PRODUCTION)] == [1, 1]
+    publish()
+    models.set_alias("m", "production", 2)
+    assert await serve(PRODUCTION) == 2
+    publish()
+    assert await serve(ModelReference(name="m", version=3)) == 3
+
+
+async def test_a_lease_that_comes_just_when_its_caller_gives_up_is_given_back(
+    counting, loaded, executor, loading, publish, monkeypatch
+):
+    version = publish()
+    asked = asyncio.create_task(ModelAccess(counting, loaded, executor, loading).lease(LATEST))
+    share = Lease.share
+
+    def share_and_cancel(lease):
+        asyncio.get_running_loop().call_soon(asked.cancel)
+        return share(lease)
+
+    monkeypatch.setattr(Lease, "share", share_and_cancel)
+    with pytest.raises(asyncio.CancelledError):
+        await asked
+    assert loaded.is_loaded(version)
+    await asyncio.wait_for(asyncio.wrap_future(loaded.unload(version)), 5)
+
+
 async def test_a_lease_keeps_its_model_until_it_is_released(counting, loaded, executor, loading, publish):
     version = publish()
     access = ModelAccess(counting, loaded, executor, loading)
@@ -162,3 +324,32 @@ async def test_the_last_release_frees_also_when_the_executor_has_ended(counting,
     executor.shutdown()
     lease.release(executor)
     assert lease.engine.closed
+
+
+async def test_without_the_database_what_is_in_memory_serves_on(serve, counting, loaded, models, publish):
+    version = publish()
+    models.set_alias("m", "production", 1)
+    for reference in (LATEST, PRODUCTION):
+        assert await serve(reference) == 1
+    counting.lost = True
+    for reference in (LATEST, PRODUCTION) * 2:
+        assert await serve(reference) == 1
+    with pytest.raises(StoreUnavailable):
+        await serve(ModelReference(name="other"))
+    await asyncio.wrap_future(loaded.unload(version))
+    with pytest.raises(StoreUnavailable):
+        await serve()
+    counting.lost = False
+    publish()
+    assert await serve() == 2
+
+
+async def test_what_was_deleted_does_not_come_back_without_the_database(serve, counting, models, publish):
+    publish()
+    assert await serve() == 1
+    models.delete_version("m", 1)
+    with pytest.raises(ModelNotFound):
+        await serve()
+    counting.lost = True
+    with pytest.raises(StoreUnavailable):
+        await serve()

@@ -61,6 +61,28 @@ async def test_an_alias_moves_after_its_new_target_is_loaded(use_cases, models, 
     assert loader.loads == ["m/1", "m/2"]
 
 
+async def test_the_old_target_keeps_its_memory_until_the_alias_has_moved(models, loader, publish):
+    old, _ = publish(), publish()
+    models.set_alias("m", "production", 1)
+    loaded = LoadedModels(models, loader, LoadingLimits(max_loaded_models=1))
+    cases = ModelUseCases(models=models, loaded=loaded, pager=Pager(b"key"))
+    loaded.load(old)
+    loader.began.clear()
+    loader.gate.clear()
+    moving = asyncio.ensure_future(cases.set_alias("m", "production", 2))
+    await until(loader.began)
+    with leased(loaded, PRODUCTION) as (version, _):
+        assert version == old
+    assert loaded.is_loaded(old), "there is room for one model, and it serves"
+    loader.gate.set()
+    await moving
+    async with asyncio.timeout(10):
+        while loader.open() != ["m/2"]:
+            await asyncio.sleep(0.001)
+    assert loader.loads == ["m/1", "m/2"]
+    cases.close()
+
+
 async def test_an_alias_that_nobody_uses_here_moves_without_a_load(use_cases, models, loaded, loader, publish):
     old, _ = publish(), publish()
     await use_cases.set_alias("m", "production", 1)

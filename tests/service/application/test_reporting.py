@@ -49,6 +49,7 @@ def test_reports_are_stored_in_order_and_summed_up(runs, running_run):
     progress = runs.get(run.run_id).progress
     assert (progress.step, progress.target_tokens, progress.fraction) == (50, 5000, 0.5)
     assert progress.remaining_seconds >= 0
+    assert run.create_time_ns < progress.step_time_ns < time.time_ns()
 
 
 def test_a_cancellation_reaches_a_worker_that_reports_nothing(runs, running_run):

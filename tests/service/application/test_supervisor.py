@@ -7,9 +7,11 @@ import pytest
 
 from ferryman_service.application.supervisor import Supervisor, SupervisorConfig
 from ferryman_service.domain.errors import AttemptFenced
+from ferryman_service.domain.log_context import log_fields
 from ferryman_service.domain.records import EventLevel, RunEvent, RunState, StepMetrics
 from ferryman_service.domain.runs import FailureReason, Handover
 from tests.fakes.launcher import FakeLauncher
+from tests.fakes.observers import FakeLaunchObserver
 
 
 @pytest.fixture
@@ -320,6 +322,16 @@ def test_a_run_that_cannot_be_looked_after_does_not_starve_the_others(runs, laun
     assert [broken.run_id in message for message in bugs] == [True], "told once"
 
 
+def test_what_is_logged_while_a_run_is_looked_after_is_about_it(runs, launcher, running_run, caplog):
+    broken = running_run()
+    launcher.broken.add(broken.run_id)
+    seen = []
+    caplog.handler.addFilter(lambda record: seen.append(dict(log_fields())) or True)
+    make_supervisor(runs, launcher).tick()
+    assert seen == [{"run": broken.run_id}]
+    assert log_fields() == {}
+
+
 class DeletingStore:
     """A run store whose callers delete a run between the supervisor's look and its deed."""
 
@@ -394,3 +406,15 @@ def test_a_start_that_takes_too_long_is_ended(runs, launcher, queue_run):
     supervisor.tick()
     assert launcher.killed == [(run.run_id, 1)]
     assert runs.get(run.run_id).state is RunState.QUEUED
+
+
+def test_starts_of_workers_are_observed(runs, launcher, queue_run):
+    observer = FakeLaunchObserver()
+    supervisor = Supervisor(runs, launcher, SupervisorConfig(backoff_s=0.0), observer)
+    queue_run()
+    launcher.fail_with = OSError(errno.ENOENT, "no such program")
+    supervisor.tick()
+    launcher.fail_with = None
+    supervisor.tick()
+    supervisor.tick()
+    assert observer.outcomes == ["failed_to_start", "started"]

@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import threading
 
 import pytest
 
@@ -248,18 +249,98 @@ async def test_a_bug_in_one_sentence_stops_the_others(make_cases, publish):
 async def test_a_full_queue_refuses_and_forgets_nothing(make_cases, publish):
     publish()
     loader = FakeBundleLoader()
-    cases = make_cases(loader=loader, queue_tokens=10)
-    holding = asyncio.create_task(cases.translate(request("wait")))
-    await becomes(loader.translator.busy.is_set)
-    assert texts(await cases.translate(request("one two"))) == ["ONE TWO"]
+    cases = make_cases(loader=loader, queue_tokens=12)
+    holding = [asyncio.create_task(cases.translate(request("wait"))) for _ in range(3)]
+    await becomes(lambda: loader.translator.in_flight == 3)
     for _ in range(20):
         with pytest.raises(QueueFull) as caught:
-            await cases.translate(request("one two three"))
+            await cases.translate(request("one"))
     assert 0.1 <= caught.value.retry_delay_s <= 30
-    assert cases.queued_tokens() == (4, 0)
-    holding.cancel()
+    assert cases.queued_tokens() == (12, 0)
+    holding[0].cancel()
+    await becomes(lambda: cases.queued_tokens() == (8, 0))
+    assert texts(await cases.translate(request("one two three four five"))) == ["ONE TWO THREE FOUR FIVE"], "any size"
+    for task in holding[1:]:
+        task.cancel()
     await becomes(lambda: cases.queued_tokens() == (0, 0))
-    assert len(texts(await cases.translate(request(*["one two three"] * 50)))) == 50, "alone it may be larger than all"
+
+
+async def test_a_call_over_the_whole_queue_is_refused_with_the_limit(make_cases, publish):
+    publish()
+    cases = make_cases(queue_tokens=80)
+    assert len(texts(await cases.translate(request(*["one two three"] * 10)))) == 10
+    with pytest.raises(InvalidRequest, match=r"take 88 row tokens .* at most 80 ") as caught:
+        await cases.translate(request(*["one two three"] * 11))
+    assert [(v.field, v.reason) for v in caught.value.violations] == [("sentences", "TOO_MANY_TOKENS")]
+    assert cases.queued_tokens() == (0, 0)
+
+
+async def test_what_waits_for_a_load_is_counted(models, publish, loader):
+    publish()
+    loaded = LoadedModels(models, loader, LoadingLimits())
+    limits = TranslationLimits(queue_tokens=100)
+    cases = TranslationUseCases(models=models, loaded=loaded, splitter=SentencexSplitter(), limits=limits)
+    loader.gate.clear()
+    calls = [asyncio.ensure_future(cases.translate(request("of 12 chars."))) for _ in range(50)]
+    await asyncio.sleep(0.05)
+    waiting = [call for call in calls if not call.done()]
+    assert len(waiting) == 13, "eight row tokens each: three subwords and the end symbol, two rows"
+    assert cases.queued_tokens() == (13 * 8, 0)
+    assert {type(call.exception()) for call in calls if call.done()} == {QueueFull}
+    waiting.pop().cancel()
+    loader.gate.set()
+    results = await asyncio.gather(*waiting)
+    assert [texts(result) for result in results] == [["m/1"]] * 12, "what was accepted is not refused any more"
+    assert cases.queued_tokens() == (0, 0)
+    await asyncio.to_thread(cases.close)
+    loaded.close()
+
+
+async def test_what_waits_for_a_thread_is_counted_and_not_begun_once_its_caller_is_gone(make_cases, publish):
+    publish()
+    loader = FakeBundleLoader()
+    cases = make_cases(loader=loader)
+    await cases.translate(request("x"))
+    loader.translator.preparing.clear()
+    gate = loader.translator.preparing_gate = threading.Event()
+    calls = [asyncio.create_task(cases.translate(request(*["1234"] * 8))) for _ in range(5)]
+    await asyncio.to_thread(loader.translator.preparing.wait, 10)
+    assert cases.queued_tokens() == (5 * 8 * 2 * 2, 0)
+    for call in calls[1:]:
+        call.cancel()
+    await asyncio.sleep(0.02)
+    assert cases.queued_tokens() == (5 * 8 * 2 * 2, 0), "the threads have their texts still"
+    gate.set()
+    assert texts(await calls[0]) == ["1234"] * 8
+    for call in calls[1:]:
+        with pytest.raises(asyncio.CancelledError):
+            await call
+    assert loader.translator.submitted == 1 + 8
+    assert cases.queued_tokens() == (0, 0)
+
+
+async def test_texts_of_streams_do_not_hold_up_calls(make_cases, publish):
+    publish()
+    loader = FakeBundleLoader()
+    cases = make_cases(loader=loader)
+    await cases.translate(request("x"))
+    gate = loader.translator.preparing_gate = threading.Event()
+    loader.translator.preparing.clear()
+
+    async def stream_texts():
+        async with cases.stream(StreamRequest(model="m", options=SearchOptions())) as stream:
+            await stream.put([StreamSentence(id="", sentence="x")] * 60)
+            stream.end_input()
+            while await stream.results():
+                pass
+
+    streams = [asyncio.create_task(stream_texts()) for _ in range(4)]
+    await asyncio.to_thread(loader.translator.preparing.wait, 10)
+    loader.translator.preparing_gate = None
+    result = await asyncio.wait_for(cases.translate(request(*["x"] * 60)), 5)
+    assert texts(result) == ["X"] * 60
+    gate.set()
+    await asyncio.gather(*streams)
 
 
 async def test_weights_favour_unary_calls(make_cases, publish):
@@ -295,6 +376,7 @@ async def test_what_the_names_mean_changes_with_the_very_next_call(make_cases, m
     models.set_alias("m", "production", 2)
     assert await served("m@production") == 2
     publish()
+    assert await served("m/3") == 3
     assert await served("m") == 3
     models.delete_version("m", 3)
     assert await served("m") == 2

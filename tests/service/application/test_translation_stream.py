@@ -3,6 +3,7 @@
 import asyncio
 import random
 import resource
+import threading
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -158,17 +159,73 @@ async def test_a_caller_who_does_not_read_is_not_read_from(make_server):
 
 
 async def test_streams_share_the_room_and_wait_for_it(make_server):
-    """Three tokens a sentence, thirty for all: however many streams, no more than ten sentences are under way."""
-    server = make_server(limits={"queue_tokens": 30}, delay_s=0.002)
+    """Three tokens a sentence, 480 for all: however many streams, no more than 160 sentences are under way."""
+    server = make_server(limits={"queue_tokens": 480}, delay_s=0.05)
 
     async def run(name):
-        messages = [[StreamSentence(id=f"{name} {i}", sentence="two words")] for i in range(50)]
+        messages = [[StreamSentence(id=f"{name} {i}", sentence="two words")] for i in range(100)]
         async with server.stream() as stream, writing(stream, messages):
             return await drain(stream)
 
     results = await asyncio.gather(*(run(name) for name in range(8)))
-    assert [len({result.id for result in found}) for found in results] == [50] * 8
-    assert server.engine.peak <= 10
+    assert [len({result.id for result in found}) for found in results] == [100] * 8
+    assert 100 < server.engine.peak <= 160
+
+
+async def test_a_stream_that_brings_much_at_once_holds_up_no_other(make_server):
+    """A text of 2,000 sentences is some 20 times all the room. The other streams go on between its portions, and what
+    they wait for is a portion, not all of it."""
+    server = make_server(limits={"queue_tokens": 320}, delay_s=0.01)
+    book = StreamSentence(id="book", sentence="A page. " * 2000)
+
+    async def read_book():
+        async with server.stream(split_sentences=True) as stream, writing(stream, [[book]]):
+            return await drain(stream)
+
+    reading = asyncio.create_task(read_book())
+    await asyncio.to_thread(server.engine.began.wait, 10)
+    for number in range(10):
+        async with server.stream() as stream, writing(stream, [[sentence(number)]]):
+            assert len(await drain(stream)) == 1
+        assert server.cases.queued_tokens()[1] <= 320 + 20
+    assert not reading.done(), "all this took less time than the book"
+    [result] = await reading
+    assert result.outcome.hypotheses[0].text == " ".join(["A PAGE."] * 2000)
+
+
+async def test_a_sentence_over_all_the_room_is_translated(make_server):
+    server = make_server(limits={"queue_tokens": 4})
+    async with server.stream() as stream, writing(stream, [[sentence(i, "of five words or so") for i in range(5)]]):
+        assert len(await drain(stream)) == 5
+
+
+async def test_a_text_that_waits_for_a_thread_is_counted_and_keeps_its_model(make_server):
+    """Nobody can stop a thread: the stream ends when it has let go of the text, and holds tokens and model so long."""
+    server = make_server()
+    async with server.stream() as stream:
+        stream.end_input()
+    gate = server.engine.preparing_gate = threading.Event()
+    opened, ended = asyncio.Event(), asyncio.Event()
+
+    async def run():
+        async with server.stream() as stream, writing(stream, [[sentence(i, "ten chars.") for i in range(64)]]):
+            opened.set()
+            await asyncio.Event().wait()
+
+    task = asyncio.create_task(run())
+    task.add_done_callback(lambda _: ended.set())
+    await opened.wait()
+    await asyncio.to_thread(server.engine.preparing.wait, 10)
+    assert server.cases.queued_tokens() == (0, 640 // 4 + 64)
+    freed = server.loaded.unload(stream.version)
+    task.cancel()
+    await asyncio.sleep(0.05)
+    assert not ended.is_set() and not freed.done()
+    assert server.cases.queued_tokens() == (0, 640 // 4 + 64)
+    gate.set()
+    await asyncio.wait_for(ended.wait(), 10)
+    await asyncio.wait_for(asyncio.wrap_future(freed), 10)
+    assert server.cases.queued_tokens() == (0, 0)
 
 
 async def test_a_message_larger_than_the_window_and_the_room_passes(make_server):
@@ -234,7 +291,8 @@ async def test_violations_of_the_configuration_are_found_at_once(make_server):
 async def test_a_stream_keeps_its_version(make_server, publish):
     server = make_server()
     async with server.stream() as stream:
-        publish()
+        newer = publish()
+        server.loaded.load(newer)
         assert stream.version.reference == "m/1"
         async with server.stream() as later:
             assert later.version.reference == "m/2"

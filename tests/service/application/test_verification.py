@@ -2,9 +2,10 @@
 
 import pytest
 
-from ferryman_service.application.verification import check_export, measure_int8
+from ferryman_service.application.verification import check_export, translate_held_out
 from ferryman_service.domain.models import Int8Scores
 from ferryman_service.domain.runs import FailureReason, TrainingFailed
+from ferryman_service.domain.training import RunCancelled
 from ferryman_service.domain.translation import Hypothesis, Timings, Translation
 
 
@@ -31,7 +32,7 @@ class Dictionary:
 
 
 def test_equal_translations_are_counted():
-    verdict = check_export(reference=Dictionary(), exported=Dictionary(), sentences=["a", "b", "c"])
+    verdict = check_export(reference=Dictionary(), exported=Dictionary(), sentences=["a", "b", "c"], check=lambda: None)
     assert verdict == "the exported model gave the same tokens as the trained one in 6 of 6 translations"
 
 
@@ -39,32 +40,43 @@ def test_equal_translations_are_counted():
 def test_another_translation_is_a_mismatch_that_names_the_sentence(beam_size):
     other = Dictionary(**{f"b{beam_size}": ((8,), -1.01)})
     with pytest.raises(TrainingFailed, match=rf"'b' \(beam {beam_size}\) as 'b \(8,\)'") as caught:
-        check_export(reference=Dictionary(), exported=other, sentences=["a", "b", "c"])
+        check_export(reference=Dictionary(), exported=other, sentences=["a", "b", "c"], check=lambda: None)
     assert caught.value.reason is FailureReason.EXPORT_MISMATCH
 
 
 def test_a_tie_is_no_mismatch_but_not_the_same():
     other = Dictionary(b5=((8,), -1.0005), c1=((), -0.9995))
-    assert "in 4 of 6" in check_export(reference=Dictionary(), exported=other, sentences=["a", "b", "c"])
+    assert "in 4 of 6" in check_export(
+        reference=Dictionary(), exported=other, sentences=["a", "b", "c"], check=lambda: None
+    )
 
 
 def test_no_sentences_no_mismatch():
-    assert "0 of 0" in check_export(reference=Dictionary(), exported=Dictionary(), sentences=[])
+    assert "0 of 0" in check_export(reference=Dictionary(), exported=Dictionary(), sentences=[], check=lambda: None)
 
 
-def test_int8_is_measured_on_all_pairs_greedily_against_the_references():
-    seen = []
-
-    def bleu(translations, references):
-        seen.append((translations, references))
-        return 40.0 - len(seen)
-
-    scores = measure_int8(
-        exact=Dictionary(a1=((5,), -1.0)),
-        int8=Dictionary(a1=((6,), -1.0)),
-        pairs=[("a", "A"), ("b", "B")],
-        bleu=bleu,
+def test_held_out_sentences_are_translated_greedily_in_order_and_in_portions():
+    checks = []
+    found = translate_held_out(
+        Dictionary(**{"901": ((5,), -1.0)}), [str(number) for number in range(100)], lambda: checks.append(1)
     )
-    assert scores == Int8Scores(pairs=2, fp32_bleu=39.0, int8_bleu=38.0)
-    assert scores.loss == 1.0
-    assert seen == [(["a (5,)", "b (7,)"], ["A", "B"]), (["a (6,)", "b (7,)"], ["A", "B"])]
+    assert found == [f"{number} {(5,) if number == 90 else (7,)}" for number in range(100)]
+    assert len(checks) >= 4, "a hundred sentences are not one piece of work"
+
+
+def test_the_check_may_end_it():
+    def stop():
+        raise RunCancelled("run_x")
+
+    with pytest.raises(RunCancelled):
+        translate_held_out(Dictionary(), ["a"], stop)
+    with pytest.raises(RunCancelled):
+        check_export(reference=Dictionary(), exported=Dictionary(), sentences=["a"], check=stop)
+
+
+def test_scores_are_of_pairs():
+    assert Int8Scores(pairs=2, fp32_bleu=39.0, int8_bleu=38.0).loss == 1.0
+    assert Int8Scores(pairs=0).loss is None
+    for wrong in ({"pairs": 0, "fp32_bleu": 1.0, "int8_bleu": 1.0}, {"pairs": 2}, {"pairs": 2, "fp32_bleu": 1.0}):
+        with pytest.raises(AssertionError):
+            Int8Scores(**wrong)

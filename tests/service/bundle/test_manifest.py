@@ -8,7 +8,7 @@ import pytest
 
 from ferryman_service.bundle import manifest as bundles
 from ferryman_service.domain.errors import ModelDamaged
-from ferryman_service.domain.models import Int8Scores, ModelLineage, ModelScores
+from ferryman_service.domain.models import Int8Outcome, Int8Scores, ModelLineage, ModelScores
 from ferryman_service.domain.recipe import resolve_recipe
 from ferryman_service.domain.translation import ComputeType
 
@@ -194,6 +194,12 @@ def test_settling_int8_changes_nothing_else(int8_bundle, header, keep):
     assert bundles.WEIGHTS_FILE in manifest.files
     assert {path.name for path in int8_bundle.iterdir()} == {*manifest.files, bundles.MANIFEST_FILE}
     bundles.settle_int8(int8_bundle, scores, keep=keep)  # a second time does no harm
+
+
+def test_that_nothing_was_measured_is_kept_too(int8_bundle):
+    assert bundles.read_manifest(int8_bundle).int8 is None
+    bundles.settle_int8(int8_bundle, Int8Scores(pairs=0), keep=True)
+    assert bundles.read_manifest(int8_bundle).int8 == Int8Outcome(scores=Int8Scores(pairs=0), kept=True)
 
 
 def test_every_compute_type_has_graphs_of_its_own():

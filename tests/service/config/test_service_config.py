@@ -1,68 +1,59 @@
-"""Configuration: flags, environment, defaults, and clear refusals."""
-
-import argparse
-from pathlib import Path
+"""Configuration: what can be, and clear refusals of what cannot."""
 
 import pytest
 
-from ferryman_service.config.service_config import Device, Role, ServiceConfig, add_arguments, config_from
+from ferryman_service.config.service_config import (
+    HELP,
+    RANGES,
+    ComputeChoice,
+    ConfigMistakes,
+    Device,
+    ServiceConfig,
+    flag_of,
+    variable_of,
+)
 
 
-def parse(*argv, **environment):
-    parser = argparse.ArgumentParser()
-    add_arguments(parser, environment)
-    return config_from(parser.parse_args(argv))
+def test_only_loopback_is_served_by_default():
+    config = ServiceConfig()
+    assert {config.host, config.metrics_host, config.probe_host} == {"127.0.0.1"}
 
 
-def test_nothing_set_gives_the_defaults():
-    assert parse() == ServiceConfig()
-    assert ServiceConfig().host == "127.0.0.1"
+def test_the_defaults_are_within_their_ranges_and_every_number_has_one():
+    numbers = {name for name in HELP if type(getattr(ServiceConfig(), name)) in (int, float)}
+    assert set(RANGES) == numbers
 
 
-def test_flags_win_over_the_environment():
-    config = parse("--port", "7", FERRYMAN_PORT="8", FERRYMAN_DATA_DIR="/data", FERRYMAN_REFLECTION="off")
-    assert (config.port, config.data_dir, config.reflection) == (7, Path("/data"), False)
-    assert parse("--reflection", FERRYMAN_REFLECTION="off").reflection
-
-
-def test_roles_and_device():
-    assert parse("--roles", "translation").roles == {Role.TRANSLATION}
-    assert parse(FERRYMAN_ROLES="training, translation").roles == set(Role)
-    assert parse("--device", "cuda").device is Device.CUDA
+def test_names_of_flags_and_variables():
+    assert (flag_of("max_connection_age_s"), variable_of("data_dir")) == ("--max-connection-age-s", "FERRYMAN_DATA_DIR")
 
 
 @pytest.mark.parametrize(
-    ("argv", "environment", "word"),
+    ("fields", "words"),
     [
-        (["--port", "x"], {}, "--port"),
-        (["--roles", "cooking"], {}, "--roles"),
-        ([], {"FERRYMAN_PORT": "x"}, "FERRYMAN_PORT"),
-        ([], {"FERRYMAN_REFLECTION": "perhaps"}, "FERRYMAN_REFLECTION"),
+        ({"port": 70_000}, "--port is 70000, must be from 0 to 65535"),
+        ({"translation_threads": 0}, "--translation-threads is 0"),
+        ({"model_memory_mib": -1}, "--model-memory-mib is -1"),
+        ({"grace_s": float("nan")}, "--grace-s is nan"),
+        ({"max_corpus_bytes": 2**50 + 1}, "--max-corpus-bytes is 1.12589990684262e.15|1125899906842625"),
+        ({"roles": frozenset()}, "--roles must name"),
+        ({"processes_per_run": 9}, "--processes-per-run is 9, must not be above --max-processes-per-run, which is 8"),
+        ({"device": Device.CPU, "compute_type": ComputeChoice.FP16}, "is for CUDA; on a CPU use fp32 or int8"),
+        ({"device": Device.CUDA, "compute_type": ComputeChoice.INT8}, "is for a CPU; on CUDA use fp16"),
+        ({"device": Device.CUDA, "compute_type": ComputeChoice.FP32}, "is for a CPU; on CUDA use fp16"),
     ],
 )
-def test_what_cannot_be_read_is_named(argv, environment, word, capsys):
-    with pytest.raises(SystemExit) as caught:
-        parse(*argv, **environment)
-    assert caught.value.code == 2
-    assert word in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    "argv", [["--port", "70000"], ["--translation-threads", "0"], ["--model-memory-mib", "-1"], ["--roles", ","]]
-)
-def test_what_cannot_work_is_refused(argv):
-    with pytest.raises(ValueError, match=argv[0]):
-        parse(*argv)
-
-
-@pytest.mark.parametrize(
-    ("argv", "words"),
-    [
-        (["--device", "cpu", "--compute-type", "fp16"], "is for CUDA; on a CPU use fp32 or int8"),
-        (["--device", "cuda", "--compute-type", "int8"], "is for a CPU; on CUDA use fp16"),
-        (["--device", "cuda", "--compute-type", "fp32"], "is for a CPU; on CUDA use fp16"),
-    ],
-)
-def test_arithmetic_that_the_device_has_not_is_refused(argv, words):
+def test_what_cannot_work_is_refused(fields, words):
     with pytest.raises(ValueError, match=words):
-        parse(*argv)
+        ServiceConfig(**fields)
+
+
+def test_all_that_is_wrong_is_said_at_once():
+    with pytest.raises(ConfigMistakes) as caught:
+        ServiceConfig(port=-1, grace_s=-1, roles=frozenset(), processes_per_run=9)
+    assert [mistake.options for mistake in caught.value.mistakes] == [
+        ("port",),
+        ("grace_s",),
+        ("roles",),
+        ("processes_per_run", "max_processes_per_run"),
+    ]

@@ -44,6 +44,12 @@ def test_it_tells_about_the_process_too(serve):
     assert "python_gc_objects_collected_total" in text
 
 
+def test_when_a_counter_was_created_is_not_told(serve):
+    registry = new_registry()
+    Counter("ferryman_test_total", "A test.", registry=registry).inc()
+    assert "_created" not in get(serve(registry), "/metrics")
+
+
 @pytest.mark.parametrize("path", ["/", "/favicon.ico", "/metrics/x", "/../etc/passwd"])
 def test_there_is_nothing_else(serve, path):
     with pytest.raises(urllib.error.HTTPError) as caught:

@@ -5,8 +5,9 @@ import asyncio
 import pytest
 
 from ferryman_service.domain.errors import StoreUnavailable
-from ferryman_service.domain.records import RunState, StepMetrics, ValidationMetrics
-from ferryman_service.domain.runs import RunProgress
+from ferryman_service.domain.records import EventLevel, RunEvent, RunState, StepMetrics, ValidationMetrics
+from ferryman_service.domain.runs import CheckpointInfo, Handover, ProcessIdentity, RunProgress
+from ferryman_service.observability.store import StoreMetrics
 from ferryman_service.observability.training import ObserverConfig, RunObserver
 
 
@@ -43,9 +44,54 @@ VALIDATION = ValidationMetrics(
 )
 
 
+class Checkpoints:
+    """The checkpoints that the test puts there, by run."""
+
+    def __init__(self):
+        self.there = {}
+
+    def write(self, run_id, step, create_time_ns=0):
+        info = CheckpointInfo(step=step, epoch=1, create_time_ns=create_time_ns, size_bytes=1, is_best=False)
+        self.there.setdefault(run_id, []).append(info)
+
+    def checkpoints(self, run_id):
+        return tuple(self.there.get(run_id, ()))
+
+
+class Clock:
+    """Stands still at `ns`."""
+
+    ns = 1_000_000_000_000
+
+    def __call__(self):
+        return self.ns
+
+
 @pytest.fixture
-def observer(runs, registry):
-    return RunObserver(runs, registry, ObserverConfig())
+def checkpoints():
+    return Checkpoints()
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+@pytest.fixture
+def observe(runs, checkpoints, registry, clock):
+    """A maker of observers: one for each registry."""
+
+    def make(of=None, registry=registry, **config):
+        return RunObserver(
+            of or runs, checkpoints, registry, StoreMetrics(registry), ObserverConfig(**config), now_ns=clock
+        )
+
+    return make
+
+
+@pytest.fixture
+def observer(observe):
+    return observe()
 
 
 def test_steps_are_counted_once(runs, observer, sample, start_run):
@@ -111,7 +157,7 @@ def test_what_was_before_the_first_look_is_not_counted(runs, observer, sample, s
     runs.append(active, 1, [step(1)], RunProgress(step=1, last_step=step(1)))
     observer.look()
     assert sample("ferryman_training_steps_total") == 0
-    assert sample("ferryman_training_runs_ended_total", state="cancelled") is None
+    assert sample("ferryman_training_runs_ended_total", state="cancelled") == 0
     # But what an active run has reached is shown at once.
     assert sample("ferryman_training_run_step", run=active) == 1
     runs.append(active, 1, [step(2)], None)
@@ -131,8 +177,8 @@ def test_runs_are_counted_by_state(runs, observer, sample, start_run, queue_run)
     assert sample("ferryman_training_runs", state="running") == 0
 
 
-def test_only_so_many_runs_are_shown(runs, registry, sample, start_run):
-    observer = RunObserver(runs, registry, ObserverConfig(max_runs=2))
+def test_only_so_many_runs_are_shown(runs, observe, sample, start_run):
+    observer = observe(max_runs=2)
     first, second, third = (start_run() for _ in range(3))
     for run_id in (first, second, third):
         runs.append(run_id, 1, [step(1)], RunProgress(last_step=step(1)))
@@ -147,22 +193,22 @@ def test_only_so_many_runs_are_shown(runs, registry, sample, start_run):
     assert sample("ferryman_training_run_step", run=third) == 3
 
 
-def test_a_look_reads_only_so_much_of_a_run(runs, registry, sample, start_run):
-    observer = RunObserver(runs, registry, ObserverConfig(max_records=1000))
+def test_a_look_reads_only_so_much_of_a_run(runs, observe, sample, start_run):
+    observer = observe(max_records=1000)
     observer.look()
     run_id = start_run()
     runs.append(run_id, 1, [step(n) for n in range(1, 1998)], None)  # with the three state changes 2000 records
     runs.change_state(run_id, 1, RunState.FAILED)
     observer.look()
     assert sample("ferryman_training_steps_total") == 997
-    assert sample("ferryman_training_runs_ended_total", state="failed") is None
+    assert sample("ferryman_training_runs_ended_total", state="failed") == 0
     observer.look()
     observer.look()
     assert sample("ferryman_training_steps_total") == 1997
     assert sample("ferryman_training_runs_ended_total", state="failed") == 1
 
 
-async def test_it_looks_until_cancelled_and_outlives_a_locked_database(runs, registry, sample, start_run):
+async def test_it_looks_until_cancelled_and_outlives_a_locked_database(runs, observe, sample, start_run):
     class Shaky:
         """The store, failing at every other look."""
 
@@ -177,7 +223,7 @@ async def test_it_looks_until_cancelled_and_outlives_a_locked_database(runs, reg
         list_page = runs.list_page
         records_after = runs.records_after
 
-    observing = asyncio.create_task(RunObserver(Shaky(), registry, ObserverConfig(interval_s=0.001)).run())
+    observing = asyncio.create_task(observe(Shaky(), interval_s=0.001).run())
     async with asyncio.timeout(10):
         while sample("ferryman_training_runs", state="queued") is None:
             await asyncio.sleep(0.001)
@@ -188,3 +234,130 @@ async def test_it_looks_until_cancelled_and_outlives_a_locked_database(runs, reg
     observing.cancel()
     with pytest.raises(asyncio.CancelledError):
         await observing
+
+
+def run_labels(registry):
+    """The runs that any gauge shows."""
+    return {
+        sample.labels["run"] for family in registry.collect() for sample in family.samples if "run" in sample.labels
+    }
+
+
+def test_skipped_updates_and_restarts_are_counted(runs, observer, sample, start_run):
+    observer.look()
+    run_id = start_run()
+    remark = RunEvent(level=EventLevel.WARNING, code="RESTARTED", message="")
+    other = RunEvent(level=EventLevel.WARNING, code="UPDATE_SKIPPED", message="")
+    runs.append(run_id, 1, [step(1), step(2, skipped=True), other, step(3)], None)
+    runs.give_up_attempt(run_id, 1, Handover(state=RunState.QUEUED, message="", remark=remark, restarts=1))
+    observer.look()
+    observer.look()
+    assert sample("ferryman_training_skipped_updates_total") == 1
+    assert sample("ferryman_training_restarts_total") == 1
+    assert sample("ferryman_training_run_restarts", run=run_id) == 1
+
+
+def test_checkpoints_are_counted_once_and_those_of_before_are_not(runs, observer, checkpoints, sample, start_run):
+    old = start_run()
+    checkpoints.write(old, 10)
+    observer.look()
+    run_id = start_run()
+    checkpoints.write(run_id, 1)
+    runs.append(run_id, 1, [step(1)], None)
+    observer.look()
+    checkpoints.write(run_id, 2)
+    checkpoints.write(old, 20)
+    runs.append(run_id, 1, [step(2)], None)
+    runs.append(old, 1, [step(20)], None)
+    observer.look()
+    assert sample("ferryman_training_checkpoints_total") == 3
+    del checkpoints.there[run_id][0]
+    checkpoints.write(run_id, 1, create_time_ns=5)  # again, after a return to an earlier one
+    runs.append(run_id, 1, [step(1)], None)
+    observer.look()
+    observer.look()
+    assert sample("ferryman_training_checkpoints_total") == 4
+    checkpoints.write(run_id, 3)
+    runs.change_state(run_id, 1, RunState.CANCELLED)
+    observer.look()
+    assert sample("ferryman_training_checkpoints_total") == 5, "the last one is seen at the run's end"
+
+
+def test_the_age_of_the_newest_step_is_measured_once(runs, observer, clock, sample, start_run):
+    before = start_run()
+    runs.append(before, 1, [step(1)], RunProgress(step=1, last_step=step(1), step_time_ns=clock.ns - 60 * 10**9))
+    observer.look()
+    assert sample("ferryman_store_lag_seconds_count") == 0, "nobody looked when that step came"
+    runs.append(before, 1, [step(2)], RunProgress(step=2, last_step=step(2), step_time_ns=clock.ns - 2 * 10**9))
+    observer.look()
+    observer.look()
+    assert sample("ferryman_store_lag_seconds_count") == 1
+    assert sample("ferryman_store_lag_seconds_sum") == pytest.approx(2)
+    runs.append(before, 1, [step(3)], RunProgress(step=3, last_step=step(3), step_time_ns=clock.ns + 10**9))
+    observer.look()
+    assert sample("ferryman_store_lag_seconds_sum") == pytest.approx(2), "a clock that was set back is no lag"
+
+
+def test_progress_start_and_share(runs, observer, sample, start_run, queue_run):
+    waiting, run_id = queue_run(), start_run()
+    observer.look()
+    started_s = runs.get(run_id).start_time_ns / 1e9
+    assert sample("ferryman_training_run_started_timestamp_seconds", run=run_id) == pytest.approx(started_s, abs=1e-3)
+    assert sample("ferryman_training_run_started_timestamp_seconds", run=waiting) is None
+    claimed = [record.time_ns for record in runs.records_after(run_id, 0, 10)][-1]
+    last = "ferryman_training_run_last_progress_timestamp_seconds"
+    assert sample(last, run=run_id) == pytest.approx(claimed / 1e9, abs=1e-3)
+    runs.append(run_id, 1, [step(1)], RunProgress(step=1, last_step=step(1), fraction=0.25))
+    observer.look()
+    stepped = sample(last, run=run_id)
+    assert stepped > claimed / 1e9
+    assert sample("ferryman_training_run_progress_ratio", run=run_id) == 0.25
+    runs.append(run_id, 1, [RunEvent(level=EventLevel.INFO, code="X", message="")], None)
+    observer.look()
+    assert sample(last, run=run_id) == stepped, "a remark is no progress"
+    runs.give_up_attempt(run_id, 1, Handover(state=RunState.QUEUED, message=""))
+    observer.look()
+    assert sample(last, run=run_id) == stepped, "to wait for another worker is none either"
+    runs.begin_attempt(run_id, 1)
+    runs.claim_attempt(run_id, 2, ProcessIdentity(pid=1, start_ticks=1, boot_id="boot"))
+    observer.look()
+    assert sample(last, run=run_id) > stepped
+
+
+def test_a_service_that_starts_again_shows_what_active_runs_have_reached(runs, observe, sample, start_run, registry):
+    ended, active = start_run(), start_run()
+    for run_id in (ended, active):
+        progress = RunProgress(step=1500, last_step=step(1500), fraction=0.5)
+        runs.append(run_id, 1, [VALIDATION, *(step(number) for number in range(1, 1501))], progress)
+    runs.change_state(ended, 1, RunState.FAILED)
+    observe().look()
+    assert run_labels(registry) == {active}
+    assert sample("ferryman_training_run_step", run=active) == 1500
+    assert sample("ferryman_training_run_validation_bleu", run=active) == 12.5
+    newest = runs.records_after(active, runs.get(active).last_sequence - 1, 1)[0].time_ns / 1e9
+    last = sample("ferryman_training_run_last_progress_timestamp_seconds", run=active)
+    assert last == pytest.approx(newest, abs=1e-3)
+
+
+@pytest.mark.parametrize("end", [RunState.FAILED, RunState.CANCELLED])
+def test_nothing_is_left_of_a_run_that_has_ended(runs, observer, registry, start_run, end):
+    observer.look()
+    before = {(s.name, *s.labels.items()) for family in registry.collect() for s in family.samples}
+    run_id = start_run()
+    runs.append(run_id, 1, [step(1), VALIDATION], RunProgress(step=1, last_step=step(1), fraction=0.5))
+    observer.look()
+    assert run_labels(registry) == {run_id}
+    runs.change_state(run_id, 1, end)
+    observer.look()
+    observer.look()
+    assert {(s.name, *s.labels.items()) for family in registry.collect() for s in family.samples} == before
+
+
+def test_nothing_is_left_of_a_run_that_was_deleted(runs, observer, registry, start_run):
+    run_id = start_run()
+    observer.look()
+    assert run_labels(registry) == {run_id}
+    runs.change_state(run_id, 1, RunState.FAILED)
+    runs.delete(run_id)
+    observer.look()
+    assert run_labels(registry) == set()

@@ -17,7 +17,7 @@ def queued():
 
 @pytest.fixture
 def metrics(registry, queued):
-    return TranslationMetrics(registry, lambda: tuple(queued))
+    return TranslationMetrics(registry, lambda: tuple(queued), 1000)
 
 
 def translation(source_tokens, target_tokens):
@@ -66,6 +66,10 @@ def test_what_is_in_flight_and_what_waits(metrics, sample, queued):
     assert sample("ferryman_translate_queue_tokens", method="Translate") == 12
     queued[1] = 56
     assert sample("ferryman_translate_queue_tokens", method="StreamTranslate") == 56
+    for method in ("Translate", "StreamTranslate"):
+        assert sample("ferryman_translate_queue_limit_tokens", method=method) == 1000
+    assert sample("ferryman_translate_requests_total", method="StreamTranslate") == 1
+    assert sample("ferryman_translate_requests_total", method="Translate") == 0
 
 
 def test_rejections(metrics, sample):

@@ -173,3 +173,15 @@ def test_an_empty_sentence_is_translated_to_nothing(text):
     found = text.translation(PreparedSentence(source=()), (), SearchOptions(n_best=3, return_token_scores=True))
     nothing = Hypothesis(text="", score=0.0, log_probability=0.0, target_tokens=0, finished=True)
     assert (list(found.hypotheses), found.source_tokens, found.source_pieces) == ([nothing], 0, ())
+
+
+def test_an_empty_sentence_begins_as_it_must(text, subwords):
+    options = SearchOptions(return_token_scores=True, return_alignment=True)
+    sentence = text.prepare("", "one two", options)
+    [hypothesis] = text.translation(sentence, (), options).hypotheses
+    assert (hypothesis.text, hypothesis.finished) == ("one two", True)
+    assert hypothesis.tokens == tuple(subwords.encode(["one two"])[0])
+    assert len(hypothesis.pieces) == len(hypothesis.token_log_probabilities) == hypothesis.target_tokens > 0
+    assert (hypothesis.alignment, sum(hypothesis.token_log_probabilities)) == ((), hypothesis.log_probability)
+    [plain] = text.translation(text.prepare("", "one two", PLAIN), (), PLAIN).hypotheses
+    assert (plain.text, plain.pieces, plain.token_log_probabilities) == ("one two", (), ())

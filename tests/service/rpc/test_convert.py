@@ -7,7 +7,7 @@ import pytest
 from ferryman.v1 import corpus_pb2, metrics_pb2, model_pb2, recipe_pb2, training_pb2, translation_pb2
 from ferryman_service.domain import recipe as recipes
 from ferryman_service.domain.corpora import Side, Split
-from ferryman_service.domain.models import ModelScores
+from ferryman_service.domain.models import Int8Outcome, Int8Scores, ModelLineage, ModelScores, ModelVersion
 from ferryman_service.domain.recipe import resolve_recipe, resolve_schedule
 from ferryman_service.domain.records import EventLevel, RunEvent, RunState, StateChange, StepMetrics, ValidationMetrics
 from ferryman_service.domain.schedule import LearningRateSchedule, ScheduleKind
@@ -159,3 +159,40 @@ def test_sampling_keeps_no_beam():
     assert (found.sampling, found.rows, violations) == (Sampling(seed=0, temperature=0.5), 3, [])
     assert options(sampling={})[0].sampling == Sampling()
     assert options(beam_size=5, sampling={})[1] == [("options.beam_size", "CONFLICT")]
+
+
+@pytest.mark.parametrize(
+    ("outcome", "wire"),
+    [
+        (None, None),
+        (Int8Outcome(scores=Int8Scores(pairs=0), kept=True), model_pb2.Int8Outcome(pairs=0, kept=True)),
+        (
+            Int8Outcome(scores=Int8Scores(pairs=9, fp32_bleu=30.5, int8_bleu=0.0), kept=False),
+            model_pb2.Int8Outcome(pairs=9, fp32_bleu=30.5, int8_bleu=0.0, kept=False),
+        ),
+    ],
+)
+def test_a_version_says_what_int8_costs_if_that_is_known(outcome, wire):
+    version = ModelVersion(
+        name="m",
+        version=1,
+        lineage=ModelLineage(
+            run_id="run_x",
+            corpus_id="cor_x",
+            corpus_digest="",
+            source_language="en",
+            target_language="de",
+            recipe=resolve_recipe({}),
+        ),
+        scores=ModelScores(bleu=1.0, chrf=2.0, nll_per_token=3.0, weights="best", step=1),
+        parameters=1,
+        size_bytes=1,
+        digest="",
+        create_time_ns=1,
+        int8=outcome,
+    )
+    found = convert.version_to_wire(version)
+    assert found.HasField("int8") is (wire is not None)
+    if wire is not None:
+        assert found.int8 == wire
+        assert found.int8.HasField("int8_bleu") is (wire.pairs > 0)

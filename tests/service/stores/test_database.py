@@ -1,5 +1,6 @@
 """The database: its settings, its migrations, what its errors mean."""
 
+import errno
 import json
 import sqlite3
 import subprocess
@@ -162,6 +163,9 @@ EARLIER_RECORDS = [
     ("step", EARLIER_STEP),
 ]
 EARLIER_SPLIT = {"pairs": 3, "source_words": 6, "target_words": 6, "empty_pairs": 0, "samples": []}
+EARLIER_VERSION = """INSERT INTO model_versions
+(name, version, lineage, scores, parameters, size_bytes, digest, create_time_ns)
+VALUES ('{}', 1, '{{}}', '{{}}', 1, 1, 'd', 1)"""
 EARLIER_ROWS = {
     """INSERT INTO runs (run_id, state, corpus_id, model_name, recipe, create_time_ns, attempt, last_sequence,
     cancel_requested, progress, worker_pid, worker_start_ticks, worker_boot_id, start_time_ns, request_id, body_digest)
@@ -240,7 +244,7 @@ def test_several_processes_may_start_at_once(tmp_path):
         assert process.returncode == 0, errors
     database = open_database(path)
     with reading(database) as connection:
-        assert MigrationContext.configure(connection).get_current_heads() == ("0003",)
+        assert MigrationContext.configure(connection).get_current_heads() == ("0005",)
     database.dispose()
 
 
@@ -307,6 +311,7 @@ def test_rows_of_the_release_before_are_read_after_the_migration(earlier_databas
     assert FileCorpusStore(earlier_database, folder, CorpusLimits()).get("cor_x").train.pairs == 3
     models = FileModelStore(earlier_database, folder)
     assert models.get("en-de").latest_version.lineage.run_id == "run_gone"
+    assert models.get("en-de").latest_version.int8 is None, "nobody has said what it costs"
     assert models.set_alias("en-de", "production", 1).aliases[0].version == 1
     key = RequestKey(request_id="1b4e28ba-2fa1-41d2-8383-b9b5f2a3c8d1", body_digest="digest")
     assert runs.find(key).run_id == EARLIER_RUN
@@ -380,7 +385,7 @@ def test_numbers_of_versions_of_the_release_before_are_not_given_again(earlier_d
     models = FileModelStore(earlier_database, folder)
     models.delete_version("en-de", 1)
     with writing(earlier_database) as connection:
-        connection.exec_driver_sql("INSERT INTO model_versions VALUES ('late', 1, '{}', '{}', 1, 1, 'd', 1)")
+        connection.exec_driver_sql(EARLIER_VERSION.format("late"))
     assert models.import_bundle(bundle, "en-de").version == 2
     assert models.import_bundle(bundle, "late").version == 2
 
@@ -418,7 +423,7 @@ def test_a_mistake_of_ours_stays_one(database):
 def test_a_failed_transaction_leaves_nothing(database):
     def write_and_fail():
         with writing(database) as connection:
-            connection.exec_driver_sql("INSERT INTO model_versions VALUES ('m', 1, '{}', '{}', 1, 1, 'd', 1)")
+            connection.exec_driver_sql(EARLIER_VERSION.format("m"))
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
@@ -464,3 +469,19 @@ def test_a_counter_does_not_wait_for_a_lock(folder, database):
         began_s = time.monotonic()
         changes.value()
         assert time.monotonic() - began_s < 1
+
+
+def test_failed_transactions_are_told(tmp_path):
+    failures = []
+    database = open_database(tmp_path / "ferryman.db", busy_timeout_s=0.01, on_failure=lambda: failures.append(1))
+    upgrade(database)
+    with writing(database), pytest.raises(StoreUnavailable), writing(database):
+        pass
+    assert len(failures) == 1
+    with pytest.raises(DiskFull), reading(database), disk_errors():
+        raise OSError(errno.ENOSPC, "no space left")
+    assert len(failures) == 2
+    with pytest.raises(ZeroDivisionError), reading(database):
+        raise ZeroDivisionError
+    assert len(failures) == 2, "a mistake of ours is none of the database's"
+    database.dispose()

@@ -18,7 +18,7 @@ from ferryman_service.domain.errors import (
     ModelInUse,
     ModelNotFound,
 )
-from ferryman_service.domain.models import ModelReference
+from ferryman_service.domain.models import Int8Outcome, Int8Scores, ModelReference
 from ferryman_service.domain.records import RunState, StateChange
 from ferryman_service.domain.training import RunCancelled
 from ferryman_service.stores.models import FileModelStore
@@ -85,6 +85,27 @@ def test_publishing_ends_the_run_and_makes_a_version(models, runs, exporting, st
     assert [record.payload for record in last] == [
         StateChange(state=RunState.SUCCEEDED, attempt=1, message="published en-de/1")
     ]
+
+
+@pytest.mark.parametrize("scores", [Int8Scores(pairs=1000, fp32_bleu=30.5, int8_bleu=30.25), Int8Scores(pairs=0)])
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_version_says_what_int8_costs(models, exporting, stage, scores, kept):
+    run = exporting()
+    staged = stage(run)
+    for name in bundles.INT8_FILES:
+        (staged / name).write_bytes(b"int8")
+    bundles.seal(staged, bundles.read_manifest(staged).header)
+    bundles.settle_int8(staged, scores, keep=kept)
+    models.publish(run.run_id, 1, staged)
+    assert models.resolve(ModelReference(name="en-de")).int8 == Int8Outcome(scores=scores, kept=kept)
+    imported = models.import_bundle(models.bundle_dir(models.resolve(ModelReference(name="en-de"))), "elsewhere")
+    assert models.get("elsewhere").latest_version.int8 == imported.int8 == Int8Outcome(scores=scores, kept=kept)
+
+
+def test_a_version_without_a_word_of_int8_says_nothing(models, exporting, stage):
+    run = exporting()
+    models.publish(run.run_id, 1, stage(run))
+    assert models.resolve(ModelReference(name="en-de")).int8 is None
 
 
 def test_versions_count_on_and_older_ones_stay(models, exporting, stage):

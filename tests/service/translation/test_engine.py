@@ -277,3 +277,35 @@ def test_int8_translates_much_as_float32_does(start, engine):
     same = [(one, other) for one, other in pairs if one.tokens == other.tokens]
     assert len(same) > 50, f"{len(same)} of 100 are the same"
     assert max(abs(one.score - other.score) for one, other in same) < 0.2
+
+
+def test_idle_batches_are_freed_when_asked_and_made_again(start):
+    engine = start(threads=2)
+    sentences = random_sentences(20, seed=4, max_words=9)
+    before = translate(engine, sentences, beam_size=3)
+    assert engine.cache_bytes() > 0
+    engine.drop_caches()
+    deadline_s = time.monotonic() + 10
+    while engine.cache_bytes() and time.monotonic() < deadline_s:
+        time.sleep(0.001)
+    assert engine.cache_bytes() == 0
+    assert translate(engine, sentences, beam_size=3) == before
+
+
+def test_batches_in_use_are_not_freed(start):
+    engine = start()
+    sentences = random_sentences(200, seed=5, max_words=9)
+    before = translate(engine, sentences, beam_size=3)
+    stop = threading.Event()
+
+    def ask():
+        while not stop.wait(0.0005):
+            engine.drop_caches()
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    try:
+        assert translate(engine, sentences, beam_size=3) == before
+    finally:
+        stop.set()
+        asking.join()

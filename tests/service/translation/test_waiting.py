@@ -66,6 +66,16 @@ def test_a_newcomer_overtakes_what_others_have_queued():
     assert line.take() == 100
 
 
+def test_a_translation_that_must_be_long_counts_as_such():
+    """Else a caller could take more than its share with short sentences and long minimum lengths or prefixes."""
+    line, long, short = Line(), FairShare(), FairShare()
+    for number in range(40):
+        line.add(("long", number), long, tokens=10, min_length=30)
+        line.add(("short", number), short, tokens=10)
+    taken = [line.take()[0] for _ in range(40)]
+    assert taken.count("short") == pytest.approx(30, abs=2)
+
+
 def test_beams_count_as_rows():
     line, greedy, beam = Line(), FairShare(), FairShare()
     for name in range(40):

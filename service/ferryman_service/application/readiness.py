@@ -1,0 +1,49 @@
+"""What a process can do now, by what it finds in its data folder and in memory.
+
+* Training and uploads need a database that can be written, models one that can be read.
+* Translating needs a database that can be read, or a model in memory: that one translates on. That no model has been
+  published yet is no reason to be unready, or a new installation would never become ready; a call that names a model
+  which is not there learns so.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import astuple, dataclass
+
+from ferryman_service.application.loaded_models import LoadedModels
+from ferryman_service.application.ports import StoreProbe
+from ferryman_service.domain.readiness import StoreState
+
+
+@dataclass(frozen=True, kw_only=True)
+class Abilities:
+    """What a process that has every role could do."""
+
+    trains: bool = True
+    writes: bool = True
+    reads: bool = True
+    translates: bool = True
+
+    def covers(self, other: Abilities) -> bool:
+        """Tell whether nothing is missing that the other has."""
+        return all(mine or not its for mine, its in zip(astuple(self), astuple(other), strict=True))
+
+
+class Readiness:
+    """Tells what the process can do."""
+
+    def __init__(self, probe: StoreProbe, loaded: LoadedModels | None) -> None:
+        """Store the ports; without loaded models this process does not translate."""
+        self._probe = probe
+        self._loaded = loaded
+
+    async def look(self) -> Abilities:
+        """Look once, in a thread; takes as long as a transaction may wait."""
+        return self.judge(await asyncio.to_thread(self._probe.look))
+
+    def judge(self, store: StoreState) -> Abilities:
+        """Return what can be done with such a store, and with what is in memory."""
+        writes, reads = store >= StoreState.USABLE, store >= StoreState.READ_ONLY
+        has_model = self._loaded is not None and bool(self._loaded.loaded())
+        return Abilities(trains=writes, writes=writes, reads=reads, translates=reads or has_model)

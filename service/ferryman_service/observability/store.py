@@ -1,0 +1,38 @@
+"""The database, as this process finds it."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from prometheus_client import CollectorRegistry
+
+from ferryman_service.observability.definitions import counter, histogram
+
+_LAG_SECONDS: Final = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 600)
+
+LAG_SECONDS: Final = histogram(
+    "ferryman_store_lag_seconds",
+    "From when a worker made a step to when this process read it from the store; of each active run the newest step, "
+    "once a second.",
+    _LAG_SECONDS,
+)
+ERRORS: Final = counter(
+    "ferryman_store_errors_total", "Transactions that failed because the database or its disk could not be used."
+)
+METRICS: Final = (LAG_SECONDS, ERRORS)
+
+
+class StoreMetrics:
+    """Filled by the store and by those who read it. Safe to use from every thread."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._lag = LAG_SECONDS.histogram(registry)
+        self._errors = ERRORS.counter(registry)
+
+    def lagged(self, seconds: float) -> None:
+        """Take note of how old a step was when it was read."""
+        self._lag.observe(seconds)
+
+    def failed(self) -> None:
+        """Take note of a transaction that failed."""
+        self._errors.inc()
