@@ -32,8 +32,10 @@ def run_sections(
     command: Sequence[str],
     limit_s: float,
     save: Callable[[Mapping[str, Finding]], None],
+    brief: Callable[[Finding], str] = str,
 ) -> dict[str, Finding]:
-    """Run those sections that fit the time, one after the other; after each, everything so far is saved.
+    """Run those sections that fit the time, one after the other; after each, everything so far is saved and a line is
+    printed: the error, or what `brief` says of the finding.
 
     The command runs one section if `--section NAME --section-out FILE` follow.
     """
@@ -47,7 +49,7 @@ def run_sections(
             else:
                 out = Path(folder) / f"{number}.json"
                 found[section.name] = _run_alone(section, command, min(left_s, section.limit_s), out)
-            print(f"{section.name}: {_brief(found[section.name])}", flush=True)
+            print(f"{section.name}: {_line(found[section.name], brief)}", flush=True)
             save(found)
     return found
 
@@ -79,10 +81,10 @@ def _text(output: bytes | str | None) -> str:
     return output.decode(errors="replace") if isinstance(output, bytes) else output or ""
 
 
-def _brief(found: Finding) -> str:
+def _line(found: Finding, brief: Callable[[Finding], str]) -> str:
     if "error" in found:
         return str(found["error"]).strip().splitlines()[-1]
-    return str({name: value for name, value in found.items() if name != "log"})[:1000]
+    return brief({name: value for name, value in found.items() if name != "log"})[:1000]
 
 
 def python_module(module: str) -> list[str]:

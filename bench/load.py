@@ -67,6 +67,7 @@ def our_server(bundle: Path, compute_type: str) -> Iterator[Server]:
         _make_writable(data)
         shutil.rmtree(data)
     here = {"PYTHONPATH": os.getcwd(), "FERRYMAN_DATA_DIR": str(data), "FERRYMAN_METRICS_PORT": "0"}
+    here |= {"FERRYMAN_PROBE_PORT": "0"}
     program = [sys.executable, "-m", "ferryman_service"]
     command = [*program, "import-model", str(bundle), MODEL_NAME]
     if (ended := subprocess.run(command, capture_output=True, text=True, env={**os.environ, **here})).returncode:

@@ -58,6 +58,11 @@ class ReadyAnswers:
     def keep(self, kept_S: NDArray[np.int64]) -> None:
         """Do nothing."""
 
+    @property
+    def size_bytes(self) -> int:
+        """Nothing: there are no caches."""
+        return 0
+
     def step(self, tokens_SW: NDArray[np.int64], parents_SW: NDArray[np.int64], k: int) -> Candidates:
         """Return the next answer."""
         self._asked += 1

@@ -78,7 +78,7 @@ def measure_host(setting: Setting, beam_size: int) -> Finding:
     def profiled(scheduler: Scheduler, worker: Any) -> None:  # noqa: ANN401
         profiler.runcall(run, scheduler, worker)
 
-    Scheduler._run = profiled  # type: ignore[method-assign]
+    Scheduler._run = profiled  # type: ignore[method-assign, assignment]
     with contextlib.closing(setting.engine(setting.speed_bundle(), beam_size)) as engine:
         results = engine.run(forced(setting, 2 * setting.batch), SearchOptions(beam_size=beam_size), CancelToken())
     steps = 2 * max(result.timings.steps for result in results)

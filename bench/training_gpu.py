@@ -12,11 +12,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
-import time
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +23,7 @@ import torch
 
 from bench.gpu_checks import CHECKS
 from bench.gpu_floor import measure_floor
+from bench.gpu_sections import Finding, Section, python_module, run_section, run_sections
 from bench.gpu_speed import SMALL, Scale, Variant, measure_loop, measure_speed
 from bench.result import Result, publish, results_folder
 from ferryman_service.domain.recipe import Preset
@@ -35,38 +33,45 @@ TARGETS: Final = {Preset.BASE: 860_000.0, Preset.BIG: 320_000.0}
 BATCHES: Final = {Preset.BASE: (25_000, 60_000), Preset.BIG: (25_000, 40_000)}
 SMALL_BATCHES: Final = {Preset.BASE: (512, 1024), Preset.BIG: (512, 1024)}
 LIMIT_S: Final = 460.0
-_LEAST_S: Final = 25.0
 _SMALL_PATIENCE: Final = 6  # a CPU that others use too, and a C++ compiler
 
 
 @dataclass(frozen=True)
-class Section:
-    """A part of the benchmark; `limit_s` bounds it."""
+class DeviceSection:
+    """A part of the benchmark: its work is given the device and a folder that is removed afterwards."""
 
     name: str
     limit_s: float
-    work: Callable[[torch.device, Path], dict[str, Any]]
+    work: Callable[[torch.device, Path], Finding]
+
+    def on(self, device: str, patience: float = 1.0) -> Section:
+        """Return the section for a device, with that many times the limit."""
+        return Section(self.name, self.limit_s * patience, lambda: self._measure(torch.device(device)))
+
+    def _measure(self, device: torch.device) -> Finding:
+        with tempfile.TemporaryDirectory() as folder:
+            return self.work(device, Path(folder) / "work")
 
 
-def sections(scale: Scale) -> list[Section]:
+def sections(scale: Scale) -> list[DeviceSection]:
     """Return all sections, the most wanted first."""
     batches = SMALL_BATCHES if scale.small else BATCHES
 
-    def speed(preset: Preset, variant: Variant, limit_s: float, sizes: int = 1) -> Section:
+    def speed(preset: Preset, variant: Variant, limit_s: float, sizes: int = 1) -> DeviceSection:
         def work(device: torch.device, folder: Path) -> dict[str, Any]:
             return _by_size(lambda size: measure_speed(preset, variant, size, scale, device), batches[preset][:sizes])
 
-        return Section(f"{preset}: {variant}", limit_s, work)
+        return DeviceSection(f"{preset}: {variant}", limit_s, work)
 
-    def loop(preset: Preset) -> Section:
+    def loop(preset: Preset) -> DeviceSection:
         def work(device: torch.device, folder: Path) -> dict[str, Any]:
             return _by_size(lambda size: measure_loop(preset, size, scale, device, folder / str(size)), batches[preset])
 
-        return Section(loop_name(preset), 110, work)
+        return DeviceSection(loop_name(preset), 110, work)
 
     both = (Preset.BASE, Preset.BIG)
-    floor = Section("floor", 60, lambda device, folder: measure_floor(scale, batches[Preset.BASE][0], device))
-    checks = [Section(f"check: {name}", 90, check) for name, check in CHECKS.items()]
+    floor = DeviceSection("floor", 60, lambda device, folder: measure_floor(scale, batches[Preset.BASE][0], device))
+    checks = [DeviceSection(f"check: {name}", 90, check) for name, check in CHECKS.items()]
     return [
         floor,
         *(loop(preset) for preset in both),
@@ -94,47 +99,26 @@ def _by_size(measure: Callable[[int], dict[str, Any]], sizes: Sequence[int]) -> 
     return found
 
 
-def run_alone(section: Section, arguments: argparse.Namespace, limit_s: float, folder: Path) -> dict[str, Any]:
-    """Run a section in a process of its own; return what it found, or how it failed."""
-    limit_s = min(limit_s, section.limit_s * (_SMALL_PATIENCE if arguments.small else 1))
-    out = folder / f"{len(list(folder.iterdir()))}.json"
-    command = [sys.executable, "-m", "bench.training_gpu", "--section", section.name, "--section-out", str(out)]
-    command += ["--device", arguments.device, *(["--small"] if arguments.small else [])]
-    started_s = time.monotonic()
-    try:
-        ended = subprocess.run(command, capture_output=True, text=True, timeout=limit_s)
-        failure = f"exit status {ended.returncode}: {ended.stderr[-1500:]}"
-    except subprocess.TimeoutExpired:
-        failure = f"took longer than {limit_s:.0f} s"
-    found: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {"error": failure}
-    return found | {"seconds": round(time.monotonic() - started_s, 1)}
-
-
-def run_here(section: Section, arguments: argparse.Namespace) -> None:
+def run_here(section: DeviceSection, arguments: argparse.Namespace) -> None:
     """Run a section in this process and write what it found."""
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            found = section.work(torch.device(arguments.device), Path(folder) / "work")
-        except Exception:  # noqa: BLE001 (whatever it was, the other sections go on)
-            found = {"error": traceback.format_exc()[-2000:]}
-    arguments.section_out.write_text(json.dumps(found))
+    run_section(section.on(arguments.device), arguments.section_out)
 
 
 def run_all(arguments: argparse.Namespace) -> dict[str, Any]:
     """Run the sections that fit the time, one after the other."""
-    started_s = time.monotonic()
-    found: dict[str, Any] = {"device": device_facts(arguments.device), "small": arguments.small}
+    facts: dict[str, Any] = {"device": device_facts(arguments.device), "small": arguments.small}
+    patience = _SMALL_PATIENCE if arguments.small else 1
     wanted = [section for section in sections(scale_of(arguments)) if arguments.only in section.name]
-    with tempfile.TemporaryDirectory() as folder:
-        for section in wanted:
-            left_s = arguments.limit_s - (time.monotonic() - started_s)
-            if left_s < _LEAST_S:
-                found[section.name] = {"left_out": "no time was left"}
-                continue
-            found[section.name] = run_alone(section, arguments, left_s, Path(folder))
-            print(f"{section.name}: {brief(found[section.name])}", flush=True)
-            save(found)
-    return found
+    command = [*python_module("bench.training_gpu"), "--device", arguments.device]
+    command += ["--small"] if arguments.small else []
+    found = run_sections(
+        [section.on(arguments.device, patience) for section in wanted],
+        command,
+        arguments.limit_s,
+        lambda found: save(facts | dict(found)),
+        brief,
+    )
+    return facts | found
 
 
 def brief(found: Mapping[str, Any]) -> str:
@@ -144,9 +128,7 @@ def brief(found: Mapping[str, Any]) -> str:
         for size, value in found.items()
         if isinstance(value, dict) and "mfu" in value
     }
-    if "error" in found:
-        return str(found["error"]).strip().splitlines()[-1]
-    return str(rates or {name: value for name, value in found.items() if name != "curves"})[:1000]
+    return str(rates or {name: value for name, value in found.items() if name != "curves"})
 
 
 def scale_of(arguments: argparse.Namespace) -> Scale:
@@ -164,8 +146,12 @@ def device_facts(device: str) -> dict[str, Any]:
 
 
 def save(found: Mapping[str, Any]) -> None:
-    """Write everything so far."""
-    (results_folder() / "training-gpu.json").write_text(json.dumps(found, indent=1) + "\n")
+    """Write everything so far, less what the sections logged."""
+    kept = {
+        name: {key: part for key, part in value.items() if key != "log"} if isinstance(value, dict) else value
+        for name, value in found.items()
+    }
+    (results_folder() / "training-gpu.json").write_text(json.dumps(kept, indent=1) + "\n")
 
 
 def rates_of(found: Mapping[str, Any], section: str) -> dict[str, float]:

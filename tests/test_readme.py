@@ -89,4 +89,4 @@ def test_the_tree_is_the_tree():
 def test_every_extra_is_described():
     extras = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"])
     described = set(re.findall(r"`([a-z]+)`", "".join(line for line in README.splitlines() if line.startswith("| `"))))
-    assert extras - {"demo", "dev"} <= described
+    assert extras - {"demo", "dev", "ops"} <= described

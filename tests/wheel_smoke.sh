@@ -40,6 +40,7 @@ echo "wheel smoke: the server without torch"
 install "$wheel[server,cpu]"
 "$bin/ferryman-service" --help >/dev/null
 "$bin/ferryman-service" serve --help >/dev/null
+"$bin/ferryman-service" config --check >/dev/null
 "$bin/python" - <<'PYTHON'
 import importlib.util
 import sys
@@ -53,7 +54,7 @@ PYTHON
 
 echo "wheel smoke: a model that was trained elsewhere"
 "$bin/ferryman-service" import-model "$work/bundle" elsewhere --data-dir "$work/data" | grep -qx "published elsewhere/1"
-"$bin/ferryman-service" serve --roles translation --data-dir "$work/data" --port 0 --metrics-port 0 >"$work/log" 2>&1 &
+"$bin/ferryman-service" serve --roles translation --data-dir "$work/data" --port 0 --metrics-port 0 --probe-port 0 >"$work/log" 2>&1 &
 service=$!
 trap 'kill "$service" 2>/dev/null || true; rm -rf "$work"' EXIT
 for _ in {1..100}; do

@@ -1,6 +1,7 @@
 """The tools themselves."""
 
 import pytest
+
 from tests.ops.conftest import run
 
 pytestmark = pytest.mark.ops
