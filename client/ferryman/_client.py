@@ -44,7 +44,7 @@ class Client:
     ) -> None:
         """Connect, lazily, to `target`; without `credentials` in plain text.
 
-        `target` is "host:port" or any gRPC name, such as "dns:///ferryman-headless:50051" or
+        `target` is "host:port" or any gRPC name, such as "dns:///ferryman-serving-headless:50051" or
         "ipv4:10.0.0.1:50051,10.0.0.2:50051".
         `timeout_s` is the deadline of every call but uploads, downloads and streams. `options` are gRPC channel
         options, which replace the client's of the same name. Raises ValueError for a deadline that is not over 0.
