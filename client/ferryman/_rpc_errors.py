@@ -17,10 +17,15 @@ ACCEPTED_KEY: Final = "ferryman-model"
 """In the initial metadata of a stream whose configuration the server has accepted."""
 _STATUS_FORGOTTEN: Final = "Internal error from Core"
 """What grpc.aio says when it could not send: the status that the server ended the call with is lost by then."""
-_BROKEN_OFF: Final = "RST_STREAM"
-"""In what gRPC says of a stream that was broken off without a status. A proxy that has passed on a stream's first
-message can do nothing else when the server behind it is gone."""
+_BROKEN_OFF: Final = (
+    (grpc.StatusCode.INTERNAL, "RST_STREAM"),
+    (grpc.StatusCode.UNKNOWN, "Stream removed"),
+)
+"""What gRPC says of a stream that was broken off without a status. A proxy that has passed on a stream's first message
+can do nothing else when the server behind it is gone."""
 _DETAILS_KEY: Final = "grpc-status-details-bin"
+REQUEST_ID_KEY: Final = "x-request-id"
+"""In the trailing metadata of every call that the service has answered."""
 
 
 def error_from_rpc(error: Any) -> FerrymanError:  # noqa: ANN401 (grpc.RpcError is a Call only by convention)
@@ -43,7 +48,7 @@ def error_from_rpc(error: Any) -> FerrymanError:  # noqa: ANN401 (grpc.RpcError 
             retry_delay_s = retry.retry_delay.ToNanoseconds() / 1e9
     # Another domain's reason says nothing here: a proxy may have answered.
     reason = info.reason if info.domain == ERROR_DOMAIN else ""
-    if code is grpc.StatusCode.INTERNAL and not reason and _BROKEN_OFF in message:
+    if not reason and any(code is broken and words in message for broken, words in _BROKEN_OFF):
         code, message = grpc.StatusCode.UNAVAILABLE, f"the connection to the server broke: {message}"
     return error_class(reason, code)(
         message,
@@ -52,6 +57,7 @@ def error_from_rpc(error: Any) -> FerrymanError:  # noqa: ANN401 (grpc.RpcError 
         violations=violations,
         code=code,
         retry_delay_s=retry_delay_s,
+        request_id=str(dict(error.trailing_metadata() or ()).get(REQUEST_ID_KEY, "")),
     )
 
 

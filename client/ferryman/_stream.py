@@ -83,7 +83,7 @@ class StreamBook:
         for result in response.translations:
             number = int(result.id)
             del self._unanswered[number]
-            mine = StreamTranslation(id=self._ids.pop(number), translation=result.translation, error=result.error)
+            mine = dataclasses.replace(result, id=self._ids.pop(number), model=response.model)
             if self._in_order:
                 self._held[number] = mine
             else:
@@ -129,6 +129,8 @@ class StreamRoad:
         if version is not None:
             self._accepted = True
             self.call = stream_of_version(self.call, str(version))
+            # A source may be quiet for hours, and so is its stream: that the server took it up is word enough.
+            self._reconnection.accepted()
         if not (self._accepted and isinstance(error, Unavailable)):
             raise error
         return self._reconnection.pause_s(error)

@@ -64,7 +64,8 @@ class FerrymanError(Exception):
 
     `message` is for people; `reason` is the stable UPPER_SNAKE_CASE name to tell cases apart, by default the class's
     own; `metadata` holds the dynamic parts of the message; `violations` is empty but for InvalidArgument; `code` is the
-    status; `retry_delay_s` is when the server thinks that it is worth another try, None if it does not say.
+    status; `retry_delay_s` is when the server thinks that it is worth another try, None if it does not say;
+    `request_id` is what the server's log calls the call, empty if no server has answered it.
     """
 
     default_code: ClassVar[grpc.StatusCode] = grpc.StatusCode.UNKNOWN
@@ -78,6 +79,7 @@ class FerrymanError(Exception):
         violations: Sequence[Violation] = (),
         code: grpc.StatusCode | None = None,
         retry_delay_s: float | None = None,
+        request_id: str = "",
     ) -> None:
         super().__init__(message)
         self.message = message
@@ -86,6 +88,7 @@ class FerrymanError(Exception):
         self.violations = tuple(violations)
         self.code = code or self.default_code
         self.retry_delay_s = retry_delay_s
+        self.request_id = request_id
 
 
 class InvalidArgument(FerrymanError):

@@ -37,7 +37,7 @@ from grpc_status import rpc_status
 from ferryman import errors, types
 from ferryman._convert import SearchOptions, record_to_message
 from ferryman._mapping import fill_message, from_message
-from ferryman._rpc_errors import ACCEPTED_KEY, status_from_error
+from ferryman._rpc_errors import ACCEPTED_KEY, REQUEST_ID_KEY, status_from_error
 from ferryman.types import RunState
 from ferryman.v1 import (
     corpus_pb2,
@@ -198,7 +198,7 @@ class FakeFerryman:
         return self.backend.publish(name, run_id="", corpus_id="", recipe=types.Recipe())
 
     def fail_next(self, rpc: str, error: errors.FerrymanError, times: int = 1) -> None:
-        """Answer the next `times` calls of `rpc` (such as "Translate") with the error."""
+        """Answer the next `times` calls of `rpc` (such as "Translate") with the error, its `request_id` too."""
         self._failures[rpc].extend([error] * times)
 
     def arrive(self, rpc: str) -> None:
@@ -932,5 +932,8 @@ def _checked(violations: Sequence[errors.Violation]) -> None:
 
 
 def _abort(context: grpc.ServicerContext, error: errors.FerrymanError) -> NoReturn:
-    context.abort_with_status(rpc_status.to_status(status_from_error(error)))
-    raise AssertionError("abort_with_status raises")
+    status = rpc_status.to_status(status_from_error(error))
+    request_id = ((REQUEST_ID_KEY, error.request_id),) if error.request_id else ()
+    context.set_trailing_metadata((*status.trailing_metadata, *request_id))
+    context.abort(status.code, status.details)
+    raise AssertionError("abort raises")

@@ -9,7 +9,10 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import TypedDict
+from typing import Final, TypedDict
+
+NOT_ON_THE_WIRE: Final = {"wire": False}
+"""Marks a field that the message of its dataclass does not have."""
 
 # --- Recipes ----------------------------------------------------------------------------------------------------------
 
@@ -674,11 +677,12 @@ class SentenceError:
 @dataclass(frozen=True, kw_only=True)
 class StreamTranslation:
     """What became of a sentence of a stream: either `translation` or `error` is set. `id` is the caller's, or the
-    sentence's number from 0."""
+    sentence's number from 0; `model` is what made it, "name/version"."""
 
     id: str
     translation: Translation | None = None
     error: SentenceError | None = None
+    model: str = field(default="", metadata=NOT_ON_THE_WIRE)
 
 
 @dataclass(frozen=True, kw_only=True)

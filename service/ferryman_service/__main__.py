@@ -13,15 +13,16 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Final
 
 from ferryman_service.config.service_config import ConfigMistakes, LogFormat, ServiceConfig
-from ferryman_service.config.sources import Settings, add_arguments, load
+from ferryman_service.config.sources import Settings, add_arguments, load, plain_value
 from ferryman_service.domain.errors import FerrymanError
+from ferryman_service.domain.log_context import FIELDS
 from ferryman_service.observability.logs import LogConfig, configure_logging
-from ferryman_service.rpc.health import address_of, check_health
 
 _log = logging.getLogger(__name__)
 _STOP_S: Final = 5.0
@@ -29,6 +30,7 @@ _STOP_S: Final = 5.0
 _HURRY_S: Final = 3.0
 """What it may take from the second signal on."""
 _HEALTH_TIMEOUT_S: Final = 5.0
+_LOGGING_COMMANDS: Final = ("serve", "import-model")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         settings = load(arguments, os.environ)
     except ConfigMistakes as error:
-        return _report(error)
+        return _report(error, arguments.command)
     if arguments.command == "config":
         return _config(settings, arguments)
     if arguments.command == "health":
@@ -46,19 +48,34 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _use_stores(settings: Settings, arguments: argparse.Namespace) -> int:
-    from ferryman_service.stores.database import DatabaseTooNew
-
     config = settings.config
     configure_logging(LogConfig(format=config.log_format, level=config.log_level, sentences=config.log_sentences))
-    # The service never forks; without this, gRPC's fork handlers run before each worker is started.
-    os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
+    _set_up_grpc(config)
+    from ferryman_service.stores.database import DatabaseTooNew
+
     for warning in settings.warnings:
         _log.warning(warning)
     try:
         return (_serve if arguments.command == "serve" else _import_model)(config, arguments)
     except (FerrymanError, DatabaseTooNew, OSError) as error:
+        return _fail(config, error)
+
+
+def _set_up_grpc(config: ServiceConfig) -> None:
+    """To be called before gRPC is imported for the first time."""
+    # The service never forks; without this, gRPC's fork handlers run before each worker is started.
+    os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
+    if config.log_format is LogFormat.JSON:
+        # gRPC's own lines are no JSON. What they tell of a failed start, ours do.
+        os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+
+
+def _fail(config: ServiceConfig, error: Exception) -> int:
+    if config.log_format is LogFormat.JSON:
+        _log.error(str(error))
+    else:
         print(f"ferryman-service: {error}", file=sys.stderr)  # noqa: T201
-        return 1
+    return 1
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -70,6 +87,7 @@ def _parser() -> argparse.ArgumentParser:
         "environment variable named beside it, by a file that this variable with _FILE behind it names, and in the "
         "configuration file. A flag wins over the environment, and that over the file.",
     )
+    parser.add_argument("--version", action="version", version=f"ferryman-service {version('ferryman')}")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("serve", parents=[common], help="serve until SIGTERM or SIGINT; a second one hurries the end")
     health = commands.add_parser(
@@ -93,8 +111,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _report(error: ConfigMistakes) -> int:
+def _report(error: ConfigMistakes, command: str) -> int:
     count = len(error.mistakes)
+    if error.log_format is LogFormat.JSON and command in _LOGGING_COMMANDS:
+        configure_logging(LogConfig(format=LogFormat.JSON))
+        for mistake in error.mistakes:
+            _log.error(mistake.text)
+        return 2
     print(f"ferryman-service: {count} mistake{'s' * (count > 1)} in the configuration", file=sys.stderr)  # noqa: T201
     for mistake in error.mistakes:
         print(f"  {mistake.text}", file=sys.stderr)  # noqa: T201
@@ -125,8 +148,15 @@ async def _serve_until_signal(config: ServiceConfig) -> int:
 
     signals = _StopSignals(asyncio.get_running_loop(), config.drain_s + config.grace_s + _STOP_S)
     signals.heed()
+    _log.info("starting", extra={FIELDS: _told_at_start(config)})
     service = bootstrap.build_service(config)
-    await service.start()
+    try:
+        await service.start()
+    except OSError as error:
+        # Here, since the servers that it holds must end before the loop does.
+        signals.hurry.set()
+        await service.stop(signals.hurry)
+        return _fail(config, error)
     # For scripts that took port 0: the addresses, on one line each, once everything serves.
     _say(config, f"serving on {config.host}:{service.port}")
     if service.probe_port:
@@ -136,7 +166,22 @@ async def _serve_until_signal(config: ServiceConfig) -> int:
     await signals.stop.wait()
     if not await service.stop(signals.hurry):
         _end_process()
+    _log.info("stopped")
     return 0
+
+
+def _told_at_start(config: ServiceConfig) -> Mapping[str, object]:
+    """Return what tells one start from another; the ports are those that were asked for."""
+    return {
+        "version": version("ferryman"),
+        "roles": plain_value(config.roles),
+        "data_dir": str(config.data_dir.absolute()),
+        "port": config.port,
+        "probe_port": config.probe_port,
+        "metrics_port": config.metrics_port,
+        "device": config.device.value,
+        "compute_type": config.compute_type.value,
+    }
 
 
 class _StopSignals:
@@ -185,6 +230,8 @@ def _end_process() -> None:
 
 
 def _health(config: ServiceConfig, arguments: argparse.Namespace) -> int:
+    from ferryman_service.rpc.health import address_of, check_health
+
     if arguments.probe and not config.probe_port:
         print("ferryman-service: --probe-port is 0, so there is no probe port", file=sys.stderr)  # noqa: T201
         return 2
@@ -197,8 +244,10 @@ def _health(config: ServiceConfig, arguments: argparse.Namespace) -> int:
 def _import_model(config: ServiceConfig, arguments: argparse.Namespace) -> int:
     from ferryman_service import bootstrap
 
-    version = bootstrap.import_model(config, arguments.bundle, arguments.name)
-    print(f"published {version.reference}")  # noqa: T201
+    if not arguments.bundle.is_dir():
+        raise NotADirectoryError(f"{arguments.bundle}: there is no such folder")
+    published = bootstrap.import_model(config, arguments.bundle, arguments.name)
+    print(f"published {published.reference}")  # noqa: T201
     return 0
 
 

@@ -27,6 +27,7 @@ from ferryman_service.application.training import RunLimits, TrainingUseCases
 from ferryman_service.application.translating import TranslationLimits, TranslationUseCases
 from ferryman_service.config.service_config import ComputeChoice, Device, Role, ServiceConfig
 from ferryman_service.domain.models import ModelVersion
+from ferryman_service.domain.threads import Threads
 from ferryman_service.domain.tracing import Tracer
 from ferryman_service.domain.translation import ComputeType
 from ferryman_service.launch.torchrun import LaunchConfig, TorchrunLauncher, torchrun_command
@@ -44,7 +45,7 @@ from ferryman_service.observability.translation import TranslationMetrics
 from ferryman_service.rpc import health
 from ferryman_service.rpc import server as rpc
 from ferryman_service.rpc.call_scope import CallScopes
-from ferryman_service.rpc.corpora import CorpusServicer
+from ferryman_service.rpc.corpora import CorpusServicer, UploadThreads
 from ferryman_service.rpc.interceptors import CallInterceptor
 from ferryman_service.rpc.models import ModelServicer
 from ferryman_service.rpc.shutdown import Shutdown
@@ -67,6 +68,9 @@ _RESTART_PAUSE_S: Final = 1.0
 _CLOSE_S: Final = 3.0
 """What is left to do after the last call has ended, at most."""
 _BYTES_PER_MIB: Final = 2**20
+_FEED_THREADS: Final = 2
+_UPLOAD_WRITING_THREADS: Final = 4
+_UPLOAD_CHECKING_THREADS: Final = 2
 
 
 _Part: TypeAlias = Supervisor | RunObserver | health.HealthProber
@@ -97,6 +101,21 @@ class _UseCases:
         self.models.close()
         if self.loaded is not None:
             self.loaded.close()
+
+
+@dataclass(frozen=True)
+class _Threads:
+    """What each kind of work has for itself; what is over in a moment shares the event loop's own."""
+
+    probe: Threads
+    supervisor: Threads
+    observer: Threads
+    feed: Threads
+    uploads: UploadThreads
+
+    def others(self) -> tuple[Threads, ...]:
+        """Return all but the supervisor's."""
+        return (self.probe, self.observer, self.feed, self.uploads.writing, self.uploads.checking)
 
 
 @dataclass(frozen=True)
@@ -134,6 +153,7 @@ class Service:
         endpoint: MetricsEndpoint,
         background: tuple[_Part, ...],
         use_cases: _UseCases,
+        threads: _Threads,
         tracer: Tracer,
     ) -> None:
         """Store the parts."""
@@ -145,6 +165,7 @@ class Service:
         self._endpoint = endpoint
         self._background = background
         self._use_cases = use_cases
+        self._threads = threads
         self._tracer = tracer
         self._tasks: list[asyncio.Task[None]] = []
         self.port = 0
@@ -153,7 +174,6 @@ class Service:
 
     async def start(self) -> None:
         """Listen, then begin to work; raises OSError if an address is taken."""
-        await self._health.start()
         self.port = await self._server.start()
         if self._config.probe_port:
             self.probe_port = await self._probes.start()
@@ -168,7 +188,7 @@ class Service:
         Return whether everything has ended; if not, a thread is stuck, and only the end of the process ends it. Takes
         at most drain_s, grace_s and a few seconds.
         """
-        await self._health.begin_stop()
+        self._health.begin_stop()
         await _wait(hurry, self._config.drain_s)
         for task in self._tasks:
             task.cancel()
@@ -176,13 +196,20 @@ class Service:
             with contextlib.suppress(asyncio.CancelledError):
                 await task
         ended = await self._server.stop(self._config.grace_s, hurry)
-        closes = (self._use_cases.close, self._endpoint.stop, self._tracer.close)
-        ended &= all(await asyncio.gather(*(ends_in_time(close, _CLOSE_S) for close in closes)))
+        closes = (
+            self._threads.supervisor.close,
+            *(threads.close for threads in self._threads.others()),
+            self._use_cases.close,
+            self._endpoint.stop,
+            self._tracer.close,
+        )
+        supervised, *others = await asyncio.gather(*(ends_in_time(close, _CLOSE_S) for close in closes))
         if self._config.probe_port:
             await self._probes.stop()
-        if self._lock is not None:
+        # A tick that is still at work may start a worker: the folder is free when it has ended, or the process has.
+        if self._lock is not None and supervised:
             self._lock.release()
-        return ended
+        return ended and supervised and all(others)
 
 
 def build_service(config: ServiceConfig) -> Service:
@@ -205,23 +232,27 @@ def build_service(config: ServiceConfig) -> Service:
         stores.runs.recover()
         stores.folders.delete_orphans(stores.runs.ids())
     tracer = open_tracer(TraceConfig(endpoint=config.trace_endpoint, sample_ratio=config.trace_sample_ratio))
-    use_cases = _build_use_cases(stores, config, metrics, tracer)
-    observer = RunObserver(stores.runs, stores.folders, metrics.registry, metrics.store, ObserverConfig())
+    threads = _build_threads()
+    use_cases = _build_use_cases(stores, config, metrics, threads, tracer)
+    observer = RunObserver(
+        stores.runs, stores.folders, metrics.registry, metrics.store, ObserverConfig(), threads.observer
+    )
     around = _build_call_parts(RpcMetrics(metrics.registry), tracer, config)
     translations = TranslationMetrics(metrics.registry, use_cases.translation.queued_tokens, config.queue_tokens)
     _export_state(metrics, folder, use_cases, around.health, config)
     return Service(
         config=config,
         lock=lock,
-        server=_build_server(use_cases, around, translations, config),
+        server=_build_server(use_cases, around, translations, threads, config),
         health_servicer=around.health,
         probes=health.ProbeServer(around.health, (around.interceptor,), config.probe_host, config.probe_port),
         endpoint=MetricsEndpoint(metrics.registry, config.metrics_host, config.metrics_port),
         background=(
-            _build_prober(stores, use_cases, around.health, config),
-            *((_build_supervisor(stores, config, metrics.launches), observer) if trains else ()),
+            _build_prober(stores, use_cases, around.health, threads.probe, config),
+            *((_build_supervisor(stores, config, metrics.launches, threads.supervisor), observer) if trains else ()),
         ),
         use_cases=use_cases,
+        threads=threads,
         tracer=tracer,
     )
 
@@ -231,6 +262,18 @@ def import_model(config: ServiceConfig, bundle: Path, name: str) -> ModelVersion
     folder = DataFolder(config.data_dir)
     folder.create()
     return _open_stores(folder, config).models.import_bundle(bundle, name)
+
+
+def _build_threads() -> _Threads:
+    return _Threads(
+        probe=Threads(1, "probe"),
+        supervisor=Threads(1, "supervisor"),
+        observer=Threads(1, "observer"),
+        feed=Threads(_FEED_THREADS, "feed"),
+        uploads=UploadThreads(
+            writing=Threads(_UPLOAD_WRITING_THREADS, "upload"), checking=Threads(_UPLOAD_CHECKING_THREADS, "check")
+        ),
+    )
 
 
 def _build_metrics() -> _Metrics:
@@ -275,7 +318,9 @@ def _open_stores(folder: DataFolder, config: ServiceConfig, on_failure: Callable
     )
 
 
-def _build_use_cases(stores: _Stores, config: ServiceConfig, metrics: _Metrics, tracer: Tracer) -> _UseCases:
+def _build_use_cases(
+    stores: _Stores, config: ServiceConfig, metrics: _Metrics, threads: _Threads, tracer: Tracer
+) -> _UseCases:
     pager = Pager(stores.folder.page_token_key())
     loaded = _build_loaded_models(stores, config, metrics) if Role.TRANSLATION in config.roles else None
     return _UseCases(
@@ -292,7 +337,7 @@ def _build_use_cases(stores: _Stores, config: ServiceConfig, metrics: _Metrics, 
                 max_processes=config.max_processes_per_run,
             ),
         ),
-        feed=MetricsFeed(stores.runs, FeedConfig(heartbeat_s=config.heartbeat_s)),
+        feed=MetricsFeed(stores.runs, FeedConfig(heartbeat_s=config.heartbeat_s), threads.feed),
         corpora=CorpusUseCases(corpora=stores.corpora, pager=pager),
         models=ModelUseCases(models=stores.models, loaded=loaded, pager=pager),
         translation=TranslationUseCases(
@@ -357,7 +402,7 @@ def translates_on_gpu(config: ServiceConfig, cuda_is_available: Callable[[], boo
     return False
 
 
-def _build_supervisor(stores: _Stores, config: ServiceConfig, launches: LaunchMetrics) -> Supervisor:
+def _build_supervisor(stores: _Stores, config: ServiceConfig, launches: LaunchMetrics, thread: Threads) -> Supervisor:
     flags = _worker_flags(config)
 
     def command(processes: int) -> tuple[str, ...]:
@@ -370,7 +415,7 @@ def _build_supervisor(stores: _Stores, config: ServiceConfig, launches: LaunchMe
         backoff_s=config.restart_backoff_s,
         pause_grace_s=config.pause_grace_s,
     )
-    return Supervisor(stores.runs, launcher, supervisor, launches)
+    return Supervisor(stores.runs, launcher, supervisor, thread, launches)
 
 
 def _worker_flags(config: ServiceConfig) -> tuple[str, ...]:
@@ -395,20 +440,28 @@ def _build_call_parts(calls: RpcMetrics, tracer: Tracer, config: ServiceConfig) 
 
 
 def _build_prober(
-    stores: _Stores, use_cases: _UseCases, servicer: health.HealthServicer, config: ServiceConfig
+    stores: _Stores,
+    use_cases: _UseCases,
+    servicer: health.HealthServicer,
+    thread: Threads,
+    config: ServiceConfig,
 ) -> health.HealthProber:
     probe = DatabaseProbe(stores.database, writes=Role.TRAINING in config.roles)
-    return health.HealthProber(servicer, Readiness(probe, use_cases.loaded), health.ProberConfig())
+    return health.HealthProber(servicer, Readiness(probe, use_cases.loaded, thread), health.ProberConfig())
 
 
 def _build_server(
-    use_cases: _UseCases, around: _CallParts, translations: TranslationMetrics, config: ServiceConfig
+    use_cases: _UseCases,
+    around: _CallParts,
+    translations: TranslationMetrics,
+    threads: _Threads,
+    config: ServiceConfig,
 ) -> rpc.RpcServer:
     shutdown = around.shutdown
     watch = TranslationWatch(around.tracer, log_sentences=config.log_sentences)
     servicers = rpc.Servicers(
         training=TrainingServicer(use_cases.training, use_cases.feed, shutdown, around.tracer),
-        corpora=CorpusServicer(use_cases.corpora),
+        corpora=CorpusServicer(use_cases.corpora, threads.uploads),
         models=ModelServicer(use_cases.models),
         translation=TranslationServicer(use_cases.translation, translations, shutdown, watch),
     )

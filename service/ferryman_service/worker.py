@@ -75,6 +75,7 @@ def _log_config(arguments: argparse.Namespace, rank: str) -> LogConfig:
         level=arguments.log_level,
         sentences=arguments.log_sentences,
         fields={"run": arguments.run_id, "attempt": str(arguments.attempt), "rank": rank},
+        reads_text=True,
     )
 
 

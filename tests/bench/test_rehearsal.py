@@ -211,13 +211,27 @@ def test_a_pod_runs_the_charts_command_line_at_its_own_address_with_folders_of_t
         assert file.read() == "max_sentences = 7"
 
 
-def test_only_processes_that_name_the_text_are_killed():
-    command = [sys.executable, "-c", "import sys; sys.stdin.read()"]
-    named, other = (subprocess.Popen([*command, text], stdin=subprocess.PIPE) for text in ("run_7_x", "run_8_x"))
+def test_only_the_services_processes_that_name_the_text_are_killed(tmp_path):
+    (tmp_path / "ferryman_service").mkdir()
+    for name in ("ferryman_service/__init__", "ferryman_service/__main__", "ferryman_service/worker", "somebody"):
+        (tmp_path / f"{name}.py").write_text("import sys; sys.stdin.read()" if "__init__" not in name else "")
+
+    def started(*arguments):
+        return subprocess.Popen([sys.executable, *arguments], cwd=tmp_path, stdin=subprocess.PIPE)
+
+    ours = [started("-m", module, "run_7_x/data") for module in ("ferryman_service", "ferryman_service.worker")]
+    others = [
+        started("-m", "ferryman_service", "run_8_x"),
+        started("-m", "somebody", "run_7_x"),
+        started("-c", "import sys; sys.stdin.read()", "ferryman_service", "run_7_x"),
+    ]
     kill_all_that_name("run_7_x")
-    assert named.wait(timeout=10) == -signal.SIGKILL
-    assert other.poll() is None
-    other.communicate(timeout=10)
+    assert [process.wait(timeout=10) for process in ours] == [-signal.SIGKILL] * 2
+    for process in ours:
+        process.stdin.close()
+    for process in others:
+        process.communicate(timeout=10)
+    assert [process.returncode for process in others] == [0] * 3
 
 
 def test_a_hook_that_the_rehearsal_cannot_run_is_refused():

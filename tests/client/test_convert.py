@@ -178,7 +178,7 @@ MESSAGES = {
 
 @pytest.mark.parametrize("cls", MESSAGES, ids=lambda cls: cls.__name__)
 def test_a_dataclass_has_the_fields_of_its_message(cls):
-    names = {field.name.removesuffix("_s") for field in dataclasses.fields(cls)}
+    names = {field.name.removesuffix("_s") for field in dataclasses.fields(cls) if field.metadata.get("wire", True)}
     assert names == {field.name for field in MESSAGES[cls].DESCRIPTOR.fields}
 
 

@@ -8,7 +8,7 @@ from google.protobuf.any_pb2 import Any
 from google.rpc.error_details_pb2 import ErrorInfo
 from google.rpc.status_pb2 import Status
 
-from ferryman import errors
+from ferryman import AsyncClient, errors
 from ferryman._rpc_errors import error_from_rpc
 from ferryman_service.domain import errors as domain
 
@@ -108,6 +108,23 @@ def with_info(info: ErrorInfo) -> bytes:
     return Status(details=[packed]).SerializeToString()
 
 
+@pytest.mark.parametrize("given", ["page-7/3:a", ""])
+async def test_an_error_has_the_id_of_its_request(fake, client, given):
+    sent = errors.QueueFull("full", request_id=given)
+    fake.fail_next("GetCorpus", sent, times=2)
+    with pytest.raises(errors.QueueFull) as caught:
+        client.get_corpus("x")
+    assert caught.value.request_id == given
+    async with AsyncClient(fake.target) as async_client:
+        with pytest.raises(errors.QueueFull) as caught:
+            await async_client.get_corpus("x")
+    assert caught.value.request_id == given
+
+
+def test_a_call_that_no_server_has_answered_has_no_request_id():
+    assert error_from_rpc(FailedCall(grpc.StatusCode.UNAVAILABLE, None)).request_id == ""
+
+
 def test_a_reason_from_the_future_is_kept_under_the_class_of_its_code():
     error = error_from_rpc(
         FailedCall(grpc.StatusCode.NOT_FOUND, with_info(ErrorInfo(reason="BERTH_NOT_FOUND", domain="ferryman.v1")))
@@ -124,15 +141,27 @@ def test_a_reason_of_another_domain_is_none_of_ours():
 
 
 class BrokenOff(FailedCall):
+    def __init__(self, code: grpc.StatusCode, words: str, details: bytes | None = None) -> None:
+        super().__init__(code, details)
+        self._words = words
+
     def details(self) -> str:
-        return "Stream removed (RST_STREAM (Received RST_STREAM with error code 2))"
+        return self._words
 
 
-def test_a_stream_that_a_proxy_broke_off_is_a_broken_connection_and_a_bug_of_the_server_is_not():
-    error = error_from_rpc(BrokenOff(grpc.StatusCode.INTERNAL, None))
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        (grpc.StatusCode.INTERNAL, "Received RST_STREAM with error code 2"),
+        (grpc.StatusCode.UNKNOWN, "Stream removed"),
+        (grpc.StatusCode.UNKNOWN, "Stream removed (GOAWAY received)"),
+    ],
+)
+def test_a_stream_that_a_proxy_broke_off_is_a_broken_connection_and_a_bug_of_the_server_is_not(code, words):
+    error = error_from_rpc(BrokenOff(code, words))
     assert (type(error), error.code) == (errors.Unavailable, grpc.StatusCode.UNAVAILABLE)
     bug = with_info(ErrorInfo(reason="INTERNAL", domain="ferryman.v1"))
-    assert type(error_from_rpc(BrokenOff(grpc.StatusCode.INTERNAL, bug))) is errors.FerrymanError
+    assert type(error_from_rpc(BrokenOff(code, words, bug))) is errors.FerrymanError
 
 
 def test_the_delay_that_the_server_asks_for_is_told(fake, client):

@@ -13,6 +13,7 @@ import pytest
 
 from ferryman import AsyncClient, Client, Sampling, StreamSentence, StreamTranslation, errors, types
 from ferryman._convert import SearchOptions
+from ferryman._reconnect import Reconnection
 from ferryman._stream import StreamBook
 from ferryman.testing import FakeFerryman
 
@@ -42,8 +43,10 @@ def collect(fake: FakeFerryman, request: pytest.FixtureRequest) -> Collect:
 
 def test_a_result_bears_its_sentences_id(collect):
     sentences = ["one", ("my id", "two"), StreamSentence(id="ü" * 200, sentence="three", target_prefix="Drei")]
-    results = {result.id: result.translation.text for result in collect(sentences)}
+    found = collect(sentences)
+    results = {result.id: result.translation.text for result in found}
     assert results == {"0": "ONE", "my id": "TWO", "ü" * 200: "Drei THREE"}
+    assert {result.model for result in found} == {"m/1"}
 
 
 def test_results_come_as_they_finish_or_in_order(collect):
@@ -133,6 +136,79 @@ def test_a_stream_gives_up_on_a_server_that_stays_away(fake, collect):
 
     with pytest.raises(errors.Unavailable):
         collect(sentences(), reconnect_timeout_s=0.3)
+
+
+class Breaks:
+    """Breaks a stream off again and again, by a clock of its own most of a minute apart; servers are back at once."""
+
+    def __init__(self, fake: FakeFerryman) -> None:
+        self._fake = fake
+        self._now_s = 0.0
+
+    def reconnection(self, timeout_s: float) -> Reconnection:
+        return Reconnection(timeout_s, clock=lambda: self._now_s)
+
+    def happen(self) -> None:
+        # One may come before the client has seen that the call before was accepted: so they are less than a timeout
+        # apart, and several.
+        for _ in range(4):
+            calls = self._fake.calls.count("StreamTranslate")
+            self._fake.stop()
+            self._fake.start()
+            deadline_s = time.monotonic() + 30
+            while self._fake.calls.count("StreamTranslate") == calls:
+                assert time.monotonic() < deadline_s
+                time.sleep(0.01)
+            self._now_s += 40
+
+
+@pytest.fixture
+def breaks(fake: FakeFerryman, monkeypatch: pytest.MonkeyPatch) -> Breaks:
+    fake.add_model("m")
+    breaks = Breaks(fake)
+    monkeypatch.setattr("ferryman._stream.Reconnection", breaks.reconnection)
+    return breaks
+
+
+def test_a_quiet_stream_outlives_servers_that_come_back(fake, client, breaks):
+    answered = threading.Event()
+
+    def sentences() -> Iterator[str]:
+        yield "one"
+        assert answered.wait(timeout=10)
+        breaks.happen()
+        yield "two"
+
+    results = client.translate_stream("m", sentences(), reconnect_timeout_s=60)
+    assert next(results).translation.text == "ONE"
+    answered.set()
+    assert [result.translation.text for result in results] == ["TWO"]
+
+
+async def test_a_quiet_stream_outlives_servers_that_come_back_also_asynchronously(fake, breaks):
+    answered = asyncio.Event()
+
+    async def sentences() -> AsyncIterator[str]:
+        yield "one"
+        await answered.wait()
+        await asyncio.to_thread(breaks.happen)
+        yield "two"
+
+    async with AsyncClient(fake.target) as client:
+        results = client.translate_stream("m", sentences(), reconnect_timeout_s=60)
+        assert (await anext(results)).translation.text == "ONE"
+        answered.set()
+        assert [result.translation.text async for result in results] == ["TWO"]
+
+
+def test_servers_that_accept_a_stream_and_break_it_off_are_asked_ever_more_rarely():
+    reconnection = Reconnection(60, clock=lambda: 0.0)
+    pauses_s = []
+    for _ in range(9):
+        reconnection.accepted()
+        pauses_s.append(reconnection.pause_s(errors.Unavailable("gone")))
+    assert pauses_s[0] <= 0.1
+    assert pauses_s[-1] >= 2.5
 
 
 def test_what_the_sentences_raise_comes_after_the_results_of_what_was_before(fake, client):

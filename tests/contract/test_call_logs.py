@@ -7,6 +7,8 @@ import re
 import grpc
 import pytest
 
+from ferryman import Client
+from ferryman.errors import InvalidSentence, ModelNotFound
 from ferryman.v1 import training_pb2, translation_pb2
 from ferryman_service.config.service_config import LogFormat
 from ferryman_service.observability.logs import LogConfig, formatter
@@ -102,6 +104,17 @@ def test_a_refusal_is_told_by_field_and_reason_alone(service, ended, log):
     assert "geheim" not in json.dumps(log)
 
 
+def test_the_sdks_error_has_the_id_that_the_log_has(service, ended):
+    with Client(service.address) as client:
+        with pytest.raises(InvalidSentence) as refused:
+            client.translate("en-de", TOO_LONG)
+        with pytest.raises(ModelNotFound) as in_a_stream:
+            list(client.translate_stream("nobody", ["a"]))
+    [line], [line_of_stream] = ended(TRANSLATE), ended("ferryman.v1.TranslationService/StreamTranslate")
+    assert refused.value.request_id == line["request_id"]
+    assert in_a_stream.value.request_id == line_of_stream["request_id"]
+
+
 def test_a_sentence_in_the_place_of_the_model_is_not_told_either(service, ended, log):
     with pytest.raises(grpc.RpcError):
         service.translation_stub.Translate(translation_pb2.TranslateRequest(model="Ganz geheim", sentences=["en-de"]))
@@ -170,7 +183,7 @@ def test_sentences_are_logged_where_that_is_allowed(make_service, ended, log):
     ended(TRANSLATE)
     assert [line["sentences"] for line in log if "sentences" in line] == [["gar nicht geheim"]]
     assert [line["translations"] for line in log if "translations" in line] == [["GAR NICHT GEHEIM"]]
-    assert len({line["request_id"] for line in log}) == 1
+    assert len({line["request_id"] for line in log if "method" in line}) == 1
     with pytest.raises(grpc.RpcError):
         service.translation_stub.Translate(request(TOO_LONG))
     assert "geheim" in json.dumps([line["sentences"] for line in log if "sentences" in line][1])

@@ -1,5 +1,8 @@
 """The server itself: health, reflection, limits, ports, an orderly end."""
 
+import logging
+import socket
+import struct
 import threading
 
 import grpc
@@ -45,9 +48,57 @@ def test_watchers_of_health_learn_of_the_end_and_do_not_hold_it_up(make_service)
     assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
 
 
+def http2_frame(kind, flags, stream, payload=b""):
+    return struct.pack(">I", len(payload))[1:] + bytes([kind, flags]) + struct.pack(">I", stream) + payload
+
+
+def watch_without_reading(connection):
+    """Open a health Watch for whose answers the connection has no room: HTTP/2 flow control with a window of 0."""
+    settings, headers, data, acknowledged, end_headers, end_stream = 4, 1, 0, 1, 4, 1
+    initial_window_size = struct.pack(">HI", 4, 0)
+    fields = {
+        b":method": b"POST",
+        b":scheme": b"http",
+        b":path": b"/grpc.health.v1.Health/Watch",
+        b":authority": b"x",
+        b"content-type": b"application/grpc",
+        b"te": b"trailers",
+    }
+    literals = b"".join(bytes([0, len(key)]) + key + bytes([len(text)]) + text for key, text in fields.items())
+    connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + http2_frame(settings, 0, 0, initial_window_size))
+    connection.recv(1)  # the server's settings
+    connection.sendall(http2_frame(settings, acknowledged, 0))
+    empty_request = bytes(5)
+    connection.sendall(http2_frame(headers, end_headers, 1, literals) + http2_frame(data, end_stream, 1, empty_request))
+
+
+def test_a_watcher_that_does_not_read_holds_up_nobody(make_service, eventually, caplog):
+    service = make_service()
+    labels = {"grpc_service": "grpc.health.v1.Health", "grpc_method": "Watch", "grpc_type": "server_stream"}
+    with socket.create_connection(("127.0.0.1", service.port), timeout=30) as deaf:
+        watch_without_reading(deaf)
+        eventually(lambda: service.metric("grpc_server_started_total", **labels) == 1)
+        watch = health_pb2_grpc.HealthStub(service.channel).Watch(health_pb2.HealthCheckRequest())
+        assert next(watch).status == SERVING
+        service.wait_for(coroutine_of(service.health.begin_stop))
+        assert next(watch).status == NOT_SERVING
+        service.stop(grace_s=0.5)
+        eventually(lambda: service.metric("grpc_server_handled_total", **labels, grpc_code="UNAVAILABLE") == 2)
+    assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []
+
+
+async def coroutine_of(work):
+    return work()
+
+
 def test_calls_in_flight_may_end(make_service, eventually):
     service = make_service()
     begun, go_on = threading.Event(), threading.Event()
+    uploads = {
+        "grpc_service": "ferryman.v1.CorpusService",
+        "grpc_method": "UploadCorpus",
+        "grpc_type": "client_stream",
+    }
 
     def messages():
         yield from upload_messages([("one", "eins")])
@@ -56,6 +107,7 @@ def test_calls_in_flight_may_end(make_service, eventually):
 
     call = service.corpus_stub.UploadCorpus.future(messages())
     assert begun.wait(10)
+    eventually(lambda: service.metric("grpc_server_started_total", **uploads) == 1)
     stopping = threading.Thread(target=service.stop, kwargs={"grace_s": 10})
     stopping.start()
     health = health_pb2_grpc.HealthStub(service.channel)

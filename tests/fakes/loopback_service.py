@@ -26,13 +26,14 @@ from ferryman_service.application.training import RunLimits, TrainingUseCases
 from ferryman_service.application.translating import TranslationLimits, TranslationUseCases
 from ferryman_service.domain.records import RunState
 from ferryman_service.domain.runs import ProcessIdentity
+from ferryman_service.domain.threads import Threads
 from ferryman_service.domain.tracing import NULL_TRACER
 from ferryman_service.observability.http import new_registry
 from ferryman_service.observability.rpc import RpcMetrics
 from ferryman_service.observability.translation import TranslationMetrics
 from ferryman_service.rpc import server as rpc
 from ferryman_service.rpc.call_scope import CallScopes
-from ferryman_service.rpc.corpora import CorpusServicer
+from ferryman_service.rpc.corpora import CorpusServicer, UploadThreads
 from ferryman_service.rpc.health import CORPORA, MODELS, TRAINING, TRANSLATION, HealthServicer
 from ferryman_service.rpc.interceptors import CallInterceptor
 from ferryman_service.rpc.models import ModelServicer
@@ -87,6 +88,8 @@ class LoopbackService:
         self._queue_tokens = queue_tokens
         self._tracer, self._log_sentences = tracer, log_sentences
         self._bundles = itertools.count(1)
+        self._feed_threads = Threads(2, "feed")
+        self._upload_threads = UploadThreads(writing=Threads(2, "upload"), checking=Threads(1, "check"))
         self._rpc_config = rpc.RpcConfig(
             port=config.pop("port", 0),
             **config,
@@ -113,7 +116,7 @@ class LoopbackService:
     def stop(self, grace_s=5.0):
         """Stop as SIGTERM does; return how many seconds it took. Callers keep their channel."""
         began_s = time.monotonic()
-        self.wait_for(self.health.begin_stop())
+        self._loop.call_soon_threadsafe(self.health.begin_stop)
         self.wait_for(self._server.stop(grace_s))
         return time.monotonic() - began_s
 
@@ -181,17 +184,16 @@ class LoopbackService:
             tracer=self._tracer,
         )
         translation_metrics = TranslationMetrics(self.registry, self._translation.queued_tokens, self._queue_tokens)
-        feed = MetricsFeed(self.runs, FeedConfig(heartbeat_s=self._heartbeat_s))
+        feed = MetricsFeed(self.runs, FeedConfig(heartbeat_s=self._heartbeat_s), self._feed_threads)
         watch = TranslationWatch(self._tracer, log_sentences=self._log_sentences)
         servicers = rpc.Servicers(
             training=TrainingServicer(training, feed, shutdown, self._tracer),
-            corpora=CorpusServicer(CorpusUseCases(corpora=self.corpora, pager=pager)),
+            corpora=CorpusServicer(CorpusUseCases(corpora=self.corpora, pager=pager), self._upload_threads),
             models=ModelServicer(self._models),
             translation=TranslationServicer(self._translation, translation_metrics, shutdown, watch),
         )
         serving = [CORPORA, MODELS, *[TRAINING] * self._trains, *[TRANSLATION] * self._translates]
         self.health = HealthServicer(shutdown, serving)
-        await self.health.start()
         scopes = CallScopes(self._tracer, log_sentences=self._log_sentences)
         interceptor = CallInterceptor(RpcMetrics(self.registry), shutdown, scopes)
         self._server = rpc.RpcServer(servicers, self.health, interceptor, shutdown, self._rpc_config)
@@ -203,6 +205,8 @@ class LoopbackService:
         if tasks := asyncio.all_tasks(self._loop):
             self._loop.run_until_complete(asyncio.wait(tasks, timeout=5))
         self._loop.run_until_complete(self._loop.shutdown_default_executor())
+        for threads in (self._feed_threads, self._upload_threads.writing, self._upload_threads.checking):
+            threads.close()
         self._loop.close()
         self._database.dispose()
 

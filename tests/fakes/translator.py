@@ -35,7 +35,7 @@ class FakePrepared(PreparedSentence):
 
 
 class FakeEngine:
-    """Implements ports.TranslationEngine; a word is a token, and each takes a random time, up to `delay_s`.
+    """Implements ports.TranslationEngine; a word is `word_tokens`, and each takes a random time, up to `delay_s`.
 
     A sentence "wait" is busy until its caller gives up, "break" is a bug in the engine. `busy` is set when a "wait" is
     being decoded, `given_up` when its caller gave up. `began` is set once anything is submitted, `preparing` when a
@@ -45,7 +45,7 @@ class FakeEngine:
     and looks at every token.
     """
 
-    def __init__(self, *, delay_s=0.0, seed=0, max_sentence_tokens=8):
+    def __init__(self, *, delay_s=0.0, seed=0, max_sentence_tokens=8, word_tokens=1):
         self.busy = threading.Event()
         self.given_up = threading.Event()
         self.began = threading.Event()
@@ -60,6 +60,7 @@ class FakeEngine:
         self.closed = False
         self._random = random.Random(seed)
         self._max_sentence_tokens = max_sentence_tokens
+        self._word_tokens = word_tokens
         self._lock = threading.Lock()
         self._waiting = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -108,7 +109,7 @@ class FakeEngine:
             violations.append(Violation(field="prefix", description="leaves no room", reason="PREFIX_TOO_LONG"))
         if violations:
             raise InvalidSentence(violations)
-        source = (1,) * words + (2,) if words else ()
+        source = (1,) * (words * self._word_tokens) + (2,) if words else ()
         return FakePrepared(source=source, text=sentence, prefix_text=prefix, max_length=99)
 
     def prepare_all(self, sentences, prefixes, options):

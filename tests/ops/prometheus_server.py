@@ -53,7 +53,7 @@ class PrometheusServer:
         """Return a matrix, [{"metric": {label: value}, "values": [[time_s, "number"], …]}]."""
         return self.get("query_range", query=expression, start=start_s, end=end_s, step=step_s)["result"]
 
-    def wait_for(self, expression: str, timeout_s: float = 30) -> list[dict[str, Any]]:
+    def wait_for(self, expression: str, timeout_s: float = 90) -> list[dict[str, Any]]:
         """Return the expression's result as soon as it has one."""
         deadline_s = time.monotonic() + timeout_s
         while not (found := self.query(expression)):

@@ -112,7 +112,7 @@ def test_deployments_select_their_own_pods_and_no_others(manifests):
 
 
 def test_services_lead_to_the_pods_that_do_the_work(manifests):
-    roles = {name: main_container(pod)["args"][-1].split(",") for name, pod in manifests.servers().items()}
+    roles = {name: roles_of(pod).split(",") for name, pod in manifests.servers().items()}
     for each in manifests.all("Service"):
         selected = manifests.selected_by(each["spec"]["selector"])
         suffix = each["metadata"]["name"].removeprefix(fullname(manifests)).removeprefix("-")
@@ -122,6 +122,11 @@ def test_services_lead_to_the_pods_that_do_the_work(manifests):
         for port in each["spec"]["ports"]:
             for name in selected:
                 assert port["targetPort"] in {own["name"] for own in main_container(manifests.pods()[name])["ports"]}
+
+
+def roles_of(pod):
+    """From the environment, so that `config --show` in the pod tells them too."""
+    return environment(main_container(pod))["FERRYMAN_ROLES"]
 
 
 def fullname(manifests):
@@ -168,7 +173,7 @@ def test_probes_ask_the_probe_port_about_names_that_health_knows(manifests):
         for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
             assert container[probe]["grpc"]["port"] == ports["probe"]
             assert container[probe]["grpc"]["service"] in (*ALL_SERVICES, LIVENESS, WHOLE_SERVER)
-        assert container["readinessProbe"]["grpc"]["service"] == ready[container["args"][-1]]
+        assert container["readinessProbe"]["grpc"]["service"] == ready[roles_of(pod)]
         assert container["livenessProbe"]["grpc"]["service"] == LIVENESS
         assert container["startupProbe"]["grpc"]["service"] == LIVENESS
 
@@ -286,7 +291,7 @@ def test_who_trains_has_shared_memory(manifests):
     for pod in manifests.servers().values():
         container = main_container(pod)
         mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
-        if "training" in container["args"][-1]:
+        if "training" in roles_of(pod):
             [volume] = [each for each in pod["spec"]["volumes"] if each["name"] == mounts["/dev/shm"]]
             assert volume["emptyDir"]["medium"] == "Memory"
 
@@ -304,6 +309,59 @@ def test_pods_that_share_a_claim_run_on_one_node_and_the_first_of_them_anywhere(
         nodes = [rule for rule in rules if rule["topologyKey"] == "kubernetes.io/hostname"]
         [rule] = nodes
         assert manifests.selected_by(rule["labelSelector"]["matchLabels"]) == set(sharing), name
+
+
+def test_no_budget_holds_up_the_drain_of_a_node_that_pods_must_leave_together(manifests):
+    """The successor of the first pod could only run where the others still are, and those would not be let go."""
+    own_node = {
+        name
+        for name, pod in manifests.servers().items()
+        for rule in required_affinity(pod)
+        if rule["topologyKey"] == "kubernetes.io/hostname"
+    }
+    for budget in manifests.all("PodDisruptionBudget"):
+        guarded = manifests.selected_by(budget["spec"]["selector"]["matchLabels"])
+        replicas = manifests.one("Deployment", *guarded)["spec"].get("replicas")
+        assert replicas == 1 or not guarded & own_node, f"{guarded} cannot be drained"
+
+
+def required_affinity(pod):
+    pods = pod["spec"].get("affinity", {}).get("podAffinity", {})
+    return pods.get("requiredDuringSchedulingIgnoredDuringExecution", [])
+
+
+def test_pods_that_go_to_one_node_agree_about_nodes(manifests):
+    """Else the first of them may go where another must not: it waits for ever."""
+    together = [pod["spec"] for pod in manifests.servers().values() if has_data_in_common(pod)]
+    for spec in together:
+        for field in ("nodeSelector", "tolerations"):
+            assert spec.get(field) == together[0].get(field)
+        assert required_nodes(spec) == required_nodes(together[0])
+
+
+def has_data_in_common(pod):
+    return pod["labels"].get("ferryman/data-folder") == "shared"
+
+
+def required_nodes(spec):
+    rules = spec.get("affinity", {}).get("nodeAffinity", {})
+    return rules.get("requiredDuringSchedulingIgnoredDuringExecution", {}).get("nodeSelectorTerms")
+
+
+def test_a_node_that_all_pods_share_has_what_each_component_asks_for(renderings):
+    spec = renderings["one-gpu-node"].one("Deployment", "-serving")["spec"]["template"]["spec"]
+    assert spec["nodeSelector"] == {"pool": "gpu", "kubernetes.io/arch": "amd64"}
+    assert [taint["key"] for taint in spec["tolerations"]] == ["nvidia.com/gpu"]
+    keys = [[rule["key"] for rule in term["matchExpressions"]] for term in required_nodes(spec)]
+    zone = "topology.kubernetes.io/zone"
+    assert keys == [["nvidia.com/gpu.memory", zone], ["nvidia.com/gpu.product", zone]]
+    apart = renderings["separate-serving"].servers().values()
+    assert not any(required_nodes(pod["spec"]) for pod in apart)
+
+
+def test_pods_on_nodes_of_their_own_have_a_budget(renderings):
+    budget = renderings["separate-serving"].one("PodDisruptionBudget", "-serving")
+    assert budget["spec"]["maxUnavailable"] == "25%"
 
 
 def test_rules_of_ones_own_stay_beside_it(renderings):
@@ -471,6 +529,7 @@ def test_the_schema_refuses(helm, settings):
         ("controlPlane.enabled=false,serving.enabled=false", "nothing to install"),
         ("controlPlane.enabled=false", "no controlPlane to share with"),
         ("persistence.enabled=false", "needs persistence.enabled"),
+        ("controlPlane.nodeSelector.pool=gpu,serving.nodeSelector.pool=cpu", "the two nodeSelectors differ in pool"),
         ("serving.models.source=import", "needs serving.models.volume and serving.models.import"),
         ("serving.autoscaling.kind=keda", "needs serving.autoscaling.prometheusAddress"),
         ("serving.autoscaling.minReplicas=9", "above maxReplicas"),

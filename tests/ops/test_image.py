@@ -20,6 +20,7 @@ from packaging.utils import canonicalize_name
 
 from deploy.image_contents import ROOT, all_contents
 from ferryman import Client
+from ferryman.errors import RoleNotServed
 from tests.ops.conftest import need_program
 
 pytestmark = pytest.mark.ops
@@ -152,6 +153,8 @@ def test_it_translates_and_ends_as_the_image_says(container, root, bundle_dir):
             assert time.monotonic() < deadline_s
         with Client(f"127.0.0.1:{container.variables['FERRYMAN_PORT']}") as client:
             assert len(client.translate("en-de", ["a b c"]).translations) == 1
+            with pytest.raises(RoleNotServed):
+                client.start_training("cor_x", "en-de")
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=30) == 0
     finally:

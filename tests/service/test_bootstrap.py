@@ -1,15 +1,18 @@
 """Where the service translates, by what it was told and what there is; how it is put together, starts and ends."""
 
 import asyncio
-import socket
 import threading
 import time
 
 import pytest
 
+from ferryman_service import bootstrap
+from ferryman_service.application.supervisor import Supervisor
 from ferryman_service.bootstrap import build_service, ends_in_time, translates_on_gpu
 from ferryman_service.config.service_config import ComputeChoice, Device, Role, ServiceConfig
 from ferryman_service.rpc.health import TRANSLATION, check_health
+from ferryman_service.stores.lock import FolderInUse, FolderLock
+from tests.fakes.ports import reserved_port
 
 
 @pytest.mark.parametrize(
@@ -56,11 +59,14 @@ async def test_a_service_with_a_gpu_it_has_not_does_not_start(tmp_path):
         build_service(config)
 
 
-async def test_a_service_starts_on_its_ports_and_ends(tmp_path):
+@pytest.fixture
+def probe_port():
+    with reserved_port() as port:
+        yield port
+
+
+async def test_a_service_starts_on_its_ports_and_ends(tmp_path, probe_port):
     pytest.importorskip("onnxruntime")
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        probe_port = taken.getsockname()[1]
     config = ServiceConfig(
         data_dir=tmp_path,
         port=0,
@@ -81,6 +87,58 @@ async def test_a_service_starts_on_its_ports_and_ends(tmp_path):
     assert await asyncio.to_thread(check_health, f"127.0.0.1:{probe_port}", "liveness", 5) == "SERVING"
     hurry.set()
     assert await stopping, "everything has ended"
+
+
+class SlowTick:
+    """A look of the supervisor that takes until it is released."""
+
+    def __init__(self):
+        self.begun, self.released, self.ended = threading.Event(), threading.Event(), threading.Event()
+
+    def __call__(self):
+        self.begun.set()
+        self.released.wait(60)
+        self.ended.set()
+
+
+@pytest.fixture
+async def ticking(tmp_path, monkeypatch):
+    """A service whose supervisor is at work, and what it works on."""
+    for package in ("torch", "onnx", "onnxruntime"):
+        pytest.importorskip(package)
+    tick = SlowTick()
+    monkeypatch.setattr(Supervisor, "tick", lambda _: tick())
+    roles = frozenset({Role.TRAINING})
+    service = build_service(ServiceConfig(data_dir=tmp_path, port=0, metrics_port=0, probe_port=0, roles=roles))
+    await service.start()
+    assert await asyncio.to_thread(tick.begun.wait, 30)
+    yield service, tick
+    tick.released.set()
+
+
+def hurried():
+    hurry = asyncio.Event()
+    hurry.set()
+    return hurry
+
+
+async def test_the_folder_is_free_when_the_supervisor_has_ended(ticking, tmp_path, monkeypatch):
+    service, tick = ticking
+    monkeypatch.setattr(bootstrap, "_CLOSE_S", 60)
+    asyncio.get_running_loop().call_later(0.5, tick.released.set)
+    assert await service.stop(hurried())
+    assert tick.ended.is_set()
+    lock = FolderLock(tmp_path / "training-service.lock")
+    lock.acquire()
+    lock.release()
+
+
+async def test_a_supervisor_that_is_stuck_keeps_the_folder_until_the_process_ends(ticking, tmp_path, monkeypatch):
+    service, _ = ticking
+    monkeypatch.setattr(bootstrap, "_CLOSE_S", 0.1)
+    assert not await service.stop(hurried())
+    with pytest.raises(FolderInUse):
+        FolderLock(tmp_path / "training-service.lock").acquire()
 
 
 async def test_what_does_not_close_in_time_is_left():

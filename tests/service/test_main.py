@@ -1,9 +1,12 @@
 """The command `ferryman-service`: what it says of a wrong configuration, and an end that nothing holds up."""
 
+import json
 import signal
+import socket
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 
 import pytest
 
@@ -52,6 +55,101 @@ def test_a_wrong_configuration_ends_every_command_with_2(monkeypatch, capsys):
         assert "--grace-s is -1, must be from 0 to 3600" in told.err
 
 
+def command(*arguments):
+    return [sys.executable, "-m", "ferryman_service", *map(str, arguments)]
+
+
+def serve(data_dir, *flags):
+    ports = {"--port": 0, "--probe-port": 0, "--metrics-port": 0}
+    ports |= dict(zip(flags[::2], flags[1::2], strict=True))
+    settings = [str(part) for each in ports.items() for part in each]
+    return command("serve", "--data-dir", data_dir, "--roles", "translation", *settings)
+
+
+def failure_of(*arguments):
+    """Return the lines of a command that fails."""
+    ended = subprocess.run(arguments, capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stdout) == (1, "")
+    return ended.stderr.splitlines()
+
+
+@pytest.fixture
+def taken():
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        yield other.getsockname()[1]
+
+
+@pytest.mark.parametrize("flag", ["--port", "--probe-port", "--metrics-port"])
+def test_a_taken_port_is_told_in_one_line_and_nothing_after_it(tmp_path, taken, flag):
+    lines = failure_of(*serve(tmp_path, flag, taken))
+    assert lines[-1].startswith(f"ferryman-service: cannot listen on 127.0.0.1:{taken}")
+    assert not [line for line in lines if "Traceback" in line or "Warning" in line]
+
+
+@pytest.mark.parametrize("flag", ["--port", "--probe-port", "--metrics-port"])
+def test_with_log_format_json_a_failed_start_is_json_too(tmp_path, taken, flag):
+    *_, last = map(json.loads, failure_of(*serve(tmp_path, flag, taken, "--log-format", "json")))
+    assert last["level"] == "ERROR"
+    assert last["message"].startswith(f"cannot listen on 127.0.0.1:{taken}")
+
+
+def test_with_log_format_json_mistakes_in_the_configuration_are_json_too():
+    arguments = command("serve", "--log-format", "json", "--port", "x", "--grace-s", "-1")
+    ended = subprocess.run(arguments, capture_output=True, text=True, timeout=60)
+    lines = [json.loads(line) for line in ended.stderr.splitlines()]
+    assert ended.returncode == 2
+    assert [(line["level"], line["message"]) for line in lines] == [
+        ("ERROR", "--port is 'x', must be a whole number"),
+        ("ERROR", "--grace-s is -1, must be from 0 to 3600"),
+    ]
+
+
+def test_a_data_folder_that_cannot_be_made_is_told_with_the_option(tmp_path):
+    (tmp_path / "file").touch()
+    text = failure_of(*serve(tmp_path / "file"))[-1]
+    assert text.startswith(f"ferryman-service: the data folder {tmp_path / 'file'} cannot be used: ")
+    assert "--data-dir" in text
+
+
+def test_the_folder_of_a_bundle_that_is_not_there_is_named(tmp_path):
+    bundle = tmp_path / "nope"
+    [text] = failure_of(*command("import-model", bundle, "en-de", "--data-dir", tmp_path / "data"))
+    assert text == f"ferryman-service: {bundle}: there is no such folder"
+
+
+def test_the_log_tells_of_start_and_end_and_of_a_changed_database(tmp_path):
+    told = []
+    for _ in range(2):
+        process = subprocess.Popen(serve(tmp_path, "--log-format", "json"), stderr=subprocess.PIPE, text=True)
+        try:
+            lines = []
+            while not lines or not lines[-1]["message"].startswith("serving on"):
+                lines.append(json.loads(process.stderr.readline()))
+            process.send_signal(signal.SIGTERM)
+            lines += map(json.loads, process.communicate(timeout=60)[1].splitlines())
+        finally:
+            process.kill()
+            process.wait()
+        assert process.returncode == 0
+        told.append(lines)
+    migrations = [[line["message"] for line in lines if "database" in line["logger"]] for lines in told]
+    [[made], none] = migrations
+    assert made.startswith("the database was brought from nothing to schema ")
+    assert not none
+    first, *_, last = told[1]
+    assert (first["message"], last["message"]) == ("starting", "stopped")
+    assert (first["version"], first["roles"], first["data_dir"]) == (version("ferryman"), "translation", str(tmp_path))
+    assert (first["port"], first["device"], first["compute_type"]) == (0, "auto", "auto")
+    assert "told to stop" in [line["message"] for line in told[1]]
+
+
+def test_the_version(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"ferryman-service {version('ferryman')}\n"
+
+
 def test_a_right_configuration_is_shown(monkeypatch, capsys):
     monkeypatch.setenv("FERRYMAN_PORT", "7")
     monkeypatch.setenv("FERRYMAN_PROT", "7")
@@ -67,3 +165,13 @@ def test_a_right_configuration_is_shown(monkeypatch, capsys):
 def test_health_of_a_probe_port_that_is_off(capsys):
     assert main(["health", "--probe", "--probe-port", "0"]) == 2
     assert "there is no probe port" in capsys.readouterr().err
+
+
+def test_a_database_that_is_none_is_told_in_one_line(tmp_path):
+    (tmp_path / "ferryman.db").write_bytes(b"\xff" * 8192)
+    ports = ["--port", "0", "--probe-port", "0", "--metrics-port", "0"]
+    command = [sys.executable, "-m", "ferryman_service", "serve", "--data-dir", str(tmp_path), *ports]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    [line] = [line for line in done.stderr.splitlines() if " INFO " not in line]
+    assert line.startswith("ferryman-service: the database, ferryman.db in the data folder, is damaged")

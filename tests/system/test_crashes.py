@@ -55,7 +55,7 @@ def test_a_service_killed_in_training_misses_nothing_and_its_worker_goes_on(star
     after = []
     for record in stubs.stream(run.run_id, after_sequence=before[-1].sequence):
         after.append(record)
-        if record.step.step >= before[-1].step.step + 300:
+        if record.step.step >= before[-1].step.step + 100:
             break
     steps = [record.step.step for record in before + after if record.HasField("step")]
     assert steps == list(range(1, len(steps) + 1))
@@ -90,7 +90,10 @@ def states_of(records):
     return [name.removeprefix("RUN_STATE_") for name in names]
 
 
-def short_recipe(max_steps):
+SHORT = 100
+
+
+def short_recipe(max_steps=SHORT):
     recipe = small_recipe(max_steps)
     recipe.validation.checkpoint_interval_steps = 20
     return recipe
@@ -98,13 +101,13 @@ def short_recipe(max_steps):
 
 def test_a_run_whose_worker_is_killed_goes_on_by_itself_from_its_last_checkpoint(start_service):
     stubs = Stubs(start_service().address)
-    run = stubs.start(stubs.upload().corpus_id, short_recipe(150))
-    stubs.wait_for_step(run.run_id, 70)
+    run = stubs.start(stubs.upload().corpus_id, short_recipe())
+    stubs.wait_for_step(run.run_id, 50)
     for pid in worker_pids(run.run_id):
         os.kill(pid, signal.SIGKILL)
     records = list(stubs.stream(run.run_id))
     assert states_of(records)[-1] == "SUCCEEDED", stubs.run(run.run_id)
-    assert steps_of(records) == list(range(1, 151))
+    assert steps_of(records) == list(range(1, SHORT + 1))
     codes = [record.event.code for record in records if record.HasField("event")]
     assert codes.count("RESTARTED") == codes.count("RESUMED") == 1
     ended = stubs.run(run.run_id)
@@ -113,25 +116,25 @@ def test_a_run_whose_worker_is_killed_goes_on_by_itself_from_its_last_checkpoint
 
 def test_a_run_that_loses_one_of_its_processes_goes_on_by_itself(start_service):
     stubs = Stubs(start_service().address)
-    run = stubs.start(stubs.upload().corpus_id, short_recipe(150), processes=2)
+    run = stubs.start(stubs.upload().corpus_id, short_recipe(), processes=2)
     stubs.wait_for_step(run.run_id, 30)
     os.kill(max(worker_pids(run.run_id)), signal.SIGKILL)
     records = list(stubs.stream(run.run_id))
     assert states_of(records)[-1] == "SUCCEEDED", stubs.run(run.run_id)
-    assert steps_of(records) == list(range(1, 151))
+    assert steps_of(records) == list(range(1, SHORT + 1))
     # The other process may notice by itself, or torchrun may tell it to end before.
     codes = [record.event.code for record in records if record.HasField("event")]
     assert codes.count("RESTARTED") + codes.count("HANDED_OVER") == 1
     ended = stubs.run(run.run_id)
     assert (ended.attempt, ended.restarts) == (2, 0)
 
-    undisturbed = stubs.start(run.corpus_id, short_recipe(150), processes=2)
+    undisturbed = stubs.start(run.corpus_id, short_recipe(), processes=2)
     assert series_of(records) == series_of(stubs.stream(undisturbed.run_id))
 
 
 def test_a_worker_that_is_told_to_stop_leaves_its_run_to_another(start_service):
     stubs = Stubs(start_service().address)
-    run = stubs.start(stubs.upload().corpus_id, short_recipe(150))
+    run = stubs.start(stubs.upload().corpus_id, short_recipe())
     stubs.wait_for_step(run.run_id, 30)
     began_s = time.monotonic()
     pids = worker_pids(run.run_id)
@@ -140,7 +143,7 @@ def test_a_worker_that_is_told_to_stop_leaves_its_run_to_another(start_service):
     assert time.monotonic() - began_s < 30
     records = list(stubs.stream(run.run_id))
     assert states_of(records)[-1] == "SUCCEEDED", stubs.run(run.run_id)
-    assert steps_of(records) == list(range(1, 151))
+    assert steps_of(records) == list(range(1, SHORT + 1))
     codes = [record.event.code for record in records if record.HasField("event")]
     assert codes.count("HANDED_OVER") == codes.count("RESUMED") == 1
     assert "RESTARTED" not in codes
@@ -149,7 +152,7 @@ def test_a_worker_that_is_told_to_stop_leaves_its_run_to_another(start_service):
 def test_a_paused_run_holds_no_worker_outlives_the_service_and_goes_on(start_service):
     service = start_service()
     stubs = Stubs(service.address)
-    run = stubs.start(stubs.upload().corpus_id, short_recipe(150))
+    run = stubs.start(stubs.upload().corpus_id, short_recipe())
     stubs.wait_for_step(run.run_id, 30)
     stubs.training.PauseTraining(training_pb2.PauseTrainingRequest(run_id=run.run_id))
     wait_until(lambda: stubs.run(run.run_id).state == metrics_pb2.RUN_STATE_PAUSED)
@@ -168,13 +171,9 @@ def test_a_paused_run_holds_no_worker_outlives_the_service_and_goes_on(start_ser
     stubs.training.ResumeTraining(training_pb2.ResumeTrainingRequest(run_id=run.run_id))
     records = list(stubs.stream(run.run_id))
     assert states_of(records)[-1] == "SUCCEEDED", stubs.run(run.run_id)
-    assert steps_of(records) == list(range(1, 151))
+    assert steps_of(records) == list(range(1, SHORT + 1))
 
-    tuned = stubs.start(
-        run.corpus_id, None, model_name="tuned", initial_model="reversal", keep_optimizer=True, validate_only=True
-    )
-    assert tuned.initial_model == "reversal/1"
-    assert tuned.recipe.model.d_model == 32
+    fine_tuning_goes_on_where_the_model_stands(stubs, run.corpus_id, losses_of(records))
     stubs.training.DeleteTrainingRun(training_pb2.DeleteTrainingRunRequest(run_id=run.run_id))
     with pytest.raises(grpc.RpcError) as caught:
         stubs.run(run.run_id)
@@ -182,18 +181,17 @@ def test_a_paused_run_holds_no_worker_outlives_the_service_and_goes_on(start_ser
     assert not (service.data_dir / "runs" / run.run_id).exists()
 
 
-def test_fine_tuning_goes_on_where_the_model_stands(start_service):
-    stubs = Stubs(start_service().address)
-    corpus_id = stubs.upload().corpus_id
-    run = stubs.start(corpus_id, small_recipe(150))
-    records = list(stubs.stream(run.run_id))
-    recipe = small_recipe(30)
-    tuned = stubs.start(corpus_id, recipe, model_name="tuned", initial_model="reversal", keep_optimizer=True)
+def fine_tuning_goes_on_where_the_model_stands(stubs, corpus_id, losses):
+    tuned = stubs.start(corpus_id, small_recipe(10), model_name="tuned", initial_model="reversal", keep_optimizer=True)
+    assert tuned.initial_model == "reversal/1"
+    assert tuned.recipe.model.d_model == 32
     tuning = list(stubs.stream(tuned.run_id))
     assert states_of(tuning)[-1] == "SUCCEEDED", stubs.run(tuned.run_id)
-    first = next(record.step.loss for record in tuning if record.HasField("step"))
-    losses = [record.step.loss for record in records if record.HasField("step")]
-    assert first < (losses[0] + losses[-1]) / 2
+    assert losses_of(tuning)[0] < (losses[0] + losses[-1]) / 2
+
+
+def losses_of(records):
+    return [record.step.loss for record in records if record.HasField("step")]
 
 
 def test_sigterm_ends_the_service_and_not_the_worker(start_service):
@@ -255,22 +253,6 @@ def small_disk(tmp_path):
     return folder, (*own_mounts, "sh", "-c", SMALL_DISK, "16m", str(folder))
 
 
-def test_a_full_disk_pauses_the_run_and_leaves_the_service_alive(start_service, small_disk):
-    folder, wrapper = small_disk
-    stubs = Stubs(start_service(data_dir=folder, wrapper=wrapper).address)
-    corpus_id = stubs.upload().corpus_id
-    recipe = small_recipe(60)
-    recipe.model.d_model, recipe.model.ffn_dim = 512, 2048  # its first checkpoint is larger than the disk
-    run = stubs.start(corpus_id, recipe)
-    wait_until(lambda: stubs.run(run.run_id).state == metrics_pb2.RUN_STATE_PAUSED, timeout_s=90)
-    history = training_pb2.StreamMetricsRequest(run_id=run.run_id, history_only=True)
-    records = [response.record for response in stubs.training.StreamMetrics(history)]
-    assert "space" in next(record.event.message for record in records if record.event.code == "DISK_FULL")
-    stubs.training.CancelTraining(training_pb2.CancelTrainingRequest(run_id=run.run_id))
-    again = stubs.start(corpus_id, small_recipe(60))
-    assert list(stubs.stream(again.run_id))[-1].state_change.state == metrics_pb2.RUN_STATE_SUCCEEDED
-
-
 def fill_up(path):
     """Leave the disk no byte."""
     with path.open("wb", buffering=0) as file, contextlib.suppress(OSError):
@@ -281,13 +263,17 @@ def fill_up(path):
             file.write(b"x")
 
 
-def test_a_run_whose_disk_has_no_byte_left_goes_on_from_its_last_checkpoint_when_there_is_room(
+def test_a_full_disk_pauses_runs_and_they_go_on_from_their_last_checkpoints_when_there_is_room(
     start_service, small_disk
 ):
     folder, wrapper = small_disk
     service = start_service(data_dir=folder, wrapper=wrapper)
     stubs = Stubs(service.address)
-    run = stubs.start(stubs.upload().corpus_id, short_recipe(300))
+    corpus_id = stubs.upload().corpus_id
+    a_checkpoint_that_does_not_fit_pauses_its_run(stubs, corpus_id)
+
+    # The service lives, and so does the next run, until the disk has no byte left.
+    run = stubs.start(corpus_id, short_recipe(300))
     stubs.wait_for_step(run.run_id, 30)
     seen_by_service = Path(f"/proc/{service.process.pid}/root{folder}")
     fill_up(seen_by_service / "filler")
@@ -306,3 +292,15 @@ def test_a_run_whose_disk_has_no_byte_left_goes_on_from_its_last_checkpoint_when
     assert steps_of(records) == list(range(1, 301))
     codes = [record.event.code for record in records if record.HasField("event")]
     assert codes.count("DISK_FULL") == codes.count("RESUMED") == 1
+
+
+def a_checkpoint_that_does_not_fit_pauses_its_run(stubs, corpus_id):
+    recipe = small_recipe(60)
+    recipe.model.d_model, recipe.model.ffn_dim = 512, 2048
+    recipe.validation.checkpoint_interval_steps = 5
+    run = stubs.start(corpus_id, recipe)
+    wait_until(lambda: stubs.run(run.run_id).state == metrics_pb2.RUN_STATE_PAUSED, timeout_s=90)
+    history = training_pb2.StreamMetricsRequest(run_id=run.run_id, history_only=True)
+    records = [response.record for response in stubs.training.StreamMetrics(history)]
+    assert "space" in next(record.event.message for record in records if record.event.code == "DISK_FULL")
+    stubs.training.CancelTraining(training_pb2.CancelTrainingRequest(run_id=run.run_id))

@@ -1,9 +1,9 @@
-"""How the service lives and ends: health that follows the data folder, an end under load, connections that age."""
+"""How the service lives and ends: health that follows the data folder, and an end under load."""
 
 import contextlib
 import re
+import shutil
 import signal
-import socket
 import sqlite3
 import subprocess
 import sys
@@ -17,30 +17,34 @@ from google.rpc.error_details_pb2 import ErrorInfo, RetryInfo
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
 
-from ferryman import Client
 from ferryman.v1 import corpus_pb2, training_pb2, translation_pb2
+from tests.fakes.ports import reserved_port
 from tests.make_bundle import main as make_bundle
 from tests.system.conftest import Stubs, small_recipe
+from tests.system.service_process import ServiceProcess
 
 pytestmark = pytest.mark.system
 
 LONG = 1_000_000
+LONG_S = 600
+"""Longer than any test may take: what is over sooner has not been waited for."""
 TRANSLATION, TRAINING = "ferryman.v1.TranslationService", "ferryman.v1.TrainingService"
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("bundle") / "bundle"
-    make_bundle(folder)
-    return folder
+def with_model(tmp_path_factory):
+    """A data folder with the model "random", to copy."""
+    folder = tmp_path_factory.mktemp("with-model")
+    make_bundle(folder / "bundle")
+    command = [sys.executable, "-m", "ferryman_service", "import-model", str(folder / "bundle"), "random"]
+    subprocess.run([*command, "--data-dir", str(folder / "data")], check=True, capture_output=True)
+    return folder / "data"
 
 
 @pytest.fixture
-def data_dir(bundle, tmp_path):
-    """A data folder with the model "random"."""
-    command = [sys.executable, "-m", "ferryman_service", "import-model", str(bundle), "random"]
-    subprocess.run([*command, "--data-dir", str(tmp_path / "data")], check=True, capture_output=True)
-    return tmp_path / "data"
+def data_dir(with_model, tmp_path):
+    """A data folder of the test's own with the model "random"."""
+    return shutil.copytree(with_model, tmp_path / "data")
 
 
 @pytest.fixture
@@ -49,10 +53,26 @@ def start_with_model(start_service, data_dir):
     return lambda *flags: start_service(*flags, data_dir=data_dir)
 
 
-def free_port():
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return taken.getsockname()[1]
+@pytest.fixture
+def probe_port():
+    with reserved_port() as port:
+        yield port
+
+
+@pytest.fixture
+def metrics_port():
+    with reserved_port() as port:
+        yield port
+
+
+@pytest.fixture(scope="module")
+def translating(with_model, tmp_path_factory):
+    """A service with the role translation, for tests that leave it as it is, and its port for probes."""
+    data_dir = shutil.copytree(with_model, tmp_path_factory.mktemp("translating") / "data")
+    with reserved_port() as port:
+        service = ServiceProcess(data_dir, "--probe-port", str(port), "--roles", "translation")
+        yield service, port
+        assert service.stop() == 0
 
 
 def health(port, service="", timeout_s=5):
@@ -88,7 +108,7 @@ def details_of(error):
 
 
 class Load:
-    """Callers that never stop: each outcome is noted, with the time at which it came."""
+    """Callers that hardly pause: each outcome is noted, with the time at which it came."""
 
     def __init__(self, address):
         self.outcomes, self.over = [], threading.Event()
@@ -113,8 +133,8 @@ class Load:
                 code = None
             except grpc.RpcError as error:
                 code = error.code()
-                self.over.wait(0.01)
             self.outcomes.append((time.monotonic(), code, kind.__name__))
+            self.over.wait(0.01)
         stubs.channel.close()
 
     def _translate(self, stubs):
@@ -137,8 +157,7 @@ class Load:
         stubs.training.ListTrainingRuns(training_pb2.ListTrainingRunsRequest(), timeout=30)
 
 
-def test_health_follows_the_data_folder_on_both_ports(start_with_model, data_dir):
-    probe_port = free_port()
+def test_health_follows_the_data_folder_on_both_ports(start_with_model, data_dir, probe_port):
     service = start_with_model("--probe-port", str(probe_port))
     ports = (service.port, probe_port)
     names = ("", TRAINING, TRANSLATION, "liveness")
@@ -162,19 +181,19 @@ def test_health_follows_the_data_folder_on_both_ports(start_with_model, data_dir
     assert service.stop() == 0
 
 
-def test_a_process_that_is_stuck_is_not_alive(start_with_model):
-    probe_port = free_port()
-    service = start_with_model("--probe-port", str(probe_port), "--roles", "translation")
+def test_a_process_that_is_stuck_is_not_alive(translating):
+    service, probe_port = translating
     assert health(probe_port, "liveness") == "SERVING"
     service.process.send_signal(signal.SIGSTOP)
-    assert health(probe_port, "liveness", timeout_s=1) == ""
-    service.process.send_signal(signal.SIGCONT)
+    try:
+        assert health(probe_port, "liveness", timeout_s=1) == ""
+    finally:
+        service.process.send_signal(signal.SIGCONT)
     wait_until(lambda: health(probe_port, "liveness") == "SERVING")
 
 
-def test_the_command_health_asks_either_port(start_with_model):
-    probe_port = free_port()
-    service = start_with_model("--probe-port", str(probe_port), "--roles", "translation")
+def test_the_command_health_asks_either_port(translating):
+    service, probe_port = translating
 
     def command(*flags):
         program = [sys.executable, "-m", "ferryman_service", "health", "--port", str(service.port), *flags]
@@ -187,28 +206,27 @@ def test_the_command_health_asks_either_port(start_with_model):
     assert command(*probe, "--service", "nobody") == (1, "SERVICE_UNKNOWN")
 
 
-def test_an_end_under_load_fails_no_call_but_with_unavailable(start_with_model):
-    probe_port = free_port()
-    service = start_with_model("--drain-s", "1", "--grace-s", "5", "--probe-port", str(probe_port))
+def test_an_end_under_load_fails_no_call_but_with_unavailable(start_with_model, probe_port):
+    drain_s = 4
+    service = start_with_model("--drain-s", str(drain_s), "--grace-s", "10", "--probe-port", str(probe_port))
     load = Load(service.address)
     wait_until(lambda: len(load.outcomes) > 100)
     assert load.codes() == {None}
     told_s = time.monotonic()
     service.process.send_signal(signal.SIGTERM)
     wait_until(lambda: health(probe_port, TRANSLATION) == "NOT_SERVING")
-    assert time.monotonic() - told_s < 1, "health turns before calls are refused"
+    turned_s = time.monotonic()
     assert health(probe_port, "liveness") == "SERVING"
-    assert service.process.wait(20) == 0
-    took_s = time.monotonic() - told_s
+    assert service.process.wait(60) == 0
     load.end()
-    assert 1 < took_s < 1 + 5 + 5
     first_failure_s = min(at_s for at_s, code, _ in load.outcomes if code)
-    assert first_failure_s - told_s > 0.9, "nobody is refused before the wait is over"
+    assert turned_s < first_failure_s, "health turns before calls are refused"
+    assert first_failure_s - told_s > 0.9 * drain_s, "nobody is refused before the wait is over"
     assert load.codes() == {None, grpc.StatusCode.UNAVAILABLE}
 
 
-def test_streams_end_with_a_hint_and_calls_may_end(start_with_model):
-    service = start_with_model("--grace-s", "20")
+def test_streams_end_with_a_hint_and_calls_may_end(start_with_model, metrics_port):
+    service = start_with_model("--grace-s", "60", "--metrics-port", str(metrics_port))
     stubs = Stubs(service.address)
     run = stubs.start(stubs.upload().corpus_id, small_recipe(LONG))
     stubs.wait_for_step(run.run_id, 5)
@@ -218,7 +236,8 @@ def test_streams_end_with_a_hint_and_calls_may_end(start_with_model):
         next(tail)
     begun, go_on = threading.Event(), threading.Event()
     call = stubs.corpora.UploadCorpus.future(upload_that_waits(begun, go_on))
-    assert begun.wait(10)
+    assert begun.wait(30)
+    wait_until(lambda: started(service, "UploadCorpus") == 2)
     service.process.send_signal(signal.SIGTERM)
     for tail in tails:
         last_sequence, error = read_to_its_end(tail)
@@ -226,8 +245,8 @@ def test_streams_end_with_a_hint_and_calls_may_end(start_with_model):
         assert details_of(error) == ("SERVER_SHUTTING_DOWN", True, {"after_sequence": str(last_sequence)})
     assert service.process.poll() is None, "it waits for the upload"
     go_on.set()
-    assert call.result(10).corpus.train.pairs == 1
-    assert service.process.wait(10) == 0
+    assert call.result(30).corpus.train.pairs == 1
+    assert service.process.wait(30) == 0
 
     stubs = Stubs(start_with_model().address)
     stubs.training.CancelTraining(training_pb2.CancelTrainingRequest(run_id=run.run_id))
@@ -263,76 +282,67 @@ def halted_upload():
     """A maker of uploads that never end by themselves."""
     released = threading.Event()
 
-    def start(stubs):
+    def start(service):
         begun = threading.Event()
-        call = stubs.corpora.UploadCorpus.future(upload_that_waits(begun, released))
-        assert begun.wait(10)
+        call = Stubs(service.address).corpora.UploadCorpus.future(upload_that_waits(begun, released))
+        assert begun.wait(30)
+        wait_until(lambda: started(service, "UploadCorpus") == 1)
         return call
 
     yield start
     released.set()
 
 
-def test_a_call_that_does_not_end_is_told_so_after_the_grace(start_with_model, halted_upload):
-    service = start_with_model("--grace-s", "0.5")
-    call = halted_upload(Stubs(service.address))
+def test_a_call_that_does_not_end_is_told_so_after_the_grace(start_with_model, halted_upload, metrics_port):
+    service = start_with_model("--grace-s", "0.5", "--metrics-port", str(metrics_port))
+    call = halted_upload(service)
     began_s = time.monotonic()
     service.process.send_signal(signal.SIGTERM)
     with pytest.raises(grpc.RpcError) as caught:
-        call.result(10)
+        call.result(60)
+    assert time.monotonic() - began_s > 0.5
     assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
     assert details_of(caught.value) == ("SERVER_SHUTTING_DOWN", True, {})
-    assert service.process.wait(10) == 0
-    assert 0.5 < time.monotonic() - began_s < 0.5 + 5
+    assert service.process.wait(60) == 0
 
 
 @pytest.mark.parametrize("phase", ["--drain-s", "--grace-s"])
-def test_a_second_signal_hurries_the_end(start_with_model, halted_upload, phase):
-    service = start_with_model(phase, "600")
-    call = halted_upload(Stubs(service.address))
+def test_a_second_signal_hurries_the_end(start_with_model, halted_upload, metrics_port, phase):
+    service = start_with_model(phase, str(LONG_S), "--metrics-port", str(metrics_port))
+    call = halted_upload(service)
     service.process.send_signal(signal.SIGTERM)
+    wait_until(lambda: "told to stop" in service.log.read_text())
     with pytest.raises(subprocess.TimeoutExpired):
-        service.process.wait(1.5)
-    began_s = time.monotonic()
+        service.process.wait(1)
     service.process.send_signal(signal.SIGINT)
-    if phase == "--drain-s":
-        service.process.wait(30)
     with pytest.raises(grpc.RpcError) as caught:
-        call.result(10)
+        call.result(LONG_S / 10)
     assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
-    assert service.process.wait(10) == 0
-    assert time.monotonic() - began_s < 5
+    assert service.process.wait(LONG_S / 10) == 0
 
 
-def test_what_is_stuck_holds_up_no_end(start_with_model, data_dir):
+def test_what_is_stuck_holds_up_no_end(start_with_model, data_dir, metrics_port):
     """A thread that waits for the database cannot be ended; the process ends all the same, with exit status 0."""
-    service = start_with_model("--grace-s", "0.2")
+    service = start_with_model("--grace-s", "0.2", "--metrics-port", str(metrics_port))
     stubs = Stubs(service.address)
     corpus_id = stubs.upload().corpus_id
     with contextlib.closing(sqlite3.connect(data_dir / "ferryman.db", isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
         request = training_pb2.StartTrainingRequest(corpus_id=corpus_id, model_name="m", recipe=small_recipe(10))
         call = stubs.training.StartTraining.future(request)
-        time.sleep(0.3)
-        began_s = time.monotonic()
+        wait_until(lambda: started(service, "StartTraining") == 1)
         service.process.send_signal(signal.SIGTERM)
         with pytest.raises(grpc.RpcError) as caught:
-            call.result(10)
+            call.result(60)
         assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
-        assert service.process.wait(15) == 0
-        assert time.monotonic() - began_s < 0.2 + 5 + 2
+        assert details_of(caught.value)[0] == "SERVER_SHUTTING_DOWN"
+        assert service.process.wait(60) == 0
+        assert "it is left, and the process ends" in service.log.read_text()
         other.execute("ROLLBACK")
 
 
-def test_metrics_go_on_across_connections_that_age(start_service):
-    """Every sequence exactly once, and the caller notices nothing."""
-    ages = ("--max-connection-age-s", "1", "--max-connection-age-grace-s", "0.5")
-    service = start_service(*ages, "--metrics-port", str(free_port()))
-    stubs = Stubs(service.address)
-    run = stubs.start(stubs.upload().corpus_id, small_recipe(LONG, max_time_seconds=6))
-    with Client(service.address) as client:
-        sequences = [record.sequence for record in client.stream_metrics(run.run_id)]
-        assert sequences == list(range(1, client.get_training_run(run.run_id).last_sequence + 1))
+def started(service, method):
+    """How many calls of the method have begun."""
     with urllib.request.urlopen(service.metrics_url(), timeout=10) as response:
-        found = re.search(r'grpc_server_started_total\{.*"StreamMetrics".*\} (\S+)', response.read().decode())
-    assert float(found[1]) > 4, "it has taken several connections"
+        found = re.search(rf'grpc_server_started_total\{{.*"{method}".*\}} (\S+)', response.read().decode())
+    return float(found[1]) if found else 0

@@ -1,12 +1,9 @@
 """A service that logs JSON and sends traces: one run and a few translations, seen from outside."""
 
 import json
-from concurrent import futures
 
-import grpc
 import pytest
 from opentelemetry import trace
-from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
 
 from ferryman import (
     Client,
@@ -21,6 +18,7 @@ from ferryman import (
 )
 from ferryman.errors import InvalidSentence
 from tests.fakes.spans import KeptSpans
+from tests.fakes.trace_collector import Collector
 from tests.system.conftest import WORDS, reversal_corpus
 from tests.system.service_process import ServiceProcess
 
@@ -39,33 +37,6 @@ RECIPE = Recipe(
     validation=ValidationRecipe(interval_steps=20, max_translated_pairs=20),
 )
 TOO_LONG = " ".join(WORDS * 20)
-
-
-class Collector(trace_service_pb2_grpc.TraceServiceServicer):
-    """Takes spans by OTLP over gRPC, as the OpenTelemetry collector does."""
-
-    def __init__(self):
-        self._spans = []
-        self._server = grpc.server(futures.ThreadPoolExecutor(2))
-        trace_service_pb2_grpc.add_TraceServiceServicer_to_server(self, self._server)
-        self.endpoint = f"http://127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
-        self._server.start()
-
-    def Export(self, request, context):
-        for resource in request.resource_spans:
-            names = {each.key: each.value.string_value for each in resource.resource.attributes}
-            for scope in resource.scope_spans:
-                self._spans += [(names["service.name"], span) for span in scope.spans]
-        return trace_service_pb2.ExportTraceServiceResponse()
-
-    def named(self, name, service="ferryman-service"):
-        return [span for process, span in self._spans if (process, span.name) == (service, name)]
-
-    def all_text(self):
-        return "".join(str(span) for _, span in self._spans)
-
-    def stop(self):
-        self._server.stop(0)
 
 
 class Observed:

@@ -1,13 +1,9 @@
-"""Several processes: two that train one run, of which one speaks; two that translate beside the one that trains."""
+"""Two processes that train one run, of which one speaks."""
 
-import subprocess
-import sys
 import time
 
-import grpc
 import pytest
 
-from ferryman.v1 import metrics_pb2, model_pb2, translation_pb2
 from ferryman_service.domain.corpora import CorpusHeader, SentencePair, Split
 from ferryman_service.domain.ids import RUN_PREFIX, new_id
 from ferryman_service.domain.recipe import resolve_recipe
@@ -18,7 +14,7 @@ from ferryman_service.stores.corpora import CorpusLimits, FileCorpusStore
 from ferryman_service.stores.database import open_database, upgrade
 from ferryman_service.stores.layout import DataFolder
 from ferryman_service.stores.runs import SqlRunStore
-from tests.system.conftest import Stubs, reversal_corpus, small_recipe
+from tests.system.conftest import reversal_corpus
 
 pytestmark = pytest.mark.system
 
@@ -64,38 +60,3 @@ def test_two_processes_train_one_run(tmp_path):
     records = runs.records_after(run.run_id, 0, 1000)
     steps = [record.payload.step for record in records if isinstance(record.payload, StepMetrics)]
     assert steps == list(range(1, 21))
-
-
-def test_processes_that_translate_beside_the_one_that_trains(start_service):
-    """They share the data folder and nothing else: what one publishes or points at, all translate with."""
-    training = start_service("--roles", "training")
-    trainer = Stubs(training.address)
-    serving = [start_service("--roles", "translation", data_dir=training.data_dir) for _ in range(2)]
-    translators = [Stubs(service.address) for service in serving]
-    corpus_id = trainer.upload().corpus_id
-    run = trainer.start(corpus_id, small_recipe(max_steps=30))
-    [*_, last] = trainer.stream(run.run_id)
-    assert last.state_change.state == metrics_pb2.RUN_STATE_SUCCEEDED, trainer.run(run.run_id)
-    assert models_of(translators, "reversal") == {"reversal/1"}
-
-    command = [sys.executable, "-m", "ferryman_service", "import-model", str(training.data_dir / "models/reversal/1")]
-    subprocess.run([*command, "reversal", "--data-dir", str(training.data_dir)], check=True, capture_output=True)
-    deadline_s = time.monotonic() + 30
-    while models_of(translators, "reversal") != {"reversal/2"}:  # the first serves on until the second is in memory
-        assert time.monotonic() < deadline_s, "the new version is not served"
-        time.sleep(0.05)
-    translators[0].models.SetModelAlias(model_pb2.SetModelAliasRequest(name="reversal", alias="live", version=1))
-    assert models_of(translators, "reversal@live") == {"reversal/1"}
-
-    with pytest.raises(grpc.RpcError) as caught:
-        translators[0].start(corpus_id, small_recipe())
-    assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
-    serving[0].kill()
-    assert models_of(translators[1:], "reversal@live") == {"reversal/1"}
-    assert [service.stop() for service in (training, serving[1])] == [0, 0]
-
-
-def models_of(translators, reference):
-    """The versions that the processes translate with."""
-    request = translation_pb2.TranslateRequest(model=reference, sentences=["ba ce di"])
-    return {stubs.translation.Translate(request, timeout=30).model for stubs in translators}

@@ -45,7 +45,8 @@ class FerrymanGroup(TyperGroup):
 def _message(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
-    return str(error)
+    request_id = getattr(error, "request_id", "")
+    return f"{error} [request {request_id}]" if request_id else str(error)
 
 
 def connect(context: typer.Context) -> Client:

@@ -14,7 +14,7 @@ import typer
 
 from ferryman import EarlyStopping, Sampling, SentenceError, StreamSentence, TranslateOptions, Translation
 from ferryman.cli.common import connect
-from ferryman.errors import InvalidSentence
+from ferryman.errors import FerrymanError, InvalidSentence
 
 
 def _option(text: str, *names: str) -> Any:  # noqa: ANN401 (typer's own)
@@ -48,7 +48,7 @@ def translate(
     split: Annotated[bool, _option("Split each text or line into sentences first.", "--split")] = False,
     token_scores: Annotated[bool, _option("Subwords and scores, with --json.", "--token-scores")] = False,
     alignment: Annotated[bool, _option("Subwords and what they look at, with --json.", "--alignment")] = False,
-    as_json: Annotated[bool, _option("Print one JSON object a sentence.", "--json")] = False,
+    as_json: Annotated[bool, _option("Print one JSON object a sentence, and one if the call fails.", "--json")] = False,
 ) -> None:
     """Translate sentences, one a line. A line of standard input that cannot be translated gives an empty one."""
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
@@ -68,10 +68,14 @@ def translate(
         return_alignment=alignment or None,
     )
     job = _Job(model=model, prefix=prefix, split=split, as_json=as_json, numbered=n_best is not None, options=options)
-    if text:
-        _translate_arguments(context, job, text)
-    else:
-        _translate_lines(context, job)
+    try:
+        if text:
+            _translate_arguments(context, job, text)
+        else:
+            _translate_lines(context, job)
+    except FerrymanError as error:
+        job.show_failure(error)
+        raise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,9 +89,9 @@ class _Job:
     numbered: bool
     options: TranslateOptions
 
-    def show(self, number: int, source: str, translation: Translation) -> None:
+    def show(self, number: int, source: str, translation: Translation, model: str) -> None:
         if self.as_json:
-            print(json.dumps({"source": source, **_lean(translation)}, ensure_ascii=False), flush=True)
+            _print_json({"source": source, "model": model, **_lean(translation)})
         elif self.numbered:
             for hypothesis in translation.hypotheses:
                 print(f"{number}\t{hypothesis.score:.4f}\t{hypothesis.text}", flush=True)
@@ -95,12 +99,22 @@ class _Job:
             # A text that was split may have line breaks; what is printed has one line for each.
             print(" ".join(translation.text.splitlines()), flush=True)
 
-    def show_error(self, number: int, source: str, error: SentenceError) -> None:
+    def show_error(self, number: int, source: str, error: SentenceError, model: str) -> None:
         if self.as_json:
-            print(json.dumps({"source": source, "error": _lean(error)}, ensure_ascii=False), flush=True)
+            _print_json({"source": source, "model": model, "error": _lean(error)})
         elif not self.numbered:
             print(flush=True)
         print(f"line {number + 1}: {error.reason}: {error.message}", file=sys.stderr)
+
+    def show_failure(self, error: FerrymanError) -> None:
+        """The call has failed, and no sentence has a result any more: an object without a source."""
+        if self.as_json:
+            named = {"reason": error.reason, "message": str(error), "request_id": error.request_id}
+            _print_json({"error": named})
+
+
+def _print_json(line: dict[str, Any]) -> None:
+    print(json.dumps(line, ensure_ascii=False), flush=True)
 
 
 def _lean(value: Translation | SentenceError) -> dict[str, Any]:
@@ -115,7 +129,7 @@ def _translate_arguments(context: typer.Context, job: _Job, sentences: Sequence[
             job.model, sentences, target_prefixes=prefixes, split_sentences=job.split, **job.options
         )
     for number, (source, translation) in enumerate(zip(sentences, result.translations, strict=True)):
-        job.show(number, source, translation)
+        job.show(number, source, translation, result.model)
 
 
 def _translate_lines(context: typer.Context, job: _Job) -> None:
@@ -130,9 +144,9 @@ def _translate_lines(context: typer.Context, job: _Job) -> None:
             for number, result in enumerate(results):
                 source = sources.popleft()
                 if result.translation is not None:
-                    job.show(number, source, result.translation)
+                    job.show(number, source, result.translation, result.model)
                 elif result.error is not None:
-                    job.show_error(number, source, result.error)
+                    job.show_error(number, source, result.error, result.model)
                     failed = True
     if failed:
         raise typer.Exit(2)

@@ -8,10 +8,11 @@ import { createServer, type IncomingMessage, type Server, type ServerResponse } 
 import { Code, ConnectError } from "@connectrpc/connect";
 
 import type { RunSource } from "./service.js";
-import { lastEventId, SseStream } from "./sse.js";
+import { lastEventId, SseStream, STREAM_HEADERS } from "./sse.js";
 import { DEFAULT_TIMES, followRun, type TailTimes } from "./tail.js";
 import { toWireRecord, toWireRun, type WireEnd, type WireLink } from "./wire.js";
 
+const ORIGIN = "http://relay";
 const RETRY_MS = 1_000;
 const PING_INTERVAL_MS = 15_000;
 const RUN_INTERVAL_MS = 1_000;
@@ -40,10 +41,17 @@ export function createRelay(options: RelayOptions): Server {
 }
 
 async function answer(options: RelayOptions, request: IncomingMessage, response: ServerResponse): Promise<void> {
-  const { pathname } = new URL(request.url ?? "/", "http://relay");
+  const path = request.url ?? "/";
+  if (!URL.canParse(path, ORIGIN)) {
+    sendJson(response, 400, { message: "this is no path" });
+    return;
+  }
+  const { pathname } = new URL(path, ORIGIN);
   const events = /^\/api\/runs\/([\w-]{1,100})\/events$/.exec(pathname);
   if (request.method !== "GET" && request.method !== "HEAD") {
     sendJson(response, 405, { message: "only GET is answered here" });
+  } else if (events && request.method === "HEAD") {
+    response.writeHead(200, STREAM_HEADERS).end();
   } else if (events) {
     await sendEvents(options, events[1] as string, request, response);
   } else if (pathname === "/api/runs") {

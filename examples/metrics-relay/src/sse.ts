@@ -3,6 +3,12 @@
 import { once } from "node:events";
 import type { ServerResponse } from "node:http";
 
+export const STREAM_HEADERS = {
+  "content-type": "text/event-stream; charset=utf-8",
+  "cache-control": "no-store",
+  "x-accel-buffering": "no", // a proxy must not hold events back
+};
+
 export interface SseEvent {
   /** Becomes the browser's Last-Event-ID, with which it reconnects. */
   id?: number;
@@ -31,18 +37,22 @@ export class SseStream {
 
   constructor(response: ServerResponse, retryMs: number) {
     this.#response = response;
-    response.writeHead(200, {
-      "content-type": "text/event-stream; charset=utf-8",
-      "cache-control": "no-store",
-      "x-accel-buffering": "no", // a proxy must not hold events back
-    });
+    response.writeHead(200, STREAM_HEADERS);
     response.write(`retry: ${retryMs}\n\n`);
   }
 
   /** Sends an event; resolves when there is room for the next one, so that a slow reader slows down the source. */
   async send(event: SseEvent): Promise<void> {
     if (this.#response.destroyed || this.#response.write(frame(event))) return;
-    await Promise.race([once(this.#response, "drain"), once(this.#response, "close")]);
+    // The one that does not come must not go on listening: a slow reader waits often.
+    const waiting = new AbortController();
+    const events = ["drain", "close"].map((name) => once(this.#response, name, { signal: waiting.signal }));
+    try {
+      await Promise.race(events);
+    } finally {
+      waiting.abort();
+      await Promise.allSettled(events);
+    }
   }
 
   /** Sends what no reader sees, so that no proxy takes the connection for dead. */

@@ -1,6 +1,6 @@
 import assert from "node:assert/strict";
 import { once } from "node:events";
-import type { Server } from "node:http";
+import { get, type IncomingMessage, type Server } from "node:http";
 import type { AddressInfo } from "node:net";
 import { after, test } from "node:test";
 
@@ -106,6 +106,22 @@ test("a browser that goes away ends the stream from the service", async () => {
   }
   for (let i = 0; i < 200 && !ended; i++) await new Promise((resolve) => setTimeout(resolve, 10));
   assert.ok(ended);
+});
+
+test("who asks only for the headers of a run's events gets them, and no stream", { timeout: 10_000 }, async () => {
+  const source = new FakeSource(records(1), 1);
+  const response = await fetch(`${await serve(source)}/api/runs/${RUN_ID}/events`, { method: "HEAD" });
+  assert.equal(response.status, 200);
+  assert.match(response.headers.get("content-type") ?? "", /^text\/event-stream/);
+  assert.equal(await response.text(), "");
+  assert.deepEqual(source.calls, []);
+});
+
+test("a path that is none is refused", async () => {
+  const { port } = new URL(await serve(new FakeSource(records(1))));
+  const [response] = (await once(get({ host: "127.0.0.1", port, path: "//" }), "response")) as [IncomingMessage];
+  response.resume();
+  assert.equal(response.statusCode, 400);
 });
 
 test("the page, the runs, and what is not there", async () => {

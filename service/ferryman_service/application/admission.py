@@ -3,7 +3,9 @@
 A sentence costs its source subwords times its rows (the beam, or the samples): what it takes of encoder, cache and
 decoder grows with both, and a translation is about as long as its source. From the moment that work is accepted until
 its sentences are cut into subwords, while its model loads or a thread is busy with other texts, it is counted as what
-it is expected to cost; what it does cost replaces that, and work that was accepted is not refused any more.
+it is expected to cost; what it does cost replaces that, and work that was accepted is not refused any more. Should it
+cost so much more that over twice the budget would be taken, it gives back what it has and waits for room, and nothing
+else is accepted before it has that.
 
 Unary calls and streams have a budget each, of the same size, so that neither can shut the other out: a call that finds
 no room is refused at once, a stream waits for its turn, first come, first served. Whoever asks gets room as soon as
@@ -16,6 +18,7 @@ loop.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import math
 import time
 from collections import deque
@@ -28,6 +31,8 @@ from ferryman_service.domain.translation import PreparedSentence, SearchOptions
 T = TypeVar("T")
 
 _CHARACTERS_PER_TOKEN: Final = 4
+_MORE_BYTES: Final = 2
+_MOST_BUDGETS: Final = 2
 _PORTIONS: Final = 16
 _FORGET_S: Final = 10.0
 _UNKNOWN_DELAY_S: Final = 1.0
@@ -41,9 +46,21 @@ def cost_tokens(sentence: PreparedSentence, options: SearchOptions) -> int:
 
 
 def expected_tokens(texts: Sequence[str], prefixes: Sequence[str], options: SearchOptions) -> int:
-    """Return what texts will cost as far as their length tells: a subword for four characters, and the end symbol."""
-    characters = sum(map(len, texts)) + sum(map(len, prefixes))
-    return (characters // _CHARACTERS_PER_TOKEN + len(texts)) * options.rows
+    """Return what texts will cost as far as their lengths, and the one that translations must have, tell."""
+    words = itertools.zip_longest(texts, prefixes, fillvalue="")
+    return sum(_expected_subwords(text + prefix, options.min_length) for text, prefix in words) * options.rows
+
+
+def _expected_subwords(text: str, min_length: int) -> int:
+    """Count a subword for four characters, and the end symbol. But scripts without spaces, whose characters take three
+    bytes of UTF-8, two more than ASCII's, have about a subword for each."""
+    if not text:
+        return 1
+    characters = len(text)
+    subwords = math.ceil(characters / _CHARACTERS_PER_TOKEN)
+    if not text.isascii():
+        subwords = max(subwords, (len(text.encode(errors="surrogatepass")) - characters) // _MORE_BYTES)
+    return max(subwords + 1, min_length)
 
 
 class TokenBudget:
@@ -76,10 +93,40 @@ class TokenBudget:
 
     async def take(self, tokens: int) -> None:
         """Wait, behind those who wait already, until there is room, and take the tokens."""
-        if not self._waiting and self.try_take(tokens):
-            return
+        if self._waiting or not self.try_take(tokens):
+            await self._take_in_turn(tokens)
+
+    async def exchange(self, lent: int, tokens: int) -> None:
+        """Take the tokens in place of others that are lent to the same work, which costs other than was expected.
+
+        If that were too much, those others are given back and it waits as in `take`: nobody who waits holds anything,
+        so that there is always somebody whose work goes on. Nothing is left lent to who is cancelled.
+        """
+        change = tokens - lent
+        most = _MOST_BUDGETS * self.limit_tokens
+        if change <= 0 or (not self._waiting and self.used + change <= most):
+            self._change(change)
+        else:
+            await self._take_in_turn(tokens, lent)
+
+    def give_back(self, tokens: int) -> None:
+        """Give tokens back; whoever waits first gets room first."""
+        self._drain.drained(tokens)
+        self._change(-tokens)
+
+    def delay_s(self, tokens: int) -> float:
+        """Estimate when so many will be free, seconds from now, by how fast tokens have come back lately."""
+        before = self.used + sum(waiting for waiting, _ in self._waiting)
+        missing = before + min(tokens, self.limit_tokens) - self.limit_tokens
+        rate = self._drain.tokens_per_second()
+        delay_s = _UNKNOWN_DELAY_S if rate is None else missing / rate
+        return min(max(delay_s, _LEAST_DELAY_S), _MOST_DELAY_S)
+
+    async def _take_in_turn(self, tokens: int, lent: int = 0) -> None:
+        """Give back what was lent, and wait for room for the tokens."""
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.append((tokens, turn))
+        self._waiting.append((tokens, turn))  # first, so that nobody comes between
+        self._change(-lent)
         try:
             await turn
         except asyncio.CancelledError:
@@ -89,23 +136,10 @@ class TokenBudget:
                 self.give_back(tokens)
             raise
 
-    def change(self, tokens: int) -> None:
-        """Lend so many more, or fewer, to work that has tokens already: it costs other than was expected."""
+    def _change(self, tokens: int) -> None:
         self.used += tokens
         assert self.used >= 0, "more was given back than was taken"
         self._serve()
-
-    def give_back(self, tokens: int) -> None:
-        """Give tokens back; whoever waits first gets room first."""
-        self._drain.drained(tokens)
-        self.change(-tokens)
-
-    def delay_s(self, tokens: int) -> float:
-        """Estimate when so many will be free, seconds from now, by how fast tokens have come back lately."""
-        missing = self.used + min(tokens, self.limit_tokens) - self.limit_tokens
-        rate = self._drain.tokens_per_second()
-        delay_s = _UNKNOWN_DELAY_S if rate is None else missing / rate
-        return min(max(delay_s, _LEAST_DELAY_S), _MOST_DELAY_S)
 
     def _lend(self, tokens: int) -> None:
         if self.used == 0:
@@ -128,10 +162,12 @@ class Held:
         self._budget = budget
         self._tokens = tokens
 
-    def settle(self, tokens: int) -> None:
-        """Hold what the work does cost instead of what was expected."""
-        change, self._tokens = tokens - self._tokens, tokens
-        self._budget.change(change)
+    async def settle(self, tokens: int) -> None:
+        """Hold what the work does cost instead of what was expected; if that is too much, hold nothing until there is
+        room."""
+        expected, self._tokens = self._tokens, 0
+        await self._budget.exchange(expected, tokens)
+        self._tokens = tokens
 
     def hand_over(self) -> None:
         """Leave the tokens to whom the work is handed to, who gives them back."""

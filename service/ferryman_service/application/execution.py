@@ -105,8 +105,7 @@ def execute_attempt(ports: WorkerPorts, run_id: str, attempt: int, worker: Proce
         "ferryman.model_name": run.model_name,
     }
     try:
-        carrier = {"traceparent": run.trace_context}
-        with ports.tracer.span("attempt", of_attempt, carrier=carrier) as span, _logging_with_trace(span):
+        with ports.tracer.span("attempt", of_attempt, stored=run.trace_context) as span, _logging_with_trace(span):
             _train_and_publish(ports, run, run_dir)
             _log.info("the model is published")
     except (AttemptFenced, RunNotFound) as error:

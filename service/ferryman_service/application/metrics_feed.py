@@ -23,6 +23,7 @@ from ferryman_service.domain.errors import (
     Violation,
 )
 from ferryman_service.domain.records import Record, RunState, StateChange
+from ferryman_service.domain.threads import Threads
 
 _log = logging.getLogger(__name__)
 _READ_LIMIT: Final = 500
@@ -58,10 +59,11 @@ class _Watch:
 class MetricsFeed:
     """Streams records. All methods belong to one event loop."""
 
-    def __init__(self, runs: RunStore, config: FeedConfig) -> None:
-        """Store the port; the poll task runs only while somebody watches."""
+    def __init__(self, runs: RunStore, config: FeedConfig, threads: Threads) -> None:
+        """Store the port and the threads that read; the poll task runs only while somebody watches."""
         self._runs = runs
         self._config = config
+        self._threads = threads
         self._watches: dict[str, _Watch] = {}
         self._poller: asyncio.Task[None] | None = None
 
@@ -77,7 +79,7 @@ class MetricsFeed:
         cursor, last_of_history = after_sequence, head.last_sequence
         with _Watching(self, run_id, head) as watch:
             while True:
-                records = await asyncio.to_thread(self._runs.records_after, run_id, cursor, _READ_LIMIT)
+                records = await self._threads.run(self._runs.records_after, run_id, cursor, _READ_LIMIT)
                 for record in records:
                     if not follow and record.sequence > last_of_history:
                         return
@@ -101,7 +103,7 @@ class MetricsFeed:
             violations.append(Violation(field="after_sequence", description=text, reason="OUT_OF_RANGE"))
         if violations:
             raise InvalidRequest(violations)
-        heads = await asyncio.to_thread(self._runs.heads, [run_id])
+        heads = await self._threads.run(self._runs.heads, [run_id])
         if run_id not in heads:
             raise _not_found(run_id)
         head = heads[run_id]
@@ -144,7 +146,7 @@ class MetricsFeed:
         while self._watches:
             asked = list(self._watches)
             try:
-                heads = await asyncio.to_thread(self._runs.heads, asked)
+                heads = await self._threads.run(self._runs.heads, asked)
             except (StoreUnavailable, DiskFull) as error:
                 _log.warning("cannot look for new records, trying again: %s", error)
             else:

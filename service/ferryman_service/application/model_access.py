@@ -65,7 +65,7 @@ class ModelAccess:
         memory. Raises what LoadedModels.acquire does."""
         revision = self._models.revision()
         if revision != self._revision:
-            self._versions.clear()
+            self._forget()
             self._revision = revision
         version = self._versions.get(reference)
         if version is None:
@@ -90,6 +90,13 @@ class ModelAccess:
         if _is_name_alone(reference) and revision == self._revision:
             self._served[reference.name] = lease.version
         return lease
+
+    def _forget(self) -> None:
+        """Forget what is not sure any more, and what serves nobody: names and versions come and go for years."""
+        self._versions.clear()
+        self._known = {name: version for name, version in self._known.items() if self._loaded.is_loaded(version)}
+        now_s = self._clock()
+        self._not_before_s = {name: at_s for name, at_s in self._not_before_s.items() if at_s > now_s}
 
     def _known_in_memory(self, reference: ModelReference) -> ModelVersion | None:
         """Return what the reference named when the database could last be read, if that is in memory."""
@@ -138,7 +145,10 @@ class ModelAccess:
                 self._not_before_s[version.reference] = self._clock() + TRY_AGAIN_S
                 _log.error("%s serves on: %s cannot be loaded: %r", kept.version.reference, version.reference, error)
 
-        self._loads.begin(reference, version, ended)
+        try:
+            self._loads.begin(reference, version, ended)
+        except RuntimeError as error:
+            ended(error)
 
 
 def _is_name_alone(reference: ModelReference) -> bool:

@@ -8,12 +8,12 @@
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import astuple, dataclass
 
 from ferryman_service.application.loaded_models import LoadedModels
 from ferryman_service.application.ports import StoreProbe
 from ferryman_service.domain.readiness import StoreState
+from ferryman_service.domain.threads import Threads
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,14 +33,16 @@ class Abilities:
 class Readiness:
     """Tells what the process can do."""
 
-    def __init__(self, probe: StoreProbe, loaded: LoadedModels | None) -> None:
-        """Store the ports; without loaded models this process does not translate."""
+    def __init__(self, probe: StoreProbe, loaded: LoadedModels | None, thread: Threads) -> None:
+        """Store the ports; without loaded models this process does not translate. A look must begin at once: `thread`
+        is for nothing else."""
         self._probe = probe
         self._loaded = loaded
+        self._thread = thread
 
     async def look(self) -> Abilities:
         """Look once, in a thread; takes as long as a transaction may wait."""
-        return self.judge(await asyncio.to_thread(self._probe.look))
+        return self.judge(await self._thread.run(self._probe.look))
 
     def judge(self, store: StoreState) -> Abilities:
         """Return what can be done with such a store, and with what is in memory."""

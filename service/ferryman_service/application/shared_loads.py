@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import threading
 from collections.abc import Callable
 from concurrent.futures import Executor
 from typing import TypeAlias
@@ -33,7 +34,7 @@ class SharedLoads:
 
     async def lease(self, reference: ModelReference, version: ModelVersion) -> Lease:
         """Wait for the load, which goes on if nobody waits any more, and return a lease. Raises what
-        LoadedModels.acquire does."""
+        LoadedModels.acquire does, and what `begin` does."""
         if not self.is_under_way(reference, version):
             self.begin(reference, version, lambda error: None)
         turn: asyncio.Future[Lease] = asyncio.get_running_loop().create_future()
@@ -46,12 +47,25 @@ class SharedLoads:
             raise
 
     def begin(self, reference: ModelReference, version: ModelVersion, ended: _Ended) -> None:
-        """Load a version that is not being loaded; `ended` is told whether that failed, in the event loop."""
+        """Load a version that is not being loaded; `ended` is told whether that failed, in the event loop. Raises
+        RuntimeError if there is no thread to be had for it."""
         key = reference, version.reference
         assert key not in self._waiting, "one load of a version is enough"
+        given_up = threading.Event()
+
+        def acquire() -> Lease:
+            lease = self._loaded.acquire(reference, version)
+            if given_up.is_set():  # an executor that starts no thread may leave its work to one that it has
+                lease.release(self._freeing)
+            return lease
+
         self._waiting[key] = []
-        loop = asyncio.get_running_loop()
-        acquiring = loop.run_in_executor(self._loading, in_context(self._loaded.acquire), reference, version)
+        try:
+            acquiring = asyncio.get_running_loop().run_in_executor(self._loading, in_context(acquire))
+        except BaseException:
+            given_up.set()
+            del self._waiting[key]
+            raise
         acquiring.add_done_callback(functools.partial(self._tell, key, ended))
 
     def _tell(self, key: _Key, ended: _Ended, acquiring: asyncio.Future[Lease]) -> None:

@@ -21,6 +21,7 @@ from ferryman_service.domain.errors import AttemptFenced, DiskFull, RunNotFound,
 from ferryman_service.domain.log_context import logging_with
 from ferryman_service.domain.records import ACTIVE_STATES, EventLevel, RunEvent, RunState
 from ferryman_service.domain.runs import FailureReason, Handover, RunFailure, TrainingRun, disk_full_handover
+from ferryman_service.domain.threads import Threads
 
 _log = logging.getLogger(__name__)
 
@@ -51,12 +52,18 @@ class Supervisor:
     """One per data folder. `tick` is called by one thread at a time."""
 
     def __init__(
-        self, runs: RunStore, launcher: Launcher, config: SupervisorConfig, observer: LaunchObserver | None = None
+        self,
+        runs: RunStore,
+        launcher: Launcher,
+        config: SupervisorConfig,
+        thread: Threads,
+        observer: LaunchObserver | None = None,
     ) -> None:
-        """Store the ports; `observer` is told of every start of a worker."""
+        """Store the ports and the thread for `run`; `observer` is told of every start of a worker."""
         self._runs = runs
         self._launcher = launcher
         self._config = config
+        self._thread = thread
         self._observer = observer
         self._launched_at_s: dict[tuple[str, int], float] = {}
         self._asked_at_s: dict[tuple[str, str], float] = {}
@@ -65,10 +72,10 @@ class Supervisor:
         self._last_bugs: dict[str, str] = {}
 
     async def run(self) -> None:
-        """Tick until cancelled. Workers are not touched when it stops."""
+        """Tick until cancelled; a tick that has begun goes on in its thread. Workers are not touched when it stops."""
         while True:
             try:
-                await asyncio.to_thread(self.tick)
+                await self._thread.run(self.tick)
             except (StoreUnavailable, DiskFull) as error:
                 _log.warning("cannot look after the runs, trying again: %s", error)
             await asyncio.sleep(self._config.interval_s)

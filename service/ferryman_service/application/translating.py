@@ -22,7 +22,7 @@ from ferryman_service.application.model_access import ModelAccess
 from ferryman_service.application.ports import ModelStore, SentenceSplitter
 from ferryman_service.application.text_threads import TextThreads
 from ferryman_service.application.translation_stream import TranslationStream
-from ferryman_service.domain.errors import InvalidRequest, RoleNotServed, Violation
+from ferryman_service.domain.errors import DeadlineExceeded, InvalidRequest, RoleNotServed, Violation
 from ferryman_service.domain.models import ModelReference, ModelVersion, parse_model_reference
 from ferryman_service.domain.tracing import NULL_TRACER, Tracer
 from ferryman_service.domain.translation import (
@@ -153,7 +153,7 @@ class TranslationUseCases:
             ]
             tokens = sum(cost_tokens(sentence, request.options) for _, sentence in sentences)
             self._admission.check_size(tokens)
-            held.settle(tokens)
+            await _settle(held, tokens, caller.token)
             held.hand_over()
             flight.submit(sentences)
             await gathering.all_of(entries)
@@ -277,6 +277,15 @@ class _Gathering:
             self._entries_finished += entry.accept(place, result)
         if self._entries_finished == self._entries:
             self._finished.set_result(None)
+
+
+async def _settle(held: Held, tokens: int, token: CancelToken) -> None:
+    """Hold what the sentences do cost; if that has to wait, then not beyond the caller's deadline."""
+    try:
+        async with asyncio.timeout(token.remaining_s()):
+            await held.settle(tokens)
+    except TimeoutError:
+        raise DeadlineExceeded("the caller's deadline passed before there was room for the sentences") from None
 
 
 def _result(version: ModelVersion, entries: Sequence[Entry], arrived_ns: int) -> TranslateResult:

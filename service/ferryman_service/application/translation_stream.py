@@ -152,7 +152,7 @@ class TranslationStream:
         self, chunk: Sequence[StreamSentence], entries: Sequence[Entry | SentenceError], held: Held
     ) -> None:
         """Hand what can be translated to the engine in portions, each as soon as there is room, so that other streams
-        have their turns between them. For the first there is room, which is held."""
+        have their turns between them. For the first there is what is held."""
         options, budget = self._caller.options, self._caller.budget
         sentences = [
             (((sentence.id, entry, place), prepared), cost_tokens(prepared, options))
@@ -162,7 +162,7 @@ class TranslationStream:
         ]
         for number, (portion, tokens) in enumerate(in_portions(sentences, budget.portion_tokens)):
             if number == 0:
-                held.settle(tokens)
+                await held.settle(tokens)
                 held.hand_over()
             else:
                 await budget.take(tokens)

@@ -55,12 +55,13 @@ class Mistake:
 
 
 class ConfigMistakes(ValueError):
-    """The configuration cannot work; holds every mistake."""
+    """The configuration cannot work; holds every mistake, and how the log is to tell of them."""
 
-    def __init__(self, mistakes: Sequence[Mistake]) -> None:
+    def __init__(self, mistakes: Sequence[Mistake], log_format: LogFormat = LogFormat.CONSOLE) -> None:
         assert mistakes, "there is at least one mistake"
         super().__init__("\n".join(mistake.text for mistake in mistakes))
         self.mistakes = tuple(mistakes)
+        self.log_format = log_format
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +96,7 @@ class ServiceConfig:
     drain_s: float = 0.0
     grace_s: float = 10.0
     max_connection_age_s: float = 1800.0
-    max_connection_age_grace_s: float = 300.0
+    max_connection_age_grace_s: float = 3600.0
     heartbeat_s: float = 10.0
     device: Device = Device.AUTO
     log_level: str = "INFO"

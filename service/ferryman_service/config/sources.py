@@ -21,6 +21,7 @@ from ferryman_service.config.service_config import (
     ENVIRONMENT_PREFIX,
     HELP,
     ConfigMistakes,
+    LogFormat,
     Mistake,
     Role,
     ServiceConfig,
@@ -41,6 +42,8 @@ _SECRET_NAME: Final = re.compile(r"(^|_)(key|password|secret|token)$")
 _URL_CREDENTIALS: Final = re.compile(r"(?<=://)[^/@\s]+(?=@)")
 # What Kubernetes sets in every pod for a Service that is called ferryman.
 _SERVICE_LINK: Final = re.compile(r"FERRYMAN_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP)\w*)?)")
+# Set where the client runs too: its server.
+_OF_THE_CLIENT: Final = frozenset({"FERRYMAN_SERVER"})
 _LINK_VALUE: Final = re.compile(r"(tcp|udp)://")
 _HIDDEN: Final = "(hidden)"
 _SHOWN_CHARS: Final = 80
@@ -101,7 +104,7 @@ def load(arguments: argparse.Namespace, environment: Mapping[str, str]) -> Setti
         known = [mistake for mistake in error.mistakes if unread.isdisjoint(mistake.options)]
         mistakes += [_with_sources(mistake, found) for mistake in known]
     if mistakes:
-        raise ConfigMistakes(mistakes)
+        raise ConfigMistakes(mistakes, LogFormat(str(found["log_format"].value)))
     return Settings(config=config, settings=tuple(found.values()), warnings=tuple(_warnings(environment)))
 
 
@@ -213,7 +216,7 @@ def _warnings(environment: Mapping[str, str]) -> Iterator[str]:
     known = {CONFIG_VARIABLE, *(variable_of(option) for option in HELP)}
     known |= {variable + _FILE_SUFFIX for variable in known - {CONFIG_VARIABLE}}
     for variable in sorted(environment):
-        ours = variable.startswith(ENVIRONMENT_PREFIX) and variable not in known
+        ours = variable.startswith(ENVIRONMENT_PREFIX) and variable not in known | _OF_THE_CLIENT
         if ours and not _SERVICE_LINK.fullmatch(variable):
             yield f"{variable} is no option, and is ignored{_nearest(variable, known)}"
 

@@ -37,11 +37,13 @@ class Tracer(Protocol):
         attributes: Attributes = _NONE,
         *,
         carrier: Mapping[str, str] | None = None,
+        stored: str | None = None,
         serves: bool = False,
     ) -> AbstractContextManager[Span]:
-        """Time the block, as a child of the span around it, or of the one in another process that the carrier (as of
-        `context`) names. An error that ends the block marks the span as failed, without the error's text; but of a
-        call at its server (`serves`) who opened the span says how it went."""
+        """Time the block, as a child of the span around it, or of one in another process: the one that the headers of a
+        call (`carrier`) name, or the one whose `context` was `stored`. An error that ends the block marks the span as
+        failed, without the error's text; but of a call at its server (`serves`) who opened the span says how it went.
+        """
         ...
 
     def past(self, name: str, start_ns: int, end_ns: int, attributes: Attributes = _NONE) -> None:
@@ -89,6 +91,7 @@ class NullTracer:
         attributes: Attributes = _NONE,
         *,
         carrier: Mapping[str, str] | None = None,
+        stored: str | None = None,
         serves: bool = False,
     ) -> AbstractContextManager[Span]:
         """Run the block."""

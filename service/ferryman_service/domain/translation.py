@@ -187,6 +187,10 @@ class CancelToken:
         """Tell whether anybody still waits for the work."""
         return not (self._cancelled.is_set() or (self._deadline_s is not None and time.monotonic() >= self._deadline_s))
 
+    def remaining_s(self) -> float | None:
+        """Return the seconds until the deadline, none or fewer if it has passed; None without one."""
+        return None if self._deadline_s is None else self._deadline_s - time.monotonic()
+
     def check(self) -> None:
         """Raise Cancelled or DeadlineExceeded if the work is no longer wanted."""
         if self._cancelled.is_set():

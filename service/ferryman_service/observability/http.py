@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import platform
 import socket
 import socketserver
+import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
-from threading import Thread
+from dataclasses import dataclass
+from threading import Lock, Thread
 from typing import Any, Final
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
@@ -19,8 +24,17 @@ from prometheus_client import (
     make_wsgi_app,
 )
 
+_log = logging.getLogger(__name__)
 _PATH: Final = "/metrics"
-_CLIENT_TIMEOUT_S: Final = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class EndpointLimits:
+    """How many connections at once, each of which has a thread, and how long one may take from its first byte to its
+    last; more are closed at once."""
+
+    connections: int = 32
+    connection_s: float = 10.0
 
 
 class _Registry(CollectorRegistry):
@@ -46,18 +60,19 @@ def new_registry() -> CollectorRegistry:
 class MetricsEndpoint:
     """Serves a registry over HTTP, at /metrics and nowhere else, from a thread of its own."""
 
-    def __init__(self, registry: CollectorRegistry, host: str, port: int) -> None:
+    def __init__(self, registry: CollectorRegistry, host: str, port: int, limits: EndpointLimits | None = None) -> None:
         """Store the address; port 0 takes a free one."""
         self.registry = registry
         self._host = host
         self._port = port
+        self._limits = limits or EndpointLimits()
         self._running: tuple[WSGIServer, Thread] | None = None
 
     def start(self) -> int:
         """Listen, and return the port; raises OSError if it cannot be had."""
         kind = _Server6 if ":" in self._host else _Server
         try:
-            server = kind((self._host, self._port), _Handler)
+            server = kind((self._host, self._port), self._limits)
         except OSError as error:
             raise OSError(f"cannot listen on {self._host}:{self._port} for metrics: {error}") from error
         server.set_app(_only_metrics(make_wsgi_app(self.registry)))
@@ -77,9 +92,48 @@ class MetricsEndpoint:
 
 
 class _Server(socketserver.ThreadingMixIn, WSGIServer):
-    """A thread per request, which ends with the process."""
+    """A thread per connection, which ends with the process."""
 
     daemon_threads = True
+    request_queue_size = 128
+
+    def __init__(self, address: tuple[str, int], limits: EndpointLimits) -> None:
+        self._limits = limits
+        self._lock = Lock()
+        self._begun_s: dict[socket.socket, float] = {}
+        super().__init__(address, _Handler)
+
+    def process_request(self, request: Any, client_address: Any) -> None:  # noqa: ANN401 (the base's types)
+        with self._lock:
+            is_room = len(self._begun_s) < self._limits.connections
+            if is_room:
+                self._begun_s[request] = time.monotonic()
+        if is_room:
+            super().process_request(request, client_address)
+        else:
+            _log.debug("%d connections are open, closing that of %s", self._limits.connections, client_address)
+            self.shutdown_request(request)
+
+    def shutdown_request(self, request: Any) -> None:  # noqa: ANN401 (the base's types)
+        with self._lock:
+            self._begun_s.pop(request, None)
+        super().shutdown_request(request)
+
+    def service_actions(self) -> None:
+        # Called by serve_forever several times a second. A limit for each receive or send would never end a client who
+        # sends or takes a byte now and then.
+        with self._lock:  # under which none is closed, so that its number cannot belong to another yet
+            for request, begun_s in self._begun_s.items():
+                if time.monotonic() - begun_s > self._limits.connection_s:
+                    with contextlib.suppress(OSError):
+                        request.shutdown(socket.SHUT_RDWR)
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        # A client that leaves halfway is no news; anything else is a bug.
+        if isinstance(sys.exc_info()[1], OSError):
+            _log.debug("the connection of %s broke", client_address, exc_info=True)
+        else:
+            _log.exception("cannot answer %s", client_address)
 
     def server_bind(self) -> None:
         # As WSGIServer does, but without asking the DNS for the host's full name.
@@ -93,17 +147,23 @@ class _Server6(_Server):
 
 
 class _Handler(WSGIRequestHandler):
-    timeout = _CLIENT_TIMEOUT_S
-
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002 (the base's name)
         """Log nothing: a scrape every few seconds is no news."""
 
 
 def _only_metrics(app: Callable[..., Iterable[bytes]]) -> Callable[..., Iterable[bytes]]:
     def answer(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
-        if environ["PATH_INFO"] == _PATH:
+        if environ["PATH_INFO"] != _PATH:
+            return _say("404 Not Found", "the metrics are at /metrics\n", start_response)
+        try:
             return app(environ, start_response)
-        start_response("404 Not Found", [("Content-Type", "text/plain; charset=utf-8")])
-        return [b"the metrics are at /metrics\n"]
+        except Exception:  # noqa: BLE001 (a bug of one collector; the server would print it)
+            _log.exception("cannot collect the metrics")
+            return _say("500 Internal Server Error", "the metrics cannot be collected\n", start_response)
 
     return answer
+
+
+def _say(status: str, text: str, start_response: Callable[..., Any]) -> Iterable[bytes]:
+    start_response(status, [("Content-Type", "text/plain; charset=utf-8")])
+    return [text.encode()]

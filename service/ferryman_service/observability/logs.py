@@ -9,18 +9,21 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import threading
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
 
 from ferryman_service.config.service_config import LogFormat
+from ferryman_service.domain.errors import Unavailable
 from ferryman_service.domain.log_context import FIELDS, MAY_HOLD_TEXT, log_fields
 
-_NUMBERS_ONLY: Final = ("search", "translation")
+_NUMBERS_ONLY: Final = ("model", "search", "translation")
 """Layers that see ids of subwords and no text: what goes wrong there can be told."""
 _PACKAGE_DIR: Final = Path(__file__).resolve().parent.parent
 _CHATTY: Final = ("alembic",)
@@ -30,23 +33,28 @@ _WITHHELD: Final = "(left out, since it may quote a sentence: --log-sentences sh
 
 @dataclass(frozen=True, kw_only=True)
 class LogConfig:
-    """How to log: `level` and above; `sentences` allows the text of sentences. `fields` are in every line."""
+    """How to log: `level` and above; `sentences` allows the text of sentences. `fields` are in every line.
+    `reads_text`: the main thread of this process works on texts, so that the error that it dies of may quote one."""
 
     format: LogFormat = LogFormat.CONSOLE
     level: str = "INFO"
     sentences: bool = False
     fields: Mapping[str, str] = field(default_factory=dict)
+    reads_text: bool = False
 
 
 def configure_logging(config: LogConfig) -> None:
-    """Let everything that this process logs, its warnings and the error that it dies of go to standard error."""
+    """Let everything that this process logs, its warnings, and the errors that it, or a thread of it, dies of, or that
+    nobody could be told of, go to standard error."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(formatter(config))
     logging.basicConfig(level=config.level, handlers=[handler], force=True)
     logging.captureWarnings(True)
     for name in _CHATTY:
         logging.getLogger(name).setLevel(max(logging.WARNING, logging.getLogger().level))
-    sys.excepthook = _log_uncaught
+    sys.excepthook = partial(_log_uncaught, config.reads_text)
+    threading.excepthook = _log_uncaught_of_thread
+    sys.unraisablehook = _log_unraisable
 
 
 def formatter(config: LogConfig) -> logging.Formatter:
@@ -110,7 +118,8 @@ def _traceback(config: LogConfig, record: logging.LogRecord, error: BaseExceptio
         return "".join(traceback.format_exception(error)).rstrip("\n")
     parts = []
     for each in reversed(list(_chain(error))):
-        message = str(each) if _sees_numbers_only(each.__traceback__) else _WITHHELD
+        quotes_none = isinstance(each, Unavailable) or _sees_numbers_only(each.__traceback__)
+        message = str(each) if quotes_none else _WITHHELD
         stack = "".join(traceback.format_tb(each.__traceback__))
         parts.append(f"Traceback (most recent call last):\n{stack}{type(each).__qualname__}: {message}")
     return "\n\n".join(parts)
@@ -140,8 +149,33 @@ def _layer(filename: str) -> str:
     return parts[0] if len(parts) > 1 else ""
 
 
-def _log_uncaught(kind: type[BaseException], error: BaseException, stack: TracebackType | None) -> None:
+def _log_uncaught(
+    may_hold_text: bool, kind: type[BaseException], error: BaseException, stack: TracebackType | None
+) -> None:
     if issubclass(kind, KeyboardInterrupt):
         sys.__excepthook__(kind, error, stack)
         return
-    logging.getLogger("ferryman_service").critical("this process ends with an error", exc_info=(kind, error, stack))
+    extra = {MAY_HOLD_TEXT: may_hold_text}
+    _own_log().critical("this process ends with an error", exc_info=(kind, error, stack), extra=extra)
+
+
+def _log_uncaught_of_thread(uncaught: threading.ExceptHookArgs) -> None:
+    if uncaught.exc_value is None or issubclass(uncaught.exc_type, SystemExit):
+        return
+    name = "that is gone" if uncaught.thread is None else uncaught.thread.name
+    told = uncaught.exc_type, uncaught.exc_value, uncaught.exc_traceback
+    _own_log().critical("the thread %s ends with an error", name, exc_info=told, extra={MAY_HOLD_TEXT: True})
+
+
+def _log_unraisable(unraisable: sys.UnraisableHookArgs) -> None:
+    # Not the object itself, which may be a text.
+    where = getattr(unraisable.object, "__qualname__", type(unraisable.object).__qualname__)
+    said = unraisable.err_msg or "Exception ignored in"
+    told = None
+    if unraisable.exc_value is not None:
+        told = unraisable.exc_type, unraisable.exc_value, unraisable.exc_traceback
+    _own_log().error("%s: %s", said, where, exc_info=told, extra={MAY_HOLD_TEXT: True})
+
+
+def _own_log() -> logging.Logger:
+    return logging.getLogger("ferryman_service")

@@ -59,10 +59,13 @@ class OtelTracer:
         attributes: Attributes = _NONE,
         *,
         carrier: Mapping[str, str] | None = None,
+        stored: str | None = None,
         serves: bool = False,
     ) -> Iterator[Span]:
         """Time the block; see Tracer."""
         around = None if carrier is None else propagate.extract(carrier)
+        if stored is not None:
+            around = _STORED.extract({_TRACEPARENT: stored})
         kind = SpanKind.SERVER if serves else SpanKind.INTERNAL
         span = self._tracer.start_span(name, around, kind, attributes)
         token = context.attach(trace.set_span_in_context(span, around))

@@ -30,8 +30,8 @@ class TraceConfig:
 
 
 def open_tracer(config: TraceConfig) -> Tracer:
-    """Return the tracer of this process, to be closed at its end. Without an endpoint, or without OpenTelemetry's
-    packages, which is said, it keeps nothing."""
+    """Return the tracer of this process, to be closed at its end. It keeps nothing without an endpoint; nor, which is
+    said, without OpenTelemetry's packages, or if they cannot be set up as the environment (OTEL_…) tells them to."""
     if not config.endpoint:
         return NULL_TRACER
     if missing := [name for name in _PACKAGES if not _is_installed(name)]:
@@ -40,10 +40,14 @@ def open_tracer(config: TraceConfig) -> Tracer:
             missing[0],
         )
         return NULL_TRACER
-    from ferryman_service.observability.otel import OtelTracer, otlp_provider
-
     release = version("ferryman")
-    return OtelTracer(otlp_provider(config.endpoint, config.sample_ratio, config.service, release), release)
+    try:
+        from ferryman_service.observability.otel import OtelTracer, otlp_provider
+
+        return OtelTracer(otlp_provider(config.endpoint, config.sample_ratio, config.service, release), release)
+    except Exception as error:  # noqa: BLE001 (whatever of its own settings it does not like: translating goes on)
+        _log.warning("no traces are sent, since OpenTelemetry cannot be set up: %s: %s", type(error).__name__, error)
+        return NULL_TRACER
 
 
 def _is_installed(name: str) -> bool:

@@ -17,6 +17,7 @@ from prometheus_client import CollectorRegistry
 from ferryman_service.domain.errors import DiskFull, StoreUnavailable
 from ferryman_service.domain.records import Record, RunEvent, RunState, StateChange, StepMetrics, ValidationMetrics
 from ferryman_service.domain.runs import CheckpointInfo, RunFilter, TrainingRun
+from ferryman_service.domain.threads import Threads
 from ferryman_service.observability.definitions import counter, gauge, histogram
 from ferryman_service.observability.run_gauges import RunGauges
 from ferryman_service.observability.store import StoreMetrics
@@ -90,11 +91,13 @@ class RunObserver:
         registry: CollectorRegistry,
         store: StoreMetrics,
         config: ObserverConfig,
+        thread: Threads,
         now_ns: Callable[[], int] = time.time_ns,
     ) -> None:
-        """Store the parts; `store` is told how old steps are when they are read."""
+        """Store the parts; `store` is told how old steps are when they are read, and `thread` is for `run`."""
         self._runs = runs
         self._config = config
+        self._thread = thread
         self._store = store
         self._now_ns = now_ns
         self._totals = _Totals(registry)
@@ -110,7 +113,7 @@ class RunObserver:
         """Look until cancelled."""
         while True:
             try:
-                await asyncio.to_thread(self.look)
+                await self._thread.run(self.look)
             except (StoreUnavailable, DiskFull) as error:
                 _log.warning("cannot read the records of the runs, trying again: %s", error)
             await asyncio.sleep(self._config.interval_s)

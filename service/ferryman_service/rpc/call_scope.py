@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import secrets
@@ -57,7 +58,11 @@ class CallScope:
         if error is not None:
             self._failure = self._told(error)
         trailing = (*(status.trailing_metadata or ()), (REQUEST_ID_KEY, self._request_id))
-        await context.abort(status.code, status.details, trailing)
+        try:
+            await context.abort(status.code, status.details, trailing)
+        except grpc.aio.InternalError as failure:
+            # A message is on its way to a caller who does not read: nothing can follow it but the connection's end.
+            raise asyncio.CancelledError from failure
 
     def ended(self, code: grpc.StatusCode, seconds: float) -> None:
         """Say how the call went."""

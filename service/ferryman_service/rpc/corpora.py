@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar
 
 import grpc
@@ -12,19 +13,30 @@ import grpc
 from ferryman.v1 import corpus_pb2, corpus_pb2_grpc
 from ferryman_service.application.corpora import CorpusUseCases
 from ferryman_service.application.ports import CorpusUpload
-from ferryman_service.domain.corpora import Side, Split
+from ferryman_service.domain.corpora import CorpusHeader, Side, Split
 from ferryman_service.domain.errors import InvalidRequest, Violation
+from ferryman_service.domain.threads import Threads
 from ferryman_service.rpc import convert
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 T = TypeVar("T")
 
 
+@dataclass(frozen=True)
+class UploadThreads:
+    """Those that write what arrives, and those that check whole corpora, which may take minutes."""
+
+    writing: Threads
+    checking: Threads
+
+
 class CorpusServicer(corpus_pb2_grpc.CorpusServiceServicer):
     """Adapts CorpusUseCases; see the contract for what each call means."""
 
-    def __init__(self, use_cases: CorpusUseCases) -> None:
+    def __init__(self, use_cases: CorpusUseCases, threads: UploadThreads) -> None:
         self._use_cases = use_cases
+        self._writing = threads.writing
+        self._checking = threads.checking
 
     async def UploadCorpus(
         self, request_iterator: AsyncIterator[corpus_pb2.UploadCorpusRequest], context: Context
@@ -34,13 +46,13 @@ class CorpusServicer(corpus_pb2_grpc.CorpusServiceServicer):
         if first is None or first.WhichOneof("item") != "header":
             raise _violation("header", "is required, as the first message", "REQUIRED")
         header = convert.header_from_wire(first.header)
-        async with _opened(lambda: self._use_cases.begin_upload(header, first.header.request_id)) as upload:
+        async with self._opened(header, first.header.request_id) as upload:
             async for request in request_iterator:
-                await _to_its_end(asyncio.to_thread(_add, upload, request))
+                await _to_its_end(self._writing.run(_add, upload, request))
             # The end of the messages is also what a call looks like whose caller has gone halfway; but then nothing can
             # be sent any more: this raises, or the call's task is cancelled.
             await context.send_initial_metadata(())
-            corpus = await _to_its_end(asyncio.to_thread(upload.finish))
+            corpus = await _to_its_end(self._checking.run(upload.finish))
         return corpus_pb2.UploadCorpusResponse(corpus=convert.corpus_to_wire(corpus))
 
     async def GetCorpus(self, request: corpus_pb2.GetCorpusRequest, context: Context) -> corpus_pb2.GetCorpusResponse:
@@ -57,21 +69,19 @@ class CorpusServicer(corpus_pb2_grpc.CorpusServiceServicer):
             corpora=[convert.corpus_to_wire(corpus) for corpus in page.items], next_page_token=page.next_page_token
         )
 
+    @asynccontextmanager
+    async def _opened(self, header: CorpusHeader, request_id: str) -> AsyncIterator[CorpusUpload]:
+        """Begin an upload, and abort it in the end: harmless if it was finished."""
+        beginning = asyncio.ensure_future(self._writing.run(self._use_cases.begin_upload, header, request_id))
+        try:
+            yield await asyncio.shield(beginning)
+        finally:
+            await _to_its_end(self._abort(beginning))
 
-@asynccontextmanager
-async def _opened(begin: Callable[[], CorpusUpload]) -> AsyncIterator[CorpusUpload]:
-    """Begin an upload, and abort it in the end: harmless if it was finished."""
-    beginning = asyncio.ensure_future(asyncio.to_thread(begin))
-    try:
-        yield await asyncio.shield(beginning)
-    finally:
-        await _to_its_end(_abort(beginning))
-
-
-async def _abort(beginning: asyncio.Future[CorpusUpload]) -> None:
-    await asyncio.wait((beginning,))
-    if beginning.exception() is None:
-        await asyncio.to_thread(beginning.result().abort)
+    async def _abort(self, beginning: asyncio.Future[CorpusUpload]) -> None:
+        await asyncio.wait((beginning,))
+        if beginning.exception() is None:
+            await self._writing.run(beginning.result().abort)
 
 
 async def _to_its_end(work: Coroutine[Any, Any, T]) -> T:

@@ -13,10 +13,10 @@ import asyncio
 import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from ferryman.v1 import corpus_pb2, model_pb2, training_pb2, translation_pb2
 from ferryman_service.application.readiness import Abilities, Readiness
@@ -24,6 +24,7 @@ from ferryman_service.domain.readiness import StoreState
 from ferryman_service.rpc.shutdown import Shutdown
 
 _log = logging.getLogger(__name__)
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 TRAINING: Final[str] = training_pb2.DESCRIPTOR.services_by_name["TrainingService"].full_name
 CORPORA: Final[str] = corpus_pb2.DESCRIPTOR.services_by_name["CorpusService"].full_name
@@ -35,24 +36,23 @@ WHOLE_SERVER: Final = ""
 LIVENESS: Final = "liveness"
 
 
-class HealthServicer(health.aio.HealthServicer):  # type: ignore[misc]  # its package has no types
-    """The state of every name, and the answers to Check and Watch, whose watchers do not hold up the server's end."""
+class HealthServicer(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # its package has no types
+    """The state of every name, and the answers to Check and Watch. All methods but `serving` belong to one event loop.
+
+    A change waits for nobody: a watcher that does not read what it is told holds up neither the others nor the end.
+    """
 
     def __init__(self, shutdown: Shutdown, serving: Collection[str] = ALL_SERVICES) -> None:
         """Store; `serving` names the services that this process is for, which are well until something else is said."""
-        super().__init__()
         self._shutdown = shutdown
         self._for = frozenset(serving)
         self._stopping = False
         self._serving = {**dict.fromkeys(ALL_SERVICES, False), **dict.fromkeys(serving, True)}
         self._serving |= {WHOLE_SERVER: True, LIVENESS: True}
+        self._changed = asyncio.Event()
+        """Set, and replaced, at every change."""
 
-    async def start(self) -> None:
-        """Begin to answer."""
-        for name, serving in self._serving.items():
-            await self.set(name, _status(serving))
-
-    async def show(self, abilities: Abilities) -> None:
+    def show(self, abilities: Abilities) -> None:
         """Take over what the process can do now; nothing counts any more once it stops."""
         able = {
             TRAINING: abilities.trains,
@@ -63,28 +63,49 @@ class HealthServicer(health.aio.HealthServicer):  # type: ignore[misc]  # its pa
         news = {name: name in self._for and able[name] for name in ALL_SERVICES}
         news[WHOLE_SERVER] = all(news[name] for name in ROLE_SERVICES if name in self._for)
         if not self._stopping:
-            await self._change(news)
+            self._change(news)
 
-    async def begin_stop(self) -> None:
+    def begin_stop(self) -> None:
         """Say NOT_SERVING from now on, but for liveness: a process that stops in order is not stuck."""
         self._stopping = True
-        await self._change(dict.fromkeys((WHOLE_SERVER, *ALL_SERVICES), False))
+        self._change(dict.fromkeys((WHOLE_SERVER, *ALL_SERVICES), False))
 
     def serving(self) -> Mapping[str, bool]:
         """Return which names are SERVING; safe to call from every thread."""
         return dict(self._serving)
 
-    async def Watch(self, request: health_pb2.HealthCheckRequest, context: grpc.aio.ServicerContext[Any, Any]) -> None:
-        """Tell the status of a service each time it changes."""
-        async with self._shutdown.ends_wait():
-            await super().Watch(request, context)
+    async def Check(self, request: health_pb2.HealthCheckRequest, context: Context) -> health_pb2.HealthCheckResponse:
+        """Tell the status of a service."""
+        if request.service not in self._serving:
+            await context.abort(grpc.StatusCode.NOT_FOUND)
+        return self._status(request.service)
 
-    async def _change(self, news: Mapping[str, bool]) -> None:
-        for name, serving in news.items():
-            if self._serving[name] != serving:
-                self._serving[name] = serving
-                _log.info("health of %s: %s", name or "the server", "SERVING" if serving else "NOT_SERVING")
-                await self.set(name, _status(serving))
+    async def Watch(self, request: health_pb2.HealthCheckRequest, context: Context) -> None:
+        """Tell the status of a service, then again when it has changed; what a slow reader has missed is left out."""
+        told: health_pb2.HealthCheckResponse | None = None
+        # Writing is waiting too: for a reader.
+        async with self._shutdown.ends_wait():
+            while True:
+                status = self._status(request.service)
+                if status != told:
+                    await context.write(status)
+                    told = status
+                else:
+                    await self._changed.wait()
+
+    def _status(self, name: str) -> health_pb2.HealthCheckResponse:
+        if name not in self._serving:
+            return health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.SERVICE_UNKNOWN)
+        serving, not_serving = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
+        return health_pb2.HealthCheckResponse(status=serving if self._serving[name] else not_serving)
+
+    def _change(self, news: Mapping[str, bool]) -> None:
+        changed = {name: serving for name, serving in news.items() if self._serving[name] != serving}
+        for name, serving in changed.items():
+            _log.info("health of %s: %s", name or "the server", "SERVING" if serving else "NOT_SERVING")
+        self._serving |= changed
+        self._changed.set()
+        self._changed = asyncio.Event()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,24 +136,24 @@ class HealthProber:
             if not done:
                 _log.error("the data folder has not answered for %g s", self._config.timeout_s)
                 self._worse = []
-                await self._show(self._readiness.judge(StoreState.LOST))
-            await self.take(await looking)
+                self._show(self._readiness.judge(StoreState.LOST))
+            self.take(await looking)
             await asyncio.sleep(self._config.interval_s)
 
-    async def take(self, found: Abilities) -> None:
+    def take(self, found: Abilities) -> None:
         """Take what a look has found."""
         if found.covers(self._shown):
             self._worse = []
-            await self._show(found)
+            self._show(found)
             return
         self._worse.append(found)
         if len(self._worse) >= self._config.failures:
             self._worse = []
-            await self._show(found)
+            self._show(found)
 
-    async def _show(self, abilities: Abilities) -> None:
+    def _show(self, abilities: Abilities) -> None:
         self._shown = abilities
-        await self._servicer.show(abilities)
+        self._servicer.show(abilities)
 
 
 class ProbeServer:
@@ -183,7 +204,3 @@ def check_health(address: str, service: str, timeout_s: float) -> str:
             code = error.code()
             return "SERVICE_UNKNOWN" if code is grpc.StatusCode.NOT_FOUND else f"no answer ({code.name})"
     return str(health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status))
-
-
-def _status(serving: bool) -> health_pb2.HealthCheckResponse.ServingStatus:
-    return health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING

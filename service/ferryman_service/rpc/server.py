@@ -40,7 +40,7 @@ class RpcConfig:
     port: int = 50051
     reflection: bool = True
     max_connection_age_s: float = 0.0
-    max_connection_age_grace_s: float = 300.0
+    max_connection_age_grace_s: float = 3600.0
     hold_s: float = 0.25
     max_receive_bytes: int = 16 * 2**20
     max_send_bytes: int = 64 * 2**20

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from sqlalchemy import Connection, Engine
 from ferryman_service.domain.errors import DiskFull, StoreUnavailable
 from ferryman_service.stores.sqlite import WRITES_OPTION, create_sqlite_engine, translate_sqlite_error
 
+_log = logging.getLogger(__name__)
 _MIGRATIONS: Final = Path(__file__).parent / "migrations"
 _NO_SPACE: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
 _ON_FAILURE_OPTION: Final = "ferryman_on_failure"
@@ -86,6 +88,10 @@ def upgrade(engine: Engine) -> None:
             )
         config.attributes["connection"] = connection
         command.upgrade(config, "head")
+        reached = MigrationContext.configure(connection).get_current_heads()
+    if reached != present:
+        before = f"schema {', '.join(present)}" if present else "nothing"
+        _log.info("the database was brought from %s to schema %s", before, ", ".join(reached))
 
 
 @contextmanager
@@ -105,7 +111,7 @@ def _translated_errors() -> Iterator[None]:
         yield
     except sqlalchemy.exc.TimeoutError as error:
         raise StoreUnavailable("too many database transactions at once: try again") from error
-    except sqlalchemy.exc.OperationalError as error:
+    except sqlalchemy.exc.DatabaseError as error:
         translated = translate_sqlite_error(error.orig) if isinstance(error.orig, sqlite3.Error) else None
         if translated is None:
             raise

@@ -14,6 +14,7 @@ models/.imports/              bundles on their way in or out
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 from collections.abc import Iterator
@@ -33,9 +34,17 @@ class DataFolder:
     root: Path
 
     def create(self) -> None:
-        """Create the folders that are missing."""
-        for folder in (self.incoming, self.runs, self.staging, self.imports):
-            folder.mkdir(parents=True, exist_ok=True)
+        """Create the folders that are missing; raises OSError, which tells the cure, if they cannot be used."""
+        try:
+            for folder in (self.incoming, self.runs, self.staging, self.imports):
+                folder.mkdir(parents=True, exist_ok=True)
+                if not os.access(folder, os.W_OK | os.X_OK):
+                    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+        except OSError as error:
+            raise OSError(
+                f"the data folder {self.root.absolute()} cannot be used: {error.filename}: {error.strerror}; give "
+                "--data-dir a folder that can be made and written, or let this user write there"
+            ) from error
 
     @property
     def database(self) -> Path:

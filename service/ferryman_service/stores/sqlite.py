@@ -24,6 +24,7 @@ _RETRY_S: Final = 0.02
 _PROBE_BYTES: Final = 64 * 1024
 _NO_SPACE: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
 _DISK_FULL: Final = "the disk that holds the database has no space left: free some and try again"
+_DAMAGED_CODES: Final = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
 _WORLD_CODES: Final = frozenset(
     {
         sqlite3.SQLITE_BUSY,
@@ -106,7 +107,7 @@ class ChangeCounter:
                 [value] = self._connection.execute("PRAGMA data_version").fetchone()
                 # The versions that one connection has seen mean nothing to the next.
                 return self._openings << 32 | int(value)
-        except sqlite3.OperationalError:
+        except sqlite3.DatabaseError:
             return next(self._unknown)
 
     def _close(self) -> None:
@@ -121,6 +122,11 @@ def translate_sqlite_error(error: sqlite3.Error) -> FerrymanError | None:
     primary_code = _primary_code(error)
     if primary_code == sqlite3.SQLITE_FULL:
         return DiskFull(_DISK_FULL)
+    if primary_code in _DAMAGED_CODES:
+        return StoreUnavailable(
+            f"the database, ferryman.db in the data folder, is damaged ({error}): stop all that uses the folder, and "
+            "restore a backup"
+        )
     if primary_code in _WORLD_CODES:
         return StoreUnavailable(f"the database cannot be used now ({error}): try again")
     return None

@@ -251,6 +251,8 @@ def test_translate_arguments_and_lines(run, fake):
     assert run("translate", "m", "x", "--n-best", "2").stdout == "0\t-0.1000\tX\n0\t-0.2000\tX\n"
     objects = [json.loads(line) for line in run("translate", "m", "--json", stdin="ä\nb\n").stdout.splitlines()]
     assert [(o["source"], o["hypotheses"][0]["text"]) for o in objects] == [("ä", "Ä"), ("b", "B")]
+    objects.append(json.loads(run("translate", "m", "x", "--json").stdout))
+    assert [o["model"] for o in objects] == ["m/1"] * 3, "so a rollout can be watched"
 
 
 def test_translate_many_lines_in_order(run, fake):
@@ -300,7 +302,7 @@ def test_a_line_that_cannot_be_translated_leaves_its_place_empty(run, fake):
     assert result.stderr == "line 2: INVALID_SENTENCE: has 300 subwords\n"
     result = run("translate", "m", "--json", stdin="bad\n")
     error = {"reason": "INVALID_SENTENCE", "message": "has 300 subwords"}
-    assert json.loads(result.stdout) == {"source": "bad", "error": error}
+    assert json.loads(result.stdout) == {"source": "bad", "model": "m/1", "error": error}
 
 
 def test_input_that_is_not_utf8_is_named(run, fake):
@@ -317,6 +319,16 @@ def test_all_violations_are_printed_without_a_stack_trace(run, corpus):
         "  recipe.model.d_model: is 1.5, must be a whole number of at most 32 bits\n"
         "  recipe.model.norm: is 'mid', must be one of post, pre, deep\n"
     )
+
+
+def test_an_error_names_the_request_by_which_the_log_of_the_server_is_searched(run, fake):
+    fake.fail_next("Translate", errors.QueueFull("full", request_id="r-17"), times=2)
+    fake.fail_next("StreamTranslate", errors.FerrymanError("internal", request_id="r-18"))
+    assert run("translate", "m", "x").stderr == "Error: full [request r-17]\n"
+    failed = run("translate", "m", "x", "--json")
+    assert json.loads(failed.stdout) == {"error": {"reason": "QUEUE_FULL", "message": "full", "request_id": "r-17"}}
+    assert failed.stderr == "Error: full [request r-17]\n"
+    assert json.loads(run("translate", "m", "--json", stdin="x\n").stdout)["error"]["request_id"] == "r-18"
 
 
 @pytest.mark.parametrize(

@@ -53,8 +53,23 @@ def test_words_that_a_translation_must_begin_with_cost_too_unless_there_is_nothi
 def test_what_is_expected_grows_with_texts_prefixes_and_rows():
     greedy = SearchOptions(beam_size=1)
     assert expected_tokens(["12345678", ""], (), greedy) == 4
+    assert expected_tokens(["1"] * 9, (), greedy) == 18
     assert expected_tokens(["12345678", ""], ["1234", ""], greedy) == 5
     assert expected_tokens(["12345678", ""], ["1234", ""], SearchOptions(beam_size=5)) == 25
+
+
+def test_what_is_expected_is_at_least_the_length_that_a_translation_must_have():
+    options = SearchOptions(beam_size=4, min_length=250)
+    assert expected_tokens(["one"] * 250, (), options) == 250 * 250 * 4
+    assert expected_tokens(["four" * 300, ""], (), options) == (301 + 1) * 4
+
+
+@pytest.mark.parametrize(
+    ("text", "subwords"),
+    [("我们在长城上走了一整天", 12), ("東京タワー", 6), ("Ein schöner Tag!", 5), ("Долгая дорога", 7), ("\ud800", 2)],
+)
+def test_characters_of_scripts_without_spaces_are_expected_to_be_a_subword_each(text, subwords):
+    assert expected_tokens([text], (), SearchOptions(beam_size=1)) == subwords
 
 
 def test_a_call_that_finds_no_room_is_refused():
@@ -94,11 +109,11 @@ def test_a_call_over_the_whole_budget_is_told_the_limit_however_little_waits():
     assert [(v.field, v.reason) for v in caught.value.violations] == [("sentences", "TOO_MANY_TOKENS")]
 
 
-def test_what_is_expected_to_be_over_the_budget_is_counted_as_all_of_it():
+async def test_what_is_expected_to_be_over_the_budget_is_counted_as_all_of_it():
     admission = Admission(100)
     held = admission.admit(10**9)
     assert admission.calls.used == 100
-    held.settle(70)
+    await held.settle(70)
     assert admission.calls.used == 70, "what it does cost is known now"
     held.release()
     assert admission.calls.used == 0
@@ -110,7 +125,7 @@ async def test_what_is_held_goes_back_once_or_to_whom_it_is_handed():
     assert budget.try_take(100)
     waiting = asyncio.create_task(budget.take(10))
     await asyncio.sleep(0)
-    held.settle(99)
+    await held.settle(99)
     await asyncio.wait_for(waiting, 5)
     assert budget.used == 109
     held.hand_over()
@@ -119,6 +134,62 @@ async def test_what_is_held_goes_back_once_or_to_whom_it_is_handed():
     other = Held(budget, 10)
     other.release(), other.release()
     assert budget.used == 99
+
+
+async def test_what_costs_far_more_than_was_expected_waits_for_room_and_nothing_else_comes_in_before():
+    """100 calls that are expected to cost 1 each, and cost 90 each."""
+    admission = Admission(100)
+    budget = admission.calls
+    held = [admission.admit(1) for _ in range(100)]
+    settled = []
+
+    async def run(number):
+        await held[number].settle(90)
+        settled.append(number)
+        assert budget.used <= 200
+        if number < 90:
+            with pytest.raises(QueueFull):
+                admission.admit(1)
+        await asyncio.sleep(0)
+        held[number].release()
+
+    async with asyncio.timeout(10):
+        await asyncio.gather(*map(run, range(100)))
+    assert settled == list(range(100))
+    assert budget.used == 0
+
+
+async def test_who_is_cancelled_while_it_waits_for_what_it_costs_holds_nothing():
+    admission = Admission(100)
+    held, *others = [admission.admit(1), admission.admit(98), admission.admit(100)]
+    waiting = asyncio.create_task(held.settle(60))
+    await asyncio.sleep(0)
+    assert (waiting.done(), admission.calls.used) == (False, 198), "who waits holds nothing"
+    waiting.cancel()
+    await asyncio.wait((waiting,))
+    held.release()
+    assert admission.calls.used == 198
+    for other in others:
+        other.release()
+    assert admission.calls.used == 0
+
+
+async def test_the_delay_counts_those_who_wait_already():
+    clock = FakeClock()
+    admission = Admission(100, clock)
+    held = [admission.admit(50), admission.admit(50)]
+    clock.now_s += 1
+    held.pop().release()
+    held += [admission.admit(40), admission.admit(100)]
+    with pytest.raises(QueueFull) as before:
+        admission.admit(10)
+    waiting = asyncio.create_task(held[1].settle(90))
+    await asyncio.sleep(0)
+    with pytest.raises(QueueFull) as after:
+        admission.admit(10)
+    assert (before.value.retry_delay_s, after.value.retry_delay_s) == (pytest.approx(2.0), pytest.approx(3.0))
+    held.pop().release()
+    await asyncio.wait_for(waiting, 5)
 
 
 def test_streams_and_calls_do_not_shut_each_other_out():

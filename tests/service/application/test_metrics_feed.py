@@ -8,6 +8,8 @@ import pytest
 from ferryman_service.application.metrics_feed import FeedConfig, Heartbeat, MetricsFeed
 from ferryman_service.domain.errors import InvalidRequest, RunNotFound, SequenceOutOfRange
 from ferryman_service.domain.records import EventLevel, RunEvent, RunState, StateChange
+from ferryman_service.domain.threads import Threads
+from tests.fakes.busy_threads import busy_threads
 
 
 def event(text):
@@ -16,7 +18,7 @@ def event(text):
 
 @pytest.fixture
 def feed(runs):
-    return MetricsFeed(runs, FeedConfig(poll_interval_s=0.01, heartbeat_s=30))
+    return MetricsFeed(runs, FeedConfig(poll_interval_s=0.01, heartbeat_s=30), Threads(2, "feed"))
 
 
 async def collect(stream):
@@ -80,9 +82,22 @@ async def test_many_streams_of_one_run_see_the_same(runs, feed, running_run):
     assert len(everything[0]) == 14
 
 
+async def test_other_work_does_not_keep_records_waiting(runs, feed, running_run):
+    run = running_run()
+    async with busy_threads(), asyncio.timeout(20):
+        stream = feed.stream(run.run_id, 3, follow=True)
+        runs.append(run.run_id, 1, [event("news")], None)
+        assert (await anext(stream)).payload == event("news")
+        waiting = asyncio.create_task(anext(stream))
+        await asyncio.sleep(0.1)  # it has found nothing, and waits to be told
+        runs.append(run.run_id, 1, [event("more")], None)
+        assert (await waiting).payload == event("more")
+        await stream.aclose()
+
+
 async def test_silence_is_broken_by_heartbeats(runs, running_run):
     run = running_run()
-    feed = MetricsFeed(runs, FeedConfig(poll_interval_s=0.01, heartbeat_s=0.02))
+    feed = MetricsFeed(runs, FeedConfig(poll_interval_s=0.01, heartbeat_s=0.02), Threads(2, "feed"))
     stream = feed.stream(run.run_id, 3, follow=True)
     assert await anext(stream) == Heartbeat(last_sequence=3, state=RunState.RUNNING, interval_s=0.02)
     runs.append(run.run_id, 1, [event("news")], None)

@@ -1,8 +1,10 @@
 """The short way to a leased model is never an outdated one."""
 
 import asyncio
+import gc
 import itertools
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -127,6 +129,26 @@ async def test_a_slow_answer_does_not_replace_a_newer_one(serve, counting, publi
     assert await serve() == 2
 
 
+async def test_a_slow_answer_does_not_make_an_older_version_serve_on(serve, counting, loaded, models, publish):
+    publish()
+    resolved, go_on = threading.Event(), threading.Event()
+
+    def hold():
+        counting.on_resolve = lambda: None
+        resolved.set()
+        assert go_on.wait(10)
+
+    counting.on_resolve = hold
+    slow = asyncio.create_task(serve())
+    await asyncio.to_thread(resolved.wait, 10)
+    newer = publish()
+    assert await serve() == 2
+    go_on.set()
+    assert await slow == 1
+    await asyncio.wrap_future(loaded.unload(newer))
+    assert await serve() == 2
+
+
 async def test_a_version_that_left_memory_is_loaded_again(serve, loaded, loader, models, publish):
     version = publish()
     await serve()
@@ -176,12 +198,22 @@ async def test_however_many_wait_for_a_load_other_models_are_loaded(serve, loade
     assert await asyncio.gather(*waiting) == [1] * 10
 
 
-async def test_all_who_wait_for_a_load_that_fails_are_told_and_the_next_tries_again(serve, counting, loader, publish):
+async def test_all_who_wait_for_a_load_that_fails_are_told_and_the_next_tries_again(
+    serve, loaded, loader, publish, monkeypatch
+):
+    asked, try_acquire = 0, loaded.try_acquire
+
+    def counted_try_acquire(version):
+        nonlocal asked
+        asked += 1
+        return try_acquire(version)
+
+    monkeypatch.setattr(loaded, "try_acquire", counted_try_acquire)
     publish()
     loader.gate.clear()
     waiting = [asyncio.create_task(serve()) for _ in range(5)]
-    await becomes(lambda: counting.resolved == 5 and loader.began.is_set())
-    await asyncio.sleep(0.02)
+    # From there to the load it takes no other turn of the event loop.
+    await becomes(lambda: asked == 5 and loader.began.is_set())
     loader.failures.append(ModelDamaged("not today"))
     loader.gate.set()
     results = await asyncio.gather(*waiting, return_exceptions=True)
@@ -204,6 +236,76 @@ async def test_the_version_before_serves_on_until_the_newer_one_is_warm(serve, l
     await becomes(lambda: "m/2" in [model.reference for model in loaded.loaded()])
     assert [await serve() for _ in range(3)] == [2] * 3
     assert loader.loads == ["m/1", "m/2"], "it is loaded once, whoever asks meanwhile"
+
+
+class Threadless(ThreadPoolExecutor):
+    """An executor that cannot start a thread while `fails`, and says so as the real one does: by an error, though it
+    keeps the work for a thread that it has."""
+
+    def __init__(self):
+        super().__init__(1)
+        self.fails = False
+        self.kept = []
+        self.submit(lambda: None).result()
+
+    def submit(self, *work):
+        accepted = super().submit(*work)
+        if self.fails:
+            self.kept.append(accepted)
+            raise RuntimeError("can't start new thread")
+        return accepted
+
+
+@pytest.fixture
+def threadless():
+    with Threadless() as executor:
+        yield executor
+
+
+async def test_a_load_that_cannot_begin_is_an_error_and_the_next_begins(
+    counting, loaded, loader, executor, threadless, publish
+):
+    version = publish()
+    access = ModelAccess(counting, loaded, executor, threadless)
+    loader.gate.clear()
+    threadless.fails = True
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="thread"):
+            await asyncio.wait_for(access.lease(LATEST), 10)
+    threadless.fails = False
+    loader.gate.set()
+    for kept in threadless.kept:
+        await asyncio.wrap_future(kept)
+    lease = await asyncio.wait_for(access.lease(LATEST), 10)
+    freed = loaded.unload(version)
+    lease.release(executor)
+    await asyncio.wait_for(asyncio.wrap_future(freed), 10)
+
+
+async def test_the_version_before_serves_on_if_the_load_of_the_newer_one_cannot_begin(
+    counting, loaded, executor, threadless, publish, caplog
+):
+    now_s = 0.0
+    access = ModelAccess(counting, loaded, executor, threadless, clock=lambda: now_s)
+
+    async def served():
+        lease = await asyncio.wait_for(access.lease(LATEST), 10)
+        lease.release(executor)
+        return lease.version.version
+
+    before = publish()
+    assert await served() == 1
+    newer = publish()
+    threadless.fails = True
+    assert await served() == 1
+    assert "m/1 serves on: m/2 cannot be loaded: RuntimeError" in caplog.text
+    threadless.fails = False
+    await asyncio.wrap_future(threadless.kept[0])
+    freed = [loaded.unload(version) for version in (newer, before)]
+    for each in freed:
+        await asyncio.wait_for(asyncio.wrap_future(each), 10)
+    now_s += TRY_AGAIN_S
+    assert await served() == 2
 
 
 async def test_what_serves_on_keeps_its_place_while_the_newer_one_is_loaded(
@@ -342,6 +444,27 @@ async def test_without_the_database_what_is_in_memory_serves_on(serve, counting,
     counting.lost = False
     publish()
     assert await serve() == 2
+
+
+async def test_versions_that_are_out_of_memory_are_forgotten_with_the_next_change(
+    serve, counting, loaded, models, publish
+):
+    resolved, resolve = [], models.resolve
+
+    def watched_resolve(reference):
+        version = resolve(reference)
+        resolved.append(weakref.ref(version))
+        return version
+
+    counting.resolve = watched_resolve
+    publish(), publish()
+    for number in (1, 2):
+        assert await serve(ModelReference(name="m", version=number)) == number
+        await asyncio.wrap_future(loaded.unload(resolved[-1]()))
+    publish("other")
+    assert await serve(ModelReference(name="other")) == 1
+    gc.collect()
+    assert [version() is None for version in resolved] == [True, True, False]
 
 
 async def test_what_was_deleted_does_not_come_back_without_the_database(serve, counting, models, publish):

@@ -5,6 +5,7 @@ import pytest
 from ferryman_service.application.loaded_models import LoadedModels, LoadingLimits
 from ferryman_service.application.readiness import Abilities, Readiness
 from ferryman_service.domain.readiness import StoreState
+from ferryman_service.domain.threads import Threads
 from ferryman_service.stores.database import open_database, upgrade
 from ferryman_service.stores.layout import DataFolder
 from ferryman_service.stores.models import FileModelStore
@@ -33,14 +34,14 @@ def models(tmp_path):
 )
 async def test_without_a_model_in_memory_everything_depends_on_the_store(state, found, models):
     loaded = LoadedModels(models, FakeBundleLoader(), LoadingLimits())
-    assert await Readiness(FakeStoreProbe(state), loaded).look() == found
-    assert await Readiness(FakeStoreProbe(state), None).look() == found
+    assert await Readiness(FakeStoreProbe(state), loaded, Threads(1, "probe")).look() == found
+    assert await Readiness(FakeStoreProbe(state), None, Threads(1, "probe")).look() == found
 
 
 async def test_a_model_in_memory_translates_on_without_the_store(models, tmp_path):
     loaded = LoadedModels(models, FakeBundleLoader(), LoadingLimits())
     loaded.load(models.import_bundle(write_bundle(tmp_path / "bundle"), "en-de"))
-    found = await Readiness(FakeStoreProbe(StoreState.LOST), loaded).look()
+    found = await Readiness(FakeStoreProbe(StoreState.LOST), loaded, Threads(1, "probe")).look()
     assert found == Abilities(trains=False, writes=False, reads=False, translates=True)
 
 

@@ -10,6 +10,7 @@ from ferryman_service.domain.errors import AttemptFenced
 from ferryman_service.domain.log_context import log_fields
 from ferryman_service.domain.records import EventLevel, RunEvent, RunState, StepMetrics
 from ferryman_service.domain.runs import FailureReason, Handover
+from ferryman_service.domain.threads import Threads
 from tests.fakes.launcher import FakeLauncher
 from tests.fakes.observers import FakeLaunchObserver
 
@@ -20,7 +21,7 @@ def launcher():
 
 
 def make_supervisor(runs, launcher, **config):
-    return Supervisor(runs, launcher, SupervisorConfig(**config))
+    return Supervisor(runs, launcher, SupervisorConfig(**config), Threads(1, "supervisor"))
 
 
 def test_a_queued_run_gets_its_first_attempt(runs, launcher, queue_run):
@@ -410,7 +411,7 @@ def test_a_start_that_takes_too_long_is_ended(runs, launcher, queue_run):
 
 def test_starts_of_workers_are_observed(runs, launcher, queue_run):
     observer = FakeLaunchObserver()
-    supervisor = Supervisor(runs, launcher, SupervisorConfig(backoff_s=0.0), observer)
+    supervisor = Supervisor(runs, launcher, SupervisorConfig(backoff_s=0.0), Threads(1, "supervisor"), observer)
     queue_run()
     launcher.fail_with = OSError(errno.ENOENT, "no such program")
     supervisor.tick()

@@ -22,7 +22,7 @@ from ferryman_service.domain.errors import (
     QueueFull,
     RoleNotServed,
 )
-from ferryman_service.domain.translation import EarlyStopping, Sampling, SearchOptions
+from ferryman_service.domain.translation import CancelToken, EarlyStopping, Sampling, SearchOptions
 from ferryman_service.text.sentences import SentencexSplitter
 from tests.fakes.translator import STEP_S, FakeBundleLoader
 
@@ -296,6 +296,57 @@ async def test_what_waits_for_a_load_is_counted(models, publish, loader):
     loaded.close()
 
 
+async def dense_calls(cases, loader, count, text="a b c"):
+    """Start calls of five sentences, each of whose words is ten subwords, and return them when texts are looked at."""
+    await cases.translate(request("x"))
+    loader.translator.preparing.clear()
+    loader.translator.preparing_gate = threading.Event()
+    calls = [asyncio.create_task(cases.translate(request(*[text] * 5))) for _ in range(count)]
+    await asyncio.to_thread(loader.translator.preparing.wait, 10)
+    return calls
+
+
+async def test_calls_that_cost_more_than_was_expected_wait_for_room_and_none_is_lost(make_cases, publish):
+    publish()
+    loader = FakeBundleLoader(delay_s=0.01, word_tokens=10)
+    cases = make_cases(loader=loader, queue_tokens=1000)
+    calls = await dense_calls(cases, loader, 40)
+    assert cases.queued_tokens() == (34 * 5 * 3 * 2, 0)
+    taken, submit = [], loader.translator.submit
+
+    def watched_submit(work):
+        taken.append(cases.queued_tokens()[0])
+        submit(work)
+
+    loader.translator.submit = watched_submit
+    loader.translator.preparing_gate.set()
+    results = await asyncio.gather(*calls, return_exceptions=True)
+    refused = [result for result in results if isinstance(result, QueueFull)]
+    assert [texts(result) for result in results if result not in refused] == [["A B C"] * 5] * 34
+    assert len(refused) == 6
+    assert max(taken) <= 2 * 1000, "each costs 310, which is more than three times the budget for all"
+
+
+async def test_a_call_waits_for_room_no_longer_than_its_deadline(make_cases, publish, monkeypatch):
+    publish()
+    loader = FakeBundleLoader(word_tokens=10)
+    cases = make_cases(loader=loader, queue_tokens=110)
+    calls = await dense_calls(cases, loader, 5, "wait")
+    hurried = asyncio.create_task(cases.translate(request(*["wait"] * 5, timeout_s=60)))
+    await becomes(lambda: cases.queued_tokens() == (6 * 5 * 2 * 2, 0))
+    real_remaining_s = CancelToken.remaining_s
+    monkeypatch.setattr(CancelToken, "remaining_s", lambda token: None if real_remaining_s(token) is None else 0.0)
+    loader.translator.preparing_gate.set()
+    with pytest.raises(DeadlineExceeded, match="before there was room"):
+        await asyncio.wait_for(hurried, 10)
+    await becomes(lambda: cases.queued_tokens() == (110, 0))
+    assert not any(call.done() for call in calls), "one has room, and the others wait for it"
+    for call in calls:
+        call.cancel()
+    await asyncio.wait(calls)
+    await becomes(lambda: cases.queued_tokens() == (0, 0))
+
+
 async def test_what_waits_for_a_thread_is_counted_and_not_begun_once_its_caller_is_gone(make_cases, publish):
     publish()
     loader = FakeBundleLoader()
@@ -444,4 +495,4 @@ async def test_the_loop_is_not_woken_for_each_sentence(make_cases, publish, monk
 
     monkeypatch.setattr(loop, "call_soon_threadsafe", count)
     await cases.translate(request(*["x"] * 1000))
-    assert len(wakes) < 200
+    assert len(wakes) < 500, "a wake for each would be 1,000"

@@ -216,16 +216,58 @@ async def test_a_text_that_waits_for_a_thread_is_counted_and_keeps_its_model(mak
     task.add_done_callback(lambda _: ended.set())
     await opened.wait()
     await asyncio.to_thread(server.engine.preparing.wait, 10)
-    assert server.cases.queued_tokens() == (0, 640 // 4 + 64)
+    assert server.cases.queued_tokens() == (0, (3 + 1) * 64)
     freed = server.loaded.unload(stream.version)
     task.cancel()
     await asyncio.sleep(0.05)
     assert not ended.is_set() and not freed.done()
-    assert server.cases.queued_tokens() == (0, 640 // 4 + 64)
+    assert server.cases.queued_tokens() == (0, (3 + 1) * 64)
     gate.set()
     await asyncio.wait_for(ended.wait(), 10)
     await asyncio.wait_for(asyncio.wrap_future(freed), 10)
     assert server.cases.queued_tokens() == (0, 0)
+
+
+async def test_texts_that_wait_for_a_thread_take_no_more_than_a_portion(make_server):
+    """The portion of 320 is 20; these 64 sentences are expected to cost more."""
+    server = make_server(limits={"queue_tokens": 320})
+    async with server.stream() as stream:
+        stream.end_input()
+    gate = server.engine.preparing_gate = threading.Event()
+    async with server.stream() as stream, writing(stream, [[sentence(i, "ten chars.") for i in range(64)]]):
+        await asyncio.to_thread(server.engine.preparing.wait, 10)
+        assert server.cases.queued_tokens() == (0, 20)
+        gate.set()
+        assert len(await drain(stream)) == 64
+
+
+async def test_streams_whose_sentences_cost_more_than_was_expected_wait_for_room(make_server):
+    """Forty streams, each of which expects to take 7 of 200, and takes 49."""
+    server = make_server(limits={"queue_tokens": 200}, word_tokens=11)
+    async with server.stream() as stream:
+        stream.end_input()
+    gate = server.engine.preparing_gate = threading.Event()
+    taken, submit = [], server.engine.submit
+
+    def watched_submit(work):
+        taken.append(server.cases.queued_tokens()[1])
+        submit(work)
+
+    server.engine.submit = watched_submit
+    # More than is looked at without a thread.
+    message = [sentence(0, "a b c d"), *[sentence(i, "") for i in range(1, 5)]]
+
+    async def run():
+        async with server.stream() as stream, writing(stream, [message]):
+            return await drain(stream)
+
+    running = [asyncio.create_task(run()) for _ in range(40)]
+    async with asyncio.timeout(10):
+        while server.cases.queued_tokens()[1] < 200:
+            await asyncio.sleep(0.001)
+    gate.set()
+    assert [len(results) for results in await asyncio.gather(*running)] == [5] * 40
+    assert max(taken) <= 2 * 200
 
 
 async def test_a_message_larger_than_the_window_and_the_room_passes(make_server):

@@ -160,6 +160,7 @@ def test_variables_that_mean_nothing_are_warned_of(settings_of):
         FERRYMAN_SERVICE_HOST="10.0.0.1",
         FERRYMAN_PORT_50051_TCP_ADDR="10.0.0.1",
         FERRYMAN_SERVICE_PORT_GRPC="50051",
+        FERRYMAN_SERVER="localhost:50051",  # the client's
         OTHER="1",
     ).warnings
     assert warnings == ("FERRYMAN_PROT is no option, and is ignored; did you mean FERRYMAN_PORT?",)

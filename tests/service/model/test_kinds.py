@@ -170,9 +170,8 @@ def losses_of_reversing(transformer, steps, rate):
     return losses
 
 
-@pytest.mark.parametrize("layers", [12, 18])
-def test_deep_norm_trains_what_post_norm_cannot(make_transformer, layers):
-    shape = {"encoder_layers": layers, "decoder_layers": layers, "d_model": 32, "ffn_dim": 32, "vocabulary_size": 10}
+def test_deep_norm_trains_what_post_norm_cannot(make_transformer):
+    shape = {"encoder_layers": 12, "decoder_layers": 12, "d_model": 32, "ffn_dim": 32, "vocabulary_size": 10}
     last = {}
     for norm in (NormPlacement.DEEP, NormPlacement.POST):
         transformer = make_transformer(norm=norm, **shape, **NO_DROPOUT).train()

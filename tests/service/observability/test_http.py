@@ -1,6 +1,10 @@
 """The endpoint that Prometheus scrapes."""
 
+import contextlib
+import logging
 import socket
+import struct
+import time
 import urllib.error
 import urllib.request
 
@@ -8,7 +12,7 @@ import pytest
 from prometheus_client import CollectorRegistry, Counter
 from prometheus_client.parser import text_string_to_metric_families
 
-from ferryman_service.observability.http import MetricsEndpoint, new_registry
+from ferryman_service.observability.http import EndpointLimits, MetricsEndpoint, new_registry
 
 
 def get(port, path):
@@ -20,8 +24,8 @@ def get(port, path):
 def serve():
     endpoints = []
 
-    def start(registry, port=0):
-        endpoints.append(MetricsEndpoint(registry, "127.0.0.1", port))
+    def start(registry, port=0, **limits):
+        endpoints.append(MetricsEndpoint(registry, "127.0.0.1", port, EndpointLimits(**limits)))
         return endpoints[-1].start()
 
     yield start
@@ -83,3 +87,80 @@ def test_a_silent_client_holds_up_nobody(serve):
     port = serve(CollectorRegistry())
     with socket.create_connection(("127.0.0.1", port)):
         get(port, "/metrics")
+
+
+def connect(port):
+    return socket.create_connection(("127.0.0.1", port), timeout=30)
+
+
+def is_closed(client, wait_s):
+    """Whether the server closes the connection before the time is over."""
+    client.settimeout(wait_s)
+    try:
+        return client.recv(1) == b""
+    except TimeoutError:
+        return False
+    except ConnectionResetError:
+        return True
+
+
+def test_a_silent_client_is_left_in_the_end(serve):
+    with connect(serve(CollectorRegistry(), connection_s=0.2)) as client:
+        assert is_closed(client, wait_s=30)
+
+
+def test_a_client_that_sends_a_byte_now_and_then_is_left_too(serve):
+    deadline_s = time.monotonic() + 30
+    with connect(serve(CollectorRegistry(), connection_s=0.5)) as client, contextlib.suppress(ConnectionError):
+        while not is_closed(client, wait_s=0.05):
+            assert time.monotonic() < deadline_s, "it is served for ever"
+            client.sendall(b"x")
+
+
+def test_connections_are_bounded(serve):
+    port = serve(CollectorRegistry(), connections=2, connection_s=600)
+    with connect(port) as first, connect(port):
+        with connect(port) as third:
+            assert is_closed(third, wait_s=30)
+        first.close()
+        wait_until(lambda: answers(port))
+
+
+def answers(port):
+    try:
+        return get(port, "/metrics") == ""
+    except OSError:
+        return False
+
+
+def wait_until(condition, timeout_s=30):
+    deadline_s = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline_s, "it did not happen"
+        time.sleep(0.01)
+
+
+def test_a_client_that_goes_halfway_is_told_to_the_log_alone(serve, caplog, capfd):
+    caplog.set_level(logging.DEBUG)
+    with connect(serve(CollectorRegistry())) as client:
+        client.sendall(b"GET /metr")
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # close resets
+    wait_until(lambda: caplog.records)
+    [record] = caplog.records
+    assert record.levelno == logging.DEBUG
+    assert "broke" in record.message
+    assert capfd.readouterr().err == ""
+
+
+def test_a_collector_that_fails_is_told_to_the_log_alone(serve, caplog, capfd):
+    class Broken:
+        def collect(self):
+            raise ValueError("a bug")
+
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(Broken())
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        get(serve(registry), "/metrics")
+    assert caught.value.code == 500
+    assert [record.message for record in caplog.records] == ["cannot collect the metrics"]
+    assert capfd.readouterr().err == ""

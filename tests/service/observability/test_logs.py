@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from ferryman_service.config.service_config import LogFormat
+from ferryman_service.domain.errors import StoreUnavailable
 from ferryman_service.domain.log_context import (
     FIELDS,
     MAY_HOLD_TEXT,
@@ -110,6 +111,15 @@ def test_it_is_told_in_full_where_sentences_may_be_logged(lines, form):
     assert found[0].count(SENTENCE) == 2
 
 
+@pytest.mark.parametrize("form", LogFormat)
+def test_an_error_is_told_with_the_one_that_was_being_handled(lines, form):
+    found = lines(format=form)
+    log_failure(lambda: raise_while_handling(SENTENCE))
+    assert "LookupError" in found[0]
+    assert "in look_up" in found[0]
+    assert SENTENCE not in found[0]
+
+
 def test_an_error_of_a_layer_that_sees_no_text_is_told_in_full(lines):
     found = lines(format=LogFormat.JSON)
     log_failure(lambda: search(None, [(1, 2)], [None], lambda: None))
@@ -119,11 +129,36 @@ def test_an_error_of_a_layer_that_sees_no_text_is_told_in_full(lines):
     assert "left out" in found[1]
 
 
+def test_why_the_server_cannot_go_on_now_is_told_in_full_but_not_what_that_came_of(lines):
+    found = lines(format=LogFormat.JSON)
+    log_failure(store_out_of_reach)
+    assert "StoreUnavailable: the database is locked" in found[0]
+    assert SENTENCE not in found[0]
+
+
+def store_out_of_reach():
+    try:
+        raise LookupError(SENTENCE)
+    except LookupError as error:
+        raise StoreUnavailable("the database is locked") from error
+
+
 def raise_two(text):
     try:
         raise LookupError(text)
     except LookupError as error:
         raise ValueError(text) from error
+
+
+def raise_while_handling(text):
+    try:
+        look_up(text)
+    except LookupError:
+        raise ValueError(text)  # noqa: B904 (without a cause is the point)
+
+
+def look_up(text):
+    raise LookupError(text)
 
 
 def log_failure(work):
@@ -169,3 +204,53 @@ raise OSError("the end")
     assert "old" in warning["message"]
     assert (end["level"], end["error"], done.returncode) == ("CRITICAL", "OSError", 1)
     assert "OSError: the end" in end["traceback"]
+
+
+DYING = """
+import sys, threading
+from ferryman_service.config.service_config import LogFormat
+from ferryman_service.observability.logs import LogConfig, configure_logging
+
+class Lost:
+    def __init__(self, text):
+        self.text = text
+
+    def __del__(self):
+        raise LookupError(self.text)
+
+    def __repr__(self):
+        return self.text
+
+def in_thread():
+    raise ValueError("geheim")
+
+configure_logging(LogConfig(format=LogFormat.JSON, sentences=sys.argv[1] == "yes", reads_text=sys.argv[2] == "yes"))
+thread = threading.Thread(target=in_thread, name="reader")
+thread.start()
+thread.join()
+leaving = threading.Thread(target=sys.exit)
+leaving.start()
+leaving.join()
+lost = Lost("geheim")
+del lost
+raise OSError("geheim")
+"""
+
+
+@pytest.mark.parametrize(
+    ("sentences", "reads_text", "told"),
+    [("no", "yes", [False, False, False]), ("no", "no", [False, False, True]), ("yes", "yes", [True, True, True])],
+)
+def test_what_threads_and_processes_die_of_is_told_with_its_places_and_quotes_no_text(sentences, reads_text, told):
+    command = [sys.executable, "-c", DYING, sentences, reads_text]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    lines = [json.loads(line) for line in done.stderr.splitlines()]
+    assert [(line["level"], line["message"], line["error"]) for line in lines] == [
+        ("CRITICAL", "the thread reader ends with an error", "ValueError"),
+        ("ERROR", "Exception ignored in: Lost.__del__", "LookupError"),
+        ("CRITICAL", "this process ends with an error", "OSError"),
+    ]
+    assert [SENTENCE in json.dumps(line) for line in lines] == told
+    places = [line["traceback"].splitlines()[-2].split(", ")[-1] for line in lines]
+    assert places == ["in in_thread", "in __del__", "in <module>"]
+    assert done.returncode == 1

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 import socket
 import subprocess
 import sys
@@ -9,6 +10,9 @@ import threading
 import time
 
 import pytest
+from opentelemetry import propagate
+from opentelemetry.baggage.propagation import W3CBaggagePropagator
+from opentelemetry.propagators.composite import CompositePropagator
 from opentelemetry.trace import SpanKind, StatusCode
 
 from ferryman_service.domain.tracing import NULL_TRACER
@@ -112,11 +116,30 @@ def test_a_caller_that_does_not_want_a_trace_gets_none(spans):
     assert spans.all() == ()
 
 
-@pytest.mark.parametrize("carrier", [{}, {"traceparent": ""}, {"traceparent": "00-xyz"}])
-def test_without_a_legal_context_a_trace_begins(spans, carrier):
-    with spans.tracer.span("outer"), spans.tracer.span("call", carrier=carrier):
+@pytest.mark.parametrize(
+    "parent",
+    [{"carrier": {}}, {"carrier": {"traceparent": ""}}, {"carrier": {"traceparent": "00-xyz"}}, {"stored": ""}],
+)
+def test_without_a_legal_context_a_trace_begins(spans, parent):
+    with spans.tracer.span("outer"), spans.tracer.span("call", **parent):
         pass
     assert spans.one("call").parent is None
+
+
+@pytest.mark.parametrize("propagators", [[], [W3CBaggagePropagator()]])
+def test_what_was_stored_is_found_again_whatever_the_headers_of_calls_are(spans, propagators):
+    """As with OTEL_PROPAGATORS=none, or baggage."""
+    before = propagate.get_global_textmap()
+    propagate.set_global_textmap(CompositePropagator(propagators))
+    try:
+        with spans.tracer.span("call", carrier={"traceparent": REMOTE}) as call:
+            assert call.trace_id != REMOTE.split("-")[1], "headers that nobody is to heed"
+            stored = spans.tracer.context()
+        with spans.tracer.span("attempt", stored=stored):
+            pass
+    finally:
+        propagate.set_global_textmap(before)
+    assert spans.one("attempt").parent.span_id == spans.one("call").context.span_id
 
 
 def test_an_error_marks_the_span_but_is_not_quoted(spans):
@@ -155,6 +178,20 @@ def test_without_the_packages_the_service_runs_and_says_so(monkeypatch, caplog):
     with caplog.at_level(logging.WARNING):
         assert open_tracer(TraceConfig(endpoint="http://localhost:4317")) is NULL_TRACER
     assert "install the extra tracing" in caplog.text
+
+
+def test_with_settings_that_opentelemetry_does_not_take_the_service_runs_and_says_so():
+    """It heeds this one when it is imported, so that takes a process of its own."""
+    code = """
+from ferryman_service.observability.tracing import TraceConfig, open_tracer
+print(type(open_tracer(TraceConfig(endpoint="http://127.0.0.1:4317"))).__name__)
+"""
+    environment = {**os.environ, "OTEL_PROPAGATORS": "no-such-form"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout == "NullTracer\n"
+    assert (
+        "no traces are sent, since OpenTelemetry cannot be set up: ValueError: Propagator no-such-form" in done.stderr
+    )
 
 
 def test_a_collector_that_is_not_there_holds_up_nobody(free_port):

@@ -7,8 +7,10 @@ import pytest
 from ferryman_service.domain.errors import StoreUnavailable
 from ferryman_service.domain.records import EventLevel, RunEvent, RunState, StepMetrics, ValidationMetrics
 from ferryman_service.domain.runs import CheckpointInfo, Handover, ProcessIdentity, RunProgress
+from ferryman_service.domain.threads import Threads
 from ferryman_service.observability.store import StoreMetrics
 from ferryman_service.observability.training import ObserverConfig, RunObserver
+from tests.fakes.busy_threads import busy_threads
 
 
 def step(number, **changes):
@@ -83,7 +85,13 @@ def observe(runs, checkpoints, registry, clock):
 
     def make(of=None, registry=registry, **config):
         return RunObserver(
-            of or runs, checkpoints, registry, StoreMetrics(registry), ObserverConfig(**config), now_ns=clock
+            of or runs,
+            checkpoints,
+            registry,
+            StoreMetrics(registry),
+            ObserverConfig(**config),
+            Threads(1, "observer"),
+            now_ns=clock,
         )
 
     return make
@@ -224,7 +232,7 @@ async def test_it_looks_until_cancelled_and_outlives_a_locked_database(runs, obs
         records_after = runs.records_after
 
     observing = asyncio.create_task(observe(Shaky(), interval_s=0.001).run())
-    async with asyncio.timeout(10):
+    async with busy_threads(), asyncio.timeout(30):
         while sample("ferryman_training_runs", state="queued") is None:
             await asyncio.sleep(0.001)
         run_id = start_run()

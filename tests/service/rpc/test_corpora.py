@@ -1,14 +1,18 @@
 """An upload whose caller leaves, whatever the servicer is doing at that moment."""
 
 import asyncio
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import pytest
 
 from ferryman_service.application.corpora import CorpusUseCases
 from ferryman_service.application.paging import Pager
-from ferryman_service.rpc.corpora import CorpusServicer
+from ferryman_service.domain.threads import Threads
+from ferryman_service.rpc.corpora import CorpusServicer, UploadThreads
 from ferryman_service.stores.corpora import CorpusLimits, FileCorpusStore
+from ferryman_service.stores.corpus_upload import FileCorpusUpload
 from ferryman_service.stores.database import open_database, upgrade
 from ferryman_service.stores.layout import DataFolder
 from tests.fakes.loopback_service import upload_messages
@@ -21,12 +25,14 @@ class Caller:
 
     def __init__(self, gone=False):
         self.gone = gone
+        self.has_sent_all = asyncio.Event()
 
     async def messages(self):
         for message in MESSAGES:
             yield message
 
     async def send_initial_metadata(self, _):
+        self.has_sent_all.set()
         if self.gone:
             raise grpc.aio.InternalError("the call is over")
 
@@ -42,24 +48,32 @@ def store(tmp_path):
     database.dispose()
 
 
-def upload(store, caller):
-    servicer = CorpusServicer(CorpusUseCases(corpora=store, pager=Pager(b"key")))
+@pytest.fixture
+def threads():
+    threads = UploadThreads(writing=Threads(2, "upload"), checking=Threads(1, "check"))
+    yield threads
+    threads.writing.close()
+    threads.checking.close()
+
+
+def upload(store, threads, caller):
+    servicer = CorpusServicer(CorpusUseCases(corpora=store, pager=Pager(b"key")), threads)
     return asyncio.ensure_future(servicer.UploadCorpus(caller.messages(), caller))
 
 
-async def test_who_is_gone_at_the_end_gets_no_corpus(store):
+async def test_who_is_gone_at_the_end_gets_no_corpus(store, threads):
     with pytest.raises(grpc.aio.InternalError):
-        await upload(store, Caller(gone=True))
+        await upload(store, threads, Caller(gone=True))
     assert store.list_page(None, 10) == []
 
 
 @pytest.mark.parametrize("gone", [False, True])
 @pytest.mark.parametrize("cancellations", [1, 2, 3])
-async def test_a_cancellation_at_any_moment_is_clean(store, gone, cancellations):
+async def test_a_cancellation_at_any_moment_is_clean(store, threads, gone, cancellations):
     """Cancel after the first, the second, … turn of the event loop, and again in the turns after it."""
     cancelled = 0
     for turns in range(60):
-        work = upload(store, Caller(gone))
+        work = upload(store, threads, Caller(gone))
         for _ in range(turns):
             await asyncio.sleep(0.0001 if turns % 2 else 0)
         for _ in range(cancellations):
@@ -69,3 +83,27 @@ async def test_a_cancellation_at_any_moment_is_clean(store, gone, cancellations)
         cancelled += isinstance(outcome, asyncio.CancelledError)
     assert cancelled > 10
     assert not gone or store.list_page(None, 10) == []
+
+
+async def test_corpora_that_are_checked_hold_up_no_other_work(store, threads, monkeypatch):
+    released, finish = threading.Event(), FileCorpusUpload.finish
+
+    def slow_finish(upload):
+        released.wait(60)
+        return finish(upload)
+
+    monkeypatch.setattr(FileCorpusUpload, "finish", slow_finish)
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(max_workers=1))
+    callers, uploads = [Caller() for _ in range(4)], []
+    try:
+        async with asyncio.timeout(30):
+            for caller in callers:
+                uploads.append(upload(store, threads, caller))
+                await caller.has_sent_all.wait()
+                for _ in range(10):  # turns of the event loop: now the check waits for its thread, or has it
+                    await asyncio.sleep(0)
+            assert await asyncio.to_thread(store.list_page, None, 10) == []
+    finally:
+        released.set()
+        await asyncio.gather(*uploads)
+    assert len(store.list_page(None, 10)) == 4

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import logging
 import sqlite3
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
 from sqlalchemy import insert, text
 from sqlalchemy.exc import IntegrityError, OperationalError
 
@@ -297,6 +299,16 @@ def earlier_database(tmp_path):
     database.dispose()
 
 
+def test_the_log_tells_once_from_where_a_database_was_brought_to_where(earlier_database, caplog):
+    caplog.set_level(logging.INFO, logger="ferryman_service.stores.database")
+    for _ in range(2):
+        upgrade(earlier_database)
+    config = Config()
+    config.set_main_option("script_location", str(migrations))
+    head = ScriptDirectory.from_config(config).get_current_head()
+    assert caplog.messages == [f"the database was brought from schema 0001 to schema {head}"]
+
+
 def test_rows_of_the_release_before_are_read_after_the_migration(earlier_database, tmp_path, worker):
     upgrade(earlier_database)
     runs = SqlRunStore(earlier_database)
@@ -413,6 +425,31 @@ def test_a_locked_database_is_unavailable_for_writers_only(folder, database):
 def test_a_database_that_cannot_be_opened_is_unavailable(tmp_path):
     with pytest.raises(StoreUnavailable), reading(open_database(tmp_path / "missing" / "ferryman.db")):
         pass
+
+
+def test_a_database_that_is_none_or_is_damaged_is_unavailable(folder, database):
+    changes = ChangeCounter(database)
+    changes.value()
+    database.dispose()
+    for name in ("-wal", "-shm"):
+        folder.database.with_name(folder.database.name + name).unlink(missing_ok=True)
+    whole = folder.database.read_bytes()
+    header = 100
+    for damaged in (b"\xff" * len(whole), whole[:header] + b"\xff" * (len(whole) - header)):
+        folder.database.write_bytes(damaged)
+        for transaction in (reading, writing):
+            with pytest.raises(StoreUnavailable, match="is damaged"), transaction(database) as connection:
+                connection.execute(text("SELECT count(*) FROM runs"))
+        with pytest.raises(StoreUnavailable, match="is damaged"):
+            upgrade(database)
+        database.dispose()
+
+
+def test_a_counter_of_what_is_no_database_never_says_that_nothing_changed(tmp_path):
+    path = tmp_path / "ferryman.db"
+    path.write_bytes(b"\xff" * 8192)
+    changes = ChangeCounter(open_database(path))
+    assert changes.value() != changes.value()
 
 
 def test_a_mistake_of_ours_stays_one(database):

@@ -1,5 +1,6 @@
 """The data folder."""
 
+import os
 import stat
 import threading
 
@@ -7,6 +8,7 @@ import pytest
 
 from ferryman_service.domain.ids import CORPUS_PREFIX, RUN_PREFIX, new_id
 from ferryman_service.stores.folders import HeldFolder, remove_abandoned
+from ferryman_service.stores.layout import DataFolder
 
 
 @pytest.mark.parametrize("text", ["", "..", "../x", "run_1", "/etc", "a/b", ".staging"])
@@ -30,6 +32,19 @@ def test_paths(folder):
     run_id = new_id(RUN_PREFIX)
     assert folder.worker_log(run_id, 2) == folder.root / "runs" / run_id / "worker-2.log"
     assert folder.bundle_dir("en-de", 7) == folder.root / "models" / "en-de" / "7"
+
+
+def test_a_folder_that_cannot_be_made_is_told_with_the_option_that_names_it(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=rf"{tmp_path}/file cannot be used: .*Not a directory; give --data-dir"):
+        DataFolder(tmp_path / "file").create()
+
+
+def test_so_is_one_that_cannot_be_written(folder, monkeypatch):
+    folder.create()
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(OSError, match=r"cannot be used: .*Permission denied; give --data-dir"):
+        folder.create()
 
 
 def test_the_key_is_made_once_whoever_comes_first_and_is_secret(folder):

@@ -196,11 +196,39 @@ lifecycle:
 {{- end }}
 {{- end -}}
 
+{{/* What must hold of a node for a pod that requires the node affinities of several components: each alternative of one,
+together with each of the next. Takes their affinities. */}}
+{{- define "ferryman.nodeSelectorTerms" -}}
+{{- $terms := list dict -}}
+{{- range $affinity := . -}}
+{{- $alternatives := list -}}
+{{- range $next := dig "nodeAffinity" "requiredDuringSchedulingIgnoredDuringExecution" "nodeSelectorTerms" list $affinity -}}
+{{- range $term := $terms -}}
+{{- $both := dict -}}
+{{- range $field := list "matchExpressions" "matchFields" -}}
+{{- with concat (default list (get $term $field)) (default list (get $next $field)) | uniq -}}
+{{- $_ := set $both $field . -}}
+{{- end -}}
+{{- end -}}
+{{- $alternatives = append $alternatives $both -}}
+{{- end -}}
+{{- end -}}
+{{- $terms = default $terms $alternatives -}}
+{{- end -}}
+{{- compact $terms | toJson -}}
+{{- end -}}
+
 {{/* Where a pod may run. Pods that share the data folder go to one node: SQLite in WAL mode serves the processes of one
-machine. The first of them fits its own rule, so it goes anywhere. Takes root, component and shares. */}}
+machine. The first of them fits its own rule, so it goes anywhere that suits all of them: each has what any component asks
+of nodes. Takes root, component and shares. */}}
 {{- define "ferryman.affinity" -}}
 {{- $affinity := deepCopy .component.affinity -}}
 {{- if .shares -}}
+{{- $values := .root.Values -}}
+{{- with include "ferryman.nodeSelectorTerms" (list $values.controlPlane.affinity $values.serving.affinity) | fromJsonArray -}}
+{{- $required := dict "requiredDuringSchedulingIgnoredDuringExecution" (dict "nodeSelectorTerms" .) -}}
+{{- $_ := set $affinity "nodeAffinity" (merge $required (default dict (get $affinity "nodeAffinity"))) -}}
+{{- end -}}
 {{- $labels := merge (dict "ferryman/data-folder" "shared") (include "ferryman.selector" .root | fromYaml) -}}
 {{- $term := dict "topologyKey" "kubernetes.io/hostname" "labelSelector" (dict "matchLabels" $labels) -}}
 {{- $pods := default dict (get $affinity "podAffinity") -}}
@@ -214,20 +242,27 @@ affinity:
 {{- end -}}
 {{- end -}}
 
-{{/* The rest of a pod that both components may be given. Takes the component's values. */}}
+{{/* The rest of a pod that both components may be given. Takes root, component and, for pods that share, shares. */}}
 {{- define "ferryman.placement" -}}
-{{- with .nodeSelector }}
+{{- $selector := deepCopy .component.nodeSelector -}}
+{{- $tolerations := .component.tolerations -}}
+{{- if .shares -}}
+{{- $values := .root.Values -}}
+{{- $selector = merge $selector $values.controlPlane.nodeSelector $values.serving.nodeSelector -}}
+{{- $tolerations = concat $values.controlPlane.tolerations $values.serving.tolerations | uniq -}}
+{{- end -}}
+{{- with $selector }}
 nodeSelector:
   {{- toYaml . | nindent 2 }}
 {{- end }}
-{{- with .tolerations }}
+{{- with $tolerations }}
 tolerations:
   {{- toYaml . | nindent 2 }}
 {{- end }}
-{{- with .priorityClassName }}
+{{- with .component.priorityClassName }}
 priorityClassName: {{ . }}
 {{- end }}
-{{- with .runtimeClassName }}
+{{- with .component.runtimeClassName }}
 runtimeClassName: {{ . }}
 {{- end }}
 {{- end -}}
@@ -257,6 +292,11 @@ volumeMounts:
 {{- end -}}
 {{- if not .Values.persistence.enabled -}}
 {{- fail "serving.models.source is shared, which needs persistence.enabled" -}}
+{{- end -}}
+{{- range $label, $value := .Values.controlPlane.nodeSelector -}}
+{{- if ne $value (get $.Values.serving.nodeSelector $label | default $value) -}}
+{{- fail (printf "serving.models.source is shared, so all pods run on one node, but the two nodeSelectors differ in %s" $label) -}}
+{{- end -}}
 {{- end -}}
 {{- end -}}
 {{- if and .Values.serving.enabled (eq .Values.serving.models.source "import") -}}
