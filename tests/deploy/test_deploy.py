@@ -183,6 +183,6 @@ def test_the_readme_tells_the_sizes_that_are_computed():
     for contents in all_contents(ROOT):
         if not contents.unknown:
             megabytes = contents.known_bytes / 1e6
-            row = re.search(rf"^\| `{contents.target}`[^|]*\| (\d+) \| ([\d,]+) \|$", readme, re.MULTILINE)
+            row = re.search(rf"^\| `{contents.target}`[^|]*\| (\d+) \| about ([\d,]+) \|$", readme, re.MULTILINE)
             assert int(row[1]) == len(contents.packages)
-            assert float(row[2].replace(",", "")) == pytest.approx(megabytes, rel=0.02)
+            assert float(row[2].replace(",", "")) == pytest.approx(megabytes, rel=0.05)
