@@ -235,7 +235,8 @@ def test_a_browser_watches_runs_through_restarts_to_their_ends(world, tmp_path):
     assert (ended["state"], ended["notice"], ended["remarks"][0]) == ("cancelled", "", "cancelled")
     assert {"queued", "running", "TRAINING_STARTED"} <= set(ended["remarks"])
     assert ended["points"] == stubs.run(run_id).progress.step
-    assert ended["scores"] == ended["points"] // 30
+    # The cancellation may come between a step and the validation after it.
+    assert ended["scores"] in {ended["points"] // 30, (ended["points"] - 1) // 30}
     browser.do(reload=True)
     again = browser.wait(lambda page: page["link"] == "closed")
     assert (again["points"], again["remarks"]) == (ended["points"], ended["remarks"])
