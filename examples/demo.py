@@ -47,7 +47,7 @@ REQUIRED_SHARE: Final = 0.95
 """The built-in corpus is made to be learnt this well: less means that something is broken."""
 
 SEED: Final = 1
-PHRASES_MINUTES: Final = 3.2
+PHRASES_MINUTES: Final = 4.0
 OWN_TEXT_MINUTES: Final = 3.0
 DRAWN_STEPS: Final = 4000
 TABLE_ROWS: Final = 12
