@@ -41,8 +41,8 @@ def what_hinders(device: torch.device) -> str:
 def choose_attention(device: torch.device) -> None:
     """Choose the kernels of attention, for the whole process.
 
-    cuDNN's are the first choice of PyTorch on some GPUs, and plan anew for every shape that they meet; with them updates
-    took several times as long (docs/lab-log.md), for batches of text have a new shape each. Flash and memory-efficient
+    cuDNN's are the first choice of PyTorch on some GPUs, and plan anew for every shape that they meet; with them
+    updates took several times as long (docs/lab-log.md), for batches of text have a new shape each. Flash and memory-efficient
     attention take any.
     """
     if device.type == "cuda":
