@@ -42,8 +42,8 @@ def choose_attention(device: torch.device) -> None:
     """Choose the kernels of attention, for the whole process.
 
     cuDNN's are the first choice of PyTorch on some GPUs, and plan anew for every shape that they meet; with them
-    updates took several times as long (docs/lab-log.md), for batches of text have a new shape each. Flash and memory-efficient
-    attention take any.
+    updates took several times as long (docs/lab-log.md), for batches of text have a new shape each. Flash and
+    memory-efficient attention take any.
     """
     if device.type == "cuda":
         torch.backends.cuda.enable_cudnn_sdp(False)
