@@ -28,6 +28,7 @@ from ferryman_service.domain.ids import RUN_PREFIX, new_id
 from ferryman_service.domain.recipe import resolve_recipe
 from ferryman_service.domain.records import Payload, RunEvent, RunState, StateChange, StepMetrics, ValidationMetrics
 from ferryman_service.domain.runs import Handover, TrainingRun
+from ferryman_service.domain.schedule import DecayPlan
 from ferryman_service.launch.torchrun import LaunchConfig, TorchrunLauncher, torchrun_command
 from ferryman_service.stores.corpora import CorpusLimits, FileCorpusStore
 from ferryman_service.stores.database import open_database, upgrade
@@ -342,6 +343,8 @@ def _timeless(payload: Payload) -> list[Payload]:
             return []
         case RunEvent(code=code):
             return [] if code in _OF_THE_ATTEMPT else [payload]
+        case DecayPlan():
+            return [payload]
 
 
 if __name__ == "__main__":

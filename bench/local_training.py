@@ -11,6 +11,7 @@ from examples.parallel_text import ParallelLines
 from ferryman_service.domain.corpora import CorpusFiles, Side, Split
 from ferryman_service.domain.recipe import Recipe
 from ferryman_service.domain.records import EventLevel, StepMetrics, ValidationMetrics
+from ferryman_service.domain.schedule import DecayPlan
 from ferryman_service.domain.training import TrainingJob
 
 
@@ -64,6 +65,7 @@ class ListReporter:
     ) -> None:
         self.steps: list[StepMetrics] = []
         self.validations: list[ValidationMetrics] = []
+        self.decays: list[DecayPlan] = []
         self.events: list[tuple[EventLevel, str, str]] = []
         self._check = check
         self._on_validation = on_validation
@@ -76,6 +78,10 @@ class ListReporter:
         """Keep a validation's report."""
         self.validations.append(metrics)
         self._on_validation(metrics)
+
+    def decay_plan(self, plan: DecayPlan) -> None:
+        """Keep a planned decay."""
+        self.decays.append(plan)
 
     def event(self, level: EventLevel, code: str, message: str, *, repeats: bool = False) -> None:
         """Keep a remark."""

@@ -30,6 +30,7 @@ from ferryman_service.domain.ids import RUN_PREFIX, new_id
 from ferryman_service.domain.recipe import Recipe, resolve_recipe
 from ferryman_service.domain.records import EventLevel, RunState, StepMetrics, ValidationMetrics
 from ferryman_service.domain.runs import TrainingRun
+from ferryman_service.domain.schedule import DecayPlan
 from ferryman_service.domain.tokens import EOS
 from ferryman_service.launch.process import current_process_identity
 from ferryman_service.model.config import TransformerConfig
@@ -77,6 +78,10 @@ class Alternating:
     def validation(self, metrics: ValidationMetrics) -> None:
         """Pass it on."""
         self._now.validation(metrics)
+
+    def decay_plan(self, plan: DecayPlan) -> None:
+        """Pass it on."""
+        self._now.decay_plan(plan)
 
     def event(self, level: EventLevel, code: str, message: str, *, repeats: bool = False) -> None:
         """Pass it on."""

@@ -470,6 +470,7 @@ _PAYLOADS: Final[dict[str, type[types.MetricPayload]]] = {
     "validation": types.ValidationMetrics,
     "state_change": types.StateChange,
     "event": types.RunEvent,
+    "decay_plan": types.DecayPlan,
 }
 
 

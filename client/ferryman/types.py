@@ -82,6 +82,14 @@ class ScheduleKind(enum.StrEnum):
     COSINE = "cosine"
     LINEAR = "linear"
     CONSTANT = "constant"
+    WSD = "wsd"
+
+
+class DecayShape(enum.StrEnum):
+    """The shape of WSD's decay over p, the share of its steps that are done: 1 - p, or 1 - sqrt(p)."""
+
+    LINEAR = "linear"
+    ONE_MINUS_SQRT = "one_minus_sqrt"
 
 
 class SelectionMetric(enum.StrEnum):
@@ -120,14 +128,15 @@ class DataRecipe:
     max_length_ratio: float | None = None
     sampling_alpha: float | None = None
     bpe_dropout: float | None = None
+    split_digits: bool | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class LearningRateSchedule:
-    """A learning-rate schedule, a function of the step (from 1).
+    """A learning-rate schedule, a function of the step (from 1), and for WSD of the decays that the run has planned.
 
-    NOAM knows `factor` and `d_model`; the others `peak_learning_rate`; COSINE and LINEAR also `minimum_learning_rate`
-    and `total_steps`. All know `warmup_steps`.
+    NOAM knows `factor` and `d_model`; the others `peak_learning_rate`; COSINE, LINEAR and WSD also
+    `minimum_learning_rate` and `total_steps`; WSD also `decay_share` and `decay_shape`. All know `warmup_steps`.
     """
 
     kind: ScheduleKind | str | None = None
@@ -137,6 +146,8 @@ class LearningRateSchedule:
     peak_learning_rate: float | None = None
     minimum_learning_rate: float | None = None
     total_steps: int | None = None
+    decay_share: float | None = None
+    decay_shape: DecayShape | str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,12 +173,16 @@ class OptimizationRecipe:
 
 @dataclass(frozen=True, kw_only=True)
 class StopRecipe:
-    """When training ends: at the first limit reached; 0 is no limit."""
+    """When training ends: at the first limit reached; 0 is no limit.
+
+    With WSD `patience` and `target_score` let the decay begin, and the run ends with it.
+    """
 
     max_steps: int | None = None
     max_epochs: int | None = None
     max_time_seconds: float | None = None
     patience: int | None = None
+    target_score: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,13 +219,38 @@ class LearningRatePoint:
     learning_rate: float
 
 
+class DecayReason(enum.StrEnum):
+    """Why a run's learning rate begins to decay; UNKNOWN is a reason newer than this client."""
+
+    UNKNOWN = "unknown"
+    TIME = "time"
+    TARGET_SCORE = "target_score"
+    PATIENCE = "patience"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecayPlan:
+    """A decay of the learning rate that a run has planned: the first step with a decayed rate, and the step at which
+    the minimum is reached and the run ends. A later plan replaces what follows its first step."""
+
+    first_step: int
+    last_step: int
+    reason: DecayReason
+
+
 @dataclass(frozen=True, kw_only=True)
 class LearningRateCurve:
-    """A learning-rate curve by rising step, its resolved schedule, and the peak of the whole schedule."""
+    """A learning-rate curve by rising step, its resolved schedule, the peak of the whole schedule, and the decays that
+    the run has planned.
+
+    Rates from `provisional_from_step` on may still change, because the run has yet to plan its decay; None: none may.
+    """
 
     points: tuple[LearningRatePoint, ...]
     schedule: LearningRateSchedule
     peak: LearningRatePoint
+    decays: tuple[DecayPlan, ...] = ()
+    provisional_from_step: int | None = None
 
 
 # --- Corpora ----------------------------------------------------------------------------------------------------------
@@ -341,7 +381,7 @@ class RunEvent:
     message: str
 
 
-MetricPayload = StepMetrics | ValidationMetrics | StateChange | RunEvent
+MetricPayload = StepMetrics | ValidationMetrics | StateChange | RunEvent | DecayPlan
 """What a record can hold."""
 
 

@@ -16,13 +16,19 @@ FIELDS = {
     ScheduleKind.COSINE: {"peak_learning_rate": RATES, "total_steps": st.integers(2, 10**9)},
     ScheduleKind.LINEAR: {"peak_learning_rate": RATES, "total_steps": st.integers(2, 10**9)},
     ScheduleKind.CONSTANT: {"peak_learning_rate": RATES},
+    ScheduleKind.WSD: {
+        "peak_learning_rate": RATES,
+        "total_steps": st.integers(10, 10**9),
+        "decay_share": st.floats(0.001, 0.1),
+    },
 }
 
 
 @st.composite
 def curves(draw, kind):
     fields = {name: draw(values) for name, values in FIELDS[kind].items()}
-    fields["warmup_steps"] = draw(st.integers(1, fields.get("total_steps", 10**9) - 1))
+    most = fields.get("total_steps", 10**9)
+    fields["warmup_steps"] = draw(st.integers(1, most // 2 if kind is ScheduleKind.WSD else most - 1))
     first, last = sorted((draw(STEPS), draw(STEPS)))
     return fields, first, last, draw(st.integers(2, 40))
 

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from ferryman import (
     Client,
+    DecayPlan,
     EventLevel,
     MetricRecord,
     RunEvent,
@@ -32,7 +33,7 @@ class RunView:
     """What a person wants to know of a run: a fold over its records. Times are those of the records.
 
     A run may rest or lose its worker and go on: `worked_s` is the time of its earlier workers, seconds, and
-    `start_time` is when the present one began; None between two.
+    `start_time` is when the present one began; None between two. `decay_start_s` is when the decay was planned.
     """
 
     state: RunState = RunState.QUEUED
@@ -41,6 +42,8 @@ class RunView:
     time: datetime | None = None
     step: StepMetrics | None = None
     last_validation: ValidationMetrics | None = None
+    decay: DecayPlan | None = None
+    decay_start_s: float = 0.0
 
     def after(self, record: MetricRecord) -> RunView:
         """Return the view with one record more."""
@@ -54,6 +57,8 @@ class RunView:
                 return replace(view, step=step)
             case ValidationMetrics() as validation:
                 return replace(view, last_validation=validation)
+            case DecayPlan() as decay:
+                return replace(view, decay=decay, decay_start_s=view.elapsed_s())
             case _:
                 return view
 
@@ -67,6 +72,8 @@ class RunView:
         if self.state not in _BEFORE_EXPORT:
             return 1.0
         step, epoch = (self.step.step, self.step.epoch) if self.step else (0, 1)
+        if self.decay is not None:
+            return min(1.0, step / self.decay.last_step)
         used = [
             (step, stop.max_steps),
             (epoch - 1, stop.max_epochs),
@@ -77,6 +84,10 @@ class RunView:
     def remaining_s(self, stop: StopRecipe) -> float | None:
         """Return the estimated time to the nearest limit, seconds; None while unknown."""
         fraction = self.fraction(stop)
+        if self.decay is not None and self.step is not None:
+            done = self.step.step - self.decay.first_step + 1
+            decaying_s = self.elapsed_s() - self.decay_start_s
+            return decaying_s * (self.decay.last_step - self.step.step) / done if done > 0 else None
         return self.elapsed_s() * (1 - fraction) / fraction if fraction > 0 and self.step else None
 
 
@@ -113,10 +124,19 @@ def describe(record: MetricRecord) -> Text | None:
             return Text(f"{line}, best so far" if validation.best else line, "green" if validation.best else "")
         case StateChange(state=state, message=message):
             return Text(f"{state}: {message}" if message else str(state), "bold")
+        case DecayPlan() as decay:
+            return Text(describe_decay(decay), "bold")
         case RunEvent(level=level, code=code, message=message):
             return Text(f"{level}: {code}: {message}", "yellow" if level is not EventLevel.INFO else "dim")
         case _:
             return None
+
+
+def describe_decay(decay: DecayPlan) -> str:
+    """Return the line for a planned decay."""
+    why = {"time": "the time limit", "target_score": "the target score", "patience": "stop.patience"}
+    steps = f"steps {decay.first_step:,} to {decay.last_step:,}"
+    return f"learning rate decays over {steps}, the last one ({why.get(decay.reason, 'a newer reason')})"
 
 
 def describe_end(run: TrainingRun) -> Text:

@@ -6,9 +6,10 @@ from typing import Annotated, Any
 
 import typer
 
-from ferryman import Client, LearningRateCurve, LearningRateSchedule, Preset, Recipe, ScheduleKind
+from ferryman import Client, DecayShape, LearningRateCurve, LearningRateSchedule, Preset, Recipe, ScheduleKind
 from ferryman.cli.common import connect
 from ferryman.cli.plot import draw_curve
+from ferryman.cli.progress import describe_decay
 
 Steps = Annotated[int | None, typer.Option(min=1, max=10**9)]
 
@@ -22,8 +23,10 @@ def show(
     factor: Annotated[float | None, typer.Option(help="NOAM only.")] = None,
     d_model: Annotated[int | None, typer.Option(help="NOAM only.", min=1, max=65_536)] = None,
     peak_learning_rate: Annotated[float | None, typer.Option(help="Every kind but NOAM.")] = None,
-    minimum_learning_rate: Annotated[float | None, typer.Option(help="COSINE and LINEAR only.")] = None,
+    minimum_learning_rate: Annotated[float | None, typer.Option(help="COSINE, LINEAR and WSD only.")] = None,
     total_steps: Steps = None,
+    decay_share: Annotated[float | None, typer.Option(help="WSD only: the share of the steps that decay.")] = None,
+    decay_shape: Annotated[DecayShape | None, typer.Option(help="WSD only.")] = None,
     first_step: Steps = None,
     last_step: Steps = None,
     points: Annotated[int | None, typer.Option(help="Points of the curve.", min=2, max=100_000)] = None,
@@ -38,6 +41,8 @@ def show(
         "peak_learning_rate": peak_learning_rate,
         "minimum_learning_rate": minimum_learning_rate,
         "total_steps": total_steps,
+        "decay_share": decay_share,
+        "decay_shape": decay_shape,
     }
     schedule = LearningRateSchedule(**options) if any(v is not None for v in options.values()) else None  # type: ignore[arg-type]
     window = {"first_step": first_step, "last_step": last_step, "max_points": points}
@@ -71,4 +76,8 @@ def _fetch(
 def _draw(curve: LearningRateCurve) -> None:
     kind = curve.schedule.kind or "learning rate"
     print(f"{kind}: peak {curve.peak.learning_rate:.6g} at step {curve.peak.step:,}")
+    for decay in curve.decays:
+        print(describe_decay(decay))
     print(draw_curve(curve.points))
+    if curve.provisional_from_step is not None:
+        print(f"provisional from step {curve.provisional_from_step:,}: the run plans its decay while it trains")

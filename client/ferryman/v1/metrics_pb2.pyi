@@ -99,6 +99,38 @@ EVENT_LEVEL_ERROR: EventLevel.ValueType  # 3
 """Something went wrong."""
 Global___EventLevel: _TypeAlias = EventLevel  # noqa: Y015
 
+class _DecayReason:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _DecayReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_DecayReason.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    DECAY_REASON_UNSPECIFIED: _DecayReason.ValueType  # 0
+    """Never returned."""
+    DECAY_REASON_TIME: _DecayReason.ValueType  # 1
+    """What is left of `stop.max_time_seconds` is the decay's share; or a decay under way would have taken too long, and is
+    shortened.
+    """
+    DECAY_REASON_TARGET_SCORE: _DecayReason.ValueType  # 2
+    """A validation has reached `stop.target_score`."""
+    DECAY_REASON_PATIENCE: _DecayReason.ValueType  # 3
+    """`stop.patience` validations in a row brought no better score."""
+
+class DecayReason(_DecayReason, metaclass=_DecayReasonEnumTypeWrapper):
+    """Why a run's learning rate begins to decay."""
+
+DECAY_REASON_UNSPECIFIED: DecayReason.ValueType  # 0
+"""Never returned."""
+DECAY_REASON_TIME: DecayReason.ValueType  # 1
+"""What is left of `stop.max_time_seconds` is the decay's share; or a decay under way would have taken too long, and is
+shortened.
+"""
+DECAY_REASON_TARGET_SCORE: DecayReason.ValueType  # 2
+"""A validation has reached `stop.target_score`."""
+DECAY_REASON_PATIENCE: DecayReason.ValueType  # 3
+"""`stop.patience` validations in a row brought no better score."""
+Global___DecayReason: _TypeAlias = DecayReason  # noqa: Y015
+
 @_typing.final
 class MetricRecord(_message.Message):
     """One durable, numbered record of a training run."""
@@ -111,6 +143,7 @@ class MetricRecord(_message.Message):
     VALIDATION_FIELD_NUMBER: _builtins.int
     STATE_CHANGE_FIELD_NUMBER: _builtins.int
     EVENT_FIELD_NUMBER: _builtins.int
+    DECAY_PLAN_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
     """Output only. Position in the run, from 1, rising by exactly one."""
     @_builtins.property
@@ -133,6 +166,10 @@ class MetricRecord(_message.Message):
     def event(self) -> Global___RunEvent:
         """A remark of the service or of the worker."""
 
+    @_builtins.property
+    def decay_plan(self) -> Global___DecayPlan:
+        """The run has decided when its learning rate decays (SCHEDULE_KIND_WSD)."""
+
     def __init__(
         self,
         *,
@@ -142,12 +179,13 @@ class MetricRecord(_message.Message):
         validation: Global___ValidationMetrics | None = ...,
         state_change: Global___StateChange | None = ...,
         event: Global___RunEvent | None = ...,
+        decay_plan: Global___DecayPlan | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "payload", b"payload", "state_change", b"state_change", "step", b"step", "time", b"time", "validation", b"validation"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["decay_plan", b"decay_plan", "event", b"event", "payload", b"payload", "state_change", b"state_change", "step", b"step", "time", b"time", "validation", b"validation"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "payload", b"payload", "sequence", b"sequence", "state_change", b"state_change", "step", b"step", "time", b"time", "validation", b"validation"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decay_plan", b"decay_plan", "event", b"event", "payload", b"payload", "sequence", b"sequence", "state_change", b"state_change", "step", b"step", "time", b"time", "validation", b"validation"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_payload: _TypeAlias = _typing.Literal["step", "validation", "state_change", "event"]  # noqa: Y015
+    _WhichOneofReturnType_payload: _TypeAlias = _typing.Literal["step", "validation", "state_change", "event", "decay_plan"]  # noqa: Y015
     _WhichOneofArgType_payload: _TypeAlias = _typing.Literal["payload", b"payload"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_payload) -> _WhichOneofReturnType_payload | None: ...
 
@@ -290,6 +328,38 @@ class ValidationMetrics(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ValidationMetrics: _TypeAlias = ValidationMetrics  # noqa: Y015
+
+@_typing.final
+class DecayPlan(_message.Message):
+    """A planned decay of the learning rate. It is durable before the first decayed update, and followed by steps: what
+    resumes the run follows it too. A later plan replaces what follows its first step.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FIRST_STEP_FIELD_NUMBER: _builtins.int
+    LAST_STEP_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    first_step: _builtins.int
+    """Output only. The first step with a decayed rate. The decay starts from the rate of the step before it."""
+    last_step: _builtins.int
+    """Output only. The step at which the minimum is reached, and the last one of the run."""
+    reason: Global___DecayReason.ValueType
+    """Output only. Why the decay begins."""
+    def __init__(
+        self,
+        *,
+        first_step: _builtins.int = ...,
+        last_step: _builtins.int = ...,
+        reason: Global___DecayReason.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_step", b"first_step", "last_step", b"last_step", "reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DecayPlan: _TypeAlias = DecayPlan  # noqa: Y015
 
 @_typing.final
 class StateChange(_message.Message):

@@ -224,7 +224,9 @@ class _ScheduleKind:
 class _ScheduleKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ScheduleKind.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     SCHEDULE_KIND_UNSPECIFIED: _ScheduleKind.ValueType  # 0
-    """The preset's value; NOAM where there is no preset (GetLRSchedule of a bare schedule)."""
+    """The preset's value: NOAM, and WSD in a recipe whose only limit is `stop.max_time_seconds`. NOAM where there is no
+    recipe (GetLRSchedule of a bare schedule).
+    """
     SCHEDULE_KIND_NOAM: _ScheduleKind.ValueType  # 1
     """factor * d_model^-0.5 * min(step^-0.5, step * warmup_steps^-1.5)."""
     SCHEDULE_KIND_INVERSE_SQRT: _ScheduleKind.ValueType  # 2
@@ -234,13 +236,21 @@ class _ScheduleKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Schedule
     SCHEDULE_KIND_LINEAR: _ScheduleKind.ValueType  # 4
     """A straight line from the peak at `warmup_steps` down to the minimum at `total_steps`, constant after it."""
     SCHEDULE_KIND_CONSTANT: _ScheduleKind.ValueType  # 5
-    """The peak for ever after warmup."""
+    """The peak permanently after warmup."""
+    SCHEDULE_KIND_WSD: _ScheduleKind.ValueType  # 6
+    """Warmup, stable, decay (Hu et al., 2024; Hägele et al., 2024): the peak after warmup, then a decay to the minimum that
+    ends with the run. With a limit in steps alone the decay takes the last `decay_share` of `total_steps`. With
+    `stop.max_time_seconds`, `stop.target_score` or `stop.patience` the run plans the decay while it trains and records the
+    plan (DecayPlan) before the first decayed update.
+    """
 
 class ScheduleKind(_ScheduleKind, metaclass=_ScheduleKindEnumTypeWrapper):
     """The shape of a learning-rate schedule. Every kind starts with a linear warmup over `warmup_steps`."""
 
 SCHEDULE_KIND_UNSPECIFIED: ScheduleKind.ValueType  # 0
-"""The preset's value; NOAM where there is no preset (GetLRSchedule of a bare schedule)."""
+"""The preset's value: NOAM, and WSD in a recipe whose only limit is `stop.max_time_seconds`. NOAM where there is no
+recipe (GetLRSchedule of a bare schedule).
+"""
 SCHEDULE_KIND_NOAM: ScheduleKind.ValueType  # 1
 """factor * d_model^-0.5 * min(step^-0.5, step * warmup_steps^-1.5)."""
 SCHEDULE_KIND_INVERSE_SQRT: ScheduleKind.ValueType  # 2
@@ -250,8 +260,38 @@ SCHEDULE_KIND_COSINE: ScheduleKind.ValueType  # 3
 SCHEDULE_KIND_LINEAR: ScheduleKind.ValueType  # 4
 """A straight line from the peak at `warmup_steps` down to the minimum at `total_steps`, constant after it."""
 SCHEDULE_KIND_CONSTANT: ScheduleKind.ValueType  # 5
-"""The peak for ever after warmup."""
+"""The peak permanently after warmup."""
+SCHEDULE_KIND_WSD: ScheduleKind.ValueType  # 6
+"""Warmup, stable, decay (Hu et al., 2024; Hägele et al., 2024): the peak after warmup, then a decay to the minimum that
+ends with the run. With a limit in steps alone the decay takes the last `decay_share` of `total_steps`. With
+`stop.max_time_seconds`, `stop.target_score` or `stop.patience` the run plans the decay while it trains and records the
+plan (DecayPlan) before the first decayed update.
+"""
 Global___ScheduleKind: _TypeAlias = ScheduleKind  # noqa: Y015
+
+class _DecayShape:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _DecayShapeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_DecayShape.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    DECAY_SHAPE_UNSPECIFIED: _DecayShape.ValueType  # 0
+    """The documented default: DECAY_SHAPE_LINEAR."""
+    DECAY_SHAPE_LINEAR: _DecayShape.ValueType  # 1
+    """1 - p."""
+    DECAY_SHAPE_ONE_MINUS_SQRT: _DecayShape.ValueType  # 2
+    """1 - sqrt(p): falls faster at first (Hägele et al., 2024)."""
+
+class DecayShape(_DecayShape, metaclass=_DecayShapeEnumTypeWrapper):
+    """The shape of the decay of SCHEDULE_KIND_WSD, with p the share of the decay's steps that are done."""
+
+DECAY_SHAPE_UNSPECIFIED: DecayShape.ValueType  # 0
+"""The documented default: DECAY_SHAPE_LINEAR."""
+DECAY_SHAPE_LINEAR: DecayShape.ValueType  # 1
+"""1 - p."""
+DECAY_SHAPE_ONE_MINUS_SQRT: DecayShape.ValueType  # 2
+"""1 - sqrt(p): falls faster at first (Hägele et al., 2024)."""
+Global___DecayShape: _TypeAlias = DecayShape  # noqa: Y015
 
 class _SelectionMetric:
     ValueType = _typing.NewType("ValueType", _builtins.int)
@@ -464,6 +504,7 @@ class DataRecipe(_message.Message):
     MAX_LENGTH_RATIO_FIELD_NUMBER: _builtins.int
     SAMPLING_ALPHA_FIELD_NUMBER: _builtins.int
     BPE_DROPOUT_FIELD_NUMBER: _builtins.int
+    SPLIT_DIGITS_FIELD_NUMBER: _builtins.int
     vocabulary_size: _builtins.int
     """Optional. Subwords in the joint vocabulary, special symbols included, 32 to 256000. The corpus must be able to
     fill it, else the run fails with reason VOCABULARY_TOO_LARGE. Default: 8000 (tiny), 16000 (small), 32000
@@ -487,6 +528,8 @@ class DataRecipe(_message.Message):
     """Optional. SUBWORD_ALGORITHM_BPE only: the training pairs are segmented anew in each epoch, each merge left out with
     this probability (Provilkov et al., 2020), 0 <= p < 1; 0 turns it off. Default: 0.
     """
+    split_digits: _builtins.bool
+    """Optional. Every digit is a subword of its own, so that numbers are read and written digit by digit. Default: false."""
     def __init__(
         self,
         *,
@@ -497,10 +540,11 @@ class DataRecipe(_message.Message):
         max_length_ratio: _builtins.float | None = ...,
         sampling_alpha: _builtins.float | None = ...,
         bpe_dropout: _builtins.float | None = ...,
+        split_digits: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_bpe_dropout", b"_bpe_dropout", "_character_coverage", b"_character_coverage", "_max_length_ratio", b"_max_length_ratio", "_max_sentence_tokens", b"_max_sentence_tokens", "_sampling_alpha", b"_sampling_alpha", "_vocabulary_size", b"_vocabulary_size", "bpe_dropout", b"bpe_dropout", "character_coverage", b"character_coverage", "max_length_ratio", b"max_length_ratio", "max_sentence_tokens", b"max_sentence_tokens", "sampling_alpha", b"sampling_alpha", "vocabulary_size", b"vocabulary_size"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_bpe_dropout", b"_bpe_dropout", "_character_coverage", b"_character_coverage", "_max_length_ratio", b"_max_length_ratio", "_max_sentence_tokens", b"_max_sentence_tokens", "_sampling_alpha", b"_sampling_alpha", "_split_digits", b"_split_digits", "_vocabulary_size", b"_vocabulary_size", "bpe_dropout", b"bpe_dropout", "character_coverage", b"character_coverage", "max_length_ratio", b"max_length_ratio", "max_sentence_tokens", b"max_sentence_tokens", "sampling_alpha", b"sampling_alpha", "split_digits", b"split_digits", "vocabulary_size", b"vocabulary_size"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_bpe_dropout", b"_bpe_dropout", "_character_coverage", b"_character_coverage", "_max_length_ratio", b"_max_length_ratio", "_max_sentence_tokens", b"_max_sentence_tokens", "_sampling_alpha", b"_sampling_alpha", "_vocabulary_size", b"_vocabulary_size", "bpe_dropout", b"bpe_dropout", "character_coverage", b"character_coverage", "max_length_ratio", b"max_length_ratio", "max_sentence_tokens", b"max_sentence_tokens", "sampling_alpha", b"sampling_alpha", "subword_algorithm", b"subword_algorithm", "vocabulary_size", b"vocabulary_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_bpe_dropout", b"_bpe_dropout", "_character_coverage", b"_character_coverage", "_max_length_ratio", b"_max_length_ratio", "_max_sentence_tokens", b"_max_sentence_tokens", "_sampling_alpha", b"_sampling_alpha", "_split_digits", b"_split_digits", "_vocabulary_size", b"_vocabulary_size", "bpe_dropout", b"bpe_dropout", "character_coverage", b"character_coverage", "max_length_ratio", b"max_length_ratio", "max_sentence_tokens", b"max_sentence_tokens", "sampling_alpha", b"sampling_alpha", "split_digits", b"split_digits", "subword_algorithm", b"subword_algorithm", "vocabulary_size", b"vocabulary_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__bpe_dropout: _TypeAlias = _typing.Literal["bpe_dropout"]  # noqa: Y015
     _WhichOneofArgType__bpe_dropout: _TypeAlias = _typing.Literal["_bpe_dropout", b"_bpe_dropout"]  # noqa: Y015
@@ -512,6 +556,8 @@ class DataRecipe(_message.Message):
     _WhichOneofArgType__max_sentence_tokens: _TypeAlias = _typing.Literal["_max_sentence_tokens", b"_max_sentence_tokens"]  # noqa: Y015
     _WhichOneofReturnType__sampling_alpha: _TypeAlias = _typing.Literal["sampling_alpha"]  # noqa: Y015
     _WhichOneofArgType__sampling_alpha: _TypeAlias = _typing.Literal["_sampling_alpha", b"_sampling_alpha"]  # noqa: Y015
+    _WhichOneofReturnType__split_digits: _TypeAlias = _typing.Literal["split_digits"]  # noqa: Y015
+    _WhichOneofArgType__split_digits: _TypeAlias = _typing.Literal["_split_digits", b"_split_digits"]  # noqa: Y015
     _WhichOneofReturnType__vocabulary_size: _TypeAlias = _typing.Literal["vocabulary_size"]  # noqa: Y015
     _WhichOneofArgType__vocabulary_size: _TypeAlias = _typing.Literal["_vocabulary_size", b"_vocabulary_size"]  # noqa: Y015
     @_typing.overload
@@ -525,13 +571,17 @@ class DataRecipe(_message.Message):
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__sampling_alpha) -> _WhichOneofReturnType__sampling_alpha | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__split_digits) -> _WhichOneofReturnType__split_digits | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__vocabulary_size) -> _WhichOneofReturnType__vocabulary_size | None: ...
 
 Global___DataRecipe: _TypeAlias = DataRecipe  # noqa: Y015
 
 @_typing.final
 class LearningRateSchedule(_message.Message):
-    """A learning-rate schedule, a pure function of the step (counted from 1)."""
+    """A learning-rate schedule: a pure function of the step (counted from 1) and, for SCHEDULE_KIND_WSD, of the decays that
+    the run has planned.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -542,8 +592,12 @@ class LearningRateSchedule(_message.Message):
     PEAK_LEARNING_RATE_FIELD_NUMBER: _builtins.int
     MINIMUM_LEARNING_RATE_FIELD_NUMBER: _builtins.int
     TOTAL_STEPS_FIELD_NUMBER: _builtins.int
+    DECAY_SHARE_FIELD_NUMBER: _builtins.int
+    DECAY_SHAPE_FIELD_NUMBER: _builtins.int
     kind: Global___ScheduleKind.ValueType
-    """Optional. The shape. Default: the preset's, which is SCHEDULE_KIND_NOAM."""
+    """Optional. The shape. Default: SCHEDULE_KIND_NOAM; SCHEDULE_KIND_WSD in a recipe whose only limit is
+    `stop.max_time_seconds`, unless `factor` or `d_model` is set.
+    """
     warmup_steps: _builtins.int
     """Optional. Steps of linear warmup, 1 to 10^9. Default: 800 (tiny), 2000 (small), 4000 (base, big,
     deep_shallow, and without a preset).
@@ -555,13 +609,22 @@ class LearningRateSchedule(_message.Message):
     `model.d_model`. Default without a recipe: 512.
     """
     peak_learning_rate: _builtins.float
-    """Optional. Every kind but NOAM: the learning rate at the end of warmup, above 0 to 10. Default: 0.001."""
-    minimum_learning_rate: _builtins.float
-    """Optional. COSINE and LINEAR only: the learning rate at `total_steps`, 0 to the peak. Default: 0."""
-    total_steps: _builtins.int
-    """Optional. COSINE and LINEAR only: the step at which the minimum is reached, above `warmup_steps` to 10^9. Default:
-    the recipe's `stop.max_steps`; required where that is not set.
+    """Optional. Every kind but NOAM: the learning rate at the end of warmup, above 0 to 10. Default: 0.001; for WSD in a
+    recipe the peak of NOAM, d_model^-0.5 * warmup_steps^-0.5.
     """
+    minimum_learning_rate: _builtins.float
+    """Optional. COSINE, LINEAR and WSD only: the learning rate at the end, 0 to the peak. Default: 0."""
+    total_steps: _builtins.int
+    """Optional. COSINE, LINEAR and WSD only: the step at which the minimum is reached, above `warmup_steps` to 10^9.
+    Default: the recipe's `stop.max_steps`. COSINE and LINEAR require one of the two; WSD in a recipe requires one of
+    the two or `stop.max_time_seconds`. A run with WSD ends with its decay.
+    """
+    decay_share: _builtins.float
+    """Optional. WSD only: the share of the budget (`total_steps`, or `stop.max_time_seconds`) that the decay takes, above
+    0 to below 1. Warmup and decay together must fit into `total_steps`. Default: 0.3.
+    """
+    decay_shape: Global___DecayShape.ValueType
+    """Optional. WSD only: the shape of the decay. Default: DECAY_SHAPE_LINEAR."""
     def __init__(
         self,
         *,
@@ -572,13 +635,17 @@ class LearningRateSchedule(_message.Message):
         peak_learning_rate: _builtins.float | None = ...,
         minimum_learning_rate: _builtins.float | None = ...,
         total_steps: _builtins.int | None = ...,
+        decay_share: _builtins.float | None = ...,
+        decay_shape: Global___DecayShape.ValueType = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_d_model", b"_d_model", "_factor", b"_factor", "_minimum_learning_rate", b"_minimum_learning_rate", "_peak_learning_rate", b"_peak_learning_rate", "_total_steps", b"_total_steps", "_warmup_steps", b"_warmup_steps", "d_model", b"d_model", "factor", b"factor", "minimum_learning_rate", b"minimum_learning_rate", "peak_learning_rate", b"peak_learning_rate", "total_steps", b"total_steps", "warmup_steps", b"warmup_steps"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_d_model", b"_d_model", "_decay_share", b"_decay_share", "_factor", b"_factor", "_minimum_learning_rate", b"_minimum_learning_rate", "_peak_learning_rate", b"_peak_learning_rate", "_total_steps", b"_total_steps", "_warmup_steps", b"_warmup_steps", "d_model", b"d_model", "decay_share", b"decay_share", "factor", b"factor", "minimum_learning_rate", b"minimum_learning_rate", "peak_learning_rate", b"peak_learning_rate", "total_steps", b"total_steps", "warmup_steps", b"warmup_steps"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_d_model", b"_d_model", "_factor", b"_factor", "_minimum_learning_rate", b"_minimum_learning_rate", "_peak_learning_rate", b"_peak_learning_rate", "_total_steps", b"_total_steps", "_warmup_steps", b"_warmup_steps", "d_model", b"d_model", "factor", b"factor", "kind", b"kind", "minimum_learning_rate", b"minimum_learning_rate", "peak_learning_rate", b"peak_learning_rate", "total_steps", b"total_steps", "warmup_steps", b"warmup_steps"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_d_model", b"_d_model", "_decay_share", b"_decay_share", "_factor", b"_factor", "_minimum_learning_rate", b"_minimum_learning_rate", "_peak_learning_rate", b"_peak_learning_rate", "_total_steps", b"_total_steps", "_warmup_steps", b"_warmup_steps", "d_model", b"d_model", "decay_shape", b"decay_shape", "decay_share", b"decay_share", "factor", b"factor", "kind", b"kind", "minimum_learning_rate", b"minimum_learning_rate", "peak_learning_rate", b"peak_learning_rate", "total_steps", b"total_steps", "warmup_steps", b"warmup_steps"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__d_model: _TypeAlias = _typing.Literal["d_model"]  # noqa: Y015
     _WhichOneofArgType__d_model: _TypeAlias = _typing.Literal["_d_model", b"_d_model"]  # noqa: Y015
+    _WhichOneofReturnType__decay_share: _TypeAlias = _typing.Literal["decay_share"]  # noqa: Y015
+    _WhichOneofArgType__decay_share: _TypeAlias = _typing.Literal["_decay_share", b"_decay_share"]  # noqa: Y015
     _WhichOneofReturnType__factor: _TypeAlias = _typing.Literal["factor"]  # noqa: Y015
     _WhichOneofArgType__factor: _TypeAlias = _typing.Literal["_factor", b"_factor"]  # noqa: Y015
     _WhichOneofReturnType__minimum_learning_rate: _TypeAlias = _typing.Literal["minimum_learning_rate"]  # noqa: Y015
@@ -591,6 +658,8 @@ class LearningRateSchedule(_message.Message):
     _WhichOneofArgType__warmup_steps: _TypeAlias = _typing.Literal["_warmup_steps", b"_warmup_steps"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__d_model) -> _WhichOneofReturnType__d_model | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__decay_share) -> _WhichOneofReturnType__decay_share | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__factor) -> _WhichOneofReturnType__factor | None: ...
     @_typing.overload
@@ -759,6 +828,7 @@ class StopRecipe(_message.Message):
     MAX_EPOCHS_FIELD_NUMBER: _builtins.int
     MAX_TIME_SECONDS_FIELD_NUMBER: _builtins.int
     PATIENCE_FIELD_NUMBER: _builtins.int
+    TARGET_SCORE_FIELD_NUMBER: _builtins.int
     max_steps: _builtins.int
     """Optional. Updates, 0 to 10^9; 0 is no limit. Default: 10000 (tiny), 30000 (small), 100000 (base,
     deep_shallow), 300000 (big); no limit where another limit is set.
@@ -767,11 +837,17 @@ class StopRecipe(_message.Message):
     """Optional. Passes over the training pairs, 0 to 10^6; 0 is no limit. Default: 0."""
     max_time_seconds: _builtins.float
     """Optional. Seconds of training, 0 to 10^9, subword learning and validation included, start of the worker and export
-    not; 0 is no limit. Time between a worker's death and the next one's start does not count. Default: 0.
+    not; 0 is no limit. Time between a worker's death and the next one's start does not count. A decay of
+    SCHEDULE_KIND_WSD is planned to end in time, and may end up to 5 % later if the machine becomes slower. Default: 0.
     """
     patience: _builtins.int
-    """Optional. Validations in a row without a better score after which training stops, 0 to 10^6; 0 is never.
-    Default: 0.
+    """Optional. Validations in a row without a better score after which training stops, 0 to 10^6; 0 is never. With
+    SCHEDULE_KIND_WSD the decay begins instead, and training ends with it. Default: 0.
+    """
+    target_score: _builtins.float
+    """Optional. When a validation reaches this score of `validation.metric` (BLEU or chrF at least, loss at most),
+    training ends; with SCHEDULE_KIND_WSD the decay begins instead, and training ends with it. 0 to 100 for BLEU and
+    chrF, to 1000 for the loss; 0 turns it off. Default: 0.
     """
     def __init__(
         self,
@@ -780,10 +856,11 @@ class StopRecipe(_message.Message):
         max_epochs: _builtins.int | None = ...,
         max_time_seconds: _builtins.float | None = ...,
         patience: _builtins.int | None = ...,
+        target_score: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_epochs", b"_max_epochs", "_max_steps", b"_max_steps", "_max_time_seconds", b"_max_time_seconds", "_patience", b"_patience", "max_epochs", b"max_epochs", "max_steps", b"max_steps", "max_time_seconds", b"max_time_seconds", "patience", b"patience"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_epochs", b"_max_epochs", "_max_steps", b"_max_steps", "_max_time_seconds", b"_max_time_seconds", "_patience", b"_patience", "_target_score", b"_target_score", "max_epochs", b"max_epochs", "max_steps", b"max_steps", "max_time_seconds", b"max_time_seconds", "patience", b"patience", "target_score", b"target_score"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_epochs", b"_max_epochs", "_max_steps", b"_max_steps", "_max_time_seconds", b"_max_time_seconds", "_patience", b"_patience", "max_epochs", b"max_epochs", "max_steps", b"max_steps", "max_time_seconds", b"max_time_seconds", "patience", b"patience"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_epochs", b"_max_epochs", "_max_steps", b"_max_steps", "_max_time_seconds", b"_max_time_seconds", "_patience", b"_patience", "_target_score", b"_target_score", "max_epochs", b"max_epochs", "max_steps", b"max_steps", "max_time_seconds", b"max_time_seconds", "patience", b"patience", "target_score", b"target_score"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__max_epochs: _TypeAlias = _typing.Literal["max_epochs"]  # noqa: Y015
     _WhichOneofArgType__max_epochs: _TypeAlias = _typing.Literal["_max_epochs", b"_max_epochs"]  # noqa: Y015
@@ -793,6 +870,8 @@ class StopRecipe(_message.Message):
     _WhichOneofArgType__max_time_seconds: _TypeAlias = _typing.Literal["_max_time_seconds", b"_max_time_seconds"]  # noqa: Y015
     _WhichOneofReturnType__patience: _TypeAlias = _typing.Literal["patience"]  # noqa: Y015
     _WhichOneofArgType__patience: _TypeAlias = _typing.Literal["_patience", b"_patience"]  # noqa: Y015
+    _WhichOneofReturnType__target_score: _TypeAlias = _typing.Literal["target_score"]  # noqa: Y015
+    _WhichOneofArgType__target_score: _TypeAlias = _typing.Literal["_target_score", b"_target_score"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_epochs) -> _WhichOneofReturnType__max_epochs | None: ...
     @_typing.overload
@@ -801,6 +880,8 @@ class StopRecipe(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_time_seconds) -> _WhichOneofReturnType__max_time_seconds | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__patience) -> _WhichOneofReturnType__patience | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__target_score) -> _WhichOneofReturnType__target_score | None: ...
 
 Global___StopRecipe: _TypeAlias = StopRecipe  # noqa: Y015
 
@@ -827,8 +908,9 @@ class ValidationRecipe(_message.Message):
     metric: Global___SelectionMetric.ValueType
     """Optional. The score that decides. Default: SELECTION_METRIC_BLEU."""
     keep_last: _builtins.int
-    """Optional. Checkpoints kept beside the best one, and averaged at the end, 1 to 100. The average or the best single
-    checkpoint is published, whichever has the better score. Default: 5.
+    """Optional. Checkpoints kept beside the best one, and averaged at the end, 1 to 100. The average, the best or the last
+    checkpoint is published: the one with the better score of `metric`, and where a paired bootstrap on the validation
+    pairs does not support the difference (p >= 0.05), the one with the lower loss. Default: 5.
     """
     averaging: Global___Averaging.ValueType
     """Optional. Which checkpoints are averaged. Default: AVERAGING_LAST."""

@@ -28,15 +28,15 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x66\x65rryman/v1/training.proto\x12\x0b\x66\x65rryman.v1\x1a\x19\x66\x65rryman/v1/metrics.proto\x1a\x18\x66\x65rryman/v1/recipe.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xb6\x04\n\x0bTrainingRun\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12$\n\x05state\x18\x02 \x01(\x0e\x32\x15.ferryman.v1.RunState\x12\x11\n\tcorpus_id\x18\x03 \x01(\t\x12\x12\n\nmodel_name\x18\x04 \x01(\t\x12\x15\n\rmodel_version\x18\x05 \x01(\x03\x12#\n\x06recipe\x18\x06 \x01(\x0b\x32\x13.ferryman.v1.Recipe\x12*\n\x08progress\x18\x07 \x01(\x0b\x32\x18.ferryman.v1.RunProgress\x12$\n\x05\x65rror\x18\x08 \x01(\x0b\x32\x15.ferryman.v1.RunError\x12\x18\n\x10\x63\x61ncel_requested\x18\t \x01(\x08\x12\x0f\n\x07\x61ttempt\x18\n \x01(\x05\x12\x15\n\rlast_sequence\x18\x0b \x01(\x03\x12/\n\x0b\x63reate_time\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nstart_time\x18\r \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\x0e \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x17\n\x0fpause_requested\x18\x0f \x01(\x08\x12\x10\n\x08restarts\x18\x10 \x01(\x05\x12\x15\n\rinitial_model\x18\x11 \x01(\t\x12\x11\n\tprocesses\x18\x12 \x01(\x05\x12\x16\n\x0ekeep_optimizer\x18\x13 \x01(\x08\"\xf5\x01\n\x0bRunProgress\x12\x0c\n\x04step\x18\x01 \x01(\x03\x12\r\n\x05\x65poch\x18\x02 \x01(\x05\x12\x15\n\rtarget_tokens\x18\x03 \x01(\x03\x12 \n\x18target_tokens_per_second\x18\x04 \x01(\x01\x12\x10\n\x08\x66raction\x18\x05 \x01(\x01\x12,\n\tremaining\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x37\n\x0f\x62\x65st_validation\x18\x07 \x01(\x0b\x32\x1e.ferryman.v1.ValidationMetrics\x12\x17\n\x0fskipped_updates\x18\x08 \x01(\x03\"=\n\x08RunError\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x10\n\x08log_tail\x18\x03 \x01(\t\"\xcf\x01\n\x14StartTrainingRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\tcorpus_id\x18\x02 \x01(\t\x12\x12\n\nmodel_name\x18\x03 \x01(\t\x12#\n\x06recipe\x18\x04 \x01(\x0b\x32\x13.ferryman.v1.Recipe\x12\x15\n\rvalidate_only\x18\x05 \x01(\x08\x12\x15\n\rinitial_model\x18\x06 \x01(\t\x12\x16\n\x0ekeep_optimizer\x18\x07 \x01(\x08\x12\x11\n\tprocesses\x18\x08 \x01(\x05\">\n\x15StartTrainingResponse\x12%\n\x03run\x18\x01 \x01(\x0b\x32\x18.ferryman.v1.TrainingRun\"T\n\x14StreamMetricsRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x16\n\x0e\x61\x66ter_sequence\x18\x02 \x01(\x03\x12\x14\n\x0chistory_only\x18\x03 \x01(\x08\"y\n\x15StreamMetricsResponse\x12+\n\x06record\x18\x01 \x01(\x0b\x32\x19.ferryman.v1.MetricRecordH\x00\x12+\n\theartbeat\x18\x02 \x01(\x0b\x32\x16.ferryman.v1.HeartbeatH\x00\x42\x06\n\x04item\"\xcc\x01\n\x14GetLRScheduleRequest\x12\x35\n\x08schedule\x18\x01 \x01(\x0b\x32!.ferryman.v1.LearningRateScheduleH\x00\x12%\n\x06recipe\x18\x02 \x01(\x0b\x32\x13.ferryman.v1.RecipeH\x00\x12\x10\n\x06run_id\x18\x03 \x01(\tH\x00\x12\x12\n\nfirst_step\x18\x04 \x01(\x03\x12\x11\n\tlast_step\x18\x05 \x01(\x03\x12\x12\n\nmax_points\x18\x06 \x01(\x05\x42\t\n\x07subject\"\xaa\x01\n\x15GetLRScheduleResponse\x12.\n\x06points\x18\x01 \x03(\x0b\x32\x1e.ferryman.v1.LearningRatePoint\x12\x33\n\x08schedule\x18\x02 \x01(\x0b\x32!.ferryman.v1.LearningRateSchedule\x12,\n\x04peak\x18\x03 \x01(\x0b\x32\x1e.ferryman.v1.LearningRatePoint\"8\n\x11LearningRatePoint\x12\x0c\n\x04step\x18\x01 \x01(\x03\x12\x15\n\rlearning_rate\x18\x02 \x01(\x01\"\'\n\x15GetTrainingRunRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\"?\n\x16GetTrainingRunResponse\x12%\n\x03run\x18\x01 \x01(\x0b\x32\x18.ferryman.v1.TrainingRun\"\xa1\x01\n\x17ListTrainingRunsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\x12%\n\x06states\x18\x03 \x03(\x0e\x32\x15.ferryman.v1.RunState\x12\x12\n\nmodel_name\x18\x04 \x01(\t\x12$\n\x05order\x18\x05 \x01(\x0e\x32\x15.ferryman.v1.RunOrder\"[\n\x18ListTrainingRunsResponse\x12&\n\x04runs\x18\x01 \x03(\x0b\x32\x18.ferryman.v1.TrainingRun\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\'\n\x15\x43\x61ncelTrainingRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\"?\n\x16\x43\x61ncelTrainingResponse\x12%\n\x03run\x18\x01 \x01(\x0b\x32\x18.ferryman.v1.TrainingRun\"&\n\x14PauseTrainingRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\">\n\x15PauseTrainingResponse\x12%\n\x03run\x18\x01 \x01(\x0b\x32\x18.ferryman.v1.TrainingRun\"\'\n\x15ResumeTrainingRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\"?\n\x16ResumeTrainingResponse\x12%\n\x03run\x18\x01 \x01(\x0b\x32\x18.ferryman.v1.TrainingRun\"\xe2\x01\n\nCheckpoint\x12\x0c\n\x04step\x18\x01 \x01(\x03\x12\r\n\x05\x65poch\x18\x02 \x01(\x05\x12/\n\x0b\x63reate_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x12\n\nsize_bytes\x18\x04 \x01(\x03\x12\x0c\n\x04\x62\x65st\x18\x05 \x01(\x08\x12\x11\n\x04\x62leu\x18\x06 \x01(\x01H\x00\x88\x01\x01\x12\x11\n\x04\x63hrf\x18\x07 \x01(\x01H\x01\x88\x01\x01\x12\x1a\n\rnll_per_token\x18\x08 \x01(\x01H\x02\x88\x01\x01\x42\x07\n\x05_bleuB\x07\n\x05_chrfB\x10\n\x0e_nll_per_token\"(\n\x16ListCheckpointsRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\"G\n\x17ListCheckpointsResponse\x12,\n\x0b\x63heckpoints\x18\x01 \x03(\x0b\x32\x17.ferryman.v1.Checkpoint\"*\n\x18\x44\x65leteTrainingRunRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\"\x1b\n\x19\x44\x65leteTrainingRunResponse*]\n\x08RunOrder\x12\x19\n\x15RUN_ORDER_UNSPECIFIED\x10\x00\x12\x1a\n\x16RUN_ORDER_NEWEST_FIRST\x10\x01\x12\x1a\n\x16RUN_ORDER_OLDEST_FIRST\x10\x02\x32\xa7\x07\n\x0fTrainingService\x12V\n\rStartTraining\x12!.ferryman.v1.StartTrainingRequest\x1a\".ferryman.v1.StartTrainingResponse\x12X\n\rStreamMetrics\x12!.ferryman.v1.StreamMetricsRequest\x1a\".ferryman.v1.StreamMetricsResponse0\x01\x12V\n\rGetLRSchedule\x12!.ferryman.v1.GetLRScheduleRequest\x1a\".ferryman.v1.GetLRScheduleResponse\x12Y\n\x0eGetTrainingRun\x12\".ferryman.v1.GetTrainingRunRequest\x1a#.ferryman.v1.GetTrainingRunResponse\x12_\n\x10ListTrainingRuns\x12$.ferryman.v1.ListTrainingRunsRequest\x1a%.ferryman.v1.ListTrainingRunsResponse\x12Y\n\x0e\x43\x61ncelTraining\x12\".ferryman.v1.CancelTrainingRequest\x1a#.ferryman.v1.CancelTrainingResponse\x12V\n\rPauseTraining\x12!.ferryman.v1.PauseTrainingRequest\x1a\".ferryman.v1.PauseTrainingResponse\x12Y\n\x0eResumeTraining\x12\".ferryman.v1.ResumeTrainingRequest\x1a#.ferryman.v1.ResumeTrainingResponse\x12\\\n\x0fListCheckpoints\x12#.ferryman.v1.ListCheckpointsRequest\x1a$.ferryman.v1.ListCheckpointsResponse\x12\x62\n\x11\x44\x65leteTrainingRun\x12%.ferryman.v1.DeleteTrainingRunRequest\x1a&.ferryman.v1.DeleteTrainingRunResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x66\x65rryman/v1/training.proto\x12\x0b\x66\x65rryman.v1\x1a\x19\x66\x65rryman/v1/metrics.proto\x1a\x18\x66\x65rryman/v1/recipe.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xb6\x04\n\x0bTrainingRun\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12$\n\x05state\x18\x02 \x01(\x0e\x32\x15.ferryman.v1.RunState\x12\x11\n\tcorpus_id\x18\x03 \x01(\t\x12\x12\n\nmodel_name\x18\x04 \x01(\t\x12\x15\n\rmodel_version\x18\x05 \x01(\x03\x12#\n\x06recipe\x18\x06 \x01(\x0b\x32\x13.ferryman.v1.Recipe\x12*\n\x08progress\x18\x07 \x01(\x0b\x32\x18.ferryman.v1.RunProgress\x12$\n\x05\x65rror\x18\x08 \x01(\x0b\x32\x15.ferryman.v1.RunError\x12\x18\n\x10\x63\x61ncel_requested\x18\t \x01(\x08\x12\x0f\n\x07\x61ttempt\x18\n \x01(\x05\x12\x15\n\rlast_sequence\x18\x0b \x01(\x03\x12/\n\x0b\x63reate_time\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nstart_time\x18\r \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\x0e \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x17\n\x0fpause_requested\x18\x0f \x01(\x08\x12\x10\n\x08restarts\x18\x10 \x01(\x05\x12\x15\n\rinitial_model\x18\x11 \x01(\t\x12\x11\n\tprocesses\x18\x12 \x01(\x05\x12\x16\n\x0ekeep_optimizer\x18\x13 \x01(\x08\"\xf5\x01\n\x0bRunProgress\x12\x0c\n\x04step\x18\x01 \x01(\x03\x12\r\n\x05\x65poch\x18\x02 \x01(\x05\x12\x15\n\rtarget_tokens\x18\x03 \x01(\x03\x12 \n\x18target_tokens_per_second\x18\x04 \x01(\x01\x12\x10\n\x08\x66raction\x18\x05 \x01(\x01\x12,\n\tremaining\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x37\n\x0f\x62\x65st_validation\x18\x07 \x01(\x0b\x32\x1e.ferryman.v1.ValidationMetrics\x12\x17\n\x0fskipped_updates\x18\x08 \x01(\x03\"=\n\x08RunError\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x10\n\x08log_tail\x18\x03 \x01(\t\"\xcf\x01\n\x14StartTrainingRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\tcorpus_id\x18\x02 \x01(\t\x12\x12\n\nmodel_name\x18\x03 \x01(\t\x12#\n\x06recipe\x18\x04 \x01(\x0b\x32\x13.ferryman.v1.Recipe\x12\x15\n\rvalidate_only\x18\x05 \x01(\x08\x12\x15\n\rinitial_model\x18\x06 \x01(\t\x12\x16\n\x0ekeep_optimizer\x18\x07 \x01(\x08\x12\x11\n\tprocesses\x18\x08 \x01(\x05\">\n\x15StartTrainingResponse\x12%\n\x03run\x18\x01 \x01(\x0b\x32\x18.ferryman.v1.TrainingRun\"T\n\x14StreamMetricsRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x16\n\x0e\x61\x66ter_sequence\x18\x02 \x01(\x03\x12\x14\n\x0chistory_only\x18\x03 \x01(\x08\"y\n\x15StreamMetricsResponse\x12+\n\x06record\x18\x01 \x01(\x0b\x32\x19.ferryman.v1.MetricRecordH\x00\x12+\n\theartbeat\x18\x02 \x01(\x0b\x32\x16.ferryman.v1.HeartbeatH\x00\x42\x06\n\x04item\"\xcc\x01\n\x14GetLRScheduleRequest\x12\x35\n\x08schedule\x18\x01 \x01(\x0b\x32!.ferryman.v1.LearningRateScheduleH\x00\x12%\n\x06recipe\x18\x02 \x01(\x0b\x32\x13.ferryman.v1.RecipeH\x00\x12\x10\n\x06run_id\x18\x03 \x01(\tH\x00\x12\x12\n\nfirst_step\x18\x04 \x01(\x03\x12\x11\n\tlast_step\x18\x05 \x01(\x03\x12\x12\n\nmax_points\x18\x06 \x01(\x05\x42\t\n\x07subject\"\xf1\x01\n\x15GetLRScheduleResponse\x12.\n\x06points\x18\x01 \x03(\x0b\x32\x1e.ferryman.v1.LearningRatePoint\x12\x33\n\x08schedule\x18\x02 \x01(\x0b\x32!.ferryman.v1.LearningRateSchedule\x12,\n\x04peak\x18\x03 \x01(\x0b\x32\x1e.ferryman.v1.LearningRatePoint\x12&\n\x06\x64\x65\x63\x61ys\x18\x04 \x03(\x0b\x32\x16.ferryman.v1.DecayPlan\x12\x1d\n\x15provisional_from_step\x18\x05 \x01(\x03\"8\n\x11LearningRatePoint\x12\x0c\n\x04step\x18\x01 \x01(\x03\x12\x15\n\rlearning_rate\x18\x02 \x01(\x01\"\'\n\x15GetTrainingRunRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\"?\n\x16GetTrainingRunResponse\x12%\n\x03run\x18\x01 \x01(\x0b\x32\x18.ferryman.v1.TrainingRun\"\xa1\x01\n\x17ListTrainingRunsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\x12%\n\x06states\x18\x03 \x03(\x0e\x32\x15.ferryman.v1.RunState\x12\x12\n\nmodel_name\x18\x04 \x01(\t\x12$\n\x05order\x18\x05 \x01(\x0e\x32\x15.ferryman.v1.RunOrder\"[\n\x18ListTrainingRunsResponse\x12&\n\x04runs\x18\x01 \x03(\x0b\x32\x18.ferryman.v1.TrainingRun\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\'\n\x15\x43\x61ncelTrainingRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\"?\n\x16\x43\x61ncelTrainingResponse\x12%\n\x03run\x18\x01 \x01(\x0b\x32\x18.ferryman.v1.TrainingRun\"&\n\x14PauseTrainingRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\">\n\x15PauseTrainingResponse\x12%\n\x03run\x18\x01 \x01(\x0b\x32\x18.ferryman.v1.TrainingRun\"\'\n\x15ResumeTrainingRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\"?\n\x16ResumeTrainingResponse\x12%\n\x03run\x18\x01 \x01(\x0b\x32\x18.ferryman.v1.TrainingRun\"\xe2\x01\n\nCheckpoint\x12\x0c\n\x04step\x18\x01 \x01(\x03\x12\r\n\x05\x65poch\x18\x02 \x01(\x05\x12/\n\x0b\x63reate_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x12\n\nsize_bytes\x18\x04 \x01(\x03\x12\x0c\n\x04\x62\x65st\x18\x05 \x01(\x08\x12\x11\n\x04\x62leu\x18\x06 \x01(\x01H\x00\x88\x01\x01\x12\x11\n\x04\x63hrf\x18\x07 \x01(\x01H\x01\x88\x01\x01\x12\x1a\n\rnll_per_token\x18\x08 \x01(\x01H\x02\x88\x01\x01\x42\x07\n\x05_bleuB\x07\n\x05_chrfB\x10\n\x0e_nll_per_token\"(\n\x16ListCheckpointsRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\"G\n\x17ListCheckpointsResponse\x12,\n\x0b\x63heckpoints\x18\x01 \x03(\x0b\x32\x17.ferryman.v1.Checkpoint\"*\n\x18\x44\x65leteTrainingRunRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\"\x1b\n\x19\x44\x65leteTrainingRunResponse*]\n\x08RunOrder\x12\x19\n\x15RUN_ORDER_UNSPECIFIED\x10\x00\x12\x1a\n\x16RUN_ORDER_NEWEST_FIRST\x10\x01\x12\x1a\n\x16RUN_ORDER_OLDEST_FIRST\x10\x02\x32\xa7\x07\n\x0fTrainingService\x12V\n\rStartTraining\x12!.ferryman.v1.StartTrainingRequest\x1a\".ferryman.v1.StartTrainingResponse\x12X\n\rStreamMetrics\x12!.ferryman.v1.StreamMetricsRequest\x1a\".ferryman.v1.StreamMetricsResponse0\x01\x12V\n\rGetLRSchedule\x12!.ferryman.v1.GetLRScheduleRequest\x1a\".ferryman.v1.GetLRScheduleResponse\x12Y\n\x0eGetTrainingRun\x12\".ferryman.v1.GetTrainingRunRequest\x1a#.ferryman.v1.GetTrainingRunResponse\x12_\n\x10ListTrainingRuns\x12$.ferryman.v1.ListTrainingRunsRequest\x1a%.ferryman.v1.ListTrainingRunsResponse\x12Y\n\x0e\x43\x61ncelTraining\x12\".ferryman.v1.CancelTrainingRequest\x1a#.ferryman.v1.CancelTrainingResponse\x12V\n\rPauseTraining\x12!.ferryman.v1.PauseTrainingRequest\x1a\".ferryman.v1.PauseTrainingResponse\x12Y\n\x0eResumeTraining\x12\".ferryman.v1.ResumeTrainingRequest\x1a#.ferryman.v1.ResumeTrainingResponse\x12\\\n\x0fListCheckpoints\x12#.ferryman.v1.ListCheckpointsRequest\x1a$.ferryman.v1.ListCheckpointsResponse\x12\x62\n\x11\x44\x65leteTrainingRun\x12%.ferryman.v1.DeleteTrainingRunRequest\x1a&.ferryman.v1.DeleteTrainingRunResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'ferryman.v1.training_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_RUNORDER']._serialized_start=3058
-  _globals['_RUNORDER']._serialized_end=3151
+  _globals['_RUNORDER']._serialized_start=3129
+  _globals['_RUNORDER']._serialized_end=3222
   _globals['_TRAININGRUN']._serialized_start=162
   _globals['_TRAININGRUN']._serialized_end=728
   _globals['_RUNPROGRESS']._serialized_start=731
@@ -54,39 +54,39 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETLRSCHEDULEREQUEST']._serialized_start=1525
   _globals['_GETLRSCHEDULEREQUEST']._serialized_end=1729
   _globals['_GETLRSCHEDULERESPONSE']._serialized_start=1732
-  _globals['_GETLRSCHEDULERESPONSE']._serialized_end=1902
-  _globals['_LEARNINGRATEPOINT']._serialized_start=1904
-  _globals['_LEARNINGRATEPOINT']._serialized_end=1960
-  _globals['_GETTRAININGRUNREQUEST']._serialized_start=1962
-  _globals['_GETTRAININGRUNREQUEST']._serialized_end=2001
-  _globals['_GETTRAININGRUNRESPONSE']._serialized_start=2003
-  _globals['_GETTRAININGRUNRESPONSE']._serialized_end=2066
-  _globals['_LISTTRAININGRUNSREQUEST']._serialized_start=2069
-  _globals['_LISTTRAININGRUNSREQUEST']._serialized_end=2230
-  _globals['_LISTTRAININGRUNSRESPONSE']._serialized_start=2232
-  _globals['_LISTTRAININGRUNSRESPONSE']._serialized_end=2323
-  _globals['_CANCELTRAININGREQUEST']._serialized_start=2325
-  _globals['_CANCELTRAININGREQUEST']._serialized_end=2364
-  _globals['_CANCELTRAININGRESPONSE']._serialized_start=2366
-  _globals['_CANCELTRAININGRESPONSE']._serialized_end=2429
-  _globals['_PAUSETRAININGREQUEST']._serialized_start=2431
-  _globals['_PAUSETRAININGREQUEST']._serialized_end=2469
-  _globals['_PAUSETRAININGRESPONSE']._serialized_start=2471
-  _globals['_PAUSETRAININGRESPONSE']._serialized_end=2533
-  _globals['_RESUMETRAININGREQUEST']._serialized_start=2535
-  _globals['_RESUMETRAININGREQUEST']._serialized_end=2574
-  _globals['_RESUMETRAININGRESPONSE']._serialized_start=2576
-  _globals['_RESUMETRAININGRESPONSE']._serialized_end=2639
-  _globals['_CHECKPOINT']._serialized_start=2642
-  _globals['_CHECKPOINT']._serialized_end=2868
-  _globals['_LISTCHECKPOINTSREQUEST']._serialized_start=2870
-  _globals['_LISTCHECKPOINTSREQUEST']._serialized_end=2910
-  _globals['_LISTCHECKPOINTSRESPONSE']._serialized_start=2912
-  _globals['_LISTCHECKPOINTSRESPONSE']._serialized_end=2983
-  _globals['_DELETETRAININGRUNREQUEST']._serialized_start=2985
-  _globals['_DELETETRAININGRUNREQUEST']._serialized_end=3027
-  _globals['_DELETETRAININGRUNRESPONSE']._serialized_start=3029
-  _globals['_DELETETRAININGRUNRESPONSE']._serialized_end=3056
-  _globals['_TRAININGSERVICE']._serialized_start=3154
-  _globals['_TRAININGSERVICE']._serialized_end=4089
+  _globals['_GETLRSCHEDULERESPONSE']._serialized_end=1973
+  _globals['_LEARNINGRATEPOINT']._serialized_start=1975
+  _globals['_LEARNINGRATEPOINT']._serialized_end=2031
+  _globals['_GETTRAININGRUNREQUEST']._serialized_start=2033
+  _globals['_GETTRAININGRUNREQUEST']._serialized_end=2072
+  _globals['_GETTRAININGRUNRESPONSE']._serialized_start=2074
+  _globals['_GETTRAININGRUNRESPONSE']._serialized_end=2137
+  _globals['_LISTTRAININGRUNSREQUEST']._serialized_start=2140
+  _globals['_LISTTRAININGRUNSREQUEST']._serialized_end=2301
+  _globals['_LISTTRAININGRUNSRESPONSE']._serialized_start=2303
+  _globals['_LISTTRAININGRUNSRESPONSE']._serialized_end=2394
+  _globals['_CANCELTRAININGREQUEST']._serialized_start=2396
+  _globals['_CANCELTRAININGREQUEST']._serialized_end=2435
+  _globals['_CANCELTRAININGRESPONSE']._serialized_start=2437
+  _globals['_CANCELTRAININGRESPONSE']._serialized_end=2500
+  _globals['_PAUSETRAININGREQUEST']._serialized_start=2502
+  _globals['_PAUSETRAININGREQUEST']._serialized_end=2540
+  _globals['_PAUSETRAININGRESPONSE']._serialized_start=2542
+  _globals['_PAUSETRAININGRESPONSE']._serialized_end=2604
+  _globals['_RESUMETRAININGREQUEST']._serialized_start=2606
+  _globals['_RESUMETRAININGREQUEST']._serialized_end=2645
+  _globals['_RESUMETRAININGRESPONSE']._serialized_start=2647
+  _globals['_RESUMETRAININGRESPONSE']._serialized_end=2710
+  _globals['_CHECKPOINT']._serialized_start=2713
+  _globals['_CHECKPOINT']._serialized_end=2939
+  _globals['_LISTCHECKPOINTSREQUEST']._serialized_start=2941
+  _globals['_LISTCHECKPOINTSREQUEST']._serialized_end=2981
+  _globals['_LISTCHECKPOINTSRESPONSE']._serialized_start=2983
+  _globals['_LISTCHECKPOINTSRESPONSE']._serialized_end=3054
+  _globals['_DELETETRAININGRUNREQUEST']._serialized_start=3056
+  _globals['_DELETETRAININGRUNREQUEST']._serialized_end=3098
+  _globals['_DELETETRAININGRUNRESPONSE']._serialized_start=3100
+  _globals['_DELETETRAININGRUNRESPONSE']._serialized_end=3127
+  _globals['_TRAININGSERVICE']._serialized_start=3225
+  _globals['_TRAININGSERVICE']._serialized_end=4160
 # @@protoc_insertion_point(module_scope)

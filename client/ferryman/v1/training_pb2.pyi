@@ -453,6 +453,10 @@ class GetLRScheduleResponse(_message.Message):
     POINTS_FIELD_NUMBER: _builtins.int
     SCHEDULE_FIELD_NUMBER: _builtins.int
     PEAK_FIELD_NUMBER: _builtins.int
+    DECAYS_FIELD_NUMBER: _builtins.int
+    PROVISIONAL_FROM_STEP_FIELD_NUMBER: _builtins.int
+    provisional_from_step: _builtins.int
+    """The rates from this step on may still change, because the run has yet to plan its decay; 0: all points are final."""
     @_builtins.property
     def points(self) -> _containers.RepeatedCompositeFieldContainer[Global___LearningRatePoint]:
         """The curve, by rising step."""
@@ -465,16 +469,22 @@ class GetLRScheduleResponse(_message.Message):
     def peak(self) -> Global___LearningRatePoint:
         """The highest point of the whole schedule, at the end of warmup."""
 
+    @_builtins.property
+    def decays(self) -> _containers.RepeatedCompositeFieldContainer[_metrics_pb2.DecayPlan]:
+        """The decays that the run has planned, by rising first step. Empty but for a run with SCHEDULE_KIND_WSD."""
+
     def __init__(
         self,
         *,
         points: _abc.Iterable[Global___LearningRatePoint] | None = ...,
         schedule: _recipe_pb2.LearningRateSchedule | None = ...,
         peak: Global___LearningRatePoint | None = ...,
+        decays: _abc.Iterable[_metrics_pb2.DecayPlan] | None = ...,
+        provisional_from_step: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["peak", b"peak", "schedule", b"schedule"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["peak", b"peak", "points", b"points", "schedule", b"schedule"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decays", b"decays", "peak", b"peak", "points", b"points", "provisional_from_step", b"provisional_from_step", "schedule", b"schedule"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -220,6 +220,7 @@ def _job(ports: WorkerPorts, run: TrainingRun, run_dir: Path) -> TrainingJob:
         run_dir=run_dir,
         prepared_dir=ports.prepared_dir,
         reported_step=run.progress.step,
+        decays=run.progress.decays,
         initial=ports.initial(run),
     )
 

@@ -28,6 +28,7 @@ from ferryman_service.domain.runs import (
 )
 from ferryman_service.domain.runs import RequestKey as RequestKey
 from ferryman_service.domain.runs import RunHead as RunHead
+from ferryman_service.domain.schedule import DecayPlan
 from ferryman_service.domain.training import RunCancelled as RunCancelled
 from ferryman_service.domain.training import TrainedModel as TrainedModel
 from ferryman_service.domain.training import TrainingJob as TrainingJob
@@ -361,6 +362,10 @@ class Reporter(Protocol):
 
     def validation(self, metrics: ValidationMetrics) -> None:
         """Report a validation."""
+        ...
+
+    def decay_plan(self, plan: DecayPlan) -> None:
+        """Report a planned decay of the learning rate; it belongs to the series."""
         ...
 
     def event(self, level: EventLevel, code: str, message: str, *, repeats: bool = False) -> None:

@@ -15,6 +15,7 @@ from ferryman_service.domain.errors import DiskFull, StoreUnavailable
 from ferryman_service.domain.recipe import StopRecipe
 from ferryman_service.domain.records import EventLevel, Payload, RunEvent, StepMetrics, ValidationMetrics
 from ferryman_service.domain.runs import RunProgress, TrainingRun
+from ferryman_service.domain.schedule import DecayPlan
 from ferryman_service.domain.training import DiskIsFull, PauseRequested, StopRequested
 
 _log = logging.getLogger(__name__)
@@ -72,6 +73,11 @@ class StoreReporter:
         """Report a validation."""
         if self._is_news():
             self._queue.put((metrics, self._meter.after_validation(metrics)))
+
+    def decay_plan(self, plan: DecayPlan) -> None:
+        """Report a planned decay of the learning rate."""
+        if self._is_news():
+            self._queue.put((plan, self._meter.after_decay_plan(plan)))
 
     def event(self, level: EventLevel, code: str, message: str, *, repeats: bool = False) -> None:
         """Make a remark."""
@@ -175,6 +181,9 @@ class SilentReporter:
     def validation(self, metrics: ValidationMetrics) -> None:
         """Say nothing."""
 
+    def decay_plan(self, plan: DecayPlan) -> None:
+        """Say nothing."""
+
     def event(self, level: EventLevel, code: str, message: str, *, repeats: bool = False) -> None:
         """Say nothing."""
 
@@ -197,6 +206,8 @@ class _ProgressMeter:
         self._rate = progress.target_tokens_per_second
         # What came before this attempt took a time that only its share of the limit tells.
         self._fraction_before = progress.fraction
+        self._decay: DecayPlan | None = None
+        self._fraction_before_decay = 0.0
         self._began_s = time.monotonic()
 
     @property
@@ -228,6 +239,12 @@ class _ProgressMeter:
             self._progress = replace(self._progress, best_validation=metrics)
         return self.after_event()
 
+    def after_decay_plan(self, plan: DecayPlan) -> RunProgress:
+        # After a divergence a run may report a plan that it had reported before: then it follows that one again.
+        before = [decay for decay in self._progress.decays if decay.first_step < plan.first_step]
+        self._progress = replace(self._progress, decays=(*before, plan))
+        return self.after_event()
+
     def after_event(self) -> RunProgress:
         self._progress = replace(self._progress, reports=self._progress.reports + 1)
         return self._progress
@@ -237,8 +254,13 @@ class _ProgressMeter:
         return elapsed_s * (1 - fraction) / done if done > 0 else None
 
     def _fraction(self, metrics: StepMetrics) -> float:
-        """Share of the nearest limit; finished epochs count, the present one does not."""
+        """Share of the nearest limit; finished epochs count, the present one does not. A run whose decay has begun ends
+        with it."""
         shares = [0.0]
+        if self._progress.decays:
+            plan, before = self._progress.decays[-1], self._fraction_at_decay(metrics.step)
+            done = (metrics.step - plan.first_step + 1) / (plan.last_step - plan.first_step + 1)
+            return min(1.0, before + (1.0 - before) * max(0.0, done))
         if self._stop.max_steps:
             shares.append(metrics.step / self._stop.max_steps)
         if self._stop.max_epochs:
@@ -247,6 +269,16 @@ class _ProgressMeter:
             elapsed_s = time.monotonic() - self._began_s
             shares.append(self._time_before() + elapsed_s / self._stop.max_time_seconds)
         return min(1.0, max(shares))
+
+    def _fraction_at_decay(self, step: int) -> float:
+        """Return the fraction that was reached when the last planned decay began."""
+        if self._decay is not self._progress.decays[-1]:
+            self._decay, self._fraction_before_decay = self._progress.decays[-1], self._progress.fraction
+            plan = self._decay
+            done = (step - plan.first_step) / (plan.last_step - plan.first_step + 1)
+            if done > 0:  # an earlier attempt has begun it
+                self._fraction_before_decay = max(0.0, (self._progress.fraction - done) / (1.0 - done))
+        return self._fraction_before_decay
 
     def _time_before(self) -> float:
         limited_by_time = not (self._stop.max_steps or self._stop.max_epochs)

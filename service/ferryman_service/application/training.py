@@ -29,10 +29,18 @@ from ferryman_service.domain.errors import (
 )
 from ferryman_service.domain.ids import RUN_PREFIX, is_model_name, new_id
 from ferryman_service.domain.models import ModelVersion, parse_model_reference
-from ferryman_service.domain.recipe import Overrides, Recipe, resolve_recipe, resolve_schedule
+from ferryman_service.domain.recipe import Overrides, Recipe, StopRecipe, resolve_recipe, resolve_schedule
 from ferryman_service.domain.records import RunState
 from ferryman_service.domain.runs import CheckpointInfo, RunFilter, TrainingRun
-from ferryman_service.domain.schedule import LearningRateSchedule, curve, learning_rate, sample_steps
+from ferryman_service.domain.schedule import (
+    DecayPlan,
+    LearningRateSchedule,
+    ScheduleKind,
+    curve,
+    learning_rate,
+    sample_steps,
+    scheduled_decay_step,
+)
 
 _DEFAULT_CURVE_STEPS: Final = 50_000
 _MAX_STEP: Final = 10**9
@@ -83,11 +91,48 @@ class CurveRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class Curve:
-    """(step, learning rate) points, the resolved schedule, and its highest point."""
+    """(step, learning rate) points, the resolved schedule, its highest point, and the decays that the run has planned.
+
+    Rates from `provisional_from_step` on may still change; 0: none may.
+    """
 
     points: Sequence[tuple[int, float]]
     schedule: LearningRateSchedule
     peak: tuple[int, float]
+    decays: Sequence[DecayPlan] = ()
+    provisional_from_step: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class _CurveSubject:
+    """What a curve is of: a schedule, the limits that it runs under, and how far its run is. `stop` is None where
+    nothing is known of a run."""
+
+    schedule: LearningRateSchedule
+    stop: StopRecipe | None = None
+    decays: tuple[DecayPlan, ...] = ()
+    step: int = 0
+    is_over: bool = False
+
+    @property
+    def max_steps(self) -> int:
+        return self.stop.max_steps if self.stop is not None else 0
+
+    def provisional_from_step(self) -> int:
+        """Return the first step whose rate may still change; 0 if there is none.
+
+        Before its decay a run may begin it at any step, and a run with a limit of time may shorten its decay.
+        """
+        if self.schedule.kind is not ScheduleKind.WSD or self.is_over:
+            return 0
+        stop, scheduled = self.stop, scheduled_decay_step(self.schedule)
+        decays_by_itself = stop is not None and bool(stop.max_time_seconds or stop.target_score or stop.patience)
+        has_begun = bool(self.decays) or (scheduled is not None and self.step + 1 >= scheduled)
+        if scheduled is not None and not decays_by_itself:
+            return 0
+        if has_begun and not (stop is not None and stop.max_time_seconds):
+            return 0
+        return self.step + 1
 
 
 class TrainingUseCases:
@@ -213,33 +258,47 @@ class TrainingUseCases:
     def learning_rate_curve(self, request: CurveRequest) -> Curve:
         """Return the curve that the trainer follows, to the last bit. Raises InvalidRecipe, InvalidRequest; then
         RunNotFound."""
-        schedule, horizon = self._schedule(request, list(_bounds_violations(request)))
+        subject = self._curve_subject(request, list(_bounds_violations(request)))
+        schedule, decays = subject.schedule, subject.decays
         first = request.first_step or 1
-        last = request.last_step or max(first, schedule.total_steps or horizon or _DEFAULT_CURVE_STEPS)
+        end = decays[-1].last_step if decays else schedule.total_steps or subject.max_steps or _DEFAULT_CURVE_STEPS
+        last = request.last_step or max(first, end)
         peak = schedule.warmup_steps
-        steps = sample_steps(schedule, first, last, request.max_points or _DEFAULT_POINTS)
-        return Curve(points=curve(schedule, steps), schedule=schedule, peak=(peak, learning_rate(schedule, peak)))
+        steps = sample_steps(schedule, first, last, request.max_points or _DEFAULT_POINTS, decays)
+        return Curve(
+            points=curve(schedule, steps, decays),
+            schedule=schedule,
+            peak=(peak, learning_rate(schedule, peak)),
+            decays=decays,
+            provisional_from_step=subject.provisional_from_step(),
+        )
 
-    def _schedule(self, request: CurveRequest, violations: list[Violation]) -> tuple[LearningRateSchedule, int]:
-        """Return the schedule and the steps of its run. Raises what the curve does, with these violations too."""
-        schedule, horizon, found = None, 0, list[Violation]()
+    def _curve_subject(self, request: CurveRequest, violations: list[Violation]) -> _CurveSubject:
+        """Return what the curve is of. Raises what the curve does, with these violations too."""
+        subject, found = None, list[Violation]()
         if request.schedule is not None:
             schedule, found = _resolve(resolve_schedule, request.schedule, request.unknown)
+            subject = None if schedule is None else _CurveSubject(schedule=schedule)
         elif request.recipe is not None:
             recipe, found = _resolve(resolve_recipe, request.recipe, request.unknown)
-            if recipe is not None:
-                schedule, horizon = recipe.schedule, recipe.stop.max_steps
+            subject = None if recipe is None else _CurveSubject(schedule=recipe.schedule, stop=recipe.stop)
         elif request.run_id is not None:
             violations = [*required(request.run_id, "run_id"), *violations]
         else:
             text = "is required: one of schedule, recipe and run_id"
             violations = [Violation(field="subject", description=text, reason="REQUIRED"), *violations]
         _raise_any(violations, found)
-        if schedule is None:
-            assert request.run_id is not None, "another subject has its schedule, or violations"
-            recipe = self._runs.get(request.run_id).recipe
-            schedule, horizon = recipe.schedule, recipe.stop.max_steps
-        return schedule, horizon
+        if subject is not None:
+            return subject
+        assert request.run_id is not None, "another subject is known by now, or has violations"
+        run = self._runs.get(request.run_id)
+        return _CurveSubject(
+            schedule=run.recipe.schedule,
+            stop=run.recipe.stop,
+            decays=run.progress.decays,
+            step=run.progress.step,
+            is_over=run.state.is_terminal,
+        )
 
     def _require_role(self) -> None:
         if not self._served:
@@ -333,6 +392,7 @@ def _on_top_of(initial: ModelVersion, overrides: Overrides) -> tuple[Overrides, 
         "data": {
             "vocabulary_size": recipe.data.vocabulary_size,
             "subword_algorithm": recipe.data.subword_algorithm,
+            "split_digits": recipe.data.split_digits,
         },
     }
     mismatches = [

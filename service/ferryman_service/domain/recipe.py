@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
 from ferryman_service.domain.errors import InvalidRecipe, Violation
-from ferryman_service.domain.schedule import LearningRateSchedule, ScheduleKind
+from ferryman_service.domain.schedule import DecayShape, LearningRateSchedule, ScheduleKind, decay_steps
 
 
 class Preset(enum.StrEnum):
@@ -100,6 +100,7 @@ class DataRecipe:
     """Subwords, and which training pairs are used.
 
     `sampling_alpha` (unigram) and `bpe_dropout` (BPE) segment the training pairs anew in each epoch; 0 is off.
+    `split_digits`: every digit is a subword of its own.
     """
 
     vocabulary_size: int
@@ -109,6 +110,7 @@ class DataRecipe:
     max_length_ratio: float
     sampling_alpha: float = 0.0
     bpe_dropout: float = 0.0
+    split_digits: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,12 +140,16 @@ class OptimizationRecipe:
 
 @dataclass(frozen=True, kw_only=True)
 class StopRecipe:
-    """When training ends; 0 is no limit."""
+    """When training ends, or with WSD begins to decay (`patience`, `target_score`); 0 is no limit.
+
+    `target_score` is one of the validation's metric: a BLEU or chrF to reach at least, a loss at most.
+    """
 
     max_steps: int
     max_epochs: int
     max_time_seconds: float
     patience: int
+    target_score: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,6 +190,7 @@ _ENUMS: Final[Mapping[str, type[enum.StrEnum]]] = {
     "precision": Precision,
     "metric": SelectionMetric,
     "averaging": Averaging,
+    "decay_shape": DecayShape,
 }
 
 Overrides = Mapping[str, Any]
@@ -211,6 +218,7 @@ _TINY: Final[dict[str, Any]] = {
         "max_length_ratio": 9.0,
         "sampling_alpha": 0.0,
         "bpe_dropout": 0.0,
+        "split_digits": False,
     },
     "schedule": {"kind": ScheduleKind.NOAM, "warmup_steps": 800},
     "optimization": {
@@ -229,7 +237,7 @@ _TINY: Final[dict[str, Any]] = {
         "max_rollbacks": 2,
         "rollback_rate_scale": 0.5,
     },
-    "stop": {"max_steps": 10_000, "max_epochs": 0, "max_time_seconds": 0.0, "patience": 0},
+    "stop": {"max_steps": 10_000, "max_epochs": 0, "max_time_seconds": 0.0, "patience": 0, "target_score": 0.0},
     "validation": {
         "interval_steps": 500,
         "max_translated_pairs": 500,
@@ -334,6 +342,7 @@ _RANGES: Final[Mapping[str, _Range]] = {
     "stop.max_epochs": _Range(0, 1e6),
     "stop.max_time_seconds": _Range(0, 1e9),
     "stop.patience": _Range(0, 1e6),
+    "stop.target_score": _Range(0, 1000),
     "validation.interval_steps": _STEPS,
     "validation.max_translated_pairs": _Range(1, 1e6),
     "validation.keep_last": _Range(1, 100),
@@ -347,6 +356,7 @@ _SCHEDULE_RANGES: Final[Mapping[str, _Range]] = {
     "peak_learning_rate": _Range(0, 10, open_low=True),
     "minimum_learning_rate": _Range(0, 10),
     "total_steps": _STEPS,
+    "decay_share": _Range(0, 1, open_low=True, open_high=True),
 }
 _SCHEDULE_FIELDS: Final[Mapping[ScheduleKind, tuple[str, ...]]] = {
     ScheduleKind.NOAM: ("factor", "d_model"),
@@ -354,7 +364,16 @@ _SCHEDULE_FIELDS: Final[Mapping[ScheduleKind, tuple[str, ...]]] = {
     ScheduleKind.COSINE: ("peak_learning_rate", "minimum_learning_rate", "total_steps"),
     ScheduleKind.LINEAR: ("peak_learning_rate", "minimum_learning_rate", "total_steps"),
     ScheduleKind.CONSTANT: ("peak_learning_rate",),
+    ScheduleKind.WSD: (
+        "peak_learning_rate",
+        "minimum_learning_rate",
+        "total_steps",
+        "decay_share",
+        "decay_shape",
+    ),
 }
+_DECAY_SHARE: Final = 0.3
+_NOAM_FIELDS: Final = frozenset({"factor", "d_model"})
 
 
 def resolve_recipe(overrides: Overrides, path: str = "recipe") -> Recipe:
@@ -366,13 +385,20 @@ def resolve_recipe(overrides: Overrides, path: str = "recipe") -> Recipe:
     values = _merge(PRESETS[preset], overrides)
     if "max_steps" not in overrides.get("stop", {}) and _has_other_limit(overrides.get("stop", {})):
         values["stop"]["max_steps"] = 0
+    if _is_limited_by_time_alone(values["stop"]) and _NOAM_FIELDS.isdisjoint(wanted := overrides.get("schedule", {})):
+        # NOAM never comes down: of a run whose number of steps nobody knows, the decay is planned while it trains.
+        values["schedule"] = {**values["schedule"], "kind": wanted.get("kind", ScheduleKind.WSD)}
     violations = [*_out_of_range(values, path), *_conflicts(values, path)]
     schedule, schedule_violations = _resolve_schedule(
         values["schedule"],
         f"{path}.schedule",
-        default_d_model=values["model"]["d_model"],
-        default_total_steps=values["stop"]["max_steps"],
-        default_warmup_steps=800,
+        _ScheduleDefaults(
+            d_model=values["model"]["d_model"],
+            warmup_steps=800,
+            total_steps=values["stop"]["max_steps"],
+            max_time_seconds=values["stop"]["max_time_seconds"],
+            in_recipe=True,
+        ),
     )
     violations += schedule_violations
     if (wanted := values["schedule"].get("d_model")) is not None and wanted != values["model"]["d_model"]:
@@ -395,9 +421,7 @@ def resolve_recipe(overrides: Overrides, path: str = "recipe") -> Recipe:
 
 def resolve_schedule(overrides: Overrides, path: str = "schedule") -> LearningRateSchedule:
     """Return a schedule that stands by itself (GetLRSchedule); raises InvalidRecipe with every violation."""
-    schedule, violations = _resolve_schedule(
-        overrides, path, default_d_model=512, default_total_steps=0, default_warmup_steps=4000
-    )
+    schedule, violations = _resolve_schedule(overrides, path, _ScheduleDefaults(d_model=512, warmup_steps=4000))
     if violations:
         raise InvalidRecipe(violations)
     assert schedule is not None
@@ -415,12 +439,18 @@ def recipe_from_dict(values: Mapping[str, Any]) -> Recipe:
         preset=Preset(values["preset"]),
         model=_part(ModelRecipe, values["model"]),
         data=_part(DataRecipe, values["data"]),
-        schedule=LearningRateSchedule(**values["schedule"] | {"kind": ScheduleKind(values["schedule"]["kind"])}),
+        schedule=_schedule_from_dict(values["schedule"]),
         optimization=_part(OptimizationRecipe, values["optimization"]),
         stop=_part(StopRecipe, values["stop"]),
         validation=_part(ValidationRecipe, values["validation"]),
         seed=values["seed"],
     )
+
+
+def _schedule_from_dict(values: Mapping[str, Any]) -> LearningRateSchedule:
+    shape = values.get("decay_shape")
+    enums = {"kind": ScheduleKind(values["kind"]), "decay_shape": None if shape is None else DecayShape(shape)}
+    return LearningRateSchedule(**{**values, **enums})
 
 
 def _part(cls: type[_Part], values: Mapping[str, Any]) -> _Part:
@@ -430,6 +460,10 @@ def _part(cls: type[_Part], values: Mapping[str, Any]) -> _Part:
 
 def _has_other_limit(stop: Mapping[str, Any]) -> bool:
     return bool(stop.get("max_epochs") or stop.get("max_time_seconds"))
+
+
+def _is_limited_by_time_alone(stop: Mapping[str, Any]) -> bool:
+    return bool(stop["max_time_seconds"]) and not (stop["max_steps"] or stop["max_epochs"])
 
 
 def _out_of_range(values: Mapping[str, Any], path: str) -> Iterator[Violation]:
@@ -470,6 +504,9 @@ def _conflicts(values: Mapping[str, Any], path: str) -> Iterator[Violation]:
     if optimization["precision"] is Precision.FP16 and optimization["max_skipped_updates"] == 0:
         text = "is 0, must be at least 1 with FP16, which finds its loss scale by updates that are skipped"
         yield conflict("optimization.max_skipped_updates", text)
+    if values["validation"]["metric"] is not SelectionMetric.LOSS and 100 < stop["target_score"] <= 1000:
+        name = values["validation"]["metric"].name
+        yield conflict("stop.target_score", f"is {stop['target_score']:g}, but {name} ends at 100")
     if not (stop["max_steps"] or _has_other_limit(stop)):
         yield conflict("stop", "must set max_steps, max_epochs or max_time_seconds, else training never ends")
 
@@ -481,20 +518,36 @@ def _sampling_conflicts(data: Mapping[str, Any], path: str) -> Iterator[Violatio
             yield Violation(field=f"{path}.data.{name}", description=text, reason="CONFLICT")
 
 
+@dataclass(frozen=True, kw_only=True)
+class _ScheduleDefaults:
+    """What a schedule's fields default to; `total_steps` and `max_time_seconds` 0 are no limits."""
+
+    d_model: int
+    warmup_steps: int
+    total_steps: int = 0
+    max_time_seconds: float = 0.0
+    in_recipe: bool = False
+
+
 def _resolve_schedule(
-    overrides: Overrides, path: str, *, default_d_model: int, default_total_steps: int, default_warmup_steps: int
+    overrides: Overrides, path: str, defaults: _ScheduleDefaults
 ) -> tuple[LearningRateSchedule | None, list[Violation]]:
     kind = overrides.get("kind", ScheduleKind.NOAM)
-    defaults = {
+    warmup_steps = overrides.get("warmup_steps", defaults.warmup_steps)
+    default_of = {
         "factor": 1.0,
-        "d_model": default_d_model,
+        "d_model": defaults.d_model,
         "peak_learning_rate": 1e-3,
         "minimum_learning_rate": 0.0,
-        "total_steps": default_total_steps,
+        "total_steps": defaults.total_steps,
+        "decay_share": _DECAY_SHARE,
+        "decay_shape": DecayShape.LINEAR,
     }
+    if kind is ScheduleKind.WSD and defaults.in_recipe and defaults.d_model > 0 and warmup_steps > 0:
+        default_of["peak_learning_rate"] = defaults.d_model**-0.5 * warmup_steps**-0.5
     known = _SCHEDULE_FIELDS[kind]
-    values = {name: overrides.get(name, defaults[name]) for name in known}
-    values["warmup_steps"] = overrides.get("warmup_steps", default_warmup_steps)
+    values = {name: overrides.get(name, default_of[name]) for name in known}
+    values["warmup_steps"] = warmup_steps
     violations = [
         Violation(
             field=f"{path}.{name}",
@@ -504,19 +557,30 @@ def _resolve_schedule(
         for name in overrides
         if name not in ("kind", "warmup_steps", *known)
     ]
-    if "total_steps" in known and "total_steps" not in overrides and default_total_steps == 0:
+    if "total_steps" in known and "total_steps" not in overrides and defaults.total_steps == 0:
         values.pop("total_steps")
-        text = f"is needed by {kind.name}: set it, or stop.max_steps"
-        violations.append(Violation(field=f"{path}.total_steps", description=text, reason="REQUIRED"))
+        if (text := _missing_total_steps(kind, defaults)) is not None:
+            violations.append(Violation(field=f"{path}.total_steps", description=text, reason="REQUIRED"))
     violations += [
         Violation(
             field=f"{path}.{name}", description=f"is {value:g}, must be {_SCHEDULE_RANGES[name]}", reason="OUT_OF_RANGE"
         )
         for name, value in values.items()
-        if value not in _SCHEDULE_RANGES[name]
+        if name in _SCHEDULE_RANGES and value not in _SCHEDULE_RANGES[name]
     ]
     violations += _schedule_conflicts(values, path)
     return (None, violations) if violations else (LearningRateSchedule(kind=kind, **values), [])
+
+
+def _missing_total_steps(kind: ScheduleKind, defaults: _ScheduleDefaults) -> str | None:
+    """Return why a schedule needs `total_steps`; None if it does not."""
+    if kind is ScheduleKind.WSD:
+        is_enough = defaults.max_time_seconds > 0 or not defaults.in_recipe
+        return None if is_enough else "is needed by WSD: set it, stop.max_steps or stop.max_time_seconds"
+    text = f"is needed by {kind.name}: set it, or stop.max_steps"
+    if defaults.max_time_seconds > 0:
+        text += "; or use WSD, which plans its decay so that it ends within stop.max_time_seconds"
+    return text
 
 
 def _schedule_conflicts(values: Mapping[str, Any], path: str) -> Iterator[Violation]:
@@ -524,6 +588,12 @@ def _schedule_conflicts(values: Mapping[str, Any], path: str) -> Iterator[Violat
     if 1 <= total <= warmup:
         text = f"is {total}, must be above warmup_steps, which is {warmup}"
         yield Violation(field=f"{path}.total_steps", description=text, reason="CONFLICT")
+    share = values.get("decay_share", 0.0)
+    if "total_steps" in values and share in _SCHEDULE_RANGES["decay_share"] and 1 <= warmup < total:
+        decay = decay_steps(share, total)
+        if warmup + decay > total:
+            text = f"is {share:g}, which is {decay} of {total} steps: with {warmup} warmup_steps they are too many"
+            yield Violation(field=f"{path}.decay_share", description=text, reason="CONFLICT")
     peak, minimum = values.get("peak_learning_rate", math.inf), values.get("minimum_learning_rate", 0.0)
     if minimum > peak:
         text = f"is {minimum:g}, must not be above peak_learning_rate, which is {peak:g}"

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+from ferryman_service.domain.schedule import DecayPlan, DecayReason
+
 
 class RunState(enum.StrEnum):
     """Where a run stands. A PAUSED run waits for ResumeTraining; a run that waits for its restart is QUEUED."""
@@ -114,7 +116,7 @@ class RunEvent:
     message: str
 
 
-Payload = StepMetrics | ValidationMetrics | StateChange | RunEvent
+Payload = StepMetrics | ValidationMetrics | StateChange | RunEvent | DecayPlan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +133,7 @@ _KINDS: Final[Mapping[str, type[Payload]]] = {
     "validation": ValidationMetrics,
     "state_change": StateChange,
     "event": RunEvent,
+    "decay_plan": DecayPlan,
 }
 
 
@@ -148,5 +151,12 @@ def payload_from_dict(kind: str, values: Mapping[str, Any]) -> Payload:
             return StateChange(**{**values, "state": RunState(values["state"])})
         case "event":
             return RunEvent(**{**values, "level": EventLevel(values["level"])})
+        case "decay_plan":
+            return decay_plan_from_dict(values)
         case _:
             return _KINDS[kind](**values)
+
+
+def decay_plan_from_dict(values: Mapping[str, Any]) -> DecayPlan:
+    """Return the plan of its fields as JSON types."""
+    return DecayPlan(**{**values, "reason": DecayReason(values["reason"])})

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from ferryman_service.domain.recipe import Recipe
 from ferryman_service.domain.records import EventLevel, RunEvent, RunState, StepMetrics, ValidationMetrics
+from ferryman_service.domain.schedule import DecayPlan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +61,8 @@ class RunProgress:
 
     `reports` counts the records of the series (steps, validations, and the events that belong to them), which a resumed
     worker makes again; `skipped_updates` counts the steps whose update was skipped. `step_time_ns` is when the worker
-    reported the last step, nanoseconds since 1970, 0 if that is not known.
+    reported the last step, nanoseconds since 1970, 0 if that is not known. `decays` are the planned decays of the
+    learning rate, by rising first step.
     """
 
     step: int = 0
@@ -74,6 +76,7 @@ class RunProgress:
     reports: int = 0
     skipped_updates: int = 0
     step_time_ns: int = 0
+    decays: tuple[DecayPlan, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

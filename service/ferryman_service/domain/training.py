@@ -9,6 +9,7 @@ from pathlib import Path
 from ferryman_service.domain.corpora import CorpusFiles
 from ferryman_service.domain.models import ModelScores
 from ferryman_service.domain.recipe import Recipe
+from ferryman_service.domain.schedule import DecayPlan
 
 
 class RunCancelled(Exception):
@@ -43,8 +44,8 @@ class TrainingJob:
     """What a training engine is given.
 
     `run_dir` is its own; it exists and may hold an earlier attempt's files. `prepared_dir` is shared by all runs and
-    keeps tokenised corpora. `reported_step` is the last step that an earlier attempt made durable. `corpus_digest`
-    names the corpus's content.
+    keeps tokenised corpora. `reported_step` is the last step that an earlier attempt made durable, and `decays` are the
+    decays that earlier attempts planned. `corpus_digest` names the corpus's content.
     """
 
     run_id: str
@@ -54,6 +55,7 @@ class TrainingJob:
     prepared_dir: Path
     corpus_digest: str = ""
     reported_step: int = 0
+    decays: tuple[DecayPlan, ...] = ()
     initial: InitialWeights | None = None
 
 

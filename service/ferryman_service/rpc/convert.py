@@ -39,7 +39,7 @@ from ferryman_service.domain.records import (
     ValidationMetrics,
 )
 from ferryman_service.domain.runs import CheckpointInfo, RunProgress, TrainingRun
-from ferryman_service.domain.schedule import LearningRateSchedule, ScheduleKind
+from ferryman_service.domain.schedule import DecayPlan, DecayReason, DecayShape, LearningRateSchedule, ScheduleKind
 from ferryman_service.domain.translation import EarlyStopping, Hypothesis, Sampling, SearchOptions, Translation
 
 E = TypeVar("E", bound=enum.StrEnum)
@@ -62,6 +62,8 @@ _ENUMS: Final[Mapping[type[enum.StrEnum], tuple[Any, str]]] = {
     EventLevel: (metrics_pb2.EventLevel, "EVENT_LEVEL_"),
     Split: (corpus_pb2.Split, "SPLIT_"),
     Side: (corpus_pb2.Side, "SIDE_"),
+    DecayShape: (recipe_pb2.DecayShape, "DECAY_SHAPE_"),
+    DecayReason: (metrics_pb2.DecayReason, "DECAY_REASON_"),
     EarlyStopping: (translation_pb2.EarlyStopping, "EARLY_STOPPING_"),
 }
 _RECIPE_ENUMS: Final[Mapping[str, type[enum.StrEnum]]] = {
@@ -74,6 +76,7 @@ _RECIPE_ENUMS: Final[Mapping[str, type[enum.StrEnum]]] = {
     "positions": Positions,
     "precision": Precision,
     "averaging": Averaging,
+    "decay_shape": DecayShape,
 }
 
 
@@ -160,6 +163,8 @@ def curve_to_wire(curve: Curve) -> training_pb2.GetLRScheduleResponse:
         points=[training_pb2.LearningRatePoint(step=step, learning_rate=rate) for step, rate in curve.points],
         schedule=schedule_to_wire(curve.schedule),
         peak=training_pb2.LearningRatePoint(step=curve.peak[0], learning_rate=curve.peak[1]),
+        decays=[metrics_pb2.DecayPlan(**_plain(decay)) for decay in curve.decays],
+        provisional_from_step=curve.provisional_from_step,
     )
 
 
@@ -175,6 +180,8 @@ def record_to_wire(record: Record) -> metrics_pb2.MetricRecord:
             wire.state_change.CopyFrom(metrics_pb2.StateChange(**_plain(record.payload)))
         case RunEvent():
             wire.event.CopyFrom(metrics_pb2.RunEvent(**_plain(record.payload)))
+        case DecayPlan():
+            wire.decay_plan.CopyFrom(metrics_pb2.DecayPlan(**_plain(record.payload)))
     return wire
 
 

@@ -20,6 +20,7 @@ from ferryman_service.domain.records import (
     StateChange,
     StepMetrics,
     ValidationMetrics,
+    decay_plan_from_dict,
     payload_from_dict,
     payload_to_dict,
 )
@@ -216,6 +217,7 @@ def _progress_from_value(value: dict[str, Any]) -> RunProgress:
         | {
             "last_step": step and StepMetrics(**step),
             "best_validation": validation and ValidationMetrics(**validation),
+            "decays": tuple(decay_plan_from_dict(decay) for decay in value.get("decays", ())),
         }
     )
 

@@ -85,14 +85,15 @@ def train_subwords(
     algorithm: SubwordAlgorithm,
     character_coverage: float,
     seed: int,
+    split_digits: bool = False,
     max_lines: int = MAX_TRAINING_LINES,
     max_characters: int = MAX_TRAINING_CHARACTERS,
 ) -> Subwords:
     """Learn subwords from normalised lines (both sides of the corpus), write the model file, and return the model.
 
-    Of more than `max_lines` lines or `max_characters` a random sample is used. The model file is a function of the
-    lines and the other arguments. Raises TrainingFailed: VOCABULARY_TOO_LARGE or VOCABULARY_TOO_SMALL, naming a size
-    that works.
+    With `split_digits` every digit is a subword of its own. Of more than `max_lines` lines or `max_characters` a random
+    sample is used. The model file is a function of the lines and the other arguments. Raises TrainingFailed:
+    VOCABULARY_TOO_LARGE or VOCABULARY_TOO_SMALL, naming a size that works.
     """
     model = io.BytesIO()
     try:
@@ -102,6 +103,7 @@ def train_subwords(
             vocab_size=vocabulary_size,
             model_type=algorithm.value,
             character_coverage=character_coverage,
+            split_digits=split_digits,
             normalization_rule_name="identity",
             pad_id=PAD,
             unk_id=UNK,

@@ -21,6 +21,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from ferryman_service.domain.records import decay_plan_from_dict
+from ferryman_service.domain.schedule import DecayPlan
 from ferryman_service.training.files import Disk
 from ferryman_service.training.scores import ValidationScores
 from ferryman_service.training.step import TraineeCounters
@@ -50,7 +52,8 @@ class Position:
     the best validation with its step, and how many came after it; the validated steps that averaging may want, with
     their ranks; how many reports of the series were made; seconds spent, and those that a validation takes; returns
     after a divergence, and skipped updates in a row; the step of the last checkpoint that was not left by a pause, to
-    which a divergence leads back; the limit that was reached, as (code, message).
+    which a divergence leads back; the limit that was reached, as (code, message); seconds that an update takes; the
+    decays of the learning rate that were planned.
     """
 
     step: int = 0
@@ -68,6 +71,8 @@ class Position:
     skipped_in_a_row: int = 0
     scheduled_step: int = 0
     ending: tuple[str, str] | None = None
+    update_s: float | None = None
+    decays: tuple[DecayPlan, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -204,12 +209,17 @@ def _read_position(path: Path) -> tuple[TraineeCounters, Position]:
         values: Any = json.loads((path / _POSITION).read_bytes())
         counters = TraineeCounters(**values.pop("counters"))
         for name in ("validated", "best"):
-            values[name] = values[name] and ValidationScores(**values[name])
+            values[name] = values[name] and _scores_from_dict(values[name])
         values["candidates"] = tuple((step, tuple(rank)) for step, rank in values["candidates"])
         values["ending"] = values["ending"] and tuple(values["ending"])
+        values["decays"] = tuple(decay_plan_from_dict(decay) for decay in values.get("decays", ()))
         return counters, Position(**values)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointDamaged(f"{path / _POSITION} cannot be read, or is of another release: {error!r}") from error
+
+
+def _scores_from_dict(values: Mapping[str, Any]) -> ValidationScores:
+    return ValidationScores(**{**values, "statistics": tuple(values.get("statistics", ()))})
 
 
 def _verify(path: Path, name: str, digests: Mapping[str, str]) -> None:

@@ -41,6 +41,7 @@ def learn_subwords(
         algorithm=recipe.subword_algorithm,
         character_coverage=recipe.character_coverage,
         seed=seed,
+        split_digits=recipe.split_digits,
     )
 
 

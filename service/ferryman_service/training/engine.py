@@ -212,7 +212,7 @@ class _Run:
         trainee = self._new_trainee(model)
         trainee.load(checkpoint.tensors, checkpoint.counters)
         position = checkpoint.position
-        self._budget.resume(position.elapsed_s, position.validation_s)
+        self._budget.resume(position.elapsed_s, position.validation_s, position.update_s)
         self._series.resume(position.reports)
         again = max(0, self._job.reported_step - step)
         text = f"going on from the checkpoint of step {step}; {again} steps that were reported are done again"
@@ -258,6 +258,7 @@ class _Run:
             checkpoints=self._files.checkpoints,
             budget=self._budget,
             reported_step=self._job.reported_step,
+            decays=self._job.decays,
             disk=self._disk,
         )
         loop = TrainingLoop(parts, position)
@@ -272,8 +273,7 @@ class _Run:
         chosen = None
         if self._ranks.is_first:
             with self._ranks.others_follow():
-                recipe = self._recipe.validation
-                chosen = choose_weights(model, validator, position, recipe, self._files, self._series, self._disk)
+                chosen = choose_weights(model, validator, position, self._recipe, self._files, self._series, self._disk)
         self._ranks.agree(Verdict.FINISH)
         return self._share_scores(chosen)
 

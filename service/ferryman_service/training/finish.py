@@ -1,12 +1,15 @@
-"""What training ends with: the best checkpoint or the average of several, whichever has the better score."""
+"""What training ends with: the best checkpoint, the last one or the average of several."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
 
+from torch import Tensor
+
 from ferryman_service.domain.models import ModelScores
-from ferryman_service.domain.recipe import Averaging, ValidationRecipe
+from ferryman_service.domain.recipe import Averaging, Recipe
 from ferryman_service.domain.records import EventLevel
 from ferryman_service.model.transformer import Transformer
 from ferryman_service.training.average import average_checkpoints
@@ -21,53 +24,82 @@ from ferryman_service.training.checkpoint import (
 from ferryman_service.training.files import Disk, RunFiles
 from ferryman_service.training.reporting import Reporter
 from ferryman_service.training.scores import ValidationScores
+from ferryman_service.training.significance import compare
 from ferryman_service.training.validate import Validator
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """Weights that may be published: how they are called in ModelScores and in events, their scores, their step."""
+
+    weights: str
+    name: str
+    scores: ValidationScores
+    step: int
+
+    def __str__(self) -> str:
+        scores = self.scores
+        numbers = f"BLEU {scores.bleu:.2f}, chrF {scores.chrf:.2f}, {scores.nll_per_token:.4f} nats per token"
+        return f"{self.name} ({numbers})"
 
 
 def choose_weights(
     model: Transformer,
     validator: Validator,
     position: Position,
-    recipe: ValidationRecipe,
+    recipe: Recipe,
     files: RunFiles,
     reporter: Reporter,
     disk: Disk,
 ) -> ModelScores:
     """Write the weights that training ends with into the run's folder, put them into the model, return their scores.
 
-    Nothing else is changed, so it can be done again. A damaged checkpoint is left out, and an event tells of it.
+    The best checkpoint, the last one and the average compete; a difference in the metric counts if a paired bootstrap
+    supports it, and the loss decides otherwise. Nothing else is changed, so it can be done again. A damaged checkpoint
+    is left out, and an event tells of it.
     """
     wanted = [step for step, _ in position.candidates]
-    damaged = {step for step in {*wanted, position.best_step} if not _is_intact(files.checkpoints, step, reporter)}
-    scores, step = _best(position, damaged)
-    best, weights = checkpoint_path(files.checkpoints, step), "best"
-    remark = f"the checkpoint of step {step} ({_describe(scores)})"
+    singles = {position.best_step, position.step}
+    damaged = {step for step in {*wanted, *singles} if not _is_intact(files.checkpoints, step, reporter)}
+    candidates = _single_checkpoints(position, damaged)
     several = [checkpoint_path(files.checkpoints, each) for each in wanted if each not in damaged]
-    if len(several) > 1 and recipe.averaging is not Averaging.NONE:
-        model.load_state_dict(average_checkpoints(several))
-        average = validator.score(model)
-        other = f"the average of the {recipe.averaging} {len(several)} checkpoints ({_describe(average)})"
-        if average.rank(recipe.metric) > scores.rank(recipe.metric):
-            scores, step, weights = average, position.step, "average"
-            remark, other = other, remark
-        remark = f"{remark}, not {other}"
-    if weights == "best":
-        model.load_state_dict(load_weights(best))
+    average: dict[str, Tensor] | None = None
+    if len(several) > 1 and recipe.validation.averaging is not Averaging.NONE:
+        average = average_checkpoints(several)
+        model.load_state_dict(average)
+        name = f"the average of the {recipe.validation.averaging} {len(several)} checkpoints"
+        candidates.append(_Candidate("average", name, validator.score(model), position.step))
+    chosen, remarks = candidates[0], list[str]()
+    for candidate in candidates[1:]:
+        comparison = compare(candidate.scores, chosen.scores, recipe.validation.metric, recipe.seed)
+        kept, left = (candidate, chosen) if comparison.is_better else (chosen, candidate)
+        remarks.append(f"{kept}, not {left}, {comparison.rule}")
+        chosen = kept
+    if chosen.weights == "average":
+        assert average is not None
+        model.load_state_dict(average)
+    else:
+        model.load_state_dict(load_weights(checkpoint_path(files.checkpoints, chosen.step)))
     disk.write(files.weights, safetensors_chunks(model.state_dict()))
-    reporter.event(EventLevel.INFO, "WEIGHTS_CHOSEN", remark, repeats=True)
+    reporter.event(EventLevel.INFO, "WEIGHTS_CHOSEN", "; ".join(remarks) or str(chosen), repeats=True)
+    scores = chosen.scores
     return ModelScores(
-        bleu=scores.bleu, chrf=scores.chrf, nll_per_token=scores.nll_per_token, weights=weights, step=step
+        bleu=scores.bleu,
+        chrf=scores.chrf,
+        nll_per_token=scores.nll_per_token,
+        weights=chosen.weights,
+        step=chosen.step,
     )
 
 
-def _best(position: Position, damaged: Collection[int]) -> tuple[ValidationScores, int]:
-    """Return the best checkpoint's scores and step; if it is damaged, those of the last one, which was just written or
-    read."""
+def _single_checkpoints(position: Position, damaged: Collection[int]) -> list[_Candidate]:
+    """Return the best and the last checkpoint, one if they are the same. Of two that are damaged the last one is
+    returned all the same: it was just written or read."""
     assert position.best is not None, "the loop validates before it ends"
     assert position.validated is not None, "the loop validates before it ends"
-    if position.best_step in damaged:
-        return position.validated, position.step
-    return position.best, position.best_step
+    found = {position.best_step: position.best, position.step: position.validated}
+    intact = [step for step in found if step not in damaged] or [position.step]
+    return [_Candidate("best", f"the checkpoint of step {step}", found[step], step) for step in intact]
 
 
 def _is_intact(checkpoints: Path, step: int, reporter: Reporter) -> bool:
@@ -77,7 +109,3 @@ def _is_intact(checkpoints: Path, step: int, reporter: Reporter) -> bool:
         reporter.event(EventLevel.WARNING, "CHECKPOINT_DAMAGED", f"{error}; its weights are left out")
         return False
     return True
-
-
-def _describe(scores: ValidationScores) -> str:
-    return f"BLEU {scores.bleu:.2f}, chrF {scores.chrf:.2f}, {scores.nll_per_token:.4f} nats per token"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
@@ -12,6 +12,7 @@ from typing import Final
 from ferryman_service.domain.recipe import Recipe
 from ferryman_service.domain.records import EventLevel, ValidationMetrics
 from ferryman_service.domain.runs import FailureReason, TrainingFailed
+from ferryman_service.domain.schedule import DecayPlan, DecayReason, ScheduleKind
 from ferryman_service.domain.training import PauseRequested, StopRequested
 from ferryman_service.training.batches import SOURCE_MULTIPLE, make_batch
 from ferryman_service.training.budget import TimeBudget
@@ -22,6 +23,7 @@ from ferryman_service.training.checkpoint import (
     checkpoint_step,
     load_checkpoint,
 )
+from ferryman_service.training.decay import DecayPlanner, high_rate, reaches_target
 from ferryman_service.training.files import Disk
 from ferryman_service.training.packing import EpochPlan, Update, plan_epoch
 from ferryman_service.training.pairs import TokenPairs
@@ -41,7 +43,8 @@ class LoopParts:
     """What the loop works with. Only rank 0 validates, reports and writes.
 
     `pairs(epoch)` returns the training pairs of a pass; if that takes long, it may raise what a request to rest raises.
-    No time limit ends training before `reported_step`: an earlier attempt has reported so far.
+    No time limit ends training before `reported_step`: an earlier attempt has reported so far. `decays` are the decays
+    that earlier attempts planned.
     """
 
     trainee: Trainee
@@ -52,6 +55,7 @@ class LoopParts:
     checkpoints: Path
     budget: TimeBudget
     reported_step: int = 0
+    decays: Sequence[DecayPlan] = ()
     disk: Disk = field(default_factory=Disk)
 
 
@@ -71,7 +75,13 @@ class TrainingLoop:
         self._meter = StepMeter(self._ranks.device, parts.recipe.optimization, parts.trainee.model.config)
         self._writer = CheckpointWriter(parts.checkpoints, parts.disk)
         self._rest: PauseRequested | StopRequested | None = None
+        self._planner = DecayPlanner(parts.recipe, parts.budget, parts.decays, parts.reported_step)
+        self._next_decay: DecayPlan | None = None
+        self._boundary_s: float | None = None
+        """When the last update ended: the time of an update includes what is done between two. A validation, whose time
+        is measured by itself, forgets it."""
         self.position = position or Position()
+        parts.trainee.decays = self.position.decays
 
     def run(self) -> None:
         """Train until a limit is reached; then the weights of the last step are validated and in a checkpoint.
@@ -91,10 +101,14 @@ class TrainingLoop:
             self._end()
 
     def _go_on(self) -> bool:
-        while self._verdict() is Verdict.FINISH:
-            if self._settle():
+        while (verdict := self._verdict()) is not Verdict.GO_ON:
+            # Outcomes that were still on their way may lead back to a checkpoint: then this is not the end, nor the
+            # time to decay.
+            if not self._settle():
+                continue
+            if verdict is Verdict.FINISH:
                 return False
-            # Outcomes that were still on their way led back to a checkpoint: it may not be the end.
+            self._begin_decay()
         return True
 
     def _verdict(self) -> Verdict:
@@ -102,9 +116,32 @@ class TrainingLoop:
         if self._ranks.is_first:
             with self._ranks.others_follow():
                 self._writer.check()
-                if self._is_to_rest() or self._reason_to_stop() is not None:
+                if self._is_to_rest():
+                    verdict = Verdict.FINISH
+                elif self._decay_is_due():
+                    verdict = Verdict.DECAY
+                elif self._reason_to_stop() is not None:
                     verdict = Verdict.FINISH
         return self._ranks.agree(verdict)
+
+    def _decay_is_due(self) -> bool:
+        self._next_decay = self._planner.next_plan(self.position)
+        return self._next_decay is not None
+
+    def _begin_decay(self) -> None:
+        """Let the learning rate decay from the next update on; before that the plan is durable."""
+        numbers = [0.0] * 3
+        if self._next_decay is not None:
+            plan = self._next_decay
+            numbers = [float(plan.first_step), float(plan.last_step), float(_REASONS.index(plan.reason))]
+        first, last, reason = (int(number) for number in self._ranks.share(numbers))
+        plan = DecayPlan(first_step=first, last_step=last, reason=_REASONS[reason])
+        self.position = replace(self.position, decays=(*self.position.decays, plan))
+        self._parts.trainee.decays = self.position.decays
+        if self._ranks.is_first:
+            with self._ranks.others_follow():
+                self._parts.series.decay_plan(plan)
+                self._parts.series.flush()
 
     def _is_to_rest(self) -> bool:
         self._rest = None
@@ -118,14 +155,21 @@ class TrainingLoop:
         stop, position = self._parts.recipe.stop, self.position
         if position.ending is not None:
             return position.ending
-        if stop.patience and position.validations_since_best >= stop.patience:
-            return "EARLY_STOP", f"{stop.patience} validations without a better score: stopping at step {position.step}"
+        last_step = self._planner.last_step(position)
+        if last_step is not None and position.step >= last_step:
+            return "DECAY_ENDED", f"the learning rate's decay has ended at step {position.step}"
+        if self._parts.recipe.schedule.kind is not ScheduleKind.WSD:
+            if stop.patience and position.validations_since_best >= stop.patience:
+                text = f"{stop.patience} validations without a better score: stopping at step {position.step}"
+                return "EARLY_STOP", text
+            if position.validated is not None and reaches_target(self._parts.recipe, position.validated):
+                return "TARGET_REACHED", f"stop.target_score: {stop.target_score:g} is reached at step {position.step}"
         if stop.max_steps and position.step >= stop.max_steps:
             return "LIMIT_REACHED", f"stop.max_steps: {position.step} updates are done"
         if stop.max_epochs and position.epoch >= stop.max_epochs and self._epoch_is_over():
             return "LIMIT_REACHED", f"stop.max_epochs: {position.epoch} passes over the pairs are done"
         validations_to_come = 1 + (position.validated is None)
-        in_time = position.step < max(1, self._parts.reported_step)
+        in_time = position.step < max(1, self._parts.reported_step) or last_step is not None
         if not in_time and self._parts.budget.is_spent(validations_to_come):
             return "LIMIT_REACHED", f"stop.max_time_seconds: the time is over at step {position.step}"
         return None
@@ -148,6 +192,8 @@ class TrainingLoop:
             self._validate()
         self._see_written()
         if reason is not None:
+            if (remark := high_rate(self._parts.recipe, self.position)) is not None:
+                self._parts.series.event(*remark, repeats=True)
             self._parts.series.event(EventLevel.INFO, *reason, repeats=True)
 
     def _lay_down(self) -> None:
@@ -187,6 +233,9 @@ class TrainingLoop:
         )
         # On a GPU the newest update is still on its way, and nobody waits for it.
         self._read_outcomes(but=1 if self._ranks.device.type == "cuda" else 0)
+        now_s = self._parts.budget.clock()
+        self._parts.budget.note_update(now_s - (self._boundary_s or started_s))
+        self._boundary_s = now_s
 
     def _settle(self) -> bool:
         """Wait for all updates; return False if they led back to a checkpoint."""
@@ -221,6 +270,7 @@ class TrainingLoop:
         if self._ranks.is_first:
             self._parts.series.event(EventLevel.WARNING, "ROLLED_BACK", text, repeats=True)
         self.position = replace(checkpoint.position, rollbacks=self.position.rollbacks + 1, skipped_in_a_row=0)
+        trainee.decays = self.position.decays
         self._ranks.meet()  # all have read the checkpoint before the first one replaces it
         if self._ranks.is_first:
             with self._ranks.others_follow():
@@ -313,6 +363,7 @@ class TrainingLoop:
                 self._report_validation(scores, clock() - started_s)
             self._parts.budget.validation_s = clock() - started_s
         self._save()
+        self._boundary_s = None
 
     def _scores(self) -> ValidationScores:
         trainee, validator = self._parts.trainee, self._parts.validator
@@ -370,9 +421,12 @@ class TrainingLoop:
             reports=parts.series.reports,
             elapsed_s=parts.budget.elapsed_s(),
             validation_s=parts.budget.validation_s,
+            update_s=parts.budget.update_s(),
         )
         self._writer.write(Checkpoint(parts.trainee.tensors(), parts.trainee.counters(), self.position))
 
+
+_REASONS: Final = tuple(DecayReason)
 
 _NOT_MINE: Final = ValidationScores(loss=0.0, nll_per_token=0.0, bleu=0.0, chrf=0.0, translated_pairs=0)
 """What the other ranks hold in place of rank 0's scores: that there are some."""

@@ -32,6 +32,7 @@ class Verdict(enum.IntEnum):
     GO_ON = 0
     FINISH = 1
     ABANDON = 2
+    DECAY = 3
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from ferryman_service.domain.records import EventLevel, StepMetrics, ValidationMetrics
+from ferryman_service.domain.schedule import DecayPlan
 
 
 class Reporter(Protocol):
@@ -16,6 +17,10 @@ class Reporter(Protocol):
 
     def validation(self, metrics: ValidationMetrics) -> None:
         """Report a validation."""
+        ...
+
+    def decay_plan(self, plan: DecayPlan) -> None:
+        """Report a planned decay of the learning rate."""
         ...
 
     def event(self, level: EventLevel, code: str, message: str, *, repeats: bool = False) -> None:
@@ -51,6 +56,11 @@ class Series:
         """Report a validation."""
         self.reports += 1
         self._reporter.validation(metrics)
+
+    def decay_plan(self, plan: DecayPlan) -> None:
+        """Report a planned decay of the learning rate."""
+        self.reports += 1
+        self._reporter.decay_plan(plan)
 
     def event(self, level: EventLevel, code: str, message: str, *, repeats: bool = False) -> None:
         """Make a remark; with `repeats` it belongs to the series."""

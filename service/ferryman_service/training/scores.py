@@ -10,13 +10,18 @@ from ferryman_service.domain.recipe import SelectionMetric
 
 @dataclass(frozen=True, kw_only=True)
 class ValidationScores:
-    """Losses per target token in nats over all validation pairs; BLEU and chrF of the first ones."""
+    """Losses per target token in nats over all validation pairs; BLEU and chrF of the first ones.
+
+    `statistics` are those of each translated pair from which the recipe's metric is computed (see
+    `training.significance`), one pair after the other; empty where the metric is the loss.
+    """
 
     loss: float
     nll_per_token: float
     bleu: float
     chrf: float
     translated_pairs: int
+    statistics: tuple[int, ...] = ()
 
     def rank(self, metric: SelectionMetric) -> tuple[float, ...]:
         """Return what scores are compared by: higher is better, equal BLEU or chrF is decided by the likelihood.

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ferryman_service.domain.recipe import Precision, Recipe
 from ferryman_service.domain.runs import FailureReason, TrainingFailed
-from ferryman_service.domain.schedule import learning_rate
+from ferryman_service.domain.schedule import DecayPlan, learning_rate
 from ferryman_service.model.transformer import Transformer
 from ferryman_service.training.batches import Batch
 from ferryman_service.training.compile import reason_of, stop_compiling
@@ -97,7 +97,8 @@ class PendingOutcome:
 class Trainee:
     """What is trained: a model, its optimizer, and what an update needs. Make one with `new_trainee`.
 
-    `compiled`: the model runs compiled code, which may fail where the model as it is would not.
+    `compiled`: the model runs compiled code, which may fail where the model as it is would not. `decays` are the
+    planned decays of the learning rate, which the training loop sets.
     """
 
     def __init__(
@@ -112,6 +113,7 @@ class Trainee:
         self._compiled = compiled
         self._scale = LossScale(self._recipe.precision, ranks.device)
         self._average = MovingAverage(optimizer.weights, self._recipe.ema_decay) if self._recipe.ema_decay else None
+        self.decays: Sequence[DecayPlan] = ()
         self._rate_scale = 1.0
         self._updates_done = 0
 
@@ -124,7 +126,7 @@ class Trainee:
         """
         sums, split, uncompiled = self._compiled_or_not(micro_batches, target_tokens)
         self.ranks.sum(self._optimizer.gradient, sums)
-        rate = self._rate_scale * learning_rate(self._schedule, self._updates_done + 1)
+        rate = self._rate_scale * learning_rate(self._schedule, self._updates_done + 1, self.decays)
         norm, not_finite = self._optimizer.step(rate, self._scale.value)
         self._scale.update(not_finite)
         self._updates_done += 1

@@ -27,6 +27,7 @@ from ferryman_service.training.batches import make_batch
 from ferryman_service.training.data import ValidationPairs
 from ferryman_service.training.packing import Index, batches_by_length
 from ferryman_service.training.scores import ValidationScores
+from ferryman_service.training.significance import sentence_statistics
 from ferryman_service.training.step import batch_losses
 
 _GREEDY: Final = SearchOptions(beam_size=1)
@@ -83,6 +84,7 @@ class Validator:
             bleu=BLEU().corpus_score(translations, references).score,
             chrf=CHRF().corpus_score(translations, references).score,
             translated_pairs=len(translations),
+            statistics=tuple(sentence_statistics(self._recipe.validation.metric, translations, references[0])),
         )
 
     @torch.inference_mode()

@@ -1,5 +1,6 @@
 """Schedules: the paper's numbers, and the laws that hold for every schedule."""
 
+import dataclasses
 import itertools
 import math
 
@@ -8,7 +9,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ferryman_service.domain.recipe import resolve_schedule
-from ferryman_service.domain.schedule import LearningRateSchedule, ScheduleKind, learning_rate, sample_steps
+from ferryman_service.domain.schedule import (
+    DecayPlan,
+    DecayReason,
+    DecayShape,
+    LearningRateSchedule,
+    ScheduleKind,
+    curve,
+    learning_rate,
+    sample_steps,
+    scheduled_decay_step,
+)
 
 PAPER = resolve_schedule({"d_model": 512, "warmup_steps": 4000})
 
@@ -35,6 +46,8 @@ schedules = st.builds(
         peak_learning_rate=0.01,
         minimum_learning_rate=0.01 * share,
         total_steps=warmup + length,
+        decay_share=length / (warmup + length) * 0.9,
+        decay_shape=DecayShape.LINEAR,
     ),
     st.sampled_from(ScheduleKind),
     st.integers(1, 500),
@@ -91,3 +104,67 @@ def test_samples_rise_keep_the_ends_and_the_peak(first, span, points, warmup):
     if span < points:
         assert len(steps) == span + 1
     assert all(math.isfinite(learning_rate(schedule, step)) for step in steps)
+
+
+WSD = resolve_schedule({"kind": ScheduleKind.WSD, "warmup_steps": 10, "peak_learning_rate": 0.004})
+WSD_OF_100 = resolve_schedule(
+    {"kind": ScheduleKind.WSD, "warmup_steps": 10, "peak_learning_rate": 0.004, "total_steps": 100, "decay_share": 0.2}
+)
+
+
+def planned(first_step, last_step):
+    return DecayPlan(first_step=first_step, last_step=last_step, reason=DecayReason.TIME)
+
+
+def test_wsd_warms_up_stays_and_decays_over_its_share_of_the_steps():
+    assert scheduled_decay_step(WSD_OF_100) == 81
+    assert [learning_rate(WSD_OF_100, step) for step in (5, 10, 50, 80)] == [0.002, 0.004, 0.004, 0.004]
+    assert learning_rate(WSD_OF_100, 90) == pytest.approx(0.002)
+    assert learning_rate(WSD_OF_100, 100) == 0.0
+    assert learning_rate(WSD_OF_100, 1000) == 0.0
+
+
+def test_one_minus_sqrt_falls_faster_at_first():
+    schedule = dataclasses.replace(WSD_OF_100, decay_shape=DecayShape.ONE_MINUS_SQRT)
+    assert learning_rate(schedule, 85) == pytest.approx(0.004 * (1 - math.sqrt(0.25)))
+    assert learning_rate(schedule, 100) == 0.0
+
+
+def test_wsd_without_a_number_of_steps_stays_at_its_peak_until_a_decay_is_planned():
+    assert learning_rate(WSD, 10**6) == 0.004
+    assert learning_rate(WSD, 500, [planned(501, 600)]) == 0.004
+    assert learning_rate(WSD, 550, [planned(501, 600)]) == pytest.approx(0.002)
+    assert learning_rate(WSD, 600, [planned(501, 600)]) == 0.0
+
+
+def test_a_later_plan_decays_from_the_rate_that_the_earlier_one_had_reached():
+    plans = [planned(501, 600), planned(551, 560)]
+    assert learning_rate(WSD, 550, plans) == pytest.approx(0.002)
+    assert learning_rate(WSD, 555, plans) == pytest.approx(0.001)
+    assert learning_rate(WSD, 560, plans) == 0.0
+
+
+def test_a_decay_in_the_warmup_starts_from_the_rate_reached_there():
+    assert learning_rate(WSD, 6, [planned(6, 9)]) == pytest.approx(0.002 * 0.75)
+
+
+def test_a_minimum_above_the_rate_reached_does_not_raise_it():
+    schedule = dataclasses.replace(WSD, minimum_learning_rate=0.003)
+    assert learning_rate(schedule, 8, [planned(6, 9)]) == pytest.approx(0.002)
+
+
+@given(st.integers(1, 400), st.integers(1, 400), st.integers(1, 400), st.integers(0, 400))
+def test_no_plan_ever_raises_the_rate_after_warmup(stable, first_length, second_begin, second_length):
+    begin = 10 + stable
+    plans = [planned(begin, begin + first_length), planned(begin + second_begin, begin + second_begin + second_length)]
+    rates = [learning_rate(WSD, step, plans) for step in range(10, plans[1].last_step + 3)]
+    assert all(b <= a * (1 + 1e-12) for a, b in itertools.pairwise(rates))
+    assert rates[-1] == 0.0
+
+
+def test_the_corners_of_a_decay_are_among_the_points():
+    steps = sample_steps(WSD, 1, 2000, 20, [planned(501, 600)])
+    assert {10, 500, 600} <= set(steps)
+    assert steps == sorted(set(steps)) and len(steps) == 20
+    assert {80, 10} <= set(sample_steps(WSD_OF_100, 1, 100, 12))
+    assert curve(WSD, [600], [planned(501, 600)]) == [(600, 0.0)]

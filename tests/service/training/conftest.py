@@ -26,6 +26,7 @@ class RecordingReporter:
     steps: list = field(default_factory=list)
     validations: list = field(default_factory=list)
     events: list = field(default_factory=list)
+    decays: list = field(default_factory=list)
     checks_left: int = -1
     error: Exception = None
 
@@ -34,6 +35,9 @@ class RecordingReporter:
 
     def validation(self, metrics):
         self.validations.append(metrics)
+
+    def decay_plan(self, plan):
+        self.decays.append(plan)
 
     def event(self, level, code, message, *, repeats=False):
         self.events.append((code, message))

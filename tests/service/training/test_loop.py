@@ -1,9 +1,12 @@
+import dataclasses
 import itertools
 import time
 
 import pytest
 import torch
 
+from ferryman_service.domain.recipe import SelectionMetric, resolve_schedule
+from ferryman_service.domain.schedule import ScheduleKind, learning_rate
 from ferryman_service.model.config import TransformerConfig
 from ferryman_service.model.transformer import Transformer
 from ferryman_service.training.budget import TimeBudget
@@ -134,3 +137,61 @@ def test_a_validation_that_does_not_fit_is_halved_and_told(make_parts, small_rec
     (message,) = reporter.messages("OUT_OF_MEMORY_SPLIT")
     assert message.startswith("validation at step 1")
     assert reporter.validations[-1].translated_pairs == 40
+
+
+def wsd(small_recipe, **stop):
+    schedule = {"kind": ScheduleKind.WSD, "warmup_steps": 5, "peak_learning_rate": 0.004, "decay_share": 0.3}
+    recipe = small_recipe(stop={"max_steps": 0, **stop}, validation={"interval_steps": 5})
+    resolved = resolve_schedule(schedule)
+    return dataclasses.replace(recipe, schedule=resolved)
+
+
+def test_decay_within_a_limit_of_time_ends_and_equals_the_planned_curve(make_parts, small_recipe, reporter):
+    """On a clock that goes on by a second whenever it is read."""
+    ticks = itertools.count()
+    recipe = wsd(small_recipe, max_time_seconds=200.0)
+    TrainingLoop(make_parts(recipe, clock=lambda: float(next(ticks)))).run()
+    plans = reporter.decays
+    assert plans and next(ticks) <= 1.05 * 200 + 10
+    assert reporter.steps[-1].step == plans[-1].last_step == reporter.validations[-1].step
+    assert reporter.steps[-1].learning_rate == 0.0
+    for step in reporter.steps:
+        assert step.learning_rate == learning_rate(recipe.schedule, step.step, plans)
+    assert reporter.messages("DECAY_ENDED") and not reporter.messages("LEARNING_RATE_STILL_HIGH")
+
+
+def test_plan_is_durable_before_the_first_decayed_update(make_parts, small_recipe, reporter):
+    """What was flushed when the plan was made: the plan, and no step with a decayed rate."""
+    log = []
+    flush, step, decay_plan = reporter.flush, reporter.step, reporter.decay_plan
+    reporter.flush = lambda: (log.append("flush"), flush())
+    reporter.step = lambda metrics: (log.append(metrics.step), step(metrics))
+    reporter.decay_plan = lambda plan: (log.append(plan), decay_plan(plan))
+    ticks = itertools.count()
+    TrainingLoop(make_parts(wsd(small_recipe, max_time_seconds=200.0), clock=lambda: float(next(ticks)))).run()
+    plan = reporter.decays[0]
+    at = log.index(plan)
+    assert log[at + 1] == "flush"
+    assert log[at + 2] == plan.first_step
+
+
+def test_target_score_ends_a_run_whose_schedule_has_no_decay(make_parts, small_recipe, reporter):
+    recipe = small_recipe(
+        stop={"max_steps": 1000, "target_score": 100.0},
+        validation={"metric": SelectionMetric.LOSS, "interval_steps": 5},
+    )
+    TrainingLoop(make_parts(recipe)).run()
+    assert reporter.steps[-1].step == 5
+    assert reporter.messages("TARGET_REACHED") == ["stop.target_score: 100 is reached at step 5"]
+    assert len(reporter.messages("LEARNING_RATE_STILL_HIGH")) == 0  # 5 of 60 warmup steps: below a tenth of the peak
+
+
+def test_target_score_lets_the_rate_decay_with_wsd(make_parts, small_recipe, reporter):
+    recipe = wsd(small_recipe, max_steps=0, max_time_seconds=1e6, target_score=100.0)
+    recipe = dataclasses.replace(
+        recipe, validation=dataclasses.replace(recipe.validation, metric=SelectionMetric.LOSS, interval_steps=14)
+    )
+    TrainingLoop(make_parts(recipe)).run()
+    assert [(plan.first_step, plan.last_step) for plan in reporter.decays] == [(15, 20)]
+    assert [step.step for step in reporter.steps] == list(range(1, 21))
+    assert reporter.steps[-1].learning_rate == 0.0

@@ -10,8 +10,9 @@ import pytest
 import safetensors.torch
 import torch
 
-from ferryman_service.domain.recipe import Precision
+from ferryman_service.domain.recipe import Precision, resolve_schedule
 from ferryman_service.domain.runs import FailureReason, TrainingFailed
+from ferryman_service.domain.schedule import DecayPlan, ScheduleKind
 from ferryman_service.domain.training import DiskIsFull, InitialWeights, PauseRequested, StopRequested
 from ferryman_service.training.checkpoint import load_checkpoint
 from ferryman_service.training.engine import EngineConfig, TorchTrainingEngine
@@ -50,6 +51,9 @@ class DurableReporter:
 
     def validation(self, metrics):
         self._report(dataclasses.replace(metrics, seconds=0))
+
+    def decay_plan(self, plan):
+        self._report(plan)
 
     def event(self, level, code, message, *, repeats=False):
         if repeats:
@@ -402,3 +406,41 @@ def test_weights_of_another_shape_are_refused(make_job, small_recipe):
     with pytest.raises(TrainingFailed) as caught:
         outcome(dataclasses.replace(make_job(small_recipe()), initial=initial), DurableReporter())
     assert caught.value.reason is FailureReason.INITIAL_MODEL_UNUSABLE
+
+
+@pytest.fixture
+def timed_recipe(recipe):
+    """Plans its decay by a clock that runs faster in some attempts than in others."""
+    schedule = resolve_schedule({"kind": ScheduleKind.WSD, "warmup_steps": 2, "peak_learning_rate": 0.004})
+    stop = dataclasses.replace(recipe.stop, max_steps=0, max_time_seconds=300.0)
+    return dataclasses.replace(recipe, schedule=schedule, stop=stop)
+
+
+def ticking(seconds):
+    ticks = itertools.count()
+    return lambda: next(ticks) * seconds
+
+
+def test_a_death_after_the_decay_was_planned_replays_the_plan(make_job, timed_recipe):
+    """Every attempt has a machine of another speed, and follows the plan of the first one."""
+    whole = outcome(make_job(timed_recipe), DurableReporter(), TorchTrainingEngine(CONFIG, clock=ticking(1.0)))
+    (plan,) = [item for item in whole[1] if isinstance(item, DecayPlan)]
+    assert plan.last_step > plan.first_step > 3, "the checkpoint before the plan is older than the plan"
+    died = 0
+    for number in itertools.count(1):
+        work, reporter = make_job(timed_recipe), DurableReporter()
+        reporter.raise_at = {number: Crash()}
+        try:
+            outcome(work, reporter, TorchTrainingEngine(CONFIG, clock=ticking(1.0)))
+        except Crash:
+            pass
+        else:
+            break
+        plans = tuple(item for item in reporter.series if isinstance(item, DecayPlan))
+        if not plans:
+            continue
+        died += 1
+        steps = [item.step for item in reporter.series if hasattr(item, "gradient_norm")]
+        again = dataclasses.replace(work, reported_step=max(steps, default=0), decays=plans)
+        assert outcome(again, reporter, TorchTrainingEngine(CONFIG, clock=ticking(0.2))) == whole, number
+    assert died > 2
