@@ -1,18 +1,20 @@
 """Usable CPUs and memory, in fake cgroup trees and on this machine."""
 
 import os
+import re
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ferryman_service.config.resources import Machine, Usable, find_machine, usable_cpus, usable_memory
 from tests.fakes.cgroup_tree import V1_UNLIMITED, CgroupTree
 
+REPOSITORY = Path(__file__).parents[3]
 MIB = 2**20
 V2 = "/sys/fs/cgroup"
 CPU_V1 = "/sys/fs/cgroup/cpu,cpuacct"
@@ -30,6 +32,13 @@ def cpus(tree, affinity=64):
 
 def test_without_cgroups_affinity_counts(tree):
     assert cpus(tree, 3) == Usable(value=3, source="affinity")
+
+
+def test_nothing_else_counts_cpus():
+    counting = re.compile(r"cpu_count|sched_getaffinity")
+    files = (REPOSITORY / "service").rglob("*.py")
+    found = [file.name for file in files if counting.search(file.read_text(encoding="utf-8"))]
+    assert found == ["resources.py"], "use usable_cpus of config/resources.py"
 
 
 def test_affinity_of_this_process_is_asked_for(tree):
@@ -261,6 +270,7 @@ QUOTAS = st.none() | st.integers(1_000, 2_000_000)
 LEVELS = st.lists(st.tuples(QUOTAS, QUOTAS), min_size=1, max_size=5)
 
 
+@settings(deadline=None, max_examples=50)
 @given(levels=LEVELS, affinity=st.integers(1, 64), period=st.sampled_from([10_000, 100_000, 1_000_000]))
 def test_smallest_limit_of_all_levels_counts(levels, affinity, period):
     """Each level holds a quota of v2 and one of v1, or none."""
@@ -286,11 +296,12 @@ FILES = [
 WORDS = st.sampled_from(
     ["0::/", "4:cpu:/a\0", "/..", " - cgroup2 ", " - cgroup ", "rw,cpu", "max", "9" * 5000, "\n", " ", "-1"]
 )
-CONTENTS = st.binary(max_size=64) | st.lists(WORDS | st.text(max_size=8), max_size=12).map(
-    lambda words: "".join(words).encode(errors="surrogatepass")
+CONTENTS = st.binary(max_size=64) | st.lists(WORDS | st.text("0123456789 /:-,\n", max_size=8), max_size=12).map(
+    lambda words: "".join(words).encode()
 )
 
 
+@settings(deadline=None, max_examples=50)
 @given(contents=st.dictionaries(st.sampled_from(FILES), CONTENTS), affinity=st.integers(1, 64))
 def test_no_content_of_any_file_makes_counting_fail(contents, affinity):
     with tempfile.TemporaryDirectory() as folder:
