@@ -63,11 +63,11 @@ def test_the_model_is_a_function_of_corpus_and_seed(tmp_path, algorithm):
 
 ON_CPUS = """
 import os, sys
+os.sched_setaffinity(0, map(int, sys.argv[1].split(",")))
 from pathlib import Path
 from ferryman_service.domain.recipe import SubwordAlgorithm
 from ferryman_service.text.subwords import train_subwords
 
-os.sched_setaffinity(0, map(int, sys.argv[1].split(",")))
 lines = Path(sys.argv[2]).read_text(encoding="utf-8").splitlines()
 train_subwords(lines, Path(sys.argv[3]), vocabulary_size=300, algorithm=SubwordAlgorithm(sys.argv[4]),
                character_coverage=1.0, seed=1)
