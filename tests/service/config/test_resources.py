@@ -146,11 +146,14 @@ def test_v1_ancestors_count(tree):
 
 
 def test_v1_controllers_are_matched_by_whole_names(tree):
-    tree.mount_v1("cpuacct", "/pod")
-    tree.mount_v1("cpuset", "/pod")
-    tree.cfs("/sys/fs/cgroup/cpuacct/pod", 100_000)
-    tree.cfs("/sys/fs/cgroup/cpuset/pod", 100_000)
+    for other in ("cpuacct", "cpuset"):
+        tree.mount_v1(other, "/other")
+        tree.cfs(f"/sys/fs/cgroup/{other}/other", 100_000)
+        tree.cfs(f"/sys/fs/cgroup/{other}/pod", 100_000)
     assert cpus(tree) == Usable(value=64, source="affinity")
+    tree.mount_v1("cpu", "/pod")
+    tree.cfs("/sys/fs/cgroup/cpu/pod", 300_000)
+    assert cpus(tree) == Usable(value=3, source="cgroup v1 cpu.cfs_quota_us at /sys/fs/cgroup/cpu/pod")
 
 
 def test_hybrid_takes_the_smaller_of_both_versions(tree):
@@ -175,6 +178,7 @@ MALFORMED = [
     "1e5 100000",
     "²0000 1",
     b"\xff\xfe 1",
+    "9" * 5000 + " 1",
 ]
 
 
