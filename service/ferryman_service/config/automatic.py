@@ -11,12 +11,11 @@ from ferryman_service.config.service_config import RANGES, ServiceConfig
 
 _BYTES_PER_MIB: Final = 2**20
 MEMORY_PER_THREAD_BYTES: Final = 512 * _BYTES_PER_MIB
-"""A decoding thread with 80 rows of a model of width 512 holds about 250 MB of caches; the rest is the model."""
+"""Caches of 80 rows with 64 + 64 subwords in 6 layers of width 512 take 80 x 128 x 6 x 2 x 512 x 4 bytes, 252 MB; the
+same again for the model and what a step takes."""
 QUEUE_TOKENS_PER_THREAD: Final = 131_072
 LEAST_QUEUE_TOKENS: Final = 262_144
 """No call may cost more than the queue holds: a call that is legal on two CPUs is legal on one."""
-MODEL_SHARE: Final = 2
-"""Models may take one part in two of the usable memory; the rest is for texts, loading and training."""
 
 
 def decoding_threads(machine: Machine) -> int:
@@ -32,8 +31,9 @@ def queue_tokens(decoding_threads: int) -> int:
 
 
 def model_memory_mib(machine: Machine) -> int:
-    """Return half of the usable memory, MiB; 0, which is no limit, if the memory is unknown."""
-    return 0 if machine.memory is None else max(1, machine.memory.value // MODEL_SHARE // _BYTES_PER_MIB)
+    """Return half of the usable memory, MiB; 0, which is no limit, if the memory is unknown. The other half is for texts,
+    loading and training."""
+    return 0 if machine.memory is None else max(1, machine.memory.value // 2 // _BYTES_PER_MIB)
 
 
 def with_automatic(config: ServiceConfig, machine: Machine, *, on_gpu: bool) -> ServiceConfig:
