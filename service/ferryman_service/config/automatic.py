@@ -31,8 +31,10 @@ def queue_tokens(decoding_threads: int) -> int:
 
 
 def model_memory_mib(machine: Machine) -> int:
-    """Return half of the usable memory, MiB; 0, which is no limit, if the memory is unknown. The other half is for texts,
-    loading and training."""
+    """Return half of the usable memory, MiB; 0, which is no limit, if the memory is unknown.
+
+    The other half is for texts, loading and training.
+    """
     return 0 if machine.memory is None else max(1, machine.memory.value // 2 // _BYTES_PER_MIB)
 
 
