@@ -30,6 +30,7 @@ import torch
 from bench.local_training import ListReporter, LocalCorpus, new_job, open_corpus, write_corpus
 from bench.result import Peer, Result, publish, results_folder
 from examples.parallel_text import ParallelLines, TextMissing, find_files, read_lines
+from ferryman_service.config.resources import usable_cpus
 from ferryman_service.domain.recipe import (
     Averaging,
     Preset,
@@ -190,7 +191,7 @@ def result_file(seed: int, arguments: argparse.Namespace) -> Path:
 
 def start_seed(seed: int, arguments: argparse.Namespace) -> subprocess.Popen[bytes]:
     """Start the process of a seed."""
-    threads = max(1, len(os.sched_getaffinity(0)) // arguments.jobs)
+    threads = max(1, usable_cpus().value // arguments.jobs)
     options = {
         "data": arguments.data,
         "source": arguments.source,

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from ferryman_service.config.resources import usable_cpus
+
 RESULTS: Final = Path("bench/results")
 _PACKAGES: Final = ("ferryman", "torch", "onnxruntime", "onnxruntime-gpu", "sentencepiece", "sacrebleu", "numpy")
 
@@ -89,4 +91,4 @@ def device() -> str:
         if line.startswith("model name"):
             model = line.partition(":")[2].strip()
             break
-    return f"{len(os.sched_getaffinity(0))} cores of {model}, {platform.system()} {platform.machine()}"
+    return f"{usable_cpus().value} cores of {model}, {platform.system()} {platform.machine()}"

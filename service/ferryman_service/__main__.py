@@ -13,11 +13,13 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Final
 
+from ferryman_service.config.automatic import automatic_lines
+from ferryman_service.config.resources import Machine, find_machine
 from ferryman_service.config.service_config import ConfigMistakes, LogFormat, ServiceConfig
 from ferryman_service.config.sources import Settings, add_arguments, load, plain_value
 from ferryman_service.domain.errors import FerrymanError
@@ -100,7 +102,9 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument(
         "--check", action="store_true", help="name every mistake, each with its source; 2 if there is one"
     )
-    what.add_argument("--show", action="store_true", help="print what counts, as TOML, and where each value comes from")
+    what.add_argument(
+        "--show", action="store_true", help="print each value and its source as TOML, then the CPUs and memory found"
+    )
     importing = commands.add_parser(
         "import-model", parents=[common], help="publish a model bundle that was trained elsewhere"
     )
@@ -127,9 +131,17 @@ def _report(error: ConfigMistakes, command: str) -> int:
 def _config(settings: Settings, arguments: argparse.Namespace) -> int:
     for warning in settings.warnings:
         print(f"warning: {warning}", file=sys.stderr)  # noqa: T201
-    for line in settings.lines() if arguments.show else ["the configuration is right"]:
+    lines = _shown(settings, find_machine()) if arguments.show else ["the configuration is right"]
+    for line in lines:
         print(line)  # noqa: T201
     return 0
+
+
+def _shown(settings: Settings, machine: Machine) -> Iterator[str]:
+    """Yield the configuration as TOML, then, as comments, what the machine has and what automatic options become."""
+    yield from settings.lines()
+    for line in (*machine.lines(), *automatic_lines(settings.config, machine)):
+        yield f"# {line}"
 
 
 def _serve(config: ServiceConfig, _: argparse.Namespace) -> int:
@@ -181,6 +193,7 @@ def _told_at_start(config: ServiceConfig) -> Mapping[str, object]:
         "metrics_port": config.metrics_port,
         "device": config.device.value,
         "compute_type": config.compute_type.value,
+        **find_machine().fields(),
     }
 
 

@@ -25,6 +25,8 @@ from ferryman_service.application.readiness import Readiness
 from ferryman_service.application.supervisor import Supervisor, SupervisorConfig
 from ferryman_service.application.training import RunLimits, TrainingUseCases
 from ferryman_service.application.translating import TranslationLimits, TranslationUseCases
+from ferryman_service.config.automatic import with_automatic
+from ferryman_service.config.resources import find_machine
 from ferryman_service.config.service_config import ComputeChoice, Device, Role, ServiceConfig
 from ferryman_service.domain.models import ModelVersion
 from ferryman_service.domain.threads import Threads
@@ -218,6 +220,8 @@ def build_service(config: ServiceConfig) -> Service:
     Raises OSError if the folder cannot be used, DatabaseTooNew if a newer version has written it.
     """
     _require_packages(config)
+    on_gpu = Role.TRANSLATION in config.roles and _finds_gpu(config)
+    config = with_automatic(config, find_machine(), on_gpu=on_gpu)
     trains = Role.TRAINING in config.roles
     folder = DataFolder(config.data_dir)
     folder.create()
@@ -373,7 +377,6 @@ def _build_loaded_models(stores: _Stores, config: ServiceConfig, metrics: _Metri
 
 def _build_loader(config: ServiceConfig, counts: EngineCounts) -> BundleLoader:
     """Import ONNX Runtime only where it is used: a service without the translation role starts sooner."""
-    from ferryman_service.translation.device_model import cuda_is_available
     from ferryman_service.translation.loader import ON_A_GPU, OnnxBundleLoader
     from ferryman_service.translation.onnx_model import CUDA, OnnxConfig
     from ferryman_service.translation.scheduler import SchedulerConfig
@@ -382,10 +385,16 @@ def _build_loader(config: ServiceConfig, counts: EngineCounts) -> BundleLoader:
     if config.max_batch_rows:
         scheduler, on_a_gpu = (replace(each, max_rows=config.max_batch_rows) for each in (scheduler, on_a_gpu))
     onnx_config = OnnxConfig(compute_type=ComputeType.FP16, device=CUDA, cuda_graphs=True)
-    if not translates_on_gpu(config, cuda_is_available):
+    if not _finds_gpu(config):
         int8 = config.compute_type is ComputeChoice.INT8
         onnx_config = OnnxConfig(compute_type=ComputeType.INT8 if int8 else ComputeType.FP32)
     return OnnxBundleLoader(onnx_config, scheduler, on_a_gpu, rows_by_size=not config.max_batch_rows, counts=counts)
+
+
+def _finds_gpu(config: ServiceConfig) -> bool:
+    from ferryman_service.translation.device_model import cuda_is_available
+
+    return translates_on_gpu(config, cuda_is_available)
 
 
 def translates_on_gpu(config: ServiceConfig, cuda_is_available: Callable[[], bool]) -> bool:

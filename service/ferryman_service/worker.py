@@ -14,6 +14,7 @@ import logging
 import os
 import sys
 import threading
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -26,6 +27,8 @@ from ferryman_service.application.execution import (
     leave_attempt,
 )
 from ferryman_service.application.reporting import ReporterConfig
+from ferryman_service.config.automatic import decoding_threads
+from ferryman_service.config.resources import Machine, find_machine
 from ferryman_service.config.service_config import Device, LogFormat
 from ferryman_service.domain.ids import RUN_PREFIX, is_id
 from ferryman_service.domain.tracing import NULL_TRACER, Tracer
@@ -99,6 +102,7 @@ def _build(folder: DataFolder, device: Device, stop: threading.Event, tracer: Tr
     from ferryman_service.translation.onnx_model import OnnxConfig
     from ferryman_service.translation.scheduler import SchedulerConfig
 
+    machine = find_machine()
     make_reserve(folder.reserve)
     database = open_database(folder.database)
     models = FileModelStore(database, folder)
@@ -106,9 +110,11 @@ def _build(folder: DataFolder, device: Device, stop: threading.Event, tracer: Tr
         runs=SqlRunStore(database),
         corpora=FileCorpusStore(database, folder, CorpusLimits()),
         models=models,
-        engine=TorchTrainingEngine(EngineConfig(device=device.value), tracer=tracer),
+        engine=TorchTrainingEngine(
+            EngineConfig(device=device.value, threads=torch_threads(machine, os.environ)), tracer=tracer
+        ),
         exporter=OnnxExporter(),
-        loader=OnnxBundleLoader(OnnxConfig(), SchedulerConfig()),
+        loader=OnnxBundleLoader(OnnxConfig(), SchedulerConfig(threads=decoding_threads(machine))),
         log_tail=lambda run_id, attempt: read_log_tail(folder.worker_log(run_id, attempt)),
         reporter=ReporterConfig(),
         prepared_dir=folder.prepared,
@@ -117,6 +123,16 @@ def _build(folder: DataFolder, device: Device, stop: threading.Event, tracer: Tr
         free_reserve=partial(free_reserve, folder.reserve),
         tracer=tracer,
     )
+
+
+def torch_threads(machine: Machine, environment: Mapping[str, str]) -> int | None:
+    """Return this process's share of the usable CPUs; None if OMP_NUM_THREADS is set, which torch reads by itself.
+
+    The launcher always sets it: this is for a worker that is started by hand.
+    """
+    if environment.get("OMP_NUM_THREADS"):
+        return None
+    return max(1, machine.cpus.value // int(environment.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:

@@ -499,7 +499,7 @@ REFUSED_BY_THE_SCHEMA = {
     "a value that is not there": ("serving.replcas=2",),
     "an option that is not there": ("config.max_sentence=2",),
     "an option of the chart's own": ("config.port=1",),
-    "an option out of range": ("serving.config.translation_threads=0",),
+    "an option out of range": ("serving.config.translation_threads=257",),
     "an option of another type": ("controlPlane.config.max_queued_runs=many",),
     "a word of no option": ("serving.config.compute_type=fp8",),
     "a secret for no option": ("configFromSecrets.password.name=a", "configFromSecrets.password.key=b"),

@@ -9,6 +9,7 @@ import pytest
 from ferryman_service import bootstrap
 from ferryman_service.application.supervisor import Supervisor
 from ferryman_service.bootstrap import build_service, ends_in_time, translates_on_gpu
+from ferryman_service.config.resources import Machine, Usable
 from ferryman_service.config.service_config import ComputeChoice, Device, Role, ServiceConfig
 from ferryman_service.rpc.health import TRANSLATION, check_health
 from ferryman_service.stores.lock import FolderInUse, FolderLock
@@ -87,6 +88,22 @@ async def test_a_service_starts_on_its_ports_and_ends(tmp_path, probe_port):
     assert await asyncio.to_thread(check_health, f"127.0.0.1:{probe_port}", "liveness", 5) == "SERVING"
     hurry.set()
     assert await stopping, "everything has ended"
+
+
+async def test_automatic_options_follow_the_machine(tmp_path, monkeypatch):
+    pytest.importorskip("onnxruntime")
+    machine = Machine(cpus=Usable(value=3, source="affinity"), memory=Usable(value=3 * 2**30, source="MemTotal"))
+    monkeypatch.setattr(bootstrap, "find_machine", lambda: machine)
+    roles = frozenset({Role.TRANSLATION})
+    service = build_service(
+        ServiceConfig(data_dir=tmp_path, port=0, metrics_port=0, probe_port=0, roles=roles, device=Device.CPU)
+    )
+    await service.start()
+    loaded, translation = service._use_cases.loaded, service._use_cases.translation
+    assert loaded._loader._scheduler.threads == 3
+    assert loaded._limits.memory_bytes == 3 * 2**29
+    assert translation._admission.calls.limit_tokens == 3 * 131_072
+    assert await service.stop(hurried())
 
 
 class SlowTick:

@@ -6,11 +6,14 @@ import socket
 import subprocess
 import sys
 import time
+import tomllib
 from importlib.metadata import version
 
 import pytest
 
 from ferryman_service.__main__ import main
+from ferryman_service.config.automatic import decoding_threads
+from ferryman_service.config.resources import find_machine
 
 STUCK = """
 import asyncio, sys, time
@@ -137,9 +140,12 @@ def test_the_log_tells_of_start_and_end_and_of_a_changed_database(tmp_path):
     assert made.startswith("the database was brought from nothing to schema ")
     assert not none
     first, *_, last = told[1]
+    machine = find_machine()
     assert (first["message"], last["message"]) == ("starting", "stopped")
     assert (first["version"], first["roles"], first["data_dir"]) == (version("ferryman"), "translation", str(tmp_path))
     assert (first["port"], first["device"], first["compute_type"]) == (0, "auto", "auto")
+    assert (first["cpus"], first["cpus_source"]) == (machine.cpus.value, machine.cpus.source)
+    assert first["memory_bytes"] == machine.memory.value
     assert "told to stop" in [line["message"] for line in told[1]]
 
 
@@ -158,6 +164,12 @@ def test_a_right_configuration_is_shown(monkeypatch, capsys):
     lines = [line.split() for line in told.out.splitlines()]
     assert ["port", "=", "7", "#", "FERRYMAN_PORT"] in lines
     assert ["grace_s", "=", "3", "#", "--grace-s"] in lines
+    assert tomllib.loads(told.out)["port"] == 7
+    *_, cpus, memory, threads, queue, models = told.out.splitlines()
+    machine = find_machine()
+    assert [cpus, memory] == [f"# {line}" for line in machine.lines()]
+    assert threads == f"# automatic translation_threads: {decoding_threads(machine)}"
+    assert (queue.split(":")[0], models.split(":")[0]) == ("# automatic queue_tokens", "# automatic model_memory_mib")
     assert "warning: FERRYMAN_PROT is no option" in told.err
     assert main(["config", "--check"]) == 0
 

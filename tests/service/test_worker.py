@@ -5,7 +5,9 @@ import sys
 
 import pytest
 
+from ferryman_service.config.resources import Machine, Usable
 from ferryman_service.domain.ids import RUN_PREFIX, new_id
+from ferryman_service.worker import torch_threads
 
 DYING = """
 import sys
@@ -28,3 +30,18 @@ def test_the_error_that_it_dies_of_quotes_no_line_of_a_corpus_unless_it_may(tmp_
     assert "in fail" in done.stderr
     assert "ValueError" in done.stderr
     assert ("geheim" in done.stderr) is quoted
+
+
+@pytest.mark.parametrize(
+    ("environment", "threads"),
+    [
+        ({}, 6),
+        ({"LOCAL_WORLD_SIZE": "2"}, 3),
+        ({"LOCAL_WORLD_SIZE": "8"}, 1),
+        ({"OMP_NUM_THREADS": ""}, 6),
+        ({"OMP_NUM_THREADS": "9"}, None),
+    ],
+)
+def test_worker_started_by_hand_takes_its_share_of_the_usable_cpus(environment, threads):
+    machine = Machine(cpus=Usable(value=6, source="affinity"), memory=None)
+    assert torch_threads(machine, environment) == threads

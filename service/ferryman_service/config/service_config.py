@@ -86,11 +86,11 @@ class ServiceConfig:
     processes_per_run: int = 1
     max_processes_per_run: int = 8
     max_corpus_bytes: int = 4 * 2**30
-    translation_threads: int = 2
+    translation_threads: int = 0
     compute_type: ComputeChoice = ComputeChoice.AUTO
     max_batch_rows: int = 0
     max_sentences: int = 1024
-    queue_tokens: int = 262_144
+    queue_tokens: int = 0
     max_loaded_models: int = 4
     model_memory_mib: int = 0
     drain_s: float = 0.0
@@ -151,10 +151,10 @@ RANGES: Final[Mapping[str, tuple[float, float]]] = {
     "processes_per_run": (1, 1024),
     "max_processes_per_run": (1, 1024),
     "max_corpus_bytes": (1, 2**50),
-    "translation_threads": (1, 256),
+    "translation_threads": (0, 256),
     "max_batch_rows": (0, 65_536),
     "max_sentences": (1, 100_000),
-    "queue_tokens": (1, 2**40),
+    "queue_tokens": (0, 2**40),
     "max_loaded_models": (1, 1000),
     "model_memory_mib": (0, 2**30),
     "drain_s": (0, 3600),
@@ -185,16 +185,18 @@ HELP: Final[Mapping[str, str]] = {
     "processes_per_run": "processes that train one run together, unless its caller says otherwise",
     "max_processes_per_run": "most processes that a caller may ask for",
     "max_corpus_bytes": "largest corpus that may be uploaded, bytes",
-    "translation_threads": "threads that decode for each loaded model, each on one core",
+    "translation_threads": "threads that decode for each loaded model, each on one core; 0: one for each usable CPU, "
+    "at most one for each 512 MiB of usable memory",
     "compute_type": "arithmetic of translation: on a CPU fp32, or int8, which is faster and costs a little quality; on "
     "a GPU fp16; auto is fp32 or fp16",
     "max_batch_rows": "rows (sentences times beam) that a decoding thread runs at the same time; 0: on a CPU 160, of "
     "models wider than 256 80, on a GPU 1024",
     "max_sentences": "most sentences in one Translate call",
     "queue_tokens": "source subwords times beam that may wait or run before Translate calls are refused; streams may "
-    "have as many again, and wait",
+    "have as many again, and wait; 0: 131,072 for each decoding thread, at least 262,144",
     "max_loaded_models": "models kept in memory, the least recently used leaving first",
-    "model_memory_mib": "MiB of memory that the models kept in memory may take, with caches; 0: no such limit",
+    "model_memory_mib": "MiB of memory that the models kept in memory may take, with caches; 0: half of the usable "
+    "memory, on a GPU no limit",
     "drain_s": "seconds between saying NOT_SERVING and beginning to stop, in which calls are still taken: as long as "
     "balancers need to notice",
     "grace_s": "seconds that calls in flight get to end when the service stops",

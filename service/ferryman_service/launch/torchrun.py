@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+from ferryman_service.config.resources import usable_cpus
 from ferryman_service.domain.runs import ProcessIdentity
 from ferryman_service.launch.process import (
     is_alive,
@@ -51,7 +52,7 @@ class LaunchConfig:
 
     `command(processes)` begins the command line of a worker of so many processes; "--data-dir D --run-id R --attempt N"
     is appended. `environment` is added to this process's own. `threads_per_worker` None: OMP_NUM_THREADS if it is set,
-    else a fair share of the cores that this process may use.
+    else a fair share of the CPUs that this process may use (config/resources.py).
     """
 
     data_dir: Path
@@ -140,13 +141,13 @@ class TorchrunLauncher:
         return ("--data-dir", str(self._config.data_dir.resolve()), "--run-id")
 
 
-def worker_environment(config: LaunchConfig, processes: int) -> dict[str, str]:
-    """Return the environment of each of so many processes of a worker."""
+def worker_environment(config: LaunchConfig, processes: int, root: Path = Path("/")) -> dict[str, str]:
+    """Return the environment of each of so many processes of a worker; `root` holds /proc and the cgroup mounts."""
     environment = {**os.environ, **config.environment, "PYTHONUNBUFFERED": "1"}
     if config.threads_per_worker is not None:
         environment["OMP_NUM_THREADS"] = str(config.threads_per_worker)
     # torchrun would choose one thread for several workers.
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, usable_cpus(root).value // processes)))
     environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(_STOP_TIMEOUT_S)
     # OpenMP's threads spin while they wait for each other. Left alone they spin so long that one other busy process
     # makes training 45 times slower; this bound costs nothing on a quiet machine (docs/lab-log.md).

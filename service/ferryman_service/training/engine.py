@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from collections.abc import Callable
@@ -14,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from ferryman_service.config.resources import usable_cpus
 from ferryman_service.domain.models import ModelScores
 from ferryman_service.domain.records import EventLevel
 from ferryman_service.domain.runs import FailureReason, TrainingFailed
@@ -134,8 +134,8 @@ class _Run:
         self._compiled = False
 
     def train(self) -> TrainedModel:
-        cores = os.cpu_count() or 1
-        step = int(self._ranks.ask_first(lambda: self._begin(threads=cores)))  # the others wait here for the files
+        cpus = usable_cpus().value
+        step = int(self._ranks.ask_first(lambda: self._begin(threads=cpus)))  # the others wait here for the files
         prepared = open_prepared(prepared_folder(self._job))
         assert prepared is not None, "the first process has made it"
         subwords = Subwords.load(prepared.subwords)
@@ -143,7 +143,7 @@ class _Run:
         check = self._series.check if self._ranks.world_size == 1 else (lambda: None)
         epochs = self._files.epochs / str(self._ranks.rank)
         pairs = epoch_source(self._job, prepared, subwords, epochs, check)
-        validation = tokenise_validation_pairs(self._job.corpus, subwords, self._recipe.data, threads=cores)
+        validation = tokenise_validation_pairs(self._job.corpus, subwords, self._recipe.data, threads=cpus)
         model = self._new_model(subwords.size)
         validator = Validator(validation, subwords, self._recipe, self._ranks.device, self._series.check, self._tracer)
         trainee, position = self._start(model) if step == _BEGINNING else self._go_back_to(step, model)

@@ -108,7 +108,7 @@ def test_mistakes_of_all_sources_come_together_each_with_its_source(mistakes_of,
         file=file,
         FERRYMAN_REFLECTION="perhaps",
         FERRYMAN_DEVICE="gpu",
-        FERRYMAN_QUEUE_TOKENS="0",
+        FERRYMAN_QUEUE_TOKENS="-1",
         FERRYMAN_HOST_FILE="/nowhere",
         FERRYMAN_MAX_SENTENCES="1",
         FERRYMAN_MAX_SENTENCES_FILE="/nowhere",
@@ -127,7 +127,7 @@ def test_mistakes_of_all_sources_come_together_each_with_its_source(mistakes_of,
             "FERRYMAN_MAX_SENTENCES_FILE: FERRYMAN_MAX_SENTENCES is set too, and one of them must go",
             "--grace-s is 'soon', must be a number",
             "--metrics-port is 70000, must be from 0 to 65535",
-            "--queue-tokens is 0, must be from 1 to 1099511627776 (FERRYMAN_QUEUE_TOKENS)",
+            "--queue-tokens is -1, must be from 0 to 1099511627776 (FERRYMAN_QUEUE_TOKENS)",
         ]
     )
 

@@ -9,8 +9,16 @@ import time
 
 import pytest
 
+from ferryman_service.config.resources import usable_cpus
 from ferryman_service.launch.process import is_alive, process_identity
-from ferryman_service.launch.torchrun import LaunchConfig, TorchrunLauncher, read_log_tail, torchrun_command
+from ferryman_service.launch.torchrun import (
+    LaunchConfig,
+    TorchrunLauncher,
+    read_log_tail,
+    torchrun_command,
+    worker_environment,
+)
+from tests.fakes.cgroup_tree import CgroupTree
 
 TELL = """
 import json, os, sys
@@ -94,7 +102,7 @@ def test_a_worker_is_a_program_of_its_own(launch, tmp_path, monkeypatch):
         "arguments": ["--data-dir", str(tmp_path), "--run-id", "run_x", "--attempt", "2"],
         "stdin": "",
         "session": True,
-        "threads": str(max(1, len(os.sched_getaffinity(0)) // 2)),
+        "threads": str(max(1, usable_cpus().value // 2)),
         "stop_timeout": "45",
         "extra": "more",
         "allocator": str(2**32),
@@ -109,6 +117,24 @@ def test_threads_are_those_of_the_config_else_of_the_environment(launch, monkeyp
     launcher.start("run_x", 1, 1)
     ended(launcher)
     assert json.loads(launcher.log_tail("run_x", 1).splitlines()[0])["threads"] == expected
+
+
+@pytest.mark.parametrize(("quota", "processes", "threads"), [(100_000, 1, 1), (100_000, 2, 1), (1_000_000, 1, None)])
+def test_worker_threads_follow_the_limit_of_its_container(tmp_path, monkeypatch, quota, processes, threads):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    tree = CgroupTree(tmp_path)
+    tree.mount_v2("/")
+    tree.cpu_max("/sys/fs/cgroup", quota)
+    environment = worker_environment(LaunchConfig(data_dir=tmp_path), processes, tree.root)
+    assert environment["OMP_NUM_THREADS"] == str(threads or usable_cpus(tree.root).value)
+
+
+def test_operator_threads_win_over_the_limit_of_the_container(tmp_path, monkeypatch):
+    tree = CgroupTree(tmp_path)
+    tree.mount_v2("/")
+    tree.cpu_max("/sys/fs/cgroup", 100_000)
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    assert worker_environment(LaunchConfig(data_dir=tmp_path), 1, tree.root)["OMP_NUM_THREADS"] == "7"
 
 
 def test_the_allocator_is_set_up_unless_the_environment_says_how(launch):

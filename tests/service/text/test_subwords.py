@@ -1,4 +1,7 @@
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -10,6 +13,9 @@ from ferryman_service.text.subwords import Subwords, train_subwords
 SYLLABLES = ["der", "ka", "tze", "lä", "uft", "sin", "gen", "mor", "hun", "de", "vo", "gel"]
 WORDS = [SYLLABLES[i % 12] + SYLLABLES[i * i % 11] + SYLLABLES[i // 12] for i in range(144)]
 LINES = [" ".join(WORDS[(31 * i + j * j) % len(WORDS)] for j in range(3 + i % 7)) for i in range(400)]
+
+# Some thousand different words, so that each of the trainer's threads sums many frequencies.
+MANY_LINES = [" ".join(WORDS[(i * j) % 144] + WORDS[(i + 7 * j) % 144] for j in range(1, 9)) for i in range(2000)]
 
 
 def train(path, lines=LINES, **changes):
@@ -53,6 +59,40 @@ def test_the_model_is_a_function_of_corpus_and_seed(tmp_path, algorithm):
     assert model("a") == model("b")
     assert model("c", max_lines=100) == model("d", max_lines=100)
     assert model("e", max_lines=100) != model("f", max_lines=100, seed=2)
+
+
+ON_CPUS = """
+import os, sys
+os.sched_setaffinity(0, map(int, sys.argv[1].split(",")))
+from pathlib import Path
+from ferryman_service.domain.recipe import SubwordAlgorithm
+from ferryman_service.text.subwords import train_subwords
+
+lines = Path(sys.argv[2]).read_text(encoding="utf-8").splitlines()
+train_subwords(lines, Path(sys.argv[3]), vocabulary_size=300, algorithm=SubwordAlgorithm(sys.argv[4]),
+               character_coverage=1.0, seed=1)
+"""
+
+
+@pytest.mark.parametrize("algorithm", SubwordAlgorithm)
+def test_the_model_does_not_depend_on_the_number_of_cpus(tmp_path, algorithm):
+    cpus = sorted(os.sched_getaffinity(0))
+    (tmp_path / "lines").write_text("\n".join(MANY_LINES), encoding="utf-8")
+    models = []
+    for count in (1, 2):
+        path = tmp_path / f"model-{count}"
+        allowed = ",".join(map(str, cpus[:count]))
+        arguments = [allowed, str(tmp_path / "lines"), str(path), algorithm.value]
+        subprocess.run([sys.executable, "-c", ON_CPUS, *arguments], check=True, timeout=120)
+        models.append(path.read_bytes())
+    assert models[0] == models[1]
+
+
+@pytest.mark.parametrize("algorithm", SubwordAlgorithm)
+def test_ids_do_not_depend_on_the_number_of_threads(tmp_path, algorithm):
+    subwords = train(tmp_path / "m", algorithm=algorithm)
+    alone = subwords.encode(LINES)
+    assert all(subwords.encode(LINES, threads=threads) == alone for threads in (2, 3, 16, 64))
 
 
 @pytest.mark.parametrize("algorithm", SubwordAlgorithm)
