@@ -1,13 +1,14 @@
-"""What `make demo` runs: one model's whole life on this machine, from text to translations, in under five minutes.
+"""What `make demo` runs: one model's whole life on this machine, from text to translations.
 
-It starts a service, draws the learning-rate schedule, uploads a corpus, trains, translates held-out sentences with the
-published model, says how many came out right, and stops the service. Without arguments the corpus is the built-in one.
+It starts a service, draws the learning-rate schedule, uploads a corpus, trains (with a pause in the middle), translates
+held-out sentences with the published model, says how many are exactly right, and stops the service. Without arguments
+the corpus is the built-in one: its training ends when the validation has reached a target, however fast the machine is,
+but after nine minutes at most.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -21,19 +22,21 @@ from rich.table import Table
 from sacrebleu import corpus_bleu, corpus_chrf
 
 from examples import phrases, run_report
-from examples.local_service import ServiceFailed, local_service
+from examples.demo_training import Demonstration, ran_out_of_time, train_and_follow
+from examples.local_service import ServiceFailed, local_service, reserved_port
 from examples.parallel_text import ParallelLines, TextMissing, find_files, read_lines
 from examples.translating import translate_all
 from ferryman import Client
 from ferryman.cli.plot import draw_curve
-from ferryman.cli.progress import follow
-from ferryman.errors import FerrymanError, IllegalTransition
+from ferryman.errors import FerrymanError
 from ferryman.types import (
     DataRecipe,
+    DecayPlan,
     LearningRateSchedule,
     ModelRecipe,
     NormPlacement,
     OptimizationRecipe,
+    Positions,
     Recipe,
     RunState,
     ScheduleKind,
@@ -43,13 +46,20 @@ from ferryman.types import (
 )
 
 OUTPUT: Final = Path("demo-output")
-REQUIRED_SHARE: Final = 0.95
-"""The built-in corpus is made to be learnt this well: less means that something is broken."""
+EXPECTED_SHARE: Final = 0.95
+"""What the built-in corpus gives on any machine that has the time. Less is said, with what to look at."""
+
+REQUIRED_SHARE: Final = 0.90
+"""Less than this, after a decay that the target score began, means that something is broken."""
 
 SEED: Final = 1
-PHRASES_MINUTES: Final = 4.0
+PHRASES_MINUTES: Final = 8.0
+"""The longest training of the built-in corpus. It usually ends earlier, by its target score."""
+
+TARGET_BLEU: Final = 94.0
+EXPECTED_STEPS: Final = 2000
 OWN_TEXT_MINUTES: Final = 3.0
-DRAWN_STEPS: Final = 4000
+DRAWN_STEPS: Final = 3000
 TABLE_ROWS: Final = 12
 
 Upload = Callable[[Client], str]
@@ -61,13 +71,15 @@ class DemoFailed(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """What to train on and to test with. `required_share` of the test sentences must be exactly right."""
+    """What to train on and to test with. `expected_share` of the test sentences should be exactly right, 0 where that
+    is not the aim; `expected_steps` is Demonstration's."""
 
     model_name: str
     upload: Upload
     test: ParallelLines
     recipe: Recipe
-    required_share: float
+    expected_share: float
+    expected_steps: int | None
 
 
 def phrases_task(minutes: float) -> Task:
@@ -81,16 +93,27 @@ def phrases_task(minutes: float) -> Task:
 
     recipe = Recipe(
         preset="tiny",
-        model=ModelRecipe(encoder_layers=3, decoder_layers=3, dropout=0.0, norm=NormPlacement.PRE),
-        data=DataRecipe(vocabulary_size=600),
-        schedule=LearningRateSchedule(kind=ScheduleKind.INVERSE_SQRT, warmup_steps=400, peak_learning_rate=0.003),
-        optimization=OptimizationRecipe(batch_target_tokens=768),
-        stop=StopRecipe(max_time_seconds=60 * minutes),
-        validation=ValidationRecipe(interval_steps=250, max_translated_pairs=200, keep_last=5),
+        model=ModelRecipe(
+            encoder_layers=2, decoder_layers=2, dropout=0.0, norm=NormPlacement.PRE, positions=Positions.ROPE
+        ),
+        data=DataRecipe(vocabulary_size=600, split_digits=True),
+        schedule=LearningRateSchedule(
+            kind=ScheduleKind.WSD, warmup_steps=150, peak_learning_rate=0.004, decay_share=0.4
+        ),
+        optimization=OptimizationRecipe(batch_target_tokens=384),
+        stop=StopRecipe(max_time_seconds=60 * minutes, target_score=TARGET_BLEU),
+        validation=ValidationRecipe(interval_steps=200, max_translated_pairs=200, keep_last=5),
         seed=SEED,
     )
     test = ParallelLines(source=[pair.source for pair in corpus.test], target=[pair.target for pair in corpus.test])
-    return Task(model_name="phrases-en-de", upload=upload, test=test, recipe=recipe, required_share=REQUIRED_SHARE)
+    return Task(
+        model_name="phrases-en-de",
+        upload=upload,
+        test=test,
+        recipe=recipe,
+        expected_share=EXPECTED_SHARE,
+        expected_steps=EXPECTED_STEPS,
+    )
 
 
 def own_text_task(arguments: argparse.Namespace, minutes: float) -> Task:
@@ -114,7 +137,7 @@ def own_text_task(arguments: argparse.Namespace, minutes: float) -> Task:
         validation=ValidationRecipe(interval_steps=200, max_translated_pairs=100, keep_last=3),
     )
     name = f"own-{languages[0]}-{languages[1]}".lower()
-    return Task(model_name=name, upload=upload, test=test, recipe=recipe, required_share=0.0)
+    return Task(model_name=name, upload=upload, test=test, recipe=recipe, expected_share=0.0, expected_steps=None)
 
 
 def show_learning_rate(client: Client, recipe: Recipe, console: Console) -> None:
@@ -127,22 +150,23 @@ def show_learning_rate(client: Client, recipe: Recipe, console: Console) -> None
     console.print(draw_curve(curve.points, height=12), highlight=False)
 
 
-def train(client: Client, task: Task, console: Console) -> TrainingRun:
-    """Upload, train and wait for publication; a run that is left half-way (Ctrl-C) is cancelled."""
+def train(client: Client, address: str, task: Task, console: Console) -> tuple[TrainingRun, DecayPlan | None]:
+    """Upload, train and wait for publication; return the run and its planned decay."""
     corpus_id = task.upload(client)
     run = client.start_training(corpus_id, task.model_name, task.recipe)
     console.print(f"Corpus {corpus_id}, run {run.run_id}")
-    try:
-        run = follow(client, run.run_id, console)
-    except BaseException:
-        with contextlib.suppress(IllegalTransition):  # it ended on its own just now
-            client.cancel_training(run.run_id)
-        client.wait(run.run_id)
-        raise
+    watch = f".venv/bin/ferryman --server {address} watch {run.run_id}"
+    console.print(f"To follow it in another terminal: {watch}", highlight=False, soft_wrap=True)
+    stop = run.recipe.stop
+    assert stop is not None and stop.max_time_seconds is not None, "both recipes limit the time"
+    demonstration = Demonstration(
+        client, run.run_id, console, expected_steps=task.expected_steps, longest_s=stop.max_time_seconds
+    )
+    run = train_and_follow(client, run.run_id, console, demonstration)
     if run.state is not RunState.SUCCEEDED:
         reason = f": {run.error.reason}: {run.error.message}" if run.error else ""
         raise DemoFailed(f"training ended {run.state}{reason}")
-    return run
+    return run, demonstration.decay
 
 
 def save_run(client: Client, run_id: str) -> None:
@@ -172,7 +196,7 @@ def show_translations(test: ParallelLines, translations: Sequence[str], console:
 
 def summary(task: Task, translations: Sequence[str], share: float) -> str:
     """Return the result in a few words: the exact share where that is the aim, else the usual scores."""
-    if task.required_share:
+    if task.expected_share:
         return f"{100 * share:.1f} % of {len(translations)} held-out sentences exactly right"
     references = [task.test.target]
     bleu = corpus_bleu(translations, references).score
@@ -198,22 +222,47 @@ def show_what_is_left(model: str, console: Console) -> None:
     )
 
 
+def judge(task: Task, share: float, run: TrainingRun, decay: DecayPlan | None, console: Console) -> None:
+    """Say what to look at if fewer sentences are right than expected. Raises DemoFailed if something must be broken."""
+    if share >= task.expected_share:
+        return
+    step = run.progress.step
+    if ran_out_of_time(decay):
+        text = (
+            f"the time limit began the decay before the validation reached BLEU {TARGET_BLEU:g}, after {step:,} steps"
+        )
+        cure = "The machine is slow or busy: run `make demo MINUTES=20`"
+    else:
+        text = f"training ended as planned, after {step:,} steps"
+        cure = "Compare the losses with those of a run that was well"
+    console.print(
+        f"Expected at least {100 * task.expected_share:.0f} % exactly right: {text}. {cure}. The curves are in "
+        f"{OUTPUT / 'training.png'}, every step in {OUTPUT / 'metrics.csv'}, the log in {OUTPUT / 'service.log'}.",
+        style="yellow",
+        soft_wrap=True,
+    )
+    if share < REQUIRED_SHARE and (not ran_out_of_time(decay) or step >= EXPECTED_STEPS):
+        raise DemoFailed(f"{100 * share:.1f} % exactly right, at least {100 * REQUIRED_SHARE:.0f} % are required")
+
+
 def run_demo(task: Task, console: Console) -> str:
     """Run the whole demo and return its result in a few words. Raises DemoFailed, ServiceFailed, FerrymanError."""
-    with local_service(OUTPUT / "data", OUTPUT / "service.log") as address, Client(address) as client:
-        console.print(f"The service is serving on {address}")
+    with (
+        reserved_port() as metrics_port,
+        local_service(OUTPUT / "data", OUTPUT / "service.log", metrics_port=metrics_port) as address,
+        Client(address) as client,
+    ):
+        console.print(f"The service is serving on {address}, metrics on http://127.0.0.1:{metrics_port}/metrics")
         show_learning_rate(client, task.recipe, console)
-        run = train(client, task, console)
+        run, decay = train(client, address, task, console)
         save_run(client, run.run_id)
         model = f"{run.model_name}/{run.model_version}"
         console.print(f"Published {model}; translating {len(task.test.source)} held-out sentences")
         translations = translate_all(client, model, task.test.source)
     share = show_translations(task.test, translations, console)
     show_what_is_left(model, console)
-    result = summary(task, translations, share)
-    if share < task.required_share:
-        raise DemoFailed(f"{result}, {100 * task.required_share:.0f} % were expected; see {OUTPUT / 'training.png'}")
-    return result
+    judge(task, share, run, decay, console)
+    return summary(task, translations, share)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -223,7 +272,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.add_argument(f"--{name}", metavar="PREFIX", help=f"{name} text: PREFIX.SOURCE and PREFIX.TARGET, or .gz")
     parser.add_argument("--source", help="source language, such as en")
     parser.add_argument("--target", help="target language, such as de")
-    parser.add_argument("--minutes", type=float, help="minutes of training")
+    parser.add_argument("--minutes", type=float, help="minutes of training, at most")
     arguments = parser.parse_args(argv)
     given = [name for name in ("train", "valid", "test", "source", "target") if getattr(arguments, name)]
     if given and len(given) < 5:

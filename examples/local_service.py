@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -27,13 +28,26 @@ class ServiceFailed(Exception):
 
 
 @contextlib.contextmanager
-def local_service(data_dir: Path, log_path: Path, arguments: Sequence[str] = ()) -> Iterator[str]:
+def reserved_port() -> Iterator[int]:
+    """Yield a free port of 127.0.0.1 that the system gives to no other program for the length of the block. A server
+    that asks for this number and sets SO_REUSEADDR, as servers do, gets it."""
+    with socket.socket() as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.bind(("127.0.0.1", 0))
+        yield holder.getsockname()[1]
+
+
+@contextlib.contextmanager
+def local_service(
+    data_dir: Path, log_path: Path, arguments: Sequence[str] = (), metrics_port: int = 0
+) -> Iterator[str]:
     """Run `ferryman-service serve` on a free loopback port; yield its address once it is SERVING, stop it at the end.
 
-    `data_dir` is made if it is missing, `log_path` overwritten. Raises ServiceFailed.
+    `data_dir` is made if it is missing, `log_path` overwritten. With `metrics_port` 0 there is no Prometheus endpoint.
+    Raises ServiceFailed.
     """
     log_path.parent.mkdir(parents=True, exist_ok=True)
-    process = _start(data_dir, log_path, arguments)
+    process = _start(data_dir, log_path, ["--metrics-port", str(metrics_port), *arguments])
     try:
         address = _wait_for_address(process, log_path)
         _wait_until_serving(address)
@@ -47,7 +61,7 @@ def local_service(data_dir: Path, log_path: Path, arguments: Sequence[str] = ())
 
 def _start(data_dir: Path, log_path: Path, arguments: Sequence[str]) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "ferryman_service", "serve", "--host", "127.0.0.1", "--port", "0"]
-    command += ["--metrics-port", "0", "--probe-port", "0", "--data-dir", str(data_dir), *arguments]
+    command += ["--probe-port", "0", "--data-dir", str(data_dir), *arguments]
     with log_path.open("wb") as log:
         # In a session of its own, so that Ctrl-C reaches only the caller, who then stops the service in order.
         return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Final
@@ -91,10 +92,13 @@ class RunView:
         return self.elapsed_s() * (1 - fraction) / fraction if fraction > 0 and self.step else None
 
 
-def follow(client: Client, run_id: str, console: Console) -> TrainingRun:
-    """Show the run until it ends: a progress bar, and a line for each validation, change of state and remark.
+def follow(
+    client: Client, run_id: str, console: Console, on_record: Callable[[MetricRecord], None] | None = None
+) -> TrainingRun:
+    """Show the run until it ends: a progress bar, and a line for each validation, change of state and event.
 
-    Returns the terminal run. On a console that is no terminal only the lines are printed.
+    Returns the terminal run. On a console that is no terminal only the lines are printed. `on_record` is called with
+    each record after its line.
     """
     run = client.get_training_run(run_id)
     stop = run.recipe.stop or StopRecipe()
@@ -108,6 +112,8 @@ def follow(client: Client, run_id: str, console: Console) -> TrainingRun:
             if view.state is RunState.PAUSED and isinstance(record.payload, StateChange):
                 progress.console.print(f"to let it go on: ferryman runs resume {run_id}", soft_wrap=True)
             _update(progress, task, view, stop)
+            if on_record is not None:
+                on_record(record)
     run = client.get_training_run(run_id)
     console.print(describe_end(run), soft_wrap=True)
     return run

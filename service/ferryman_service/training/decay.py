@@ -143,7 +143,7 @@ def high_rate(recipe: Recipe, position: Position) -> tuple[EventLevel, str, str]
     match schedule.kind:
         case ScheduleKind.LINEAR | ScheduleKind.COSINE | ScheduleKind.WSD:
             cure = "The schedule was cut off before its end: give the run more time, fewer steps, or the schedule WSD"
-            return EventLevel.WARNING, "LEARNING_RATE_STILL_HIGH", f"{text}. {cure}"
+            return EventLevel.WARNING, "SCHEDULE_CUT_OFF", f"{text}. {cure}"
         case _:
             cure = "A decay that ends with the run usually gives better weights: use the schedule WSD"
             return EventLevel.INFO, "LEARNING_RATE_STILL_HIGH", f"{text}. {cure}"

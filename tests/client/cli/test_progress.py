@@ -7,8 +7,8 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from rich.console import Console
 
-from ferryman import MetricRecord, Recipe, RunState, StateChange, StopRecipe
-from ferryman.cli.progress import RunView, follow, numbers
+from ferryman import DecayPlan, DecayReason, MetricRecord, Recipe, RunState, StateChange, StopRecipe
+from ferryman.cli.progress import RunView, describe, follow, numbers
 from ferryman.testing import training_script
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
@@ -99,3 +99,16 @@ def test_a_failed_run_shows_its_reason(fake, client, corpus):
     out = io.StringIO()
     assert follow(client, run.run_id, Console(file=out)).state is RunState.FAILED
     assert f"{run.run_id} failed: WORKER_DIED: no [space] left" in out.getvalue()
+
+
+def test_planned_decay_tells_the_rest_of_the_run():
+    """After the plan the remaining steps are known, whatever the limit of time says."""
+    view = view_after(5)
+    plan = DecayPlan(first_step=3, last_step=10, reason=DecayReason.TIME)
+    view = view.after(MetricRecord(sequence=6, time=START + timedelta(seconds=40), payload=plan))
+    step = replace(view.step, step=4)
+    view = view.after(MetricRecord(sequence=7, time=START + timedelta(seconds=60), payload=step))
+    assert view.fraction(StopRecipe(max_time_seconds=1e6)) == pytest.approx(0.4)
+    assert view.remaining_s(StopRecipe(max_time_seconds=1e6)) == pytest.approx(60)
+    line = describe(MetricRecord(sequence=6, time=START, payload=plan))
+    assert line.plain == "learning rate decays over steps 3 to 10, the last one (the time limit)"

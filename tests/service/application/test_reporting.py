@@ -9,6 +9,7 @@ from ferryman_service.application.ports import RunCancelled
 from ferryman_service.application.reporting import ReporterConfig, StoreReporter
 from ferryman_service.domain.errors import AttemptFenced, DiskFull, StoreUnavailable
 from ferryman_service.domain.records import EventLevel, RunEvent, RunState, StepMetrics
+from ferryman_service.domain.schedule import DecayPlan, DecayReason
 from ferryman_service.domain.training import DiskIsFull, PauseRequested, StopRequested
 
 FAST = ReporterConfig(flush_interval_s=0.005, ack_interval_s=0.01)
@@ -186,3 +187,34 @@ def test_the_nearest_limit_counts(runs, running_run, stop, fraction):
     reporter.step(step(10, epoch=2))
     reporter.close()
     assert runs.get(run.run_id).progress.fraction == fraction
+
+
+def test_planned_decays_are_kept_and_repeated_by_nobody(runs, running_run):
+    run = running_run(stop={"max_time_seconds": 1000.0})
+    plan, shorter = (
+        DecayPlan(first_step=first, last_step=last, reason=DecayReason.TIME) for first, last in ((4, 13), (9, 10))
+    )
+    first = make_reporter(runs, run)
+    for number in range(1, 4):
+        first.step(step(number))
+    first.decay_plan(plan)
+    first.flush()
+    assert runs.get(run.run_id).progress.decays == (plan,)
+    for number in range(4, 9):
+        first.step(step(number))
+    first.close()
+    second = make_reporter(runs, runs.get(run.run_id))
+    second.resume(2)  # from a checkpoint of step 2: the plan is reported again
+    second.step(step(3))
+    second.decay_plan(plan)
+    for number in range(4, 9):
+        second.step(step(number))
+    second.decay_plan(shorter)
+    for number in (9, 10):
+        second.step(step(number))
+    second.close()
+    payloads = [record.payload for record in runs.records_after(run.run_id, run.last_sequence, 100)]
+    assert [payload for payload in payloads if isinstance(payload, DecayPlan)] == [plan, shorter]
+    progress = runs.get(run.run_id).progress
+    assert progress.decays == (plan, shorter)
+    assert (progress.fraction, progress.remaining_seconds) == (1.0, 0.0)

@@ -7,7 +7,7 @@ import uuid
 import pytest
 
 from ferryman_service.application.paging import Pager
-from ferryman_service.application.training import RunLimits, StartRequest, TrainingUseCases
+from ferryman_service.application.training import CurveRequest, RunLimits, StartRequest, TrainingUseCases
 from ferryman_service.bundle.manifest import CONTENT_FILES, WEIGHTS_FILE, Architecture, ManifestHeader, seal
 from ferryman_service.domain.corpora import CorpusHeader, SentencePair, Split
 from ferryman_service.domain.errors import (
@@ -22,6 +22,8 @@ from ferryman_service.domain.errors import (
 from ferryman_service.domain.models import ModelLineage, ModelScores
 from ferryman_service.domain.recipe import resolve_recipe
 from ferryman_service.domain.records import RunState
+from ferryman_service.domain.runs import ProcessIdentity, RunProgress
+from ferryman_service.domain.schedule import DecayPlan, DecayReason, ScheduleKind
 from ferryman_service.stores.corpora import CorpusLimits, FileCorpusStore
 from ferryman_service.stores.database import open_database, upgrade
 from ferryman_service.stores.layout import DataFolder
@@ -276,3 +278,41 @@ def test_the_folder_of_a_deleted_run_gives_no_optimizer(house):
     assert house.folders.last_checkpoint(house.source) is not None
     with pytest.raises(OptimizerNotKept):
         house.use_cases().start(tuning(house))
+
+
+WSD = {"kind": ScheduleKind.WSD, "warmup_steps": 10, "decay_share": 0.2}
+BEGUN = (DecayPlan(first_step=81, last_step=100, reason=DecayReason.TIME),)
+
+
+@pytest.mark.parametrize(
+    ("stop", "step", "decays", "provisional"),
+    [
+        ({"max_steps": 1000}, 50, (), 0),
+        ({"max_time_seconds": 60.0}, 0, (), 1),
+        ({"max_time_seconds": 60.0}, 50, (), 51),
+        ({"max_time_seconds": 60.0}, 90, BEGUN, 91),
+        ({"max_steps": 1000, "target_score": 30.0}, 50, (), 51),
+        ({"max_steps": 1000, "target_score": 30.0}, 90, BEGUN, 0),
+        ({"max_steps": 1000, "patience": 3}, 900, (), 0),
+        ({"max_steps": 1000, "max_time_seconds": 60.0}, 900, (), 901),
+    ],
+)
+def test_curve_of_a_run_says_which_part_is_provisional(house, stop, step, decays, provisional):
+    cases = house.use_cases()
+    run = cases.start(house.request(recipe={"schedule": WSD, "stop": stop}))
+    started = house.runs.begin_attempt(run.run_id, 0)
+    house.runs.claim_attempt(run.run_id, started.attempt, ProcessIdentity(pid=1, start_ticks=1, boot_id="b"))
+    house.runs.append(run.run_id, started.attempt, [], RunProgress(step=step, decays=decays))
+    wanted = CurveRequest(schedule=None, recipe=None, run_id=run.run_id, first_step=0, last_step=0, max_points=0)
+    curve = cases.learning_rate_curve(wanted)
+    assert curve.provisional_from_step == provisional
+    assert curve.decays == decays
+    assert curve.points[-1] == ((100, 0.0) if decays else curve.points[-1])
+    house.runs.change_state(run.run_id, started.attempt, RunState.CANCELLED)
+    assert cases.learning_rate_curve(wanted).provisional_from_step == 0
+
+
+def test_curve_of_a_schedule_without_steps_is_provisional(house):
+    bare = CurveRequest(schedule=WSD, recipe=None, run_id=None, first_step=0, last_step=0, max_points=0)
+    curve = house.use_cases().learning_rate_curve(bare)
+    assert (curve.provisional_from_step, curve.points[-1]) == (1, (50_000, 1e-3))

@@ -18,7 +18,7 @@ from ferryman_service.domain.recipe import (
     resolve_recipe,
     resolve_schedule,
 )
-from ferryman_service.domain.schedule import ScheduleKind
+from ferryman_service.domain.schedule import DecayShape, ScheduleKind, learning_rate
 
 
 def violations_of(overrides):
@@ -187,3 +187,84 @@ def _leaves(value):
     if dataclasses.is_dataclass(value):
         return [leaf for field in dataclasses.fields(value) for leaf in _leaves(getattr(value, field.name))]
     return [value]
+
+
+def test_run_limited_by_time_alone_plans_its_decay():
+    """NOAM never comes down, and nobody knows the number of steps."""
+    schedule = resolve_recipe({"stop": {"max_time_seconds": 60.0}}).schedule
+    noam = resolve_recipe({}).schedule
+    assert (schedule.kind, noam.kind) == (ScheduleKind.WSD, ScheduleKind.NOAM)
+    assert schedule.total_steps is None
+    assert schedule.warmup_steps == noam.warmup_steps
+    assert schedule.peak_learning_rate == pytest.approx(learning_rate(noam, noam.warmup_steps))
+    assert resolve_recipe({}).schedule == noam, "the preset itself was not changed"
+
+
+@pytest.mark.parametrize(
+    ("stop", "schedule"),
+    [
+        ({"max_time_seconds": 60.0, "max_steps": 100}, {}),
+        ({"max_time_seconds": 60.0, "max_epochs": 1}, {}),
+        ({"max_time_seconds": 60.0}, {"factor": 2.0}),
+        ({"max_time_seconds": 60.0}, {"kind": ScheduleKind.NOAM}),
+    ],
+)
+def test_other_limits_and_schedules_stay_as_they_are(stop, schedule):
+    assert resolve_recipe({"stop": stop, "schedule": schedule}).schedule.kind is ScheduleKind.NOAM
+
+
+@pytest.mark.parametrize("kind", [ScheduleKind.LINEAR, ScheduleKind.COSINE])
+def test_schedule_that_needs_steps_is_refused_with_the_name_of_the_one_that_does_not(kind):
+    with pytest.raises(InvalidRecipe) as caught:
+        resolve_recipe({"stop": {"max_time_seconds": 60.0}, "schedule": {"kind": kind}})
+    (violation,) = caught.value.violations
+    assert violation.field == "recipe.schedule.total_steps"
+    assert "use WSD" in violation.description
+
+
+def test_wsd_takes_its_steps_from_the_limit():
+    schedule = resolve_recipe({"schedule": {"kind": ScheduleKind.WSD}, "stop": {"max_steps": 5000}}).schedule
+    assert (schedule.total_steps, schedule.decay_share, schedule.decay_shape) == (5000, 0.3, DecayShape.LINEAR)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "field", "reason"),
+    [
+        ({"schedule": {"kind": ScheduleKind.WSD}, "stop": {"max_epochs": 3}}, "schedule.total_steps", "REQUIRED"),
+        (
+            {
+                "schedule": {"kind": ScheduleKind.WSD, "decay_share": 0.5, "warmup_steps": 600},
+                "stop": {"max_steps": 1000},
+            },
+            "schedule.decay_share",
+            "CONFLICT",
+        ),
+        (
+            {"schedule": {"kind": ScheduleKind.WSD, "decay_share": 1.0}},
+            "schedule.decay_share",
+            "OUT_OF_RANGE",
+        ),
+        ({"schedule": {"kind": ScheduleKind.NOAM, "decay_share": 0.1}}, "schedule.decay_share", "CONFLICT"),
+        ({"stop": {"target_score": 101.0}}, "stop.target_score", "CONFLICT"),
+        ({"stop": {"target_score": -1.0}}, "stop.target_score", "OUT_OF_RANGE"),
+    ],
+)
+def test_what_wsd_and_targets_cannot_be(overrides, field, reason):
+    assert violations_of(overrides) == {f"recipe.{field}": reason}
+
+
+def test_recipe_with_a_decay_survives_json():
+    recipe = resolve_recipe({"stop": {"max_time_seconds": 60.0, "target_score": 30.0}, "data": {"split_digits": True}})
+    assert recipe_from_dict(json.loads(json.dumps(recipe_to_dict(recipe)))) == recipe
+
+
+def test_recipe_of_an_earlier_release_is_read():
+    values = json.loads(json.dumps(recipe_to_dict(resolve_recipe({}))))
+    for part, names in (
+        ("schedule", ("decay_share", "decay_shape")),
+        ("stop", ("target_score",)),
+        ("data", ("split_digits",)),
+    ):
+        for name in names:
+            del values[part][name]
+    assert recipe_from_dict(values) == resolve_recipe({})

@@ -34,6 +34,7 @@ from ferryman_service.domain.runs import (
     RunHead,
     RunProgress,
 )
+from ferryman_service.domain.schedule import DecayPlan, DecayReason
 from ferryman_service.stores import tables
 from ferryman_service.stores.database import open_database
 from ferryman_service.stores.runs import SqlRunStore
@@ -65,6 +66,7 @@ VALIDATION = ValidationMetrics(
     seconds=1.5,
     best=True,
 )
+DECAY = DecayPlan(first_step=4, last_step=9, reason=DecayReason.TARGET_SCORE)
 NOTE = RunEvent(level=EventLevel.WARNING, code="NOTE", message="Größe → ✓")
 
 CREATE = """
@@ -267,14 +269,15 @@ def test_records_come_back_as_they_were(runs, running):
         remaining_seconds=1.5,
         last_step=STEP,
         best_validation=VALIDATION,
+        decays=(DECAY,),
     )
-    ack = runs.append(run.run_id, 1, [STEP, VALIDATION, NOTE], progress)
-    assert (ack.last_sequence, ack.cancel_requested) == (6, False)
+    ack = runs.append(run.run_id, 1, [STEP, VALIDATION, NOTE, DECAY], progress)
+    assert (ack.last_sequence, ack.cancel_requested) == (7, False)
     payloads = [record.payload for record in runs.records_after(run.run_id, 3, 9)]
-    assert repr(payloads) == repr([STEP, VALIDATION, NOTE])  # NaN is not equal to itself
+    assert repr(payloads) == repr([STEP, VALIDATION, NOTE, DECAY])  # NaN is not equal to itself
     assert repr(runs.get(run.run_id).progress) == repr(progress)
     assert [record.sequence for record in runs.records_after(run.run_id, 2, 2)] == [3, 4]
-    assert runs.records_after(run.run_id, 6, 9) == []
+    assert runs.records_after(run.run_id, 7, 9) == []
 
 
 def test_an_append_of_nothing_asks_for_the_ack(runs, running):
