@@ -24,7 +24,7 @@ from typing import Any, Final
 import numpy as np
 
 from bench.local_training import ListReporter, LocalCorpus, new_job
-from bench.result import Result, publish
+from bench.result import Result, publish, watched_machine
 from ferryman_service.domain.corpora import CorpusFiles, Side, Split
 from ferryman_service.domain.recipe import Recipe, resolve_recipe
 from ferryman_service.domain.training import StopRequested
@@ -164,7 +164,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.run:
         start(arguments.folder, arguments.run)
         return 0
-    return publish(measure(arguments.folder, arguments.pairs))
+    with watched_machine():
+        return publish(measure(arguments.folder, arguments.pairs))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """The machine while a benchmark runs: its load, and the processor time of processes that are not the benchmark's.
 
-The kernel's counters are read before the benchmark, every few seconds meanwhile, and at its end. From the time for which
-the processors were busy between two readings, the time of the benchmark, of all its descendants and of kernel threads is
-subtracted. Other processes took the rest, also those that this process cannot see. Times are in seconds of one processor.
+The kernel's counters are read before the benchmark, every few seconds meanwhile, and at its end. From the time for
+which the processors were busy between two readings, the time of the benchmark, of all its descendants and of kernel
+threads is subtracted. Other processes took the rest, also those that this process cannot see. Times are in seconds of
+one processor.
 """
 
 from __future__ import annotations

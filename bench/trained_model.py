@@ -19,7 +19,7 @@ from typing import Any, Final
 from rich.console import Console
 
 from bench import quality
-from examples.local_service import ServiceFailed, local_service
+from examples.local_service import local_service
 from ferryman import Client
 from ferryman.cli.progress import follow
 from ferryman.types import (
@@ -65,6 +65,11 @@ class Task:
         return LEAST_BLEU if (self.corpus.test_name, self.source, self.target) == MULTI30K else None
 
 
+def task_of(data: Path, source: str, target: str) -> Task:
+    """Return the task of a folder with train, val and test files; raises TextMissing."""
+    return Task(corpus=quality.find_corpus(data, source, target), source=source, target=target)
+
+
 def training_recipe(updates: int = UPDATES) -> Recipe:
     """Return the preset `tiny` with a rate that decays to the end of so many updates."""
     return Recipe(
@@ -87,7 +92,7 @@ def trained_bundle(folder: Path | None, task: Task) -> Path:
     digest = digest_of(task)
     if folder is not None:
         if not (folder / MANIFEST_FILE).exists():
-            raise FileNotFoundError(f"{folder} is no bundle: it holds no {MANIFEST_FILE}; pass MODEL=folder of a bundle")
+            raise FileNotFoundError(f"{folder} holds no {MANIFEST_FILE}: pass MODEL=folder of a bundle")
         if fault := fault_of(folder, task, digest):
             raise ModelUnfit(f"{folder} {fault}; leave MODEL out to let the benchmark find or train a model")
         return folder
@@ -130,9 +135,7 @@ def size_fault(bundle: Path) -> str | None:
     recipe = _header(bundle)["lineage"]["recipe"]
     sizes = ("d_model", "encoder_layers", "decoder_layers", "heads", "ffn_dim")
     pairs = [(f"model.{name}", recipe["model"].get(name), wanted["model"][name]) for name in sizes]
-    pairs.append(
-        ("data.vocabulary_size", recipe["data"].get("vocabulary_size"), wanted["data"]["vocabulary_size"])
-    )
+    pairs.append(("data.vocabulary_size", recipe["data"].get("vocabulary_size"), wanted["data"]["vocabulary_size"]))
     differ = [f"{name} {found}, not {size}" for name, found, size in pairs if found != size]
     return f"has {', '.join(differ)}" if differ else None
 
