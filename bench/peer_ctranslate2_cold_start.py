@@ -1,4 +1,4 @@
-"""Loads a CTranslate2 model, translates one sentence and ends: what `serving_cold_start` does with our engine. Runs in an
+"""Loads a CTranslate2 model, translates one sentence and ends, as `serving_cold_start` does with our engine. Runs in an
 environment of its own, which `peer_environment` makes.
 
     python -m bench.peer_ctranslate2_cold_start MODEL SUBWORDS COMPUTE_TYPE TEXT

@@ -4,9 +4,10 @@
 
 A model that answers at once is searched by traffic that keeps the batch full: sentences that are done leave and others
 join. `step_us` is the median time of a step; `turn_us`, that of a turn in which sentences leave and join: reading their
-results back, leaving, joining. `plain_us` is the median time of the plainest step in NumPy, measured by turns in the same
-run: it adds scores and takes the best of each sentence, but ends no sentence and keeps no translation. A step may take so
-many times as long; the value is that limit over what a step takes, the worst of the shapes that have a limit.
+results back, leaving, joining. `plain_us` is the median time of the plainest step in NumPy, measured by turns in the
+same run: it adds scores and takes the best of each sentence, but ends no sentence and keeps no translation. A step may
+take a certain number of times as long; the value is that limit over the measured ratio, the worst of the shapes that
+have a limit.
 """
 
 from __future__ import annotations

@@ -70,16 +70,16 @@ def task_of(data: Path, source: str, target: str) -> Task:
     return Task(corpus=quality.find_corpus(data, source, target), source=source, target=target)
 
 
-def training_recipe(updates: int = UPDATES) -> Recipe:
-    """Return the preset `tiny` with a rate that decays to the end of so many updates."""
+def training_recipe() -> Recipe:
+    """Return the preset `tiny` with a rate that decays until the last update."""
     return Recipe(
         preset="tiny",
         model=ModelRecipe(norm="pre", dropout=0.0),
         schedule=LearningRateSchedule(
-            kind="linear", peak_learning_rate=0.004, warmup_steps=updates // 6, total_steps=updates
+            kind="linear", peak_learning_rate=0.004, warmup_steps=max(1, UPDATES // 6), total_steps=UPDATES
         ),
-        stop=StopRecipe(max_steps=updates),
-        validation=ValidationRecipe(interval_steps=max(1, updates // 2), max_translated_pairs=500, averaging="none"),
+        stop=StopRecipe(max_steps=UPDATES),
+        validation=ValidationRecipe(interval_steps=UPDATES, max_translated_pairs=500, averaging="none"),
     )
 
 
@@ -154,10 +154,10 @@ def digest_of(task: Task) -> str:
     return corpus_digest([task.source, task.target], splits)
 
 
-def train(task: Task, updates: int = UPDATES) -> Path:
+def train(task: Task) -> Path:
     """Train through the service; return the published bundle. Raises ServiceFailed, ModelUnfit."""
     print(
-        f"training a model for the serving benchmarks, once: {updates:,} updates of the preset tiny, "
+        f"training a model for the serving benchmarks, once: {UPDATES:,} updates of the preset tiny, "
         f"some minutes on two cores; it is kept in {OUTPUT}",
         flush=True,
     )
@@ -170,10 +170,12 @@ def train(task: Task, updates: int = UPDATES) -> Path:
             train=(corpus.train.source, corpus.train.target),
             validation=(corpus.validation.source, corpus.validation.target),
         )
-        run: TrainingRun = client.start_training(uploaded.corpus_id, MODEL_NAME, training_recipe(updates))
+        run: TrainingRun = client.start_training(uploaded.corpus_id, MODEL_NAME, training_recipe())
         run = follow(client, run.run_id, Console())
     if run.state is not RunState.SUCCEEDED:
-        raise ModelUnfit(f"the training of the benchmark's model ended {run.state}: {run.error}")
+        raise ModelUnfit(
+            f"training the benchmark's model ended {run.state}: {run.error}; pass MODEL=folder of a bundle"
+        )
     return OUTPUT / "data/models" / MODEL_NAME / str(run.model_version)
 
 
