@@ -109,7 +109,7 @@ class MachineWatch:
     def as_dict(self) -> dict[str, Any]:
         """Read the counters once more; return a result's fields."""
         self.read(FIRST_WINDOW_S)
-        first, last = self.readings
+        first, last = self.readings[0], self.readings[-1]
         seconds = sum(window.seconds for window in self.windows)
         busy_s = sum(window.seconds for window in self.windows if window.is_busy)
         foreign_s = sum(window.seconds * window.foreign_cpus for window in self.windows)
