@@ -7,8 +7,7 @@ were to begin. The limit is twice the 95th percentile of the same calls to the p
 the search. The highest rate is searched for both servers by turns, in windows; only one server has load at a time. If
 the peer holds no rate, the benchmark is invalid: its exit status is 3.
 
-With --soak MINUTES it is not searched for: the service is loaded at 60 % of the rate that it held on this machine; see
-`load_soak`.
+With --soak MINUTES it is not searched for: the service is loaded at 60 % of the rate that it holds; see `load_soak`.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from bench.load_alone import AloneTimes, alone_times
 from bench.load_search import Probe, RateSearch, SearchConfig, print_probes
 from bench.news_text import find_news
 from bench.peer_environment import PeerMissing, ctranslate2_python
-from bench.result import RESULTS, Peer, Result, device, publish, watched_machine
+from bench.result import RESULTS, Peer, Result, publish, watched_machine
 from bench.server_program import Server, ServerFailed, started_server
 from bench.serving_cpu import CORES, PEER_TYPES
 from bench.serving_models import COMPUTE_TYPES, FOLDER, converted, current_bundle, read_text
@@ -160,11 +159,11 @@ class Measurement:
 
 def measure_servers(client: ServingProcess, servers: Sequence[Server], effort: Effort) -> Measurement:
     """Measure both servers with one call in flight, search each one's highest held rate, and measure again."""
-    before = times_alone(client, servers, effort, "before")
+    before = times_alone(client, servers, effort, "before the search")
     limit_ms = load_alone.LIMIT_FACTOR * before[PEER].p95_ms
     print(f"limit of p95: {limit_ms:.1f} ms, {load_alone.LIMIT_FACTOR:g} times the peer's with one call in flight")
     searches = search_by_turns(client, servers, limit_ms, effort.search(before[PEER]), effort)
-    after = times_alone(client, servers, effort, "after")
+    after = times_alone(client, servers, effort, "after the search")
     return Measurement(searches=searches, limit_ms=limit_ms, before=before, after=after)
 
 
@@ -219,7 +218,9 @@ def measure(arguments: argparse.Namespace) -> Result:
 def soak(bundle: Path, sentences: Sequence[str], arguments: argparse.Namespace) -> Result:
     """Load the service for minutes, at 60 % of the rate that it holds, if no other is given."""
     with our_server(bundle, arguments.compute_type) as server:
-        rate = arguments.rate or SOAK_SHARE * (last_held_rate() or rate_alone(server, sentences))
+        if not (rate := arguments.rate):
+            with client_process(sentences) as client:
+                rate = soak_rate(times_alone(client, (server,), QUICK, "before the soak")[server.name])
         return load_soak.measure(server, MODEL_NAME, sentences, rate=rate, minutes=arguments.soak)
 
 
@@ -258,25 +259,23 @@ def no_rate_held(measured: Measurement) -> str:
     lowest = min(found.rate for found in measured.searches[PEER].probes)
     return (
         f"the peer holds no rate: at {lowest:.2f} requests/s its p95 is still over {measured.limit_ms:.0f} ms, though "
-        "single calls take half of that; stop other programs and run the benchmark again"
+        "that of single calls is half of it; stop other programs and run the benchmark again"
     )
 
 
-def last_held_rate() -> float | None:
-    """Return what the last run of the benchmark on this machine found for the service, requests/s; None without one."""
-    for name in ("load", "load-quick"):
-        if (path := RESULTS / f"{name}.json").exists():
-            values: dict[str, Any] = json.loads(path.read_text())
-            if values["device"] == device() and values["requests_per_s"][OURS] > 0:
-                return float(values["requests_per_s"][OURS])
-    return None
+def soak_rate(alone: AloneTimes) -> float:
+    """Return 60 % of the rate that the service holds, from its times with one call in flight.
 
-
-def rate_alone(server: Server, sentences: Sequence[str]) -> float:
-    """Return how many requests/s the service answers with one in flight."""
-    with client_process(sentences) as client:
-        times = times_alone(client, (server,), QUICK, "instead of")
-    return 1000 / times[server.name].mean_ms
+    The last result of the benchmark says how many times as many calls the service held as with one in flight. Without a
+    result the rate with one in flight counts as held.
+    """
+    rate_alone = 1000 / alone.mean_ms
+    for path in (RESULTS / "load.json", RESULTS / "load-quick.json"):
+        line: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+        if "one_call_in_flight" in line and line["requests_per_s"][OURS]:
+            mean_ms = line["one_call_in_flight"]["before"][OURS]["mean_ms"]
+            return SOAK_SHARE * rate_alone * float(line["requests_per_s"][OURS]) * mean_ms / 1000
+    return SOAK_SHARE * rate_alone
 
 
 def _make_writable(folder: Path) -> None:
@@ -296,9 +295,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--compute-type", choices=COMPUTE_TYPES, default="fp32", help="of both (default: fp32)")
     parser.add_argument("--quick", action="store_true", help="shorter windows, the same target")
     parser.add_argument("--soak", type=float, default=0.0, metavar="MINUTES", help="constant load instead")
-    parser.add_argument(
-        "--rate", type=float, help="of the soak, requests/s (default: 60 %% of what this machine held last)"
-    )
+    parser.add_argument("--rate", type=float, help="of the soak, requests/s (default: 60 %% of what the service holds)")
     return parser.parse_args(argv)
 
 

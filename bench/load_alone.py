@@ -52,7 +52,7 @@ def print_alone(times: Mapping[str, AloneTimes], when: str) -> None:
     """Print a line for each server."""
     for name, found in times.items():
         print(
-            f"{name:28} one call in flight, {when} the search: mean {found.mean_ms:.1f} ms, p50 {found.p50_ms:.1f}, "
+            f"{name:28} one call in flight, {when}: mean {found.mean_ms:.1f} ms, p50 {found.p50_ms:.1f}, "
             f"p95 {found.p95_ms:.1f}",
             flush=True,
         )

@@ -12,7 +12,6 @@ from bench.load import OURS, PEER, QUICK, Measurement, measure_servers, mixed_se
 from bench.load_alone import AloneTimes, alone_times, drift_warning
 from bench.load_client import Window, arrivals, drive, drive_one_at_a_time
 from bench.load_search import Probe, RateSearch, SearchConfig, print_probes
-from bench.result import device
 from bench.server_program import ServerFailed
 from ferryman.v1 import translation_pb2, translation_pb2_grpc
 
@@ -258,13 +257,20 @@ def test_a_server_that_fails_alone_ends_the_benchmark():
         alone_times(FakeClient(server), server, "model", calls=5, seed=1)
 
 
-@pytest.mark.parametrize(
-    ("found_on", "held", "rate"),
-    [(device(), 40.0, 40.0), ("64 cores of another CPU", 40.0, None), (device(), 0.0, None)],
-)
-def test_the_soak_takes_only_a_rate_of_this_machine(tmp_path, monkeypatch, found_on, held, rate):
+def test_the_soak_scales_the_held_rate_to_the_speed_of_this_machine(tmp_path, monkeypatch):
+    """The last run held four times as many calls as with one in flight, on a machine that was twice as fast."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bench/results").mkdir(parents=True)
-    line = {"device": found_on, "requests_per_s": {OURS: held, PEER: 1.0}}
+    line = {"requests_per_s": {OURS: 80.0}, "one_call_in_flight": {"before": {OURS: {"mean_ms": 50.0}}}}
     (tmp_path / "bench/results/load.json").write_text(json.dumps(line))
-    assert load.last_held_rate() == rate
+    alone = AloneTimes(mean_ms=100.0, p50_ms=0.0, p95_ms=0.0)
+    assert load.soak_rate(alone) == pytest.approx(0.6 * 4 * 10)
+
+
+@pytest.mark.parametrize("line", [None, {"requests_per_s": {OURS: 41.8}}])
+def test_the_soak_takes_the_rate_of_single_calls_without_a_result(tmp_path, monkeypatch, line):
+    monkeypatch.chdir(tmp_path)
+    if line:
+        (tmp_path / "bench/results").mkdir(parents=True)
+        (tmp_path / "bench/results/load.json").write_text(json.dumps(line))
+    assert load.soak_rate(AloneTimes(mean_ms=100.0, p50_ms=0.0, p95_ms=0.0)) == pytest.approx(6.0)
