@@ -58,6 +58,13 @@ def test_a_worse_newer_model_is_passed_over(task, left, capsys):
     assert "bench/2 has validation BLEU 27.9, less than 28" in capsys.readouterr().out
 
 
+def test_a_newer_model_of_another_size_is_passed_over(task, left, capsys):
+    wanted = write_bundle(left / "1", digest_of(task))
+    write_bundle(left / "2", digest_of(task), model={"decoder_layers": 2})
+    assert trained_bundle(None, task).resolve() == wanted
+    assert "bench/2 has model.decoder_layers 2, not 4" in capsys.readouterr().out
+
+
 def test_a_model_of_the_serving_benchmarks_is_taken_again(task, tmp_path):
     wanted = write_bundle(
         tmp_path / trained_model.OUTPUT / "data/models" / trained_model.MODEL_NAME / "1", digest_of(task)
