@@ -97,7 +97,7 @@ def trained_bundle(folder: Path | None, task: Task) -> Path:
             raise ModelUnfit(f"{folder} {fault}; leave MODEL out to let the benchmark find or train a model")
         return folder
     for bundle in left_bundles():
-        fault = fault_of(bundle, task, digest) or size_fault(bundle)
+        fault = fault_of(bundle, task, digest) or recipe_fault(bundle, task)
         if fault is None:
             print(f"translating with {bundle}", flush=True)
             return bundle
@@ -124,13 +124,15 @@ def fault_of(bundle: Path, task: Task, digest: str) -> str | None:
     least = task.least_bleu
     if least is not None and scores["bleu"] < least:
         return f"has validation BLEU {scores['bleu']:.1f}, less than {least:g}"
-    if least is None and not _has_decayed(lineage["recipe"], scores["step"]):
-        return f"has weights of step {scores['step']}, whose learning rate had not decayed"
     return None
 
 
-def size_fault(bundle: Path) -> str | None:
-    """Return how the bundle's model differs in size from the preset `tiny`, as `fault_of` does."""
+def recipe_fault(bundle: Path, task: Task) -> str | None:
+    """Return how the bundle's model differs in size from the preset `tiny`, or, where no bound of BLEU is known, that its
+    learning rate had not decayed; as `fault_of` does. A bundle that the user names may differ."""
+    step = _header(bundle)["scores"]["step"]
+    if task.least_bleu is None and not _has_decayed(_header(bundle)["lineage"]["recipe"], step):
+        return f"has weights of step {step}, whose learning rate had not decayed"
     wanted = recipe_to_dict(resolve_recipe({"preset": "tiny"}))
     recipe = _header(bundle)["lineage"]["recipe"]
     sizes = ("d_model", "encoder_layers", "decoder_layers", "heads", "ffn_dim")

@@ -6,7 +6,7 @@ import random
 import pytest
 
 from bench import quality, trained_model
-from bench.trained_model import ModelUnfit, digest_of, fault_of, left_bundles, size_fault, task_of, trained_bundle
+from bench.trained_model import ModelUnfit, digest_of, fault_of, left_bundles, recipe_fault, task_of, trained_bundle
 from ferryman_service.domain.recipe import recipe_to_dict, resolve_recipe
 
 LINEAR = {"kind": "linear", "warmup_steps": 10, "peak_learning_rate": 0.004, "total_steps": 100}
@@ -84,18 +84,20 @@ def test_a_model_of_the_serving_benchmarks_is_taken_again(task, tmp_path):
 )
 def test_a_model_that_does_not_fit_is_named_with_its_fault(task, tmp_path, change, said):
     bundle = write_bundle(tmp_path / "bundle", **{"digest": digest_of(task)} | change)
-    assert (fault_of(bundle, task, digest_of(task)) or size_fault(bundle)) == said
+    assert (fault_of(bundle, task, digest_of(task)) or recipe_fault(bundle, task)) == said
 
 
 def test_a_model_of_another_corpus_must_have_a_decayed_rate(tmp_path):
     """Nobody knows what BLEU is good there."""
     task = task_of(write_corpus(tmp_path / "data", "test"), "en", "de")
     digest = digest_of(task)
-    assert fault_of(write_bundle(tmp_path / "ended", digest, bleu=3.0, step=80), task, digest) is None
+    ended = write_bundle(tmp_path / "ended", digest, bleu=3.0, step=80)
+    assert (fault_of(ended, task, digest), recipe_fault(ended, task)) == (None, None)
     cut_off = write_bundle(tmp_path / "cut-off", digest, step=79)
-    assert fault_of(cut_off, task, digest) == "has weights of step 79, whose learning rate had not decayed"
+    assert recipe_fault(cut_off, task) == "has weights of step 79, whose learning rate had not decayed"
     noam = write_bundle(tmp_path / "noam", digest, schedule={"kind": "noam"}, step=10_000)
-    assert "had not decayed" in fault_of(noam, task, digest)
+    assert "had not decayed" in recipe_fault(noam, task)
+    assert trained_bundle(noam, task) == noam
 
 
 def test_a_model_that_is_named_may_have_any_size(task, tmp_path):
