@@ -128,8 +128,8 @@ def fault_of(bundle: Path, task: Task, digest: str) -> str | None:
 
 
 def recipe_fault(bundle: Path, task: Task) -> str | None:
-    """Return how the bundle's model differs in size from the preset `tiny`, or, where no bound of BLEU is known, that its
-    learning rate had not decayed; as `fault_of` does. A bundle that the user names may differ."""
+    """Return how the bundle's model differs in size from the preset `tiny`, or, where no bound of BLEU is known, that
+    its learning rate had not decayed; as `fault_of` does. A bundle that the user names may differ."""
     step = _header(bundle)["scores"]["step"]
     if task.least_bleu is None and not _has_decayed(_header(bundle)["lineage"]["recipe"], step):
         return f"has weights of step {step}, whose learning rate had not decayed"
