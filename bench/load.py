@@ -273,8 +273,9 @@ def soak_rate(alone: AloneTimes) -> float:
     for path in (RESULTS / "load.json", RESULTS / "load-quick.json"):
         line: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
         if "one_call_in_flight" in line and line["requests_per_s"][OURS]:
-            mean_ms = line["one_call_in_flight"]["before"][OURS]["mean_ms"]
-            return SOAK_SHARE * rate_alone * float(line["requests_per_s"][OURS]) * mean_ms / 1000
+            mean_ms: float = line["one_call_in_flight"]["before"][OURS]["mean_ms"]
+            held: float = line["requests_per_s"][OURS]
+            return SOAK_SHARE * rate_alone * held * mean_ms / 1000
     return SOAK_SHARE * rate_alone
 
 
