@@ -34,6 +34,8 @@ PROCESSES ?=
 MODEL ?=
 COMPUTE_TYPE ?=
 RATE ?=
+SERVED = $(if $(DATA),--data "$(DATA)") $(if $(SOURCE),--source "$(SOURCE)") $(if $(TARGET),--target "$(TARGET)") \
+  $(if $(MODEL),--model "$(MODEL)")
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
@@ -132,9 +134,8 @@ bench-quality: $(READY) ## BLEU after a fixed time of training: [DATA= SOURCE= T
 	  $(if $(TARGET),--target "$(TARGET)") $(if $(MINUTES),--minutes "$(MINUTES)") \
 	  $(if $(PRESET),--preset "$(PRESET)") $(if $(QUICK),--quick)
 
-bench-export: $(READY) ## does the exported model translate as the PyTorch model does, after bench-quality: [DATA= SOURCE= TARGET= QUICK=1]
-	@$(BIN)/python -m bench.export $(if $(DATA),--data "$(DATA)") $(if $(SOURCE),--source "$(SOURCE)") \
-	  $(if $(TARGET),--target "$(TARGET)") $(if $(QUICK),--quick)
+bench-export: $(READY) ## does the exported model translate as the PyTorch model does: [DATA= SOURCE= TARGET= MODEL= QUICK=1]
+	@$(BIN)/python -m bench.export $(SERVED) $(if $(QUICK),--quick)
 
 bench-training-cpu: $(READY) ## target tokens/s of training beside a plain loop and fairseq, ~12 min: [DATA= PRESET=tiny|base QUICK=1]
 	@$(BIN)/python -m bench.training_cpu $(if $(DATA),--data "$(DATA)") $(if $(SOURCE),--source "$(SOURCE)") \
@@ -153,27 +154,23 @@ bench-overhead: $(READY) ## what reports and store cost of a small model's step
 bench-corpora: $(READY) ## memory and start-up time on 10 million sentence pairs: [PAIRS=]
 	@$(BIN)/python -m bench.corpora $(if $(PAIRS),--pairs "$(PAIRS)")
 
-bench-serving-cpu: $(READY) ## latency, throughput, memory and BLEU of the engine beside CTranslate2: [MODEL= DATA= QUICK=1]
-	@$(BIN)/python -m bench.serving_cpu $(if $(DATA),--data "$(DATA)") $(if $(MODEL),--model "$(MODEL)") \
-	  $(if $(QUICK),--quick)
+bench-serving-cpu: $(READY) ## latency, throughput, memory and BLEU of the engine beside CTranslate2: [DATA= SOURCE= TARGET= MODEL= QUICK=1]
+	@$(BIN)/python -m bench.serving_cpu $(SERVED) $(if $(QUICK),--quick)
 
 bench-serving-gpu: $(READY) ## translating on a GPU: floor, checks, latency and throughput in fp16, < 8 min
 	@$(BIN)/python -m bench.serving_gpu
 
-bench-load: $(READY) ## requests/s that the service holds, beside a plain server around CTranslate2: [MODEL= DATA= COMPUTE_TYPE= QUICK=1]
-	@$(BIN)/python -m bench.load $(if $(DATA),--data "$(DATA)") $(if $(MODEL),--model "$(MODEL)") \
-	  $(if $(COMPUTE_TYPE),--compute-type "$(COMPUTE_TYPE)") $(if $(QUICK),--quick)
+bench-load: $(READY) ## requests/s that the service holds, beside a plain server around CTranslate2: [DATA= SOURCE= TARGET= MODEL= COMPUTE_TYPE= QUICK=1]
+	@$(BIN)/python -m bench.load $(SERVED) $(if $(COMPUTE_TYPE),--compute-type "$(COMPUTE_TYPE)") $(if $(QUICK),--quick)
 
 bench-decode-step: $(READY) ## what forms of a decoder step and of its matrix products cost in ONNX Runtime: [PRESET=tiny|base]
 	@$(BIN)/python -m bench.decode_step $(if $(PRESET),--presets "$(PRESET)")
 
-bench-invariance: $(READY) ## is a sentence translated the same alone and among others, after bench-quality: [DATA= MODEL= QUICK=1]
-	@$(BIN)/python -m bench.invariance $(if $(DATA),--data "$(DATA)") $(if $(MODEL),--model "$(MODEL)") \
-	  $(if $(QUICK),--quick)
+bench-invariance: $(READY) ## is a sentence translated the same alone and among others: [DATA= SOURCE= TARGET= MODEL= QUICK=1]
+	@$(BIN)/python -m bench.invariance $(SERVED) $(if $(QUICK),--quick)
 
-bench-serving-profile: $(READY) ## where the time of translating goes, after bench-quality: [DATA= MODEL= QUICK=1]
-	@$(BIN)/python -m bench.serving_profile $(if $(DATA),--data "$(DATA)") $(if $(MODEL),--model "$(MODEL)") \
-	  $(if $(QUICK),--quick)
+bench-serving-profile: $(READY) ## where the time of translating goes: [DATA= SOURCE= TARGET= MODEL= QUICK=1]
+	@$(BIN)/python -m bench.serving_profile $(SERVED) $(if $(QUICK),--quick)
 
 bench-search-overhead: $(READY) ## what the search takes of a decoding step, outside the model
 	@$(BIN)/python -m bench.search_overhead
@@ -181,8 +178,7 @@ bench-search-overhead: $(READY) ## what the search takes of a decoding step, out
 soak: $(READY) ## training that dies everywhere, and a translation service under load: [MINUTES= PROCESSES= MODEL= RATE=]
 	FERRYMAN_SOAK=1 $(BIN)/python -m pytest tests/service/training/test_resume.py
 	$(BIN)/python -m bench.kill $(if $(MINUTES),--minutes "$(MINUTES)") $(if $(PROCESSES),--processes "$(PROCESSES)")
-	$(BIN)/python -m bench.load --soak $(or $(MINUTES),10) $(if $(DATA),--data "$(DATA)") \
-	  $(if $(MODEL),--model "$(MODEL)") $(if $(RATE),--rate "$(RATE)")
+	$(BIN)/python -m bench.load --soak $(or $(MINUTES),10) $(SERVED) $(if $(RATE),--rate "$(RATE)")
 
 rehearse: $(OPS) ## the cluster on one machine: restarts, kills and promotions under load behind a real Envoy, ~4 min: [QUICK=1]
 	@$(BIN)/python -m bench.rehearsal $(if $(QUICK),--quick)

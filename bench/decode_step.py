@@ -30,7 +30,7 @@ from bench.decode_graphs import (
     step_inputs,
 )
 from bench.matmul_forms import FORMS, Form, product_graph, product_input
-from bench.result import Result, publish
+from bench.result import Result, publish, watched_machine
 
 BATCHES: Final = (
     StepBatch(sentences=1, width=1),
@@ -172,6 +172,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+@watched_machine()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark; there is nothing to reach."""
     return publish(measure(parse(argv)))

@@ -1,7 +1,7 @@
 """What `make bench-export` runs: does the exported model translate as the weights do that it was made from?
 
-Takes the newest model that `make bench-quality` left, translates its test set with the published ONNX graphs and with
-the PyTorch weights, greedily and with beam 5, and counts the sentences whose best hypotheses are the same tokens.
+Translates the test set with the ONNX graphs of a trained model and with its PyTorch weights, greedily and with beam 5,
+and counts the sentences whose best hypotheses are the same tokens.
 """
 
 from __future__ import annotations
@@ -14,8 +14,11 @@ from pathlib import Path
 from typing import Final
 
 from bench import quality
-from bench.result import Result, publish
-from examples.parallel_text import TextMissing
+from bench.result import Result, publish, watched_machine
+from bench.serving_models import current_bundle
+from bench.trained_model import ModelUnfit, task_of, trained_bundle
+from examples.local_service import ServiceFailed
+from examples.parallel_text import TextMissing, read_lines
 from ferryman_service.application.ports import Translator
 from ferryman_service.bundle.manifest import SUBWORDS_FILE, WEIGHTS_FILE, read_manifest
 from ferryman_service.domain.training import TrainedModel
@@ -29,14 +32,6 @@ from ferryman_service.translation.scheduler import SchedulerConfig
 SEARCHES: Final = {"greedy": SearchOptions(beam_size=1), "beam 5": SearchOptions(beam_size=5)}
 TARGET_SHARE: Final = 1.0
 QUICK_SENTENCES: Final = 100
-
-
-def newest_bundle(data_folder: Path, name: str) -> Path:
-    """Return the folder of the model's newest version; raises FileNotFoundError."""
-    versions = [path for path in (data_folder / "models" / name).glob("*") if path.name.isdigit()]
-    if not versions:
-        raise FileNotFoundError(f"{data_folder} holds no model {name!r}: run make bench-quality first")
-    return max(versions, key=lambda path: int(path.name))
 
 
 def load_reference(bundle: Path) -> TextTranslator:
@@ -70,9 +65,8 @@ def count_equal(one: Translator, other: Translator, sentences: Sequence[str], op
     return equal
 
 
-def measure(data_folder: Path, sentences: Sequence[str], quick: bool) -> Result:
+def measure(bundle: Path, sentences: Sequence[str], quick: bool) -> Result:
     """Run the benchmark."""
-    bundle = newest_bundle(data_folder, quality.MODEL_NAME)
     loader, reference = OnnxBundleLoader(OnnxConfig(), SchedulerConfig()), load_reference(bundle)
     with contextlib.closing(loader.load(bundle, ComputeType.FP32)) as exported:
         equal = {name: count_equal(exported, reference, sentences, options) for name, options in SEARCHES.items()}
@@ -93,7 +87,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, default=quality.DEFAULT_DATA, help="folder with the test files")
     parser.add_argument("--source", default="en", help="source language (default: en)")
     parser.add_argument("--target", default="de", help="target language (default: de)")
-    parser.add_argument("--folder", type=Path, default=quality.OUTPUT / "data", help="the service's data folder")
+    parser.add_argument("--model", type=Path, help="a trained bundle (default: find one, or train one)")
     parser.add_argument("--quick", action="store_true", help=f"the first {QUICK_SENTENCES} sentences only")
     return parser.parse_args(argv)
 
@@ -102,10 +96,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark; the exit status is 0 if the target is reached."""
     arguments = parse(argv)
     try:
-        corpus = quality.find_corpus(arguments.data, arguments.source, arguments.target)
-        sentences = corpus.test.source[:QUICK_SENTENCES] if arguments.quick else corpus.test.source
-        return publish(measure(arguments.folder, sentences, arguments.quick))
-    except (TextMissing, FileNotFoundError) as error:
+        task = task_of(arguments.data, arguments.source, arguments.target)
+        test = task.corpus.test.source
+        with watched_machine():
+            bundle = current_bundle(trained_bundle(arguments.model, task), read_lines(task.corpus.validation).source)
+            return publish(measure(bundle, test[:QUICK_SENTENCES] if arguments.quick else test, arguments.quick))
+    except (TextMissing, FileNotFoundError, ModelUnfit, ServiceFailed) as error:
         sys.exit(f"bench-export: {error}")
 
 

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any, Final
 
 Finding = dict[str, Any]
+TARGET_GPUS: Final = ("H100", "H200")
+"""Targets in tokens per second are those of GPUs whose name holds one of these."""
 _LEAST_S: Final = 20.0
 
 
@@ -25,6 +27,11 @@ class Section:
     name: str
     limit_s: float
     work: Callable[[], Finding]
+
+
+def target_on(gpu: str, target: float, *, small: bool) -> float | None:
+    """Return the target if it is of the GPU with this name; None if the rate is only reported."""
+    return target if not small and any(name in gpu for name in TARGET_GPUS) else None
 
 
 def run_sections(

@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import Final
 
 from bench import quality
-from bench.result import Result, publish
-from bench.serving_models import current_bundle, trained_bundle
+from bench.result import Result, publish, watched_machine
+from bench.serving_models import current_bundle
+from bench.trained_model import ModelUnfit, task_of, trained_bundle
+from examples.local_service import ServiceFailed
 from examples.parallel_text import TextMissing, read_lines
 from ferryman_service.domain.translation import CancelToken, ComputeType, Hypothesis, SearchOptions
 from ferryman_service.translation.engine import BatchingEngine
@@ -110,7 +112,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, default=quality.DEFAULT_DATA, help="folder with the test files")
     parser.add_argument("--source", default="en", help="source language (default: en)")
     parser.add_argument("--target", default="de", help="target language (default: de)")
-    parser.add_argument("--model", type=Path, help="a bundle (default: what bench-quality left)")
+    parser.add_argument("--model", type=Path, help="a trained bundle (default: find one, or train one)")
     parser.add_argument("--quick", action="store_true", help=f"the first {QUICK_SENTENCES} sentences only")
     return parser.parse_args(argv)
 
@@ -119,12 +121,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark; the exit status is 0 if the target is reached."""
     arguments = parse(argv)
     try:
-        corpus = quality.find_corpus(arguments.data, arguments.source, arguments.target)
-        sentences = corpus.test.source[:QUICK_SENTENCES] if arguments.quick else corpus.test.source
-        held_out = read_lines(corpus.validation).source
-        bundle = current_bundle(trained_bundle(arguments.model), held_out)
-        return publish(measure(bundle, sentences, arguments.quick))
-    except (TextMissing, FileNotFoundError) as error:
+        task = task_of(arguments.data, arguments.source, arguments.target)
+        test = task.corpus.test.source
+        with watched_machine():
+            bundle = current_bundle(trained_bundle(arguments.model, task), read_lines(task.corpus.validation).source)
+            return publish(measure(bundle, test[:QUICK_SENTENCES] if arguments.quick else test, arguments.quick))
+    except (TextMissing, FileNotFoundError, ModelUnfit, ServiceFailed) as error:
         sys.exit(f"bench-invariance: {error}")
 
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from bench.result import Result, publish
+from bench.result import Result, publish, watched_machine
 from ferryman_service.domain.corpora import CorpusHeader, SentencePair, Split
 from ferryman_service.domain.ids import RUN_PREFIX, new_id
 from ferryman_service.domain.recipe import resolve_recipe
@@ -257,6 +257,7 @@ def kill_points(seed: int, attempt_s: float) -> Iterator[Sequence[KillPoint]]:
         ]
 
 
+@watched_machine()
 def main() -> int:
     """Kill until the time is over; the exit status is 0 if no kill has left a trace."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

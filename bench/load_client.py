@@ -1,6 +1,7 @@
 """The client of the load test, a process of its own: calls Translate at times drawn beforehand, however long answers
 take, and counts each call's time from the moment when it was to begin. So a server that falls behind cannot slow its
-callers down and look better for it.
+callers down and look better for it. It also makes the same calls one after the other, each when the one before it has
+been answered.
 
 It answers commands, see `serving_process`.
 """
@@ -8,10 +9,12 @@ It answers commands, see `serving_process`.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeAlias
 
@@ -76,9 +79,16 @@ class Seen:
 
 def arrivals(window: Window, sentences: Sequence[str]) -> Iterator[Arrival]:
     """Yield the calls of a window: the same for the same window and sentences."""
+    end_s = window.warm_up_s + window.seconds
+    return itertools.takewhile(lambda arrival: arrival.at_s < end_s, _all_arrivals(window, sentences))
+
+
+def _all_arrivals(window: Window, sentences: Sequence[str]) -> Iterator[Arrival]:
+    """Yield calls without an end. The same seed gives the same sentences at every rate."""
     generator = random.Random(window.seed)
     at_s = 0.0
-    while (at_s := at_s + generator.expovariate(window.rate)) < window.warm_up_s + window.seconds:
+    while True:
+        at_s += generator.expovariate(window.rate)
         count = generator.randint(2, 8) if generator.random() < window.several_share else 1
         yield Arrival(at_s, generator.choices(sentences, k=count))
 
@@ -96,9 +106,7 @@ async def drive(address: str, model: str, window: Window, sentences: Sequence[st
         for a in arrivals(window, sentences)
     ]
     seen = Seen()
-    async with grpc.aio.insecure_channel(address) as channel:
-        await channel.channel_ready()
-        translate: _Method = channel.unary_unary(METHOD, None, translation_pb2.TranslateResponse.FromString)
+    async with _method(address) as translate:
         begin_s = time.perf_counter()
 
         async def call(at_s: float, count: int, request: bytes) -> None:
@@ -120,6 +128,35 @@ async def drive(address: str, model: str, window: Window, sentences: Sequence[st
             tasks.append(asyncio.create_task(call(at_s, count, request)))
         await asyncio.gather(*tasks)
     return seen
+
+
+async def drive_one_at_a_time(
+    address: str, model: str, window: Window, sentences: Sequence[str], *, warm_up: int, calls: int
+) -> Seen:
+    """Make the first calls of the window, each when the one before has been answered; `warm_up` calls before them do
+    not count."""
+    seen = Seen()
+    several = list(itertools.islice(_all_arrivals(window, sentences), calls))
+    async with _method(address) as translate:
+        for number, arrival in enumerate([*several[:warm_up], *several]):
+            request = request_of(model, arrival.sentences, window.beam_size)
+            begin_s = time.perf_counter()
+            try:
+                response = await translate(request, timeout=window.timeout_s)
+            except grpc.aio.AioRpcError as error:
+                seen.failures[error.code().name] += 1
+                continue
+            if number >= warm_up:
+                seen.latencies_ms.append(1000 * (time.perf_counter() - begin_s))
+                _add_timings(seen, response)
+    return seen
+
+
+@asynccontextmanager
+async def _method(address: str) -> AsyncIterator[_Method]:
+    async with grpc.aio.insecure_channel(address) as channel:
+        await channel.channel_ready()
+        yield channel.unary_unary(METHOD, None, translation_pb2.TranslateResponse.FromString)
 
 
 def _add_timings(seen: Seen, response: translation_pb2.TranslateResponse) -> None:
@@ -145,11 +182,25 @@ class ClientCommands:
         """Drive a server for a while; return what was seen."""
         return asyncio.run(drive(address, model, Window(**window), self._sentences)).as_dict()
 
+    def one_at_a_time(
+        self,
+        address: str,
+        model: str,
+        warm_up: int,
+        calls: int,
+        **window: Any,  # noqa: ANN401
+    ) -> dict[str, Any]:
+        """Make so many calls, one after the other; return what was seen."""
+        driven = drive_one_at_a_time(address, model, Window(**window), self._sentences, warm_up=warm_up, calls=calls)
+        return asyncio.run(driven).as_dict()
+
 
 def main() -> None:
     """Answer until no command follows."""
     commands = ClientCommands()
-    answer_commands({"sentences": commands.sentences, "window": commands.window})
+    answer_commands(
+        {"sentences": commands.sentences, "window": commands.window, "one_at_a_time": commands.one_at_a_time}
+    )
 
 
 if __name__ == "__main__":

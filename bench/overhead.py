@@ -24,7 +24,7 @@ from typing import Any, Final, cast
 import numpy as np
 import torch
 
-from bench.result import Result, publish
+from bench.result import Result, publish, watched_machine
 from ferryman_service.application.reporting import ReporterConfig, SilentReporter, StoreReporter
 from ferryman_service.domain.ids import RUN_PREFIX, new_id
 from ferryman_service.domain.recipe import Recipe, resolve_recipe
@@ -119,6 +119,7 @@ class TimedTrainee:
         return getattr(self._trainee, name)
 
 
+@watched_machine()
 def main() -> int:
     """Measure and publish; the exit status is 0 if at least 98 % of the time is the updates'."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

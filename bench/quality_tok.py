@@ -28,7 +28,7 @@ import sacrebleu
 import torch
 
 from bench.local_training import ListReporter, LocalCorpus, new_job, open_corpus, write_corpus
-from bench.result import Peer, Result, publish, results_folder
+from bench.result import Peer, Result, publish, results_folder, watched_machine
 from examples.parallel_text import ParallelLines, TextMissing, find_files, read_lines
 from ferryman_service.config.resources import usable_cpus
 from ferryman_service.domain.recipe import (
@@ -159,6 +159,7 @@ def bleu(translator: TextTranslator, lines: ParallelLines, length_penalty: float
     return score
 
 
+@watched_machine()
 def run_seeds(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Run what is left of each seed, `jobs` at once; return the results there are."""
     files = {seed: result_file(seed, arguments) for seed in range(1, arguments.seeds + 1)}

@@ -22,16 +22,18 @@ from typing import Any, Final
 import sacrebleu
 
 from bench import quality
+from bench.news_text import find_news
 from bench.peer_environment import CTRANSLATE2, PeerMissing, ctranslate2_python
-from bench.result import Peer, Result, publish
-from bench.serving_models import COMPUTE_TYPES, FOLDER, ServingTask, base_task, read_text, tiny_task, trained_bundle
+from bench.result import Peer, Result, publish, watched_machine
+from bench.serving_models import COMPUTE_TYPES, FOLDER, ServingTask, base_task, read_text, tiny_task
 from bench.serving_process import ProcessFailed, ServingProcess
 from bench.serving_rows import Row, at_least, at_most, print_rows, reported
+from bench.trained_model import ModelUnfit, model_facts, task_of, trained_bundle
+from examples.local_service import ServiceFailed
 from examples.parallel_text import TextMissing
 from ferryman_service.bundle.manifest import SUBWORDS_FILE
 from ferryman_service.text.subwords import Subwords
 
-NEWS: Final = Path("../shared/data/news")
 ENGINES: Final = ("ferryman", "ctranslate2")
 SEARCHES: Final[Mapping[str, int]] = {"greedy": 1, "beam 5": 5}
 PEER_BATCHES: Final = (32, 64)
@@ -41,7 +43,7 @@ LATENCY_AT_MOST: Final = 0.8
 THROUGHPUT_AT_LEAST: Final = 1.25
 MEMORY_AT_MOST: Final = 1.0
 BLEU_LOSS_AT_MOST: Final = 0.3
-COLD_START_AT_MOST_S: Final = 2.0
+COLD_START_AT_MOST: Final = 3.0
 _WARM_UP_SENTENCES: Final = 3
 _BLOCK_SENTENCES: Final = 10
 _SETTLE_S: Final = 0.2
@@ -208,30 +210,41 @@ def quality_rows(task: ServingTask, outputs: Outputs) -> list[Row]:
 
 
 def cold_start_rows(task: ServingTask, text: str) -> list[Row]:
-    """Measure fresh processes from their start to their first translation; raises ProcessFailed."""
+    """Measure fresh processes of both engines by turns, from their start to their first translation; raises
+    ProcessFailed, PeerMissing."""
     rows = []
     for compute_type in COMPUTE_TYPES:
-        command = [sys.executable, "-m", "bench.serving_cold_start", str(task.bundle), compute_type, text]
-        taken_s = []
-        for _ in range(_COLD_STARTS):
-            begin_s = time.perf_counter()
-            with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-                assert process.stdout is not None and process.stderr is not None
-                line = process.stdout.readline()
-                taken_s.append(time.perf_counter() - begin_s)
-                error = process.stderr.read()
-            if not line or process.returncode:
-                raise ProcessFailed(f"{' '.join(command)} ended with exit status {process.returncode}:\n{error}")
-        value = round(statistics.median(taken_s), 3)
-        label = f"{task.name} {compute_type} cold start"
-        rows.append(at_most(label, "s", (value, None), COLD_START_AT_MOST_S, relative=False))
+        own = [sys.executable, "-m", "bench.serving_cold_start", str(task.bundle), compute_type, text]
+        peer = [str(ctranslate2_python()), "-m", "bench.peer_ctranslate2_cold_start", str(task.peers[compute_type])]
+        peer += [str(task.bundle / SUBWORDS_FILE), PEER_TYPES[compute_type], text]
+        turns = [(cold_start_s(own), cold_start_s(peer)) for _ in range(_COLD_STARTS)]
+        ours, theirs = (round(statistics.median(taken_s), 3) for taken_s in zip(*turns, strict=True))
+        rows.append(at_most(f"{task.name} {compute_type} cold start", "s", (ours, theirs), COLD_START_AT_MOST))
     return rows
 
 
+def cold_start_s(command: Sequence[str]) -> float:
+    """Return the seconds from the start of a process to its first line; raises ProcessFailed."""
+    begin_s = time.perf_counter()
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (os.getcwd(), os.getenv("PYTHONPATH"))))}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        line = process.stdout.readline()
+        taken_s = time.perf_counter() - begin_s
+        error = process.stderr.read()
+    if not line or process.returncode:
+        raise ProcessFailed(f"{' '.join(command)} ended with exit status {process.returncode}:\n{error}")
+    return taken_s
+
+
 def measure(arguments: argparse.Namespace) -> Result:
-    """Run the benchmark; raises TextMissing, FileNotFoundError, PeerMissing, ProcessFailed."""
-    trained = trained_bundle(arguments.model)
-    text = read_text(arguments.data, NEWS, trained)
+    """Run the benchmark; raises what `main` reports."""
+    corpus_task = task_of(arguments.data, arguments.source, arguments.target)
+    trained = trained_bundle(arguments.model, corpus_task)
+    news = find_news(arguments.data, arguments.source, arguments.target)
+    text = read_text(corpus_task, news)
     effort = QUICK if arguments.quick else FULL
     tasks = {
         "tiny": lambda: tiny_task(trained, text),
@@ -248,7 +261,12 @@ def measure(arguments: argparse.Namespace) -> Result:
         value=sum(row.ok for row in rows) / len(rows),
         target=1.0,
         peer=Peer(name=CTRANSLATE2, value=1.0),
-        details={"unit": "share of the rows that hold", "rows": [row.as_dict() for row in rows]},
+        details={
+            "unit": "share of the rows that hold",
+            "rows": [row.as_dict() for row in rows],
+            "model": model_facts(trained),
+            "news": news.described,
+        },
     )
 
 
@@ -256,7 +274,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog="make bench-serving-cpu", description=__doc__)
     parser.add_argument("--data", type=Path, default=quality.DEFAULT_DATA, help="folder with train, val and test files")
-    parser.add_argument("--model", type=Path, help="folder of a trained bundle (default: what bench-quality left)")
+    parser.add_argument("--source", default="en", help="source language (default: en)")
+    parser.add_argument("--target", default="de", help="target language (default: de)")
+    parser.add_argument("--model", type=Path, help="folder of a trained bundle (default: find one, or train one)")
     parser.add_argument("--tasks", nargs="+", choices=("tiny", "base"), default=["tiny", "base"])
     parser.add_argument("--quick", action="store_true", help="fewer sentences and rounds, the same targets")
     return parser.parse_args(argv)
@@ -266,8 +286,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark; the exit status is 0 if every row holds."""
     arguments = parse(argv)
     try:
-        return publish(measure(arguments))
-    except (TextMissing, FileNotFoundError, PeerMissing, ProcessFailed) as error:
+        with watched_machine():
+            return publish(measure(arguments))
+    except (TextMissing, FileNotFoundError, ModelUnfit, PeerMissing, ProcessFailed, ServiceFailed) as error:
         sys.exit(f"bench-serving-cpu: {error}")
 
 

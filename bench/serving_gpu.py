@@ -23,8 +23,8 @@ from typing import Any, Final
 import onnxruntime
 import torch
 
-from bench.gpu_sections import Finding, Section, python_module, run_section, run_sections
-from bench.result import Peer, Result, publish, results_folder
+from bench.gpu_sections import Finding, Section, python_module, run_section, run_sections, target_on
+from bench.result import Peer, Result, publish, results_folder, watched_machine
 from bench.serving_gpu_checks import CHECKS
 from bench.serving_gpu_profile import measure_heads, measure_host, measure_kernels
 from bench.serving_gpu_setting import Setting
@@ -136,7 +136,7 @@ def results(found: Mapping[str, Finding], gpu: str, *, small: bool) -> list[Resu
             Result(
                 bench=f"serving-gpu-{name.replace(' ', '')}{suffix}",
                 value=max((rate for rate in rates.values() if rate is not None), default=0.0),
-                target=None if small else target,
+                target=target_on(gpu, target, small=small),
                 peer=None if theirs is None else Peer(name="ctranslate2 float16", value=theirs),
                 details={"gpu": gpu, "unit": "target tokens/s of base in fp16", "forms": rates, "floor": floor},
             )
@@ -163,6 +163,7 @@ def out_folder(setting: Setting) -> Path:
     return setting.folder if setting.small and "OUT" not in os.environ else results_folder()
 
 
+@watched_machine()
 def run_all(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
     """Run the sections that fit the time, with models made anew; return the exit status."""
     shutil.rmtree(setting_of(arguments).folder)

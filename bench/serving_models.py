@@ -1,7 +1,7 @@
 """The models of the serving benchmark, each as a bundle of ours and as CTranslate2's folders of the same weights.
 
-tiny: trained, the one that `make bench-quality` leaves or another; translations end where the model ends them. base:
-the preset with 32,001 subwords and random weights; every translation is made to have 15 subwords.
+tiny: the trained one of `trained_model`; translations end where the model ends them. base: the preset with 32,001
+subwords and random weights; every translation is made to have 15 subwords.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from bench import quality
+from bench.news_text import News
 from bench.peer_environment import PeerMissing, ctranslate2_python
-from examples.parallel_text import TextMissing, find_files, read_lines
+from bench.trained_model import Task
+from examples.parallel_text import TextMissing, read_lines
 from ferryman_service.bundle.manifest import (
     FORMAT_VERSION,
     MANIFEST_FILE,
@@ -65,34 +66,13 @@ class Text:
     test_target: Sequence[str]
 
 
-def trained_bundle(folder: Path | None) -> Path:
-    """Return the trained model's bundle: the one in the folder, or the newest that bench-quality left.
-
-    Raises FileNotFoundError.
-    """
-    left = quality.OUTPUT / "data" / "models" / quality.MODEL_NAME
-    versions = [folder] if folder else [path for path in left.glob("*") if path.name.isdigit()]
-    if not versions:
-        raise FileNotFoundError(f"{left} holds no model: run make bench-quality QUICK=1 first, or pass MODEL=folder")
-    bundle = versions[0] if folder else max(versions, key=lambda path: int(path.name))
-    if not (bundle / MANIFEST_FILE).exists():
-        raise FileNotFoundError(f"{bundle} is no bundle: it holds no {MANIFEST_FILE}")
-    return bundle
-
-
-def read_text(data: Path, news: Path, bundle: Path) -> Text:
-    """Read Multi30k in the bundle's languages, and news for more words; raises TextMissing."""
-    lineage = json.loads((bundle / MANIFEST_FILE).read_text())["header"]["lineage"]
-    corpus = quality.find_corpus(data, lineage["source_language"], lineage["target_language"])
-    train = read_lines(corpus.train)
-    training = [*train.source, *train.target]
-    if news.exists():
-        more = read_lines(find_files(str(news / "train"), "en", "de"))
-        training += [*more.source, *more.target]
-    held_out = read_lines(corpus.validation).source
+def read_text(task: Task, news: News) -> Text:
+    """Read the task's corpus, and news for more words; raises TextMissing."""
+    train, corpus = read_lines(task.corpus.train), task.corpus
+    training = [*train.source, *train.target, *news.training.source, *news.training.target]
     return Text(
         training=[normalise(line) for line in training],
-        held_out=[normalise(line) for line in held_out],
+        held_out=[normalise(line) for line in read_lines(corpus.validation).source],
         test_source=[normalise(line) for line in corpus.test.source],
         test_target=corpus.test.target,
     )

@@ -28,7 +28,7 @@ from bench.local_training import ListReporter, LocalCorpus, new_job, write_corpu
 from bench.peer_environment import PeerMissing, fairseq_python
 from bench.peer_task import PeerTask, recipe_of, task_of
 from bench.plain_loop import cut_batches, read_pairs
-from bench.result import Peer, Result, publish
+from bench.result import Peer, Result, publish, watched_machine
 from bench.turns import Contestant, ContestantFailed, alternate, median_ratio, started
 from examples.parallel_text import TextMissing, find_files, read_lines
 from ferryman_service.domain.recipe import Precision, Preset, Recipe
@@ -270,7 +270,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             for name in ("train", "val")
         )
         corpus = write_corpus(FOLDER, train, validation)
-        return max(publish(measure(prepare(preset, corpus), arguments)) for preset in presets)
+        with watched_machine():
+            return max(publish(measure(prepare(preset, corpus), arguments)) for preset in presets)
     except (TextMissing, PeerMissing, ContestantFailed) as error:
         sys.exit(f"bench-training-cpu: {error}")
 

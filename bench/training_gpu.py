@@ -23,9 +23,9 @@ import torch
 
 from bench.gpu_checks import CHECKS
 from bench.gpu_floor import measure_floor
-from bench.gpu_sections import Finding, Section, python_module, run_section, run_sections
+from bench.gpu_sections import Finding, Section, python_module, run_section, run_sections, target_on
 from bench.gpu_speed import SMALL, Scale, Variant, measure_loop, measure_speed
-from bench.result import Result, publish, results_folder
+from bench.result import Result, publish, results_folder, watched_machine
 from ferryman_service.domain.recipe import Preset
 
 TARGETS: Final = {Preset.BASE: 860_000.0, Preset.BIG: 320_000.0}
@@ -104,6 +104,7 @@ def run_here(section: DeviceSection, arguments: argparse.Namespace) -> None:
     run_section(section.on(arguments.device), arguments.section_out)
 
 
+@watched_machine()
 def run_all(arguments: argparse.Namespace) -> dict[str, Any]:
     """Run the sections that fit the time, one after the other."""
     facts: dict[str, Any] = {"device": device_facts(arguments.device), "small": arguments.small}
@@ -193,7 +194,7 @@ def publish_all(found: Mapping[str, Any], arguments: argparse.Namespace) -> int:
             Result(
                 bench=f"training-gpu-{preset}{suffix}",
                 value=max(rates_of(found, loop_name(preset)).values(), default=0.0),
-                target=None if arguments.small else target,
+                target=target_on(found.get("device", {}).get("name", ""), target, small=arguments.small),
                 peer=None,
                 details=details_of(found, preset),
             )

@@ -35,7 +35,7 @@ from bench.rehearsal.serving import (
     slow_replica,
 )
 from bench.rehearsal.training import restarted_training
-from bench.result import RESULTS, Result, publish
+from bench.result import RESULTS, Result, publish, watched_machine
 
 FOLDER: Final = Path("bench-output/rehearsal")
 SCENARIOS: Final[Mapping[str, Callable[[Cluster, Effort], Awaitable[Report]]]] = {
@@ -107,7 +107,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = arguments.scenarios or effort.scenarios
     try:
         objects = rendered(arguments, effort)
-        reports = asyncio.run(rehearse(objects, arguments.folder, effort, names))
+        with watched_machine():
+            reports = asyncio.run(rehearse(objects, arguments.folder, effort, names))
     except (ChartFailed, PreparationFailed, PodFailed, ProxyFailed) as error:
         sys.exit(f"rehearse: {error}")
     return publish(result_of(reports, quick=arguments.quick), arguments.results)

@@ -1,11 +1,16 @@
 """The line that ends a benchmark."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 
 from bench import result
+from bench.machine import MachineWatch, Window
 from bench.result import Peer, Result, publish
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -39,3 +44,54 @@ def test_without_peer_and_target_there_is_nothing_to_miss(capsys):
     assert publish(Result(bench="quality", value=1.0, target=None, peer=None, details={})) == 0
     values = json.loads(capsys.readouterr().out)
     assert (values["ok"], values["peer"], values["ratio"], values["target"]) == (True, None, None, None)
+
+
+def test_a_benchmark_that_could_not_measure_is_invalid(capsys):
+    found = Result(bench="load", value=None, target=1.5, peer=None, details={}, invalid_because="the peer is down")
+    assert publish(found) == result.INVALID_STATUS == 3
+    out, err = capsys.readouterr()
+    values = json.loads(out)
+    assert (values["value"], values["ok"], values["valid"], values["ratio"]) == (None, False, False, None)
+    assert values["invalid_because"] == "the peer is down"
+    assert "INVALID: the peer is down" in err
+
+
+def test_the_line_says_what_else_the_machine_did(capsys):
+    publish(measured(35.7))
+    values = json.loads(capsys.readouterr().out)
+    assert values["valid"] is True
+    machine = values["machine"]
+    assert {"cpus", "cpu_model", "busy", "busy_share", "busiest_process", "foreign_cpus"} <= set(machine)
+    assert set(machine["load_averages_at_start"]) == set(machine["load_averages_at_end"]) == {"1_min", "5_min"}
+
+
+def test_a_busy_machine_is_warned_of(monkeypatch, capsys):
+    watch = MachineWatch()
+    busy = Window(seconds=5.0, foreign_cpus=1.0, busiest="intruder", busiest_cpus=0.9)
+    monkeypatch.setattr(result, "_WATCH", watch)
+    watch.read().windows.append(busy)
+    publish(measured(35.7))
+    out, err = capsys.readouterr()
+    assert "most of all 'intruder'; stop them" in err
+    assert json.loads(out)["machine"]["busy"] is True
+
+
+def test_a_watched_block_is_warned_at_its_begin(monkeypatch, capsys):
+    watch = MachineWatch()
+    monkeypatch.setattr(result, "_WATCH", watch)
+    watch.read().windows.append(Window(seconds=5.0, foreign_cpus=1.0))
+    with result.watched_machine():
+        assert "warning: the machine was busy" in capsys.readouterr().err
+        assert len(watch.windows) >= 2
+
+
+PUBLISHING = sorted(
+    str(path.relative_to(ROOT))
+    for path in (ROOT / "bench").rglob("*.py")
+    if re.search(r"^\s+return .*publish\(|\(publish\(", path.read_text(), re.MULTILINE)
+)
+
+
+@pytest.mark.parametrize("program", [name for name in PUBLISHING if name != "bench/quality.py"])
+def test_every_benchmark_watches_the_machine(program):
+    assert "watched_machine()" in (ROOT / program).read_text()

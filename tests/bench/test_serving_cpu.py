@@ -1,12 +1,14 @@
 """What the serving benchmark makes of what its processes answer."""
 
+import sys
+import time
 import types
 
 import pytest
 
 from bench import serving_cpu
 from bench.serving_commands import TokenSearch
-from bench.serving_cpu import Pair, latency_rows, memory_rows, quality_rows, throughput_rows
+from bench.serving_cpu import Pair, cold_start_s, latency_rows, memory_rows, quality_rows, throughput_rows
 from bench.serving_engine import FerrymanEngine
 from bench.serving_models import ServingTask
 from bench.serving_process import ProcessFailed
@@ -160,3 +162,15 @@ def test_an_error_of_our_engine_is_raised():
     ours = FerrymanEngine(EchoEngine(Cancelled("nobody waits")))
     with pytest.raises(Cancelled):
         ours.translate([(4, 3)], TokenSearch(beam_size=1, max_length=9))
+
+
+def test_a_cold_start_ends_with_the_first_line():
+    slow_end = "import time; print('a translation', flush=True); time.sleep(0.3)"
+    begin_s = time.perf_counter()
+    taken_s = cold_start_s([sys.executable, "-c", slow_end])
+    assert 0 < taken_s < time.perf_counter() - begin_s - 0.25
+
+
+def test_a_cold_start_that_fails_says_why():
+    with pytest.raises(ProcessFailed, match="it hurts"):
+        cold_start_s([sys.executable, "-c", "import sys; sys.exit('it hurts')"])

@@ -55,14 +55,20 @@ def test_a_section_runs_anywhere_in_small(setting, tmp_path, name, wanted):
 
 
 def test_the_targets_are_held_against_the_faster_form():
-    checks, latency, greedy, beam = serving_gpu.results(FOUND, "a GPU", small=False)
+    checks, latency, greedy, beam = serving_gpu.results(FOUND, "NVIDIA H200", small=False)
     assert (checks.value, checks.ok) == (0.5, False)
     assert (latency.value, latency.ok, latency.peer) == (2500.0, True, None)
     assert (greedy.value, greedy.ok, greedy.peer.value) == (70_000.0, True, 50_000.0)
     assert (beam.value, beam.ok) == (0.0, False)
     assert latency.details["forms"] == {"node by node": 1200.0, "CUDA graphs": 2500.0}
     assert latency.details["floor"] == {"ms": 0.03}
-    assert all(result.target is None for result in serving_gpu.results(FOUND, "a GPU", small=True)[1:])
+    assert all(result.target is None for result in serving_gpu.results(FOUND, "NVIDIA H200", small=True)[1:])
+
+
+def test_rates_on_another_gpu_are_only_reported():
+    checks, *rates = serving_gpu.results(FOUND, "a GPU", small=False)
+    assert checks.target == 1.0
+    assert all(result.target is None and result.ok for result in rates)
 
 
 def test_what_users_get_comes_first_and_cuda_graphs_are_for_cuda(tmp_path):

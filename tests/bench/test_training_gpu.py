@@ -11,6 +11,7 @@ from bench.gpu_speed import SMALL, Variant
 from ferryman_service.domain.recipe import Preset
 
 FOUND = {
+    "device": {"device": "cuda", "name": "NVIDIA H100 80GB HBM3"},
     "floor": {"base": {"target_tokens_per_s": 9.0}},
     "base: whole loop": {
         "25000": {"target_tokens_per_s": 870_000.0, "mfu": 0.4},
@@ -48,6 +49,13 @@ def test_the_targets_are_held_against_the_training_loop(tmp_path, monkeypatch, c
     assert base["variants"][Variant.GRAPHS] == {"25000": 990_000.0}
     assert (big["value"], big["ok"]) == (0.0, False)
     assert json.loads(Path(tmp_path, "training-gpu-base.json").read_text()) == base
+
+
+def test_rates_on_another_gpu_are_only_reported(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("OUT", str(tmp_path))
+    training_gpu.publish_all(FOUND | {"device": {"name": "NVIDIA A10G"}}, types.SimpleNamespace(small=False))
+    _, base, big = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert (base["target"], base["ok"], big["target"], big["ok"]) == (None, True, None, True)
 
 
 def test_what_users_get_is_measured_before_everything_else():

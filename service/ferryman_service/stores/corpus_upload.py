@@ -109,12 +109,17 @@ class FileCorpusUpload:
 
     def _describe(self, checked: Mapping[Split, CheckedSplit]) -> Corpus:
         languages = [self._header.source_language, self._header.target_language]
-        content = json.dumps([languages, *(checked[split].digests for split in Split)])
         return Corpus(
             corpus_id=new_id(CORPUS_PREFIX),
             header=self._header,
             train=checked[Split.TRAIN].statistics,
             validation=checked[Split.VALIDATION].statistics,
-            digest=hashlib.sha256(content.encode()).hexdigest(),
+            digest=corpus_digest(languages, checked),
             create_time_ns=time.time_ns(),
         )
+
+
+def corpus_digest(languages: Sequence[str], checked: Mapping[Split, CheckedSplit]) -> str:
+    """Return the SHA-256 of a corpus: source and target language, and the normalised text of all splits."""
+    content = json.dumps([languages, *(checked[split].digests for split in Split)])
+    return hashlib.sha256(content.encode()).hexdigest()
