@@ -32,6 +32,7 @@ from ferryman.errors import FerrymanError
 from ferryman.types import (
     DataRecipe,
     DecayPlan,
+    EarlyStopping,
     LearningRateSchedule,
     ModelRecipe,
     NormPlacement,
@@ -56,8 +57,10 @@ SEED: Final = 1
 PHRASES_MINUTES: Final = 8.0
 """The longest training of the built-in corpus. It usually ends earlier, by its target score."""
 
-TARGET_BLEU: Final = 94.0
-EXPECTED_STEPS: Final = 2000
+TARGET_BLEU: Final = 88.0
+"""Of the validation, at which the learning rate begins to decay. The decay lifts it to 98 and more."""
+
+EXPECTED_STEPS: Final = 2400
 OWN_TEXT_MINUTES: Final = 3.0
 DRAWN_STEPS: Final = 3000
 TABLE_ROWS: Final = 12
@@ -258,7 +261,9 @@ def run_demo(task: Task, console: Console) -> str:
         save_run(client, run.run_id)
         model = f"{run.model_name}/{run.model_version}"
         console.print(f"Published {model}; translating {len(task.test.source)} held-out sentences")
-        translations = translate_all(client, model, task.test.source)
+        # By default a beam search ends when five hypotheses have ended. A model as sure of itself as this one lets
+        # short ones end before the best; "optimal" waits for it.
+        translations = translate_all(client, model, task.test.source, early_stopping=EarlyStopping.OPTIMAL)
     share = show_translations(task.test, translations, console)
     show_what_is_left(model, console)
     judge(task, share, run, decay, console)
