@@ -7,6 +7,8 @@ READY := $(VENV)/.ready
 OPS := $(VENV)/.ops
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 STUBS ?= client
+# Two processes run the tests, file by file in the order of tests/conftest.py; `python -m pytest` alone runs one.
+PARALLEL ?= -n 2 --dist loadfile --no-loadscope-reorder
 
 # torch is installed first and by itself, at the version that constraints.txt pins. Where pip finds only the default
 # build, that one brings gigabytes of CUDA libraries along; to get the small CPU build, let PIP_EXTRA_INDEX_URL or
@@ -71,13 +73,13 @@ demo: $(READY) ## train a model and translate with it, < 5 min; own text: TRAIN=
 	  $(if $(MINUTES),--minutes "$(MINUTES)")
 
 test: $(READY) ## all tests but those of ops: quick and system
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 quick: $(READY) ## the quick tests
-	$(BIN)/python -m pytest -m "not system and not ops"
+	$(BIN)/python -m pytest $(PARALLEL) -m "not system and not ops"
 
 system: $(READY) ## the tests that start the real service
-	$(BIN)/python -m pytest -m "system and not ops"
+	$(BIN)/python -m pytest $(PARALLEL) -m "system and not ops"
 
 ops: $(OPS) ## the tests of deploy/ and examples/, with real servers that they install (apt-get, npm, PyPI) and start
 	$(BIN)/mypy deploy/grafana
@@ -176,7 +178,7 @@ bench-search-overhead: $(READY) ## what the search takes of a decoding step, out
 	@$(BIN)/python -m bench.search_overhead
 
 soak: $(READY) ## training that dies everywhere, and a translation service under load: [MINUTES= PROCESSES= MODEL= RATE=]
-	FERRYMAN_SOAK=1 $(BIN)/python -m pytest tests/service/training/test_resume.py
+	FERRYMAN_SOAK=1 $(BIN)/python -m pytest tests/service/training/test_resume.py tests/service/training/test_compile.py
 	$(BIN)/python -m bench.kill $(if $(MINUTES),--minutes "$(MINUTES)") $(if $(PROCESSES),--processes "$(PROCESSES)")
 	$(BIN)/python -m bench.load --soak $(or $(MINUTES),10) $(SERVED) $(if $(RATE),--rate "$(RATE)")
 

@@ -1,6 +1,21 @@
-"""A small random model and its bundle, exported once for all tests that read it."""
+"""How the tests share a machine; and a small random model and its bundle, exported once for all tests that read it."""
+
+import os
 
 import pytest
+
+# Threads cost the tests' tiny tensors more than they bring, and beside another busy process the threads of a parallel
+# loop wait, spinning, for the one that has no core. OpenMP reads this once, when torch is imported; programs that a
+# test starts inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+_FIRST = ("tests/system/", "tests/service/training/", "tests/service/search/")
+"""What takes longest, so that no process is left with it at the end."""
+
+
+def pytest_collection_modifyitems(items):
+    if os.environ.get("PYTEST_XDIST_WORKER"):
+        items.sort(key=lambda item: [not item.nodeid.startswith(folder) for folder in _FIRST])
 
 
 @pytest.fixture(scope="session")

@@ -42,13 +42,13 @@ from ferryman_service.rpc.training import TrainingServicer
 from ferryman_service.rpc.translation import TranslationServicer
 from ferryman_service.rpc.translation_watch import TranslationWatch
 from ferryman_service.stores.corpora import CorpusLimits, FileCorpusStore
-from ferryman_service.stores.database import open_database, upgrade
 from ferryman_service.stores.layout import DataFolder
 from ferryman_service.stores.models import FileModelStore
 from ferryman_service.stores.run_folders import FileRunFolders
 from ferryman_service.stores.runs import SqlRunStore
 from ferryman_service.text.sentences import SentencexSplitter
 from tests.fakes.bundles import HEADER, write_bundle
+from tests.fakes.databases import open_migrated
 from tests.fakes.translator import FakeBundleLoader
 
 WORKER = ProcessIdentity(pid=4242, start_ticks=7, boot_id="boot")
@@ -75,8 +75,7 @@ class LoopbackService:
     ):
         self.folder = DataFolder(root / "data")
         self.folder.create()
-        self._database = open_database(self.folder.database)
-        upgrade(self._database)
+        self._database = open_migrated(self.folder.database)
         self.runs = SqlRunStore(self._database)
         self.corpora = FileCorpusStore(self._database, self.folder, CorpusLimits(max_bytes=max_corpus_bytes))
         self.models = FileModelStore(self._database, self.folder)

@@ -14,9 +14,14 @@ START_TIMEOUT_S = 60
 
 
 class ServiceProcess:
-    """`python -m ferryman_service serve` on free loopback ports; its output goes to a file."""
+    """`python -m ferryman_service serve` on free loopback ports; its output goes to a file.
 
-    def __init__(self, data_dir: Path, *flags: str, port: int = 0, wrapper: tuple[str, ...] = ()):
+    Its workers train with one thread as the tests do, or with `all_cores` as for a user who sets nothing.
+    """
+
+    def __init__(
+        self, data_dir: Path, *flags: str, port: int = 0, wrapper: tuple[str, ...] = (), all_cores: bool = False
+    ):
         self.data_dir = data_dir
         self.log = data_dir.parent / f"service-{time.monotonic_ns()}.log"
         command = [
@@ -25,6 +30,8 @@ class ServiceProcess:
             *("--port", str(port), "--metrics-port", "0", "--probe-port", "0", "--heartbeat-s", "0.5", *flags),
         ]
         environment = {key: value for key, value in os.environ.items() if not key.startswith("FERRYMAN_")}
+        if all_cores:
+            environment.pop("OMP_NUM_THREADS", None)
         with self.log.open("wb") as output:
             self.process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
         self.port = int(self._wait_for_line(r"serving on 127\.0\.0\.1:(\d+)"))

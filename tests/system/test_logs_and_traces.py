@@ -44,7 +44,8 @@ class Observed:
 
     def __init__(self, data_dir, client_spans):
         self.data_dir, self.collector, self.client_spans = data_dir, Collector(), client_spans
-        service = ServiceProcess(data_dir, "--log-format", "json", "--trace-endpoint", self.collector.endpoint)
+        flags = ("--log-format", "json", "--trace-endpoint", self.collector.endpoint)
+        service = ServiceProcess(data_dir, *flags, all_cores=True)
         try:
             with Client(service.address) as client:
                 self.run_id = self._train(client)

@@ -11,9 +11,9 @@ from ferryman_service.domain.records import RunState, StepMetrics
 from ferryman_service.domain.runs import TrainingRun
 from ferryman_service.launch.torchrun import LaunchConfig, TorchrunLauncher, torchrun_command
 from ferryman_service.stores.corpora import CorpusLimits, FileCorpusStore
-from ferryman_service.stores.database import open_database, upgrade
 from ferryman_service.stores.layout import DataFolder
 from ferryman_service.stores.runs import SqlRunStore
+from tests.fakes.databases import open_migrated
 from tests.system.conftest import reversal_corpus
 
 pytestmark = pytest.mark.system
@@ -30,8 +30,7 @@ RECIPE = {
 def test_two_processes_train_one_run(tmp_path):
     folder = DataFolder(tmp_path / "data")
     folder.create()
-    database = open_database(folder.database)
-    upgrade(database)
+    database = open_migrated(folder.database)
     runs, corpora = SqlRunStore(database), FileCorpusStore(database, folder, CorpusLimits())
     upload = corpora.begin_upload(CorpusHeader(display_name="", source_language="xx", target_language="yy"), "")
     for split, count in ((Split.TRAIN, 500), (Split.VALIDATION, 20)):

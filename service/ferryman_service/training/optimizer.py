@@ -7,11 +7,11 @@ few long operations, whatever the number of parameters, and ranks exchange one t
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import Tensor, nn
-from torch.optim import AdamW
+from torch.optim.adamw import adamw
 
 from ferryman_service.domain.recipe import OptimizationRecipe
 
@@ -55,28 +55,18 @@ class FlatAdam:
     """AdamW for a model whose parameters it moves into one tensor, where they stay.
 
     `weights` and `gradient` are flat. Backward passes add to the gradient.
+
+    It calls the function behind torch's AdamW: the class loads the compiler, which costs a worker seconds and memory.
     """
 
     def __init__(self, model: nn.Module, recipe: OptimizationRecipe) -> None:
-        self._clip_norm = recipe.clip_norm
+        self._recipe = recipe
         self._model = model
         self.layout = FlatTensors(model)
         self.weights, self.gradient = self.layout.new(), self.layout.new()
         self._move_in(model)
-        self._parts = [nn.Parameter(part) for part in self.layout.halves(self.weights)]
-        for part, gradient in zip(self._parts, self.layout.halves(self.gradient), strict=True):
-            part.grad = gradient
-        decays = (recipe.weight_decay, 0.0)
-        self._adam = AdamW(
-            [{"params": [part], "weight_decay": decay} for part, decay in zip(self._parts, decays, strict=True)],
-            betas=(recipe.adam_beta1, recipe.adam_beta2),
-            eps=recipe.adam_epsilon,
-            fused=True,
-        )
         self._moments = {name: self.layout.new() for name in MOMENTS}
-        for number, part in enumerate(self._parts):  # before its first step, Adam makes the same
-            state: dict[str, Any] = {name: self.layout.halves(flat)[number] for name, flat in self._moments.items()}
-            self._adam.state[part] = {"step": torch.zeros((), device=part.device), **state}
+        self._updates_applied = [torch.zeros((), device=self.weights.device) for _ in self.layout.halves(self.weights)]
 
     def zero_gradient(self) -> None:
         """Forget the gradient."""
@@ -93,21 +83,42 @@ class FlatAdam:
         norm = nn.utils.get_total_norm(torch.split(self.gradient, _NORM_ELEMENTS)) / loss_scale
         not_finite = torch.isfinite(norm).logical_not().to(torch.float32)
         divisor = loss_scale
-        if self._clip_norm > 0:
-            divisor = divisor * (norm / self._clip_norm).clamp(min=1.0)
-        # Adam divides the gradient by the first and does nothing if the second is 1. It knows both as attributes.
-        self._adam.grad_scale = divisor.to(torch.float32)  # type: ignore[attr-defined]
-        self._adam.found_inf = not_finite  # type: ignore[attr-defined]
-        for group in self._adam.param_groups:
-            group["lr"] = rate
-        self._adam.step()
+        if self._recipe.clip_norm > 0:
+            divisor = divisor * (norm / self._recipe.clip_norm).clamp(min=1.0)
+        self._update(rate, divisor.to(torch.float32), not_finite)
         return norm, not_finite
+
+    @torch.no_grad()
+    def _update(self, rate: float, divisor: Tensor, not_finite: Tensor) -> None:
+        """Divide the gradient and apply it; do nothing if `not_finite` is 1."""
+        flat = (self.weights, self.gradient, *self._moments.values())
+        parts = zip(*map(self.layout.halves, flat), strict=True)
+        decays = (self._recipe.weight_decay, 0.0)
+        for part, updates_applied, decay in zip(parts, self._updates_applied, decays, strict=True):
+            weights, gradient, first_moment, second_moment = part
+            adamw(
+                [weights],
+                [gradient],
+                [first_moment],
+                [second_moment],
+                [],
+                [updates_applied],
+                fused=True,
+                grad_scale=divisor,
+                found_inf=not_finite,
+                amsgrad=False,
+                beta1=self._recipe.adam_beta1,
+                beta2=self._recipe.adam_beta2,
+                lr=rate,
+                weight_decay=decay,
+                eps=self._recipe.adam_epsilon,
+                maximize=False,
+            )
 
     @property
     def updates_applied(self) -> Tensor:
         """How many updates changed the weights, on the device."""
-        applied: Tensor = self._adam.state[self._parts[0]]["step"]
-        return applied
+        return self._updates_applied[0]
 
     def moments(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
         """Return both moments with their parts by parameter name; not copies."""
@@ -119,8 +130,8 @@ class FlatAdam:
         for moment, parts in self.moments():
             for name, part in parts.items():
                 part.copy_(tensors[moment][name])
-        for state in self._adam.state.values():
-            state["step"].fill_(updates_applied)
+        for applied in self._updates_applied:
+            applied.fill_(updates_applied)
 
     @torch.no_grad()
     def _move_in(self, model: nn.Module) -> None:

@@ -113,6 +113,8 @@ def test_ctrl_c_leaves_the_run_on(fake, client, corpus):
     fake.hold_after = 5
     run_id = client.start_training(corpus.corpus_id, "m").run_id
     command = [sys.executable, "-u", "-m", "ferryman.cli", "--server", fake.target, "watch", run_id]
+    # The tests may run in the background of a shell, which lets programs ignore SIGINT.
+    command = ["env", "--default-signal=INT", *command]
     watch = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert watch.stdout.readline() == "queued\n"
     watch.send_signal(signal.SIGINT)

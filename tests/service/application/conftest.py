@@ -8,18 +8,17 @@ from ferryman_service.domain.ids import RUN_PREFIX, new_id
 from ferryman_service.domain.recipe import resolve_recipe
 from ferryman_service.domain.records import RunState
 from ferryman_service.domain.runs import ProcessIdentity, TrainingRun
-from ferryman_service.stores.database import open_database, upgrade
 from ferryman_service.stores.layout import DataFolder
 from ferryman_service.stores.models import FileModelStore
 from ferryman_service.stores.runs import SqlRunStore
 from tests.fakes.bundle_loader import SpyBundleLoader
 from tests.fakes.bundles import write_bundle
+from tests.fakes.databases import open_migrated
 
 
 @pytest.fixture
 def runs(tmp_path):
-    database = open_database(tmp_path / "ferryman.db")
-    upgrade(database)
+    database = open_migrated(tmp_path / "ferryman.db")
     yield SqlRunStore(database)
     database.dispose()
 
@@ -70,8 +69,7 @@ def running_run(runs, queue_run, worker):
 def models(tmp_path):
     folder = DataFolder(tmp_path / "data")
     folder.create()
-    database = open_database(folder.database)
-    upgrade(database)
+    database = open_migrated(folder.database)
     yield FileModelStore(database, folder)
     database.dispose()
 

@@ -35,11 +35,11 @@ from ferryman_service.domain.runs import FailureReason, TrainingFailed
 from ferryman_service.domain.training import DiskIsFull, PauseRequested, RunCancelled, StopRequested
 from ferryman_service.domain.translation import ComputeType, Hypothesis, Timings, Translation
 from ferryman_service.stores.corpora import CorpusLimits, FileCorpusStore
-from ferryman_service.stores.database import open_database, upgrade
 from ferryman_service.stores.layout import DataFolder
 from ferryman_service.stores.models import FileModelStore
 from ferryman_service.stores.run_folders import FileRunFolders
 from ferryman_service.stores.runs import SqlRunStore
+from tests.fakes.databases import open_migrated
 from tests.fakes.spans import KeptSpans
 
 SCORES = ModelScores(bleu=1.0, chrf=2.0, nll_per_token=3.0, weights="best", step=1)
@@ -127,8 +127,7 @@ def house(tmp_path, worker):
     """Everything a worker needs, and a started attempt: (ports maker, run id, folder)."""
     folder = DataFolder(tmp_path / "data")
     folder.create()
-    database = open_database(folder.database)
-    upgrade(database)
+    database = open_migrated(folder.database)
     yield House(folder, database, worker)
     database.dispose()
 

@@ -6,10 +6,10 @@ from ferryman_service.application.loaded_models import LoadedModels, LoadingLimi
 from ferryman_service.application.readiness import Abilities, Readiness
 from ferryman_service.domain.readiness import StoreState
 from ferryman_service.domain.threads import Threads
-from ferryman_service.stores.database import open_database, upgrade
 from ferryman_service.stores.layout import DataFolder
 from ferryman_service.stores.models import FileModelStore
 from tests.fakes.bundles import write_bundle
+from tests.fakes.databases import open_migrated
 from tests.fakes.store_probe import FakeStoreProbe
 from tests.fakes.translator import FakeBundleLoader
 
@@ -18,8 +18,7 @@ from tests.fakes.translator import FakeBundleLoader
 def models(tmp_path):
     folder = DataFolder(tmp_path / "data")
     folder.create()
-    engine = open_database(folder.database)
-    upgrade(engine)
+    engine = open_migrated(folder.database)
     yield FileModelStore(engine, folder)
     engine.dispose()
 

@@ -25,11 +25,11 @@ from ferryman_service.domain.records import RunState
 from ferryman_service.domain.runs import ProcessIdentity, RunProgress
 from ferryman_service.domain.schedule import DecayPlan, DecayReason, ScheduleKind
 from ferryman_service.stores.corpora import CorpusLimits, FileCorpusStore
-from ferryman_service.stores.database import open_database, upgrade
 from ferryman_service.stores.layout import DataFolder
 from ferryman_service.stores.models import FileModelStore
 from ferryman_service.stores.run_folders import FileRunFolders
 from ferryman_service.stores.runs import SqlRunStore
+from tests.fakes.databases import open_migrated
 
 UNKNOWN = Violation(field="recipe.preset", description="is 9, must be one of …", reason="UNKNOWN_ENUM_VALUE")
 
@@ -40,8 +40,7 @@ class House:
     def __init__(self, root):
         self.folder = DataFolder(root)
         self.folder.create()
-        self.database = open_database(self.folder.database)
-        upgrade(self.database)
+        self.database = open_migrated(self.folder.database)
         self.runs = SqlRunStore(self.database)
         self.corpora = FileCorpusStore(self.database, self.folder, CorpusLimits())
         self.models = FileModelStore(self.database, self.folder)

@@ -9,8 +9,8 @@ from ferryman_service.domain.ids import RUN_PREFIX, new_id
 from ferryman_service.domain.recipe import resolve_recipe
 from ferryman_service.domain.records import RunState
 from ferryman_service.domain.runs import ProcessIdentity, TrainingRun
-from ferryman_service.stores.database import open_database, upgrade
 from ferryman_service.stores.runs import SqlRunStore
+from tests.fakes.databases import open_migrated
 
 
 @pytest.fixture
@@ -26,8 +26,7 @@ def sample(registry):
 
 @pytest.fixture
 def runs(tmp_path):
-    database = open_database(tmp_path / "ferryman.db")
-    upgrade(database)
+    database = open_migrated(tmp_path / "ferryman.db")
     yield SqlRunStore(database)
     database.dispose()
 

@@ -4,12 +4,12 @@ import pytest
 
 from ferryman_service.domain.errors import StoreUnavailable
 from ferryman_service.observability.store import StoreMetrics
-from ferryman_service.stores.database import open_database, upgrade, writing
+from ferryman_service.stores.database import writing
+from tests.fakes.databases import open_migrated
 
 
 def test_a_locked_database_is_counted(registry, sample, tmp_path):
-    database = open_database(tmp_path / "ferryman.db", 0.01, StoreMetrics(registry).failed)
-    upgrade(database)
+    database = open_migrated(tmp_path / "ferryman.db", 0.01, StoreMetrics(registry).failed)
     assert sample("ferryman_store_errors_total") == 0
     with writing(database), pytest.raises(StoreUnavailable), writing(database):
         pass

@@ -199,9 +199,9 @@ def test_a_collector_that_is_not_there_holds_up_nobody(free_port):
     began_s = time.monotonic()
     with tracer.span("call"):
         pass
-    assert time.monotonic() - began_s < 0.1
+    assert time.monotonic() - began_s < 1
     tracer.close()
-    assert time.monotonic() - began_s < 3
+    assert time.monotonic() - began_s < 8, "one attempt to send has 10 s"
 
 
 def test_the_null_tracer_does_nothing_in_every_thread():

@@ -13,8 +13,8 @@ from ferryman_service.domain.threads import Threads
 from ferryman_service.rpc.corpora import CorpusServicer, UploadThreads
 from ferryman_service.stores.corpora import CorpusLimits, FileCorpusStore
 from ferryman_service.stores.corpus_upload import FileCorpusUpload
-from ferryman_service.stores.database import open_database, upgrade
 from ferryman_service.stores.layout import DataFolder
+from tests.fakes.databases import open_migrated
 from tests.fakes.loopback_service import upload_messages
 
 MESSAGES = upload_messages([("one", "eins")])
@@ -41,8 +41,7 @@ class Caller:
 def store(tmp_path):
     folder = DataFolder(tmp_path)
     folder.create()
-    database = open_database(folder.database)
-    upgrade(database)
+    database = open_migrated(folder.database)
     yield FileCorpusStore(database, folder, CorpusLimits())
     assert list(folder.incoming.iterdir()) == []
     database.dispose()

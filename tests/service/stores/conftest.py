@@ -11,9 +11,9 @@ from ferryman_service.domain.models import ModelLineage, ModelScores
 from ferryman_service.domain.recipe import resolve_recipe
 from ferryman_service.domain.records import RunState
 from ferryman_service.domain.runs import ProcessIdentity, TrainingRun
-from ferryman_service.stores.database import open_database, upgrade
 from ferryman_service.stores.layout import DataFolder
 from ferryman_service.stores.runs import SqlRunStore
+from tests.fakes.databases import open_migrated
 
 
 @pytest.fixture
@@ -25,8 +25,7 @@ def folder(tmp_path):
 
 @pytest.fixture
 def database(folder):
-    database = open_database(folder.database)
-    upgrade(database)
+    database = open_migrated(folder.database)
     yield database
     database.dispose()
 

@@ -505,7 +505,7 @@ def test_a_counter_does_not_wait_for_a_lock(folder, database):
     with writing(database):
         began_s = time.monotonic()
         changes.value()
-        assert time.monotonic() - began_s < 1
+        assert time.monotonic() - began_s < 5, "half of what a transaction waits"
 
 
 def test_failed_transactions_are_told(tmp_path):

@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 
 from ferryman_service.domain.readiness import StoreState
-from ferryman_service.stores.database import open_database, reading, upgrade, writing
+from ferryman_service.stores.database import open_database, reading, writing
 from ferryman_service.stores.layout import DataFolder
 from ferryman_service.stores.probe import DatabaseProbe
 from ferryman_service.stores.runs import SqlRunStore
 from ferryman_service.stores.sqlite import ChangeCounter
+from tests.fakes.databases import open_migrated
 
 LOOK = """
 import os, sys
@@ -35,8 +36,7 @@ def folder(tmp_path):
 
 @pytest.fixture
 def engine(folder):
-    engine = open_database(folder.database)
-    upgrade(engine)
+    engine = open_migrated(folder.database)
     yield engine
     engine.dispose()
 
@@ -107,8 +107,7 @@ def test_a_database_that_can_only_be_read(writes, found):
         Path(root).chmod(0o755)
         folder = DataFolder(Path(root) / "data")
         folder.create()
-        engine = open_database(folder.database)
-        upgrade(engine)
+        engine = open_migrated(folder.database)
         command = [sys.executable, "-c", LOOK, str(folder.database), writes]
         result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
         assert result.stdout.strip() == found, result.stderr

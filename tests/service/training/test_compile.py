@@ -1,6 +1,8 @@
 """Compiled layers: what they may change and what not, and what happens if the compiler fails."""
 
 import dataclasses
+import functools
+import os
 
 import numpy as np
 import pytest
@@ -43,6 +45,14 @@ def no_compiler(tmp_path):
     """Lets the C++ compiler be one that does not exist, and forgets what was compiled earlier."""
     with torch._inductor.config.patch({"cpp.cxx": (str(tmp_path / "no-compiler"),), "force_disable_caches": True}):
         yield
+
+
+@pytest.fixture
+def compiler(monkeypatch):
+    """Traces and differentiates as for a GPU, and generates no code: that of a CPU takes minutes, and nobody trains
+    with it. `make soak` generates it."""
+    if not os.environ.get("FERRYMAN_SOAK"):
+        monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
 
 
 PAIRS = TokenPairs(TokenSide.from_sentences([[7], [8, 9, 10]]), TokenSide.from_sentences([[11, 12, 13], [14]]))
@@ -96,7 +106,7 @@ def test_evaluation_runs_the_layers_as_they_are(small_recipe):
 
 
 @pytest.mark.system
-def test_a_compiled_run_learns_as_one_that_is_not(job, small_recipe, tmp_path, reporter):
+def test_a_compiled_run_learns_as_one_that_is_not(job, small_recipe, tmp_path, reporter, compiler):
     """Also in batches with and without padding. Its checkpoint has the same names, and is gone on from uncompiled."""
     short, long = (small_recipe(stop={"max_steps": steps}) for steps in (10, 20))
     plain, compiled, resumed = (type(reporter)() for _ in range(3))

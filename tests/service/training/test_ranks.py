@@ -112,6 +112,7 @@ RUN_ENGINE = """
         prepared_dir=run_dir / "prepared")
     try:
         trained = TorchTrainingEngine(EngineConfig(device="cpu", threads=1)).train(job, reporter)
+        assert "torch._dynamo" not in sys.modules, "the compiler takes seconds to load, and nothing is compiled"
         print(trained.scores, len(reporter.steps), len(reporter.validations))
     except RunCancelled:
         print("cancelled")

@@ -19,6 +19,7 @@ from ferryman_service.training.engine import EngineConfig, TorchTrainingEngine
 from ferryman_service.training.files import Disk
 from ferryman_service.training.optimizer import MOMENTS
 from ferryman_service.training.step import Trainee
+from tests.service.training.conftest import reversed_pairs
 
 CONFIG = EngineConfig(device="cpu", threads=1)
 # Every third change to the disk, others without and with its half done; `make soak` takes every one.
@@ -115,11 +116,17 @@ class FailingDisk(Disk):
 
 
 @pytest.fixture
+def reverse_corpus(write_corpus):
+    """A fifth of the usual one: each of hundreds of short runs cuts all of it into new pieces, more than once."""
+    return write_corpus(reversed_pairs(300, seed=1), reversed_pairs(40, seed=2))
+
+
+@pytest.fixture
 def recipe(small_recipe):
     return small_recipe(
         model={"dropout": 0.2, "attention_dropout": 0.1},
         data={"sampling_alpha": 0.5},
-        optimization={"batch_target_tokens": 2048, "ema_decay": 0.9, "accumulation_steps": 2},
+        optimization={"batch_target_tokens": 410, "ema_decay": 0.9, "accumulation_steps": 2},
         stop={"max_steps": 7},
         validation={"interval_steps": 3, "max_translated_pairs": 4, "checkpoint_interval_steps": 2, "keep_last": 2},
     )

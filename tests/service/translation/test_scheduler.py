@@ -290,7 +290,7 @@ def test_a_deadline_that_passes_in_the_line_is_told_soon(start, decoder, results
     endless.cancel()
     results.wait(2)
     assert isinstance(results["late"].error, DeadlineExceeded)
-    assert 0.05 <= late_s < 1.0
+    assert 0.05 <= late_s < 5.0
     assert results["late"].timings.queue_ns >= 0.05e9
     assert results["late"].timings.steps == 0
 
