@@ -87,8 +87,7 @@ QUICK_RECIPE: Final = Recipe(
     optimization=OptimizationRecipe(batch_target_tokens=768),
     validation=ValidationRecipe(interval_steps=250, max_translated_pairs=200, averaging="none"),
 )
-FULL_PLAIN: Final = PlainRecipe(peak_learning_rate=0.002, norm_first=True)
-QUICK_PLAIN: Final = PlainRecipe(peak_learning_rate=0.002, norm_first=True)
+PLAIN_RECIPE: Final = PlainRecipe(peak_learning_rate=0.002, norm_first=True)
 INTERIM_UPDATES_PER_S: Final = 3.5
 PEAKS: Final = (0.001, 0.002, 0.004)
 CHOICE_S: Final = 60.0
@@ -174,7 +173,7 @@ def plan_of(arguments: argparse.Namespace, corpus: Corpus) -> Plan:
         source=arguments.source,
         target=arguments.target,
         recipe=Recipe(preset=arguments.preset) if arguments.preset else recipe,
-        plain=QUICK_PLAIN if arguments.quick else FULL_PLAIN,
+        plain=PLAIN_RECIPE,
         seconds=60 * arguments.minutes,
         turns=QUICK_TURNS if arguments.quick else FULL_TURNS,
         has_target=(corpus.test_name, arguments.source, arguments.target) == TARGET_TASK,
