@@ -21,7 +21,7 @@ from ferryman.types import MetricRecord, Recipe, RunState, StateChange, Training
 
 SETTLE_S: Final = 2.0
 """What a worker gets to be gone, and its threads to sleep, before the other one's turn."""
-_POLL_S: Final = 0.1
+_POLL_S: Final = 0.25
 _WORKING: Final = (RunState.QUEUED, RunState.STARTING, RunState.RUNNING)
 # What a turn costs besides the start of a worker: its last checkpoint, and the choice of weights.
 _END_OF_TURN_S: Final = 1.0

@@ -77,11 +77,11 @@ def test_turn_ends_paused_after_its_time(service):
     ours = OurRun(client, start, time.clock, time.sleep)
     ours.turn(10.0, last=False)
     assert ours.run.state is RunState.PAUSED
-    assert ours.seconds == pytest.approx(10.0, abs=0.2)
+    assert ours.seconds == pytest.approx(10.0, abs=0.5)
     time.sleep(50.0)  # the plain loop's turn
     ours.turn(20.0, last=False)
     assert client.get_training_run(ours.run.run_id).state is RunState.PAUSED
-    assert ours.seconds == pytest.approx(20.0, abs=0.3)
+    assert ours.seconds == pytest.approx(20.0, abs=0.5)
     assert fake.calls.count("PauseTraining") == 2
     assert fake.calls.count("ResumeTraining") == 1
 
@@ -92,7 +92,7 @@ def test_last_turn_waits_for_the_end_of_the_run(service):
     ours = OurRun(client, start, time.clock, time.sleep)
     ours.turn(10.0, last=True)
     assert ours.run.state is RunState.SUCCEEDED
-    assert ours.seconds == pytest.approx(30.0, abs=0.2)
+    assert ours.seconds == pytest.approx(30.0, abs=0.5)
     assert "PauseTraining" not in fake.calls
 
 
@@ -103,7 +103,7 @@ def test_run_that_ends_early_takes_no_further_turn(service):
     ours.turn(10.0, last=False)
     ours.turn(20.0, last=True)
     assert ours.run.state is RunState.SUCCEEDED
-    assert ours.seconds == pytest.approx(5.0, abs=0.2)
+    assert ours.seconds == pytest.approx(5.0, abs=0.5)
 
 
 @pytest.mark.parametrize(("call", "state"), [("cancel_training", "cancelled"), ("pause_training", "paused")])
