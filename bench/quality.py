@@ -89,7 +89,11 @@ QUICK_RECIPE: Final = Recipe(
 )
 PLAIN_RECIPE: Final = PlainRecipe(peak_learning_rate=0.002, norm_first=True)
 INTERIM_UPDATES_PER_S: Final = 3.5
-PEAKS: Final = (0.001, 0.002, 0.004)
+CHOICES: Final = tuple(
+    PlainRecipe(peak_learning_rate=peak, norm_first=norm_first)
+    for norm_first in (False, True)
+    for peak in (0.001, 0.002, 0.004)
+)
 CHOICE_S: Final = 60.0
 
 TEST_NAMES: Final = ("test_2016_flickr", "test")
@@ -356,21 +360,22 @@ def show(test_name: str, ours: Outcome, peer: Outcome, equal: TimeToEqual) -> No
     )
 
 
-def choose_peak(corpus: Corpus, plan: Plan, seconds: float, output: Path) -> None:
-    """Train the plain loop with each form of its layers and each peak, and print what validation says."""
+def choose_peak(
+    corpus: Corpus, plan: Plan, seconds: float, output: Path, choices: Sequence[PlainRecipe] = CHOICES
+) -> None:
+    """Train the plain loop with each recipe, and print what validation says of it. The test set is not looked at."""
     shutil.rmtree(output, ignore_errors=True)
     folder = plain_folder(output, corpus, plan.recipe)
     print("norm  peak    updates  validation BLEU  nats/token", flush=True)
-    for norm_first in (False, True):
-        for peak in PEAKS:
-            plain = PlainRecipe(peak_learning_rate=peak, norm_first=norm_first, validations=1)
-            job = plain_job(folder, resolved(plan.recipe), plain, seconds, BEAM_SIZE)
-            program = contestant(folder, replace(job, has_test=False))
-            with started([program]):
-                program.turn(seconds)
-            found = read_outcome(folder).selected
-            norm = "pre" if norm_first else "post"
-            print(f"{norm:5} {peak:<7} {found.step:7,} {found.bleu:16.2f} {found.nll_per_token:11.4f}", flush=True)
+    for plain in choices:
+        job = plain_job(folder, resolved(plan.recipe), replace(plain, validations=1), seconds, BEAM_SIZE)
+        program = contestant(folder, replace(job, has_test=False))
+        with started([program]):
+            program.turn(seconds)
+        found = read_outcome(folder).selected
+        norm = "pre" if plain.norm_first else "post"
+        row = f"{norm:5} {plain.peak_learning_rate:<7} {found.step:7,} {found.bleu:16.2f} {found.nll_per_token:11.4f}"
+        print(row, flush=True)
 
 
 def bench_name(arguments: argparse.Namespace) -> str:

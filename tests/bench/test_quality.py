@@ -165,7 +165,8 @@ def test_whole_benchmark_runs_in_small(tmp_path, toy_corpus):
     assert result.target == pytest.approx(result.peer.value + quality.TARGET_ADVANTAGE_BLEU, abs=1e-3)
 
 
-def test_the_plain_loop_can_be_given_peaks_to_try(tmp_path, toy_corpus, capsys):
-    quality.choose_peak(toy_corpus, TOY, seconds=0.1, output=tmp_path / "choice")
-    rows = [line.split()[:2] for line in capsys.readouterr().out.splitlines()[1:]]
-    assert rows == [[norm, str(peak)] for norm in ("post", "pre") for peak in quality.PEAKS]
+def test_peak_is_chosen_on_validation_alone(tmp_path, toy_corpus, capsys):
+    quality.choose_peak(toy_corpus, TOY, seconds=0.1, output=tmp_path / "choice", choices=[TOY.plain])
+    titles, row = (line.split() for line in capsys.readouterr().out.splitlines())
+    assert (titles[0], row[:2]) == ("norm", ["post", "0.004"])
+    assert read_outcome(tmp_path / "choice" / "plain-loop").translations == []
