@@ -58,7 +58,7 @@ from ferryman.types import (
 )
 from ferryman_service.bundle.manifest import SUBWORDS_FILE
 from ferryman_service.domain.recipe import Recipe as ResolvedRecipe
-from ferryman_service.domain.recipe import recipe_from_dict, recipe_to_dict, resolve_recipe
+from ferryman_service.domain.recipe import recipe_from_dict
 from ferryman_service.stores.layout import DataFolder
 
 OUTPUT: Final = Path("bench-output/quality")
@@ -184,17 +184,10 @@ def plan_of(arguments: argparse.Namespace, corpus: Corpus) -> Plan:
     )
 
 
-def resolved(recipe: Recipe) -> ResolvedRecipe:
-    """Return the recipe with every value set, as the service resolves it."""
-    return recipe_from_dict(recipe_to_dict(resolve_recipe(_set_fields(asdict(recipe)))))
-
-
-def _set_fields(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        name: _set_fields(value) if isinstance(value, Mapping) else value
-        for name, value in values.items()
-        if value is not None
-    }
+def resolved(client: Client, corpus_id: str, recipe: Recipe) -> ResolvedRecipe:
+    """Return the recipe with every value set."""
+    run = client.start_training(corpus_id, MODEL_NAME, recipe, validate_only=True)
+    return recipe_from_dict(asdict(run.recipe))
 
 
 def upload(client: Client, corpus: Corpus, plan: Plan) -> str:
@@ -228,10 +221,10 @@ def with_time(plan: Plan, start_s: float) -> Recipe:
     return replace(recipe, stop=replace(plan.recipe.stop or StopRecipe(), max_time_seconds=round(seconds, 1)))
 
 
-def plain_folder(output: Path, corpus: Corpus, recipe: Recipe) -> Path:
+def plain_folder(output: Path, corpus: Corpus, recipe: ResolvedRecipe) -> Path:
     """Write what the plain loop needs; returns the folder."""
     folder = output / "plain-loop"
-    prepare(folder, resolved(recipe), read_lines(corpus.train), read_lines(corpus.validation), corpus.test.source)
+    prepare(folder, recipe, read_lines(corpus.train), read_lines(corpus.validation), corpus.test.source)
     return folder
 
 
@@ -242,9 +235,10 @@ def measure(corpus: Corpus, plan: Plan, output: Path = OUTPUT) -> Result:
         start_s = worker_start_s(client, corpus, plan)
         corpus_id = upload(client, corpus, plan)
         recipe = with_time(plan, start_s)
-        folder = plain_folder(output, corpus, recipe)
+        in_full = resolved(client, corpus_id, recipe)
+        folder = plain_folder(output, corpus, in_full)
         ours = OurRun(client, lambda: client.start_training(corpus_id, MODEL_NAME, recipe))
-        job = plain_job(folder, resolved(recipe), plan.plain, plan.seconds, BEAM_SIZE)
+        job = plain_job(folder, in_full, plan.plain, plan.seconds, BEAM_SIZE)
         program = contestant(folder, job)
         print(f"{plan.seconds:.0f} s each in {plan.turns} turns; a worker starts in {start_s:.1f} s", flush=True)
         with started([program]):
@@ -365,10 +359,12 @@ def choose_peak(
 ) -> None:
     """Train the plain loop with each recipe, and print what validation says of it. The test set is not looked at."""
     shutil.rmtree(output, ignore_errors=True)
-    folder = plain_folder(output, corpus, plan.recipe)
+    with local_service(output / "data", output / "service.log") as address, Client(address) as client:
+        recipe = resolved(client, upload(client, corpus, plan), with_time(plan, start_s=0.0))
+    folder = plain_folder(output, corpus, recipe)
     print("norm  peak    updates  validation BLEU  nats/token", flush=True)
     for plain in choices:
-        job = plain_job(folder, resolved(plan.recipe), replace(plain, validations=1), seconds, BEAM_SIZE)
+        job = plain_job(folder, recipe, replace(plain, validations=1), seconds, BEAM_SIZE)
         program = contestant(folder, replace(job, has_test=False))
         with started([program]):
             program.turn(seconds)

@@ -9,7 +9,6 @@ from bench.quality import Outcome, Plan
 from bench.quality_peer import PlainRecipe, Point, read_outcome
 from examples.parallel_text import ParallelLines, TextMissing
 from ferryman.types import DataRecipe, ModelRecipe, OptimizationRecipe, Recipe, StopRecipe, ValidationRecipe
-from ferryman_service.domain.recipe import Positions
 from tests.system.conftest import reversal_corpus
 
 PLAN = Plan(
@@ -70,12 +69,6 @@ def test_preset_replaces_our_recipe(tmp_path):
     write_corpus(tmp_path, "test")
     plan = quality.plan_of(quality.parse(["--preset", "base"]), quality.find_corpus(tmp_path, "en", "de"))
     assert plan.recipe == Recipe(preset="base")
-
-
-def test_the_resolved_recipe_has_the_given_values_and_the_presets():
-    recipe = quality.resolved(Recipe(preset="tiny", model=ModelRecipe(positions="rope")))
-    assert recipe.model.positions is Positions.ROPE
-    assert recipe.model.d_model == 128
 
 
 def test_our_limit_of_time_leaves_room_for_the_starts_of_workers():
@@ -148,6 +141,19 @@ TOY = Plan(
     turns=2,
     has_target=True,
 )
+TOY_TASK = {
+    "d_model": 32,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "heads": 2,
+    "ffn_dim": 64,
+    "dropout": 0.0,
+    "vocabulary": 50,
+    "label_smoothing": 0.1,
+    "clip_norm": 1.0,
+    "max_tokens": 256,
+    "norm_first": False,
+}
 
 
 @pytest.mark.system
@@ -157,6 +163,7 @@ def test_whole_benchmark_runs_in_small(tmp_path, toy_corpus):
     ours, peer = result.details["ferryman"], result.details["plain_loop"]
     assert ours["steps"] == 20
     assert [step for _, step, _ in ours["validation"]] == [10, 20]
+    assert result.details["plain_job"]["task"] == TOY_TASK
     assert peer["steps"] == peer["validation"][-1][1] > 0
     assert ours["seconds"] <= peer["seconds"]
     assert len(read_outcome(output / "plain-loop").translations) == 10
@@ -165,6 +172,7 @@ def test_whole_benchmark_runs_in_small(tmp_path, toy_corpus):
     assert result.target == pytest.approx(result.peer.value + quality.TARGET_ADVANTAGE_BLEU, abs=1e-3)
 
 
+@pytest.mark.system
 def test_peak_is_chosen_on_validation_alone(tmp_path, toy_corpus, capsys):
     quality.choose_peak(toy_corpus, TOY, seconds=0.1, output=tmp_path / "choice", choices=[TOY.plain])
     titles, row = (line.split() for line in capsys.readouterr().out.splitlines())
