@@ -85,7 +85,7 @@ QUICK_RECIPE: Final = Recipe(
     data=DataRecipe(vocabulary_size=4000),
     schedule=LearningRateSchedule(kind="linear", peak_learning_rate=0.004, warmup_steps=300),
     optimization=OptimizationRecipe(batch_target_tokens=768),
-    validation=ValidationRecipe(interval_steps=250, max_translated_pairs=200, averaging="none"),
+    validation=ValidationRecipe(interval_steps=150, max_translated_pairs=200, averaging="none"),
 )
 PLAIN_RECIPE: Final = PlainRecipe(peak_learning_rate=0.002, norm_first=True)
 INTERIM_UPDATES_PER_S: Final = 3.5
