@@ -180,8 +180,15 @@ def plan_of(arguments: argparse.Namespace, corpus: Corpus) -> Plan:
         plain=PLAIN_RECIPE,
         seconds=60 * arguments.minutes,
         turns=QUICK_TURNS if arguments.quick else FULL_TURNS,
-        has_target=(corpus.test_name, arguments.source, arguments.target) == TARGET_TASK,
+        has_target=has_target(arguments, corpus),
     )
+
+
+def has_target(arguments: argparse.Namespace, corpus: Corpus) -> bool:
+    """Tell whether this is the known task, with our own recipe and the usual time."""
+    minutes = QUICK_MINUTES if arguments.quick else FULL_MINUTES
+    task = corpus.test_name, arguments.source, arguments.target
+    return task == TARGET_TASK and arguments.minutes == minutes and not arguments.preset
 
 
 def resolved(client: Client, corpus_id: str, recipe: Recipe) -> ResolvedRecipe:

@@ -127,7 +127,6 @@ def contestant(folder: Path, job: PlainJob) -> Contestant:
     (folder / OUTCOME).unlink(missing_ok=True)
     command = [sys.executable, "-m", "bench.plain_quality", "--folder", str(folder)]
     environment = worker_environment(LaunchConfig(data_dir=folder), processes=1)
-    environment["PYTHONPATH"] = ":".join(path for path in sys.path if path)
     return Contestant("plain loop", command, environment, folder / "plain-loop.log")
 
 

@@ -55,6 +55,8 @@ def test_the_quick_form_is_shorter_unless_minutes_are_given():
         ("test_2016_flickr", [], "quality", True),
         ("test_2016_flickr", ["--quick"], "quality-quick", True),
         ("test", [], "quality", False),
+        ("test_2016_flickr", ["--minutes", "2"], "quality", False),
+        ("test_2016_flickr", ["--preset", "tiny"], "quality", False),
         ("test_2016_flickr", ["--target", "fr"], "quality-en-fr", False),
     ],
 )
