@@ -87,6 +87,7 @@ QUICK_RECIPE: Final = Recipe(
     optimization=OptimizationRecipe(batch_target_tokens=768),
     validation=ValidationRecipe(interval_steps=150, max_translated_pairs=200, averaging="none"),
 )
+# Provisional: `python -m bench.quality --choose-peak` decides, on a quiet machine.
 PLAIN_RECIPE: Final = PlainRecipe(peak_learning_rate=0.002, norm_first=True)
 INTERIM_UPDATES_PER_S: Final = 3.5
 CHOICES: Final = tuple(
