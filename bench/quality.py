@@ -119,7 +119,7 @@ class Corpus:
 class Plan:
     """What is compared: our recipe and the plain loop's, for so many seconds each, in turns.
 
-    `recipe` has no limit of time yet. With `has_target` the result is held against the plain loop.
+    `recipe` gets its limit from the time, unless it has one. With `has_target` the result is held against the plain loop.
     """
 
     name: str
@@ -220,13 +220,16 @@ def worker_start_s(client: Client, corpus: Corpus, plan: Plan) -> float:
 
 
 def with_time(plan: Plan, start_s: float) -> Recipe:
-    """Return our recipe with the limit of time that leaves room for what the limit does not count."""
+    """Return our recipe with the limit of time that leaves room for what the limit does not count, unless it has limits
+    of its own."""
+    if plan.recipe.stop is not None:
+        return plan.recipe
     seconds = engine_seconds(plan.seconds, plan.turns, start_s)
     recipe = plan.recipe
     if recipe.schedule is not None and recipe.schedule.kind == "linear":
         schedule = replace(recipe.schedule, total_steps=max(400, round(INTERIM_UPDATES_PER_S * seconds)))
         recipe = replace(recipe, schedule=schedule)
-    return replace(recipe, stop=replace(plan.recipe.stop or StopRecipe(), max_time_seconds=round(seconds, 1)))
+    return replace(recipe, stop=StopRecipe(max_time_seconds=round(seconds, 1)))
 
 
 def plain_folder(output: Path, corpus: Corpus, recipe: ResolvedRecipe) -> Path:

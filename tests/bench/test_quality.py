@@ -79,6 +79,10 @@ def test_our_limit_of_time_leaves_room_for_the_starts_of_workers():
     assert recipe.model == PLAN.recipe.model
 
 
+def test_limits_of_the_recipe_stay():
+    assert quality.with_time(TOY, start_s=8.0) == TOY.recipe
+
+
 def point(seconds, bleu):
     return Point(seconds=seconds, step=int(seconds), bleu=bleu, nll_per_token=2.0)
 
