@@ -119,7 +119,7 @@ class Corpus:
 class Plan:
     """What is compared: our recipe and the plain loop's, for so many seconds each, in turns.
 
-    `recipe` gets its limit from the time, unless it has one. With `has_target` the result is held against the plain loop.
+    `recipe` gets its limit from the time, unless it has one. With `has_target` the plain loop sets the target.
     """
 
     name: str
@@ -224,8 +224,7 @@ def with_time(plan: Plan, start_s: float) -> Recipe:
     of its own."""
     if plan.recipe.stop is not None:
         return plan.recipe
-    seconds = engine_seconds(plan.seconds, plan.turns, start_s)
-    recipe = plan.recipe
+    recipe, seconds = plan.recipe, engine_seconds(plan.seconds, plan.turns, start_s)
     if recipe.schedule is not None and recipe.schedule.kind == "linear":
         schedule = replace(recipe.schedule, total_steps=max(400, round(INTERIM_UPDATES_PER_S * seconds)))
         recipe = replace(recipe, schedule=schedule)
