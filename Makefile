@@ -131,7 +131,7 @@ chart: $(READY) ## write what the Helm chart takes over: schema, table of values
 wheel-smoke: $(READY) ## install the wheel in a clean environment and use it
 	PYTHON=$(BIN)/python tests/wheel_smoke.sh
 
-bench-quality: $(READY) ## BLEU after a fixed time of training: [DATA= SOURCE= TARGET= MINUTES= PRESET= QUICK=1]
+bench-quality: $(READY) ## BLEU after as much training as a plain loop has, by turns: [DATA= SOURCE= TARGET= MINUTES= PRESET= QUICK=1]
 	@$(BIN)/python -m bench.quality $(if $(DATA),--data "$(DATA)") $(if $(SOURCE),--source "$(SOURCE)") \
 	  $(if $(TARGET),--target "$(TARGET)") $(if $(MINUTES),--minutes "$(MINUTES)") \
 	  $(if $(PRESET),--preset "$(PRESET)") $(if $(QUICK),--quick)

@@ -19,12 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.peer_task import PeerTask
+from bench.peer_task import Pair, PeerTask, read_ids
 from bench.turns import Turns, TurnsOver
-from ferryman_service.domain.tokens import BOS, EOS, PAD
+from ferryman_service.domain.tokens import BOS, PAD
 
 LONGEST = 512
-Pair = tuple[list[int], list[int]]
 
 
 class PlainTransformer(nn.Module):
@@ -46,6 +45,7 @@ class PlainTransformer(nn.Module):
             dim_feedforward=task.ffn_dim,
             dropout=task.dropout,
             batch_first=True,
+            norm_first=task.norm_first,
         )
         for module in self.transformer.modules():
             if isinstance(module, nn.MultiheadAttention):
@@ -67,6 +67,22 @@ class PlainTransformer(nn.Module):
         )
         return F.linear(hidden_BTD, self.embedding.weight)
 
+    def encode(self, source_BS: Tensor) -> Tensor:
+        """Return memory_BSD."""
+        memory_BSD: Tensor = self.transformer.encoder(self.embed(source_BS), src_key_padding_mask=source_BS == PAD)
+        return memory_BSD
+
+    def next_logits(self, target_input_BT: Tensor, memory_BSD: Tensor, padding_BS: Tensor) -> Tensor:
+        """Return logits_BV of the token that follows; the mask is True at the source's padding."""
+        hidden_BTD = self.transformer.decoder(
+            self.embed(target_input_BT),
+            memory_BSD,
+            tgt_mask=nn.Transformer.generate_square_subsequent_mask(target_input_BT.shape[1]),
+            memory_key_padding_mask=padding_BS,
+            tgt_is_causal=True,
+        )
+        return F.linear(hidden_BTD[:, -1], self.embedding.weight)
+
     def embed(self, tokens_BT: Tensor) -> Tensor:
         """Return x_BTD."""
         assert isinstance(self.positions_TD, Tensor)
@@ -79,12 +95,6 @@ def sinusoids(length: int, width: int) -> Tensor:
     """Return positions_TD (Vaswani et al., 2017, section 3.5)."""
     angles = torch.arange(length)[:, None] * torch.exp(torch.arange(0, width, 2) * (-math.log(10_000.0) / width))
     return torch.stack((angles.sin(), angles.cos()), dim=2).flatten(1)
-
-
-def read_pairs(folder: Path) -> list[Pair]:
-    """Return the pairs of token ids, end symbols added."""
-    sides = ((folder / f"train.{side}").read_text().splitlines() for side in ("source", "target"))
-    return [([*map(int, x.split()), EOS], [*map(int, y.split()), EOS]) for x, y in zip(*sides, strict=True)]
 
 
 def cut_batches(pairs: Sequence[Pair], max_tokens: int) -> list[list[Pair]]:
@@ -114,31 +124,48 @@ def endless(batches: list[list[Pair]], seed: int) -> Iterator[list[Pair]]:
         yield from batches
 
 
+def new_optimizer(model: PlainTransformer) -> torch.optim.Adam:
+    """Return Adam as in the paper."""
+    return torch.optim.Adam(model.parameters(), lr=1e-4, betas=(0.9, 0.98), eps=1e-9, fused=True)
+
+
+def batch_loss(model: PlainTransformer, batch: Sequence[Pair], label_smoothing: float) -> tuple[Tensor, int]:
+    """Return the sum of the losses over the batch's real target tokens, and the number of these."""
+    source_BS = padded([source for source, _ in batch])
+    labels_BT = padded([target for _, target in batch])
+    target_input_BT = F.pad(labels_BT[:, :-1], (1, 0), value=BOS)
+    tokens = int((labels_BT != PAD).sum())
+    logits_BTV = model(source_BS, target_input_BT)
+    loss = F.cross_entropy(
+        logits_BTV.flatten(0, 1),
+        labels_BT.flatten(),
+        ignore_index=PAD,
+        label_smoothing=label_smoothing,
+        reduction="sum",
+    )
+    return loss, tokens
+
+
+def update(model: PlainTransformer, optimizer: torch.optim.Adam, batch: Sequence[Pair], task: PeerTask) -> int:
+    """Take one step on a batch; return its real target tokens."""
+    loss, tokens = batch_loss(model, batch, task.label_smoothing)
+    optimizer.zero_grad()
+    (loss / tokens).backward()  # type: ignore[no-untyped-call]
+    if task.clip_norm:
+        nn.utils.clip_grad_norm_(model.parameters(), task.clip_norm)
+    optimizer.step()
+    return tokens
+
+
 def train(task: PeerTask, folder: Path, turns: Turns) -> None:
     """Train until no turn follows."""
     torch.manual_seed(1)
     model = PlainTransformer(task).train()
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, betas=(0.9, 0.98), eps=1e-9, fused=True)
+    optimizer = new_optimizer(model)
     tokens = 0
-    for batch in endless(cut_batches(read_pairs(folder), task.max_tokens), seed=1):
+    for batch in endless(cut_batches(read_ids(folder), task.max_tokens), seed=1):
         turns.boundary(tokens)
-        source_BS = padded([source for source, _ in batch])
-        labels_BT = padded([target for _, target in batch])
-        target_input_BT = F.pad(labels_BT[:, :-1], (1, 0), value=BOS)
-        tokens = int((labels_BT != PAD).sum())
-        logits_BTV = model(source_BS, target_input_BT)
-        loss = F.cross_entropy(
-            logits_BTV.flatten(0, 1),
-            labels_BT.flatten(),
-            ignore_index=PAD,
-            label_smoothing=task.label_smoothing,
-            reduction="sum",
-        )
-        optimizer.zero_grad()
-        (loss / tokens).backward()  # type: ignore[no-untyped-call]
-        if task.clip_norm:
-            nn.utils.clip_grad_norm_(model.parameters(), task.clip_norm)
-        optimizer.step()
+        tokens = update(model, optimizer, batch, task)
 
 
 def main() -> None:

@@ -26,8 +26,8 @@ import numpy as np
 from bench import quality
 from bench.local_training import ListReporter, LocalCorpus, new_job, write_corpus
 from bench.peer_environment import PeerMissing, fairseq_python
-from bench.peer_task import PeerTask, recipe_of, task_of
-from bench.plain_loop import cut_batches, read_pairs
+from bench.peer_task import PeerTask, read_ids, recipe_of, task_of, write_ids
+from bench.plain_loop import cut_batches
 from bench.result import Peer, Result, publish, watched_machine
 from bench.turns import Contestant, ContestantFailed, alternate, median_ratio, started
 from examples.parallel_text import TextMissing, find_files, read_lines
@@ -35,7 +35,7 @@ from ferryman_service.domain.recipe import Precision, Preset, Recipe
 from ferryman_service.domain.tokens import EOS
 from ferryman_service.launch.torchrun import LaunchConfig, worker_environment
 from ferryman_service.training.packing import plan_epoch
-from ferryman_service.training.pairs import TokenPairs, TokenSide
+from ferryman_service.training.pairs import TokenPairs
 from ferryman_service.training.prepared import prepare_corpus
 
 FOLDER: Final = Path("bench-output/training-cpu")
@@ -74,7 +74,7 @@ def prepare(preset: Preset, corpus: LocalCorpus) -> Prepared:
     job = new_job("prepare", recipe_of(preset, max_tokens), corpus, FOLDER)
     pairs = prepare_corpus(job, ListReporter(), threads=CORES).pairs()
     write_ids(pairs, FOLDER / "ids")
-    batches = cut_batches(read_pairs(FOLDER / "ids"), max_tokens)
+    batches = cut_batches(read_ids(FOLDER / "ids"), max_tokens)
     mean = int(pairs.target.lengths_P.sum()) / len(batches)
     recipe = recipe_of(preset, limit_for(mean, pairs, max_tokens, job.recipe.seed))
     return Prepared(
@@ -86,15 +86,6 @@ def prepare(preset: Preset, corpus: LocalCorpus) -> Prepared:
         target_tokens=round(mean),
         sentences=round(len(pairs) / len(batches)),
     )
-
-
-def write_ids(pairs: TokenPairs, folder: Path) -> None:
-    """Write each sentence as a line of token ids, without its end symbol."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in ("source", "target"):
-        side: TokenSide = getattr(pairs, name)
-        lines = (" ".join(map(str, side.sentence(index)[:-1])) for index in range(len(pairs)))
-        (folder / f"train.{name}").write_text("".join(f"{line}\n" for line in lines))
 
 
 def limit_for(mean_tokens: float, pairs: TokenPairs, first_guess: int, seed: int) -> int:

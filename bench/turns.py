@@ -41,8 +41,7 @@ class Turns:
     def __init__(self, **facts: float) -> None:
         """Take the standard output; `facts` are told with the first line."""
         self._facts = facts
-        self._answers: TextIO = os.fdopen(os.dup(1), "w", buffering=1)
-        os.dup2(2, 1)
+        self._answers = take_stdout()
         self._seconds: list[float] = []
         self._tokens: list[int] = []
         self._last_s = self._end_s = 0.0
@@ -75,6 +74,13 @@ class Turns:
         self._answers.write(json.dumps(value) + "\n")
 
 
+def take_stdout() -> TextIO:
+    """Return the standard output for answers; whatever else the program prints goes to the standard error output."""
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    return answers
+
+
 @dataclass
 class Contestant:
     """The measuring program's side of one measured program, and what was measured of it, turn by turn."""
@@ -84,7 +90,7 @@ class Contestant:
     environment: Mapping[str, str]
     log: Path
     facts: dict[str, float] = field(default_factory=dict)
-    turns: list[dict[str, list[float]]] = field(default_factory=list)
+    turns: list[dict[str, Any]] = field(default_factory=list)
     peak_memory_mb: float = 0.0
     _process: subprocess.Popen[str] | None = None
 
