@@ -42,7 +42,7 @@ SERVED = $(if $(DATA),--data "$(DATA)") $(if $(SOURCE),--source "$(SOURCE)") $(i
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .PHONY: help setup demo test check quick system ops protos protos-drift metrics-docs dashboards buf-lint lint types layers \
-  dockerfile image-contents chart wheel-smoke bench-quality bench-quality-tok bench-export bench-training-cpu bench-training-gpu bench-overhead bench-corpora \
+  dockerfile image-contents chart wheel-smoke bench-quality bench-quality-tok bench-schedules bench-export bench-training-cpu bench-training-gpu bench-overhead bench-corpora \
   bench-serving-cpu bench-serving-gpu bench-load bench-decode-step bench-search-overhead bench-invariance \
   bench-serving-profile soak rehearse clean
 
@@ -67,7 +67,7 @@ $(OPS): $(READY)
 
 setup: $(READY) ## make .venv with everything in it, once
 
-demo: $(READY) ## train a model and translate with it, < 5 min; own text: TRAIN= VALID= TEST= SOURCE= TARGET= [MINUTES=]
+demo: $(READY) ## train a model and translate with it, minutes; own text: TRAIN= VALID= TEST= SOURCE= TARGET= [MINUTES=]
 	@$(BIN)/python -m examples.demo $(if $(TRAIN),--train "$(TRAIN)") $(if $(VALID),--valid "$(VALID)") \
 	  $(if $(TEST),--test "$(TEST)") $(if $(SOURCE),--source "$(SOURCE)") $(if $(TARGET),--target "$(TARGET)") \
 	  $(if $(MINUTES),--minutes "$(MINUTES)")
@@ -135,6 +135,9 @@ bench-quality: $(READY) ## BLEU after as much training as a plain loop has, by t
 	@$(BIN)/python -m bench.quality $(if $(DATA),--data "$(DATA)") $(if $(SOURCE),--source "$(SOURCE)") \
 	  $(if $(TARGET),--target "$(TARGET)") $(if $(MINUTES),--minutes "$(MINUTES)") \
 	  $(if $(PRESET),--preset "$(PRESET)") $(if $(QUICK),--quick)
+
+bench-schedules: $(READY) ## WSD beside NOAM under a limit of time, ~30 min: [DATA= QUICK=1]
+	@$(BIN)/python -m bench.schedules $(if $(DATA),--data "$(DATA)") $(if $(QUICK),--quick)
 
 bench-export: $(READY) ## does the exported model translate as the PyTorch model does: [DATA= SOURCE= TARGET= MODEL= QUICK=1]
 	@$(BIN)/python -m bench.export $(SERVED) $(if $(QUICK),--quick)
