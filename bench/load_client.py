@@ -30,7 +30,8 @@ _Method: TypeAlias = "grpc.aio.UnaryUnaryMultiCallable[bytes, translation_pb2.Tr
 class Window:
     """Calls at random times: `rate` a second on average (a Poisson process), the first `warm_up_s` seconds not counted.
 
-    `several_share` of the calls hold 2 to 8 sentences, the others one.
+    `several_share` of the calls hold 2 to 8 sentences, the others one. `length`: subwords of each translation; 0: the
+    model ends it.
     """
 
     rate: float
@@ -40,6 +41,7 @@ class Window:
     beam_size: int = 5
     several_share: float = 0.15
     timeout_s: float = 10.0
+    length: int = 0
 
 
 @dataclass(frozen=True)
@@ -83,16 +85,18 @@ def arrivals(window: Window, sentences: Sequence[str]) -> Iterator[Arrival]:
         yield Arrival(at_s, generator.choices(sentences, k=count))
 
 
-def request_of(model: str, sentences: Sequence[str], beam_size: int) -> bytes:
-    """Return a serialised TranslateRequest."""
+def request_of(model: str, sentences: Sequence[str], beam_size: int, length: int = 0) -> bytes:
+    """Return a serialised TranslateRequest; `length` as in `Window`."""
     options = translation_pb2.TranslateOptions(beam_size=beam_size)
+    if length:
+        options.min_length, options.max_length = length - 1, length
     return translation_pb2.TranslateRequest(model=model, sentences=sentences, options=options).SerializeToString()
 
 
 async def drive(address: str, model: str, window: Window, sentences: Sequence[str]) -> Seen:
     """Make the calls and wait for all answers."""
     calls = [
-        (a.at_s, len(a.sentences), request_of(model, a.sentences, window.beam_size))
+        (a.at_s, len(a.sentences), request_of(model, a.sentences, window.beam_size, window.length))
         for a in arrivals(window, sentences)
     ]
     seen = Seen()
