@@ -23,7 +23,7 @@ from ferryman.v1 import translation_pb2
 METHOD: Final = "/ferryman.v1.TranslationService/Translate"
 TIMED: Final = ("queue", "text", "encode", "decode", "total")
 
-_Method: TypeAlias = "grpc.aio.UnaryUnaryMultiCallable[bytes, translation_pb2.TranslateResponse]"
+Method: TypeAlias = "grpc.aio.UnaryUnaryMultiCallable[bytes, translation_pb2.TranslateResponse]"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +102,7 @@ async def drive(address: str, model: str, window: Window, sentences: Sequence[st
     seen = Seen()
     async with grpc.aio.insecure_channel(address) as channel:
         await channel.channel_ready()
-        translate: _Method = channel.unary_unary(METHOD, None, translation_pb2.TranslateResponse.FromString)
+        translate: Method = channel.unary_unary(METHOD, None, translation_pb2.TranslateResponse.FromString)
         begin_s = time.perf_counter()
 
         async def call(at_s: float, count: int, request: bytes) -> None:

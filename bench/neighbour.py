@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import os
 import random
 import shutil
@@ -23,7 +24,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -117,27 +118,47 @@ class Turn:
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """A condition: the median over the turns of one mode, held against that of another. `target_is` "most" or "least"
-    says what `target` bounds; `goal` is what we would like."""
+    """A condition on the ratio of two medians over turns, of one mode and of another. `at_most` or, if that is None,
+    `at_least` bounds it; `goal` is what we would like."""
 
     name: str
-    value: float
-    target: float
-    target_is: str
+    unit: str
     quiet: Sequence[float]
     busy: Sequence[float]
-    unit: str
+    at_most: float | None = None
+    at_least: float = 0.0
     goal: float | None = None
 
     @property
+    def value(self) -> float:
+        """Busy over quiet where that must not be large, else quiet over busy."""
+        quiet, busy = statistics.median(self.quiet), statistics.median(self.busy)
+        return busy / quiet if self.at_most is not None else quiet / busy
+
+    @property
     def ok(self) -> bool:
-        """Whether the condition holds."""
-        return self.value <= self.target if self.target_is == "most" else self.value >= self.target
+        """Whether the condition holds; never after a turn in which nothing, or not everything, was done."""
+        if not all(map(math.isfinite, (*self.quiet, *self.busy))):
+            return False
+        return self.value <= self.at_most if self.at_most is not None else self.value >= self.at_least
+
+    @property
+    def target(self) -> str:
+        """The bound in words."""
+        return f"at most {self.at_most:g}" if self.at_most is not None else f"at least {self.at_least:g}"
 
     def as_dict(self) -> dict[str, Any]:
         """Return it for a line of JSON."""
-        values = asdict(self) | {"value": round(self.value, 3), "ok": self.ok}
-        return values | {name: [round(number, 3) for number in values[name]] for name in ("quiet", "busy")}
+        return {
+            "name": self.name,
+            "unit": self.unit,
+            "value": _finite(self.value),
+            "target": self.target,
+            "goal": self.goal,
+            "ok": self.ok,
+            "quiet": [*map(_finite, self.quiet)],
+            "busy": [*map(_finite, self.busy)],
+        }
 
 
 @dataclass
@@ -182,33 +203,31 @@ class Scene:
 
 def parts_of(turns: Sequence[Turn], updates: Sequence[tuple[float, float]]) -> list[Part]:
     """Return the conditions."""
-
-    def update_s(mode: Mode) -> list[float]:
-        return [turn.update_s(updates) for turn in turns if turn.mode is mode]
-
-    def p95_ms(mode: Mode) -> list[float]:
-        return [turn.p95_ms for turn in turns if turn.mode is mode]
-
-    def part(mode: Mode, quiet: list[float], busy: list[float], unit: str, target: float, **more: Any) -> Part:  # noqa: ANN401
-        ratio = statistics.median(busy) / statistics.median(quiet)
-        more = {"name": mode.name, "value": ratio, "target_is": "most"} | more
-        return Part(target=target, quiet=quiet, busy=busy, unit=unit, **more)
-
-    alone_s, both_s = update_s(TRAINING), update_s(BOTH)
-    alone_ms = p95_ms(SERVING)
+    update_s = {mode: [turn.update_s(updates) for turn in turns if turn.mode is mode] for mode in MODES}
+    p95_ms = {mode: [turn.p95_ms for turn in turns if turn.mode is mode] for mode in MODES}
     return [
-        part(TRAINING_BUSY, alone_s, update_s(TRAINING_BUSY), "s an update", TRAINING_AT_MOST, goal=TRAINING_GOAL),
-        part(SERVING_BUSY, alone_ms, p95_ms(SERVING_BUSY), "p95, ms", P95_AT_MOST),
-        part(BOTH, alone_ms, p95_ms(BOTH), "p95, ms", P95_AT_MOST),
-        part(
-            BOTH,
-            alone_s,
-            both_s,
-            "s an update; the value is throughput",
-            TRAINING_AT_LEAST,
+        Part(
+            name=TRAINING_BUSY.name,
+            unit="s an update",
+            quiet=update_s[TRAINING],
+            busy=update_s[TRAINING_BUSY],
+            at_most=TRAINING_AT_MOST,
+            goal=TRAINING_GOAL,
+        ),
+        Part(
+            name=SERVING_BUSY.name,
+            unit="p95, ms",
+            quiet=p95_ms[SERVING],
+            busy=p95_ms[SERVING_BUSY],
+            at_most=P95_AT_MOST,
+        ),
+        Part(name=BOTH.name, unit="p95, ms", quiet=p95_ms[SERVING], busy=p95_ms[BOTH], at_most=P95_AT_MOST),
+        Part(
             name="training while translating",
-            value=statistics.median(alone_s) / statistics.median(both_s),
-            target_is="least",
+            unit="s an update; the value is throughput",
+            quiet=update_s[TRAINING],
+            busy=update_s[BOTH],
+            at_least=TRAINING_AT_LEAST,
         ),
     ]
 
@@ -299,10 +318,7 @@ def result_of(parts: Sequence[Part], rate: float, shipped: Mapping[str, object],
     for part in parts:
         quiet, busy = (statistics.median(numbers) for numbers in (part.quiet, part.busy))
         verdict = "ok" if part.ok else "missed"
-        print(
-            f"{part.name:36} {quiet:9.3f} {busy:9.3f} {part.value:7.2f}  at {part.target_is} {part.target:g}: {verdict}"
-            f" ({part.unit})"
-        )
+        print(f"{part.name:36} {quiet:9.3f} {busy:9.3f} {part.value:7.2f}  {part.target}: {verdict} ({part.unit})")
     return Result(
         bench="neighbour-quick" if quick else "neighbour",
         value=sum(part.ok for part in parts) / len(parts),
@@ -319,6 +335,11 @@ def result_of(parts: Sequence[Part], rate: float, shipped: Mapping[str, object],
             "neighbour": "one spinning process, not pinned, nice 0, in a session of its own",
         },
     )
+
+
+def _finite(number: float) -> float | None:
+    """Return the number for JSON, which has none that is not finite."""
+    return round(number, 3) if math.isfinite(number) else None
 
 
 def _capacity(client: ServingProcess, address: str, seconds: float) -> float:

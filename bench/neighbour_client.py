@@ -11,7 +11,7 @@ import time
 
 import grpc
 
-from bench.load_client import METHOD, ClientCommands, request_of
+from bench.load_client import METHOD, ClientCommands, Method, request_of
 from bench.serving_process import answer_commands
 from ferryman.v1 import translation_pb2
 
@@ -21,7 +21,7 @@ async def answered_per_second(address: str, requests: list[bytes], in_flight: in
     answered = 0
     async with grpc.aio.insecure_channel(address) as channel:
         await channel.channel_ready()
-        translate = channel.unary_unary(METHOD, None, translation_pb2.TranslateResponse.FromString)
+        translate: Method = channel.unary_unary(METHOD, None, translation_pb2.TranslateResponse.FromString)
         begin_s = time.perf_counter()
 
         async def caller(number: int) -> None:

@@ -53,7 +53,14 @@ def test_training_beside_a_busy_process_takes_at_most_sixteen_tenths(busy_s, ok)
 
 def test_a_call_that_fails_misses_the_condition():
     turns = [turn(mode, number, failures=mode is SERVING_BUSY) for number, mode in enumerate(MODES)]
-    assert [part.ok for part in parts_of(turns, updates(0.2, 0.2, 9.0, 9.0, 0.2))] == [True, False, True, True]
+    parts = parts_of(turns, updates(0.2, 0.2, 9.0, 9.0, 0.2))
+    assert [part.ok for part in parts] == [True, False, True, True]
+    assert parts[1].as_dict()["busy"] == [None]
+
+
+def test_calls_that_fail_while_nothing_else_runs_miss_both_conditions():
+    turns = [turn(mode, number, failures=mode is SERVING) for number, mode in enumerate(MODES)]
+    assert [part.ok for part in parts_of(turns, updates(0.2, 0.2, 9.0, 9.0, 0.2))] == [True, False, False, True]
 
 
 def test_updates_that_a_turn_does_not_hold_whole_do_not_count():
