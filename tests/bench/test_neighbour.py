@@ -11,6 +11,7 @@ import pytest
 from bench import neighbour
 from bench.neighbour import BOTH, MODES, SERVING, SERVING_BUSY, TRAINING, TRAINING_BUSY, Effort, Task, Turn, parts_of
 from bench.neighbour_training import busy_process
+from ferryman_service.config.service_config import ServiceConfig
 from ferryman_service.launch.process import is_alive, process_identity, what_follows
 
 
@@ -105,7 +106,7 @@ def test_all_modes_have_their_turn_and_no_process_is_left(tmp_path):
         for mode in MODES:
             scene.turn(mode)
         parts = parts_of(scene.turns, scene.run.updates())
-    assert shipped["worker_nice"] == os.getpriority(os.PRIO_PROCESS, 0) + 5
+    assert shipped["worker_nice"] == os.getpriority(os.PRIO_PROCESS, 0) + ServiceConfig().worker_nice
     assert all(0 < part.value < float("inf") for part in parts)
     assert len(workers) == 1 and not is_alive(workers[0])
     assert not what_follows(("--data-dir", str((tmp_path / "data").resolve())))
