@@ -44,7 +44,7 @@ SERVED = $(if $(DATA),--data "$(DATA)") $(if $(SOURCE),--source "$(SOURCE)") $(i
 .PHONY: help setup demo test check quick system ops protos protos-drift metrics-docs dashboards buf-lint lint types layers \
   dockerfile image-contents chart wheel-smoke bench-quality bench-quality-tok bench-schedules bench-export bench-training-cpu bench-training-gpu bench-overhead bench-corpora \
   bench-serving-cpu bench-serving-gpu bench-load bench-decode-step bench-search-overhead bench-invariance \
-  bench-serving-profile soak rehearse clean
+  bench-serving-profile bench-neighbour soak rehearse clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -179,6 +179,9 @@ bench-serving-profile: $(READY) ## where the time of translating goes: [DATA= SO
 
 bench-search-overhead: $(READY) ## what the search takes of a decoding step, outside the model
 	@$(BIN)/python -m bench.search_overhead
+
+bench-neighbour: $(READY) ## what a busy process costs training and serving, and these two each other: [DATA= QUICK=1]
+	@$(BIN)/python -m bench.neighbour $(if $(DATA),--data "$(DATA)") $(if $(QUICK),--quick)
 
 soak: $(READY) ## training that dies everywhere, and a translation service under load: [MINUTES= PROCESSES= MODEL= RATE=]
 	FERRYMAN_SOAK=1 $(BIN)/python -m pytest tests/service/training/test_resume.py tests/service/training/test_compile.py

@@ -26,14 +26,15 @@ from ferryman.v1 import translation_pb2
 METHOD: Final = "/ferryman.v1.TranslationService/Translate"
 TIMED: Final = ("queue", "text", "encode", "decode", "total")
 
-_Method: TypeAlias = "grpc.aio.UnaryUnaryMultiCallable[bytes, translation_pb2.TranslateResponse]"
+Method: TypeAlias = "grpc.aio.UnaryUnaryMultiCallable[bytes, translation_pb2.TranslateResponse]"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Window:
     """Calls at random times: `rate` a second on average (a Poisson process), the first `warm_up_s` seconds not counted.
 
-    `several_share` of the calls hold 2 to 8 sentences, the others one.
+    `several_share` of the calls hold 2 to 8 sentences, the others one. `length`: subwords of each translation; 0: the
+    model ends it.
     """
 
     rate: float
@@ -43,6 +44,7 @@ class Window:
     beam_size: int = 5
     several_share: float = 0.15
     timeout_s: float = 10.0
+    length: int = 0
 
 
 @dataclass(frozen=True)
@@ -93,16 +95,18 @@ def _all_arrivals(window: Window, sentences: Sequence[str]) -> Iterator[Arrival]
         yield Arrival(at_s, generator.choices(sentences, k=count))
 
 
-def request_of(model: str, sentences: Sequence[str], beam_size: int) -> bytes:
-    """Return a serialised TranslateRequest."""
+def request_of(model: str, sentences: Sequence[str], beam_size: int, length: int = 0) -> bytes:
+    """Return a serialised TranslateRequest; `length` as in `Window`."""
     options = translation_pb2.TranslateOptions(beam_size=beam_size)
+    if length:
+        options.min_length, options.max_length = length - 1, length
     return translation_pb2.TranslateRequest(model=model, sentences=sentences, options=options).SerializeToString()
 
 
 async def drive(address: str, model: str, window: Window, sentences: Sequence[str]) -> Seen:
     """Make the calls and wait for all answers."""
     calls = [
-        (a.at_s, len(a.sentences), request_of(model, a.sentences, window.beam_size))
+        (a.at_s, len(a.sentences), request_of(model, a.sentences, window.beam_size, window.length))
         for a in arrivals(window, sentences)
     ]
     seen = Seen()
@@ -139,7 +143,7 @@ async def drive_one_at_a_time(
     several = list(itertools.islice(_all_arrivals(window, sentences), calls))
     async with _method(address) as translate:
         for number, arrival in enumerate([*several[:warm_up], *several]):
-            request = request_of(model, arrival.sentences, window.beam_size)
+            request = request_of(model, arrival.sentences, window.beam_size, window.length)
             begin_s = time.perf_counter()
             try:
                 response = await translate(request, timeout=window.timeout_s)
@@ -153,7 +157,7 @@ async def drive_one_at_a_time(
 
 
 @asynccontextmanager
-async def _method(address: str) -> AsyncIterator[_Method]:
+async def _method(address: str) -> AsyncIterator[Method]:
     async with grpc.aio.insecure_channel(address) as channel:
         await channel.channel_ready()
         yield channel.unary_unary(METHOD, None, translation_pb2.TranslateResponse.FromString)

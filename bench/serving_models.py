@@ -140,14 +140,19 @@ def current_bundle(bundle: Path, check_sentences: Sequence[str]) -> Path:
 def base_bundle(text: Text) -> Path:
     """Return the bundle of the base preset with random weights, making it if it is not there."""
     recipe = resolve_recipe({"preset": "base", "data": {"vocabulary_size": BASE_VOCABULARY}})
-    parts = FOLDER / "base-parts"
+    return random_bundle(recipe, text.training, text.held_out, FOLDER / "base")
+
+
+def random_bundle(recipe: Recipe, training: Sequence[str], held_out: Sequence[str], folder: Path) -> Path:
+    """Return the bundle of a recipe with random weights and BPE subwords, making it in `folder` if it is not there."""
+    parts = folder.with_name(f"{folder.name}-parts")
     subwords, weights = parts / SUBWORDS_FILE, parts / WEIGHTS_FILE
     parts.mkdir(parents=True, exist_ok=True)
     if not weights.exists():
         train_subwords(
-            text.training,
+            training,
             subwords,
-            vocabulary_size=BASE_VOCABULARY,
+            vocabulary_size=recipe.data.vocabulary_size,
             algorithm=SubwordAlgorithm.BPE,
             character_coverage=1.0,
             seed=_SEED,
@@ -159,7 +164,7 @@ def base_bundle(text: Text) -> Path:
         recipe=recipe,
         scores=ModelScores(bleu=0.0, chrf=0.0, nll_per_token=0.0, weights="best", step=0),
         parameters=0,
-        check_sentences=text.held_out[:_CHECK_SENTENCES],
+        check_sentences=held_out[:_CHECK_SENTENCES],
     )
     lineage = ModelLineage(
         run_id="run_0000000000000000000000",
@@ -169,7 +174,7 @@ def base_bundle(text: Text) -> Path:
         target_language="de",
         recipe=recipe,
     )
-    return _exported(trained, lineage, FOLDER / "base")
+    return _exported(trained, lineage, folder)
 
 
 def write_random_weights(recipe: Recipe, path: Path) -> None:

@@ -417,7 +417,8 @@ def _build_supervisor(stores: _Stores, config: ServiceConfig, launches: LaunchMe
     def command(processes: int) -> tuple[str, ...]:
         return (*torchrun_command(processes), *flags)
 
-    launcher = TorchrunLauncher(LaunchConfig(data_dir=stores.folder.root, command=command), stores.folder.worker_log)
+    launch = LaunchConfig(data_dir=stores.folder.root, command=command, nice=config.worker_nice)
+    launcher = TorchrunLauncher(launch, stores.folder.worker_log)
     supervisor = SupervisorConfig(
         max_concurrent_runs=config.max_concurrent_runs,
         max_restarts=config.max_restarts,

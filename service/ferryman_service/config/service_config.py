@@ -85,6 +85,7 @@ class ServiceConfig:
     pause_grace_s: float = 600.0
     processes_per_run: int = 1
     max_processes_per_run: int = 8
+    worker_nice: int = 2
     max_corpus_bytes: int = 4 * 2**30
     translation_threads: int = 0
     compute_type: ComputeChoice = ComputeChoice.AUTO
@@ -150,6 +151,7 @@ RANGES: Final[Mapping[str, tuple[float, float]]] = {
     "pause_grace_s": (1, 86_400),
     "processes_per_run": (1, 1024),
     "max_processes_per_run": (1, 1024),
+    "worker_nice": (0, 19),
     "max_corpus_bytes": (1, 2**50),
     "translation_threads": (0, 256),
     "max_batch_rows": (0, 65_536),
@@ -184,6 +186,8 @@ HELP: Final[Mapping[str, str]] = {
     "pause_grace_s": "seconds that a worker gets to write its checkpoint after PauseTraining before it is killed",
     "processes_per_run": "processes that train one run together, unless its caller says otherwise",
     "max_processes_per_run": "most processes that a caller may ask for",
+    "worker_nice": "nice value that training adds to the service's own, so that translation goes first where both want "
+    "the same core; 0: equal priority",
     "max_corpus_bytes": "largest corpus that may be uploaded, bytes",
     "translation_threads": "threads that decode for each loaded model, each on one core; 0: one for each usable CPU, "
     "at most one for each 512 MiB of usable memory",

@@ -21,6 +21,7 @@ from ferryman_service.launch.process import (
     is_alive,
     kill_all_with,
     kill_process,
+    lower_priority,
     process_identity,
     sees_same,
     what_follows,
@@ -35,6 +36,7 @@ _ALLOCATOR: Final = {
     "MALLOC_TRIM_THRESHOLD_": str(2**32),
     "MALLOC_TOP_PAD_": str(2**26),
 }
+_SPIN_COUNT: Final = "100"
 _STOP_TIMEOUT_S: Final = 45
 """How long torchrun's agent waits for workers that were told to end; they take at most 30 s."""
 
@@ -52,13 +54,15 @@ class LaunchConfig:
 
     `command(processes)` begins the command line of a worker of so many processes; "--data-dir D --run-id R --attempt N"
     is appended. `environment` is added to this process's own. `threads_per_worker` None: OMP_NUM_THREADS if it is set,
-    else a fair share of the CPUs that this process may use (config/resources.py).
+    else a fair share of the CPUs that this process may use (config/resources.py). `nice` is added to this process's own
+    nice value.
     """
 
     data_dir: Path
     command: Callable[[int], Sequence[str]] = torchrun_command
     environment: Mapping[str, str] = field(default_factory=dict)
     threads_per_worker: int | None = None
+    nice: int = 0
 
 
 class TorchrunLauncher:
@@ -85,6 +89,9 @@ class TorchrunLauncher:
                 close_fds=True,
                 start_new_session=True,
             )
+        if self._config.nice:
+            # The agent takes seconds until it starts a worker, which inherits it.
+            lower_priority(agent.pid, self._config.nice)
         with self._lock:
             self._agents[run_id, attempt] = agent
             for other in self._agents.values():
@@ -149,10 +156,11 @@ def worker_environment(config: LaunchConfig, processes: int, root: Path = Path("
     # torchrun would choose one thread for several workers.
     environment.setdefault("OMP_NUM_THREADS", str(max(1, usable_cpus(root).value // processes)))
     environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(_STOP_TIMEOUT_S)
-    # OpenMP's threads spin while they wait for each other. Left alone they spin so long that one other busy process
-    # makes training 45 times slower; this bound costs nothing on a quiet machine (docs/lab-log.md).
+    # OpenMP's threads spin while they wait for each other, also for one that has no core because another process is
+    # busy. Left alone they spin so long that this makes training 45 times slower; this bound costs nothing on a quiet
+    # machine (docs/lab-log.md; make bench-neighbour).
     if "OMP_WAIT_POLICY" not in environment:
-        environment.setdefault("GOMP_SPINCOUNT", "10000")
+        environment.setdefault("GOMP_SPINCOUNT", _SPIN_COUNT)
     for name, value in _ALLOCATOR.items():
         environment.setdefault(name, value)
     return environment

@@ -34,6 +34,7 @@ def test_names_of_flags_and_variables():
         ({"port": 70_000}, "--port is 70000, must be from 0 to 65535"),
         ({"translation_threads": 257}, "--translation-threads is 257, must be from 0 to 256"),
         ({"model_memory_mib": -1}, "--model-memory-mib is -1"),
+        ({"worker_nice": 20}, "--worker-nice is 20, must be from 0 to 19"),
         ({"grace_s": float("nan")}, "--grace-s is nan"),
         ({"max_corpus_bytes": 2**50 + 1}, "--max-corpus-bytes is 1.12589990684262e.15|1125899906842625"),
         ({"roles": frozenset()}, "--roles must name"),

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -24,13 +25,15 @@ TELL = """
 import json, os, sys
 told = {"arguments": sys.argv[1:], "stdin": sys.stdin.read(), "session": os.getsid(0) == os.getpid(),
         "threads": os.environ["OMP_NUM_THREADS"], "extra": os.environ.get("EXTRA"),
-        "allocator": os.environ["MALLOC_TRIM_THRESHOLD_"],
+        "allocator": os.environ["MALLOC_TRIM_THRESHOLD_"], "spin": os.environ.get("GOMP_SPINCOUNT"),
         "stop_timeout": os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]}
 print(json.dumps(told))
 print("on stderr", file=sys.stderr)
 sys.exit(3)
 """
 WAIT = "import signal; print('up'); signal.pause()"
+# The child begins after a while, as a worker does.
+FORK = "import os, time; time.sleep(0.3); os.fork() or print(os.getpid(), flush=True); time.sleep(600)"
 SERVICE = """
 import sys
 from pathlib import Path
@@ -66,6 +69,10 @@ def wait_until(condition, timeout_s=60):
         time.sleep(0.01)
 
 
+def nice_of(pid):
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[16])
+
+
 @pytest.fixture
 def launch(tmp_path):
     """Return a launcher whose workers run the given program; they end with the test."""
@@ -93,7 +100,8 @@ def ended(launcher, run_id="run_x", attempt=1):
 
 
 def test_a_worker_is_a_program_of_its_own(launch, tmp_path, monkeypatch):
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.delenv(name, raising=False)
     launcher = launch(TELL, environment={"EXTRA": "more"})
     launcher.start("run_x", 2, 2)
     assert ended(launcher, attempt=2) == "exit status 3"
@@ -106,6 +114,7 @@ def test_a_worker_is_a_program_of_its_own(launch, tmp_path, monkeypatch):
         "stop_timeout": "45",
         "extra": "more",
         "allocator": str(2**32),
+        "spin": "100",
     }
     assert on_stderr == "on stderr"
 
@@ -144,6 +153,27 @@ def test_the_allocator_is_set_up_unless_the_environment_says_how(launch):
     assert json.loads(launcher.log_tail("run_x", 1).splitlines()[0])["allocator"] == "1"
 
 
+@pytest.mark.parametrize(
+    ("environment", "expected"), [({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "PASSIVE"}, None)]
+)
+def test_spinning_is_bounded_unless_the_environment_says_how_to_wait(launch, monkeypatch, environment, expected):
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    launcher = launch(TELL, environment=environment)
+    launcher.start("run_x", 1, 1)
+    ended(launcher)
+    assert json.loads(launcher.log_tail("run_x", 1).splitlines()[0])["spin"] == expected
+
+
+@pytest.mark.parametrize("nice", [0, 5, 19])
+def test_nice_lowers_the_worker_and_its_children(launch, nice):
+    launcher = launch(FORK, nice=nice)
+    launcher.start("run_x", 1, 1)
+    wait_until(lambda: launcher.log_tail("run_x", 1).endswith("\n"))
+    pids = [launcher._agents["run_x", 1].pid, int(launcher.log_tail("run_x", 1))]
+    expected = min(19, nice_of(os.getpid()) + nice)
+    assert [nice_of(pid) for pid in pids] == [expected, expected]
+
+
 def test_a_living_worker_runs_until_it_is_killed(launch):
     launcher = launch()
     launcher.start("run_x", 1, 1)
@@ -164,8 +194,7 @@ def test_attempts_are_told_apart(launch):
 
 
 def test_the_whole_group_is_killed(launch):
-    fork = "import os, time; os.fork() or print(os.getpid(), flush=True); time.sleep(600)"
-    launcher = launch(fork)
+    launcher = launch(FORK)
     launcher.start("run_x", 1, 1)
     wait_until(lambda: launcher.log_tail("run_x", 1).endswith("\n"))
     child = process_identity(int(launcher.log_tail("run_x", 1)))
