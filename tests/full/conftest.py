@@ -6,7 +6,8 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -63,11 +64,11 @@ def images(engine: ContainerEngine) -> Mapping[str, str]:
     _build(engine, BASE, engine.build_base)
     names = {target: engine.image(target) for target in TARGETS}
     for target, image in names.items():
-        _build(engine, image, lambda target=target: engine.build(target))
+        _build(engine, image, partial(engine.build, target))
     return names
 
 
-def _build(engine: ContainerEngine, image: str, build) -> None:
+def _build(engine: ContainerEngine, image: str, build: Callable[[], None]) -> None:
     if engine.has_image(image):
         _built.append(f"{image}: kept from before, {engine.size_bytes(image) / _MB:,.0f} MB")
         return

@@ -1,7 +1,7 @@
 """Images and containers without a registry or a Docker engine: buildah and podman, on a storage folder of their own.
 
-The choices are those that work on every kernel and inside other containers: storage driver vfs, which copies each layer
-(several gigabytes, removed at the end), builds by chroot, runc, cgroups by their file system, the host's network.
+The choices are those that work on most kernels and inside other containers: builds by chroot, runc, cgroups by their
+file system, the host's network, and where no overlay can be mounted the storage driver vfs, which copies every layer.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
@@ -78,7 +79,8 @@ class ContainerEngine:
         # Podman would let systemd time the health checks, with the storage folder of the machine.
         own = {"CONTAINERS_CONF": str(configuration), "TMPDIR": str(folder), "DISABLE_HC_SYSTEMD": "true"}
         self._environment = {**os.environ, **own}
-        self._storage = ("--root", folder / "storage", "--runroot", folder / "run", "--storage-driver", "vfs")
+        driver = "overlay" if can_mount_overlay(folder) else "vfs"
+        self._storage = ("--root", folder / "storage", "--runroot", folder / "run", "--storage-driver", driver)
 
     def build_base(self) -> None:
         """Build the image that stands for python:3.11-slim-bookworm, from Debian's packages."""
@@ -172,6 +174,19 @@ cgroup_manager = "cgroupfs"
 events_logger = "file"
 lock_type = "file"
 """
+
+
+def can_mount_overlay(folder: Path) -> bool:
+    """Try to mount an overlay file system below a folder."""
+    with tempfile.TemporaryDirectory(dir=folder) as trial:
+        lower, upper, work, merged = (Path(trial, name) for name in ("lower", "upper", "work", "merged"))
+        for each in (lower, upper, work, merged):
+            each.mkdir()
+        options = f"lowerdir={lower},upperdir={upper},workdir={work}"
+        mounted = subprocess.run(["mount", "-t", "overlay", "-o", options, "overlay", merged], capture_output=True)
+        if mounted.returncode == 0:
+            subprocess.run(["umount", merged], check=True)
+        return mounted.returncode == 0
 
 
 def mounts_below(folder: Path) -> list[str]:
