@@ -181,9 +181,8 @@ def changes_of_the_runtime(engine, image):
 
 
 def changes(engine, container):
-    lines = engine.podman("diff", container.name).splitlines()
-    paths = {tuple(line.split(" ", 1)) for line in lines}
-    return {(kind, path) for kind, path in paths if not path.startswith(tuple(f"{folder}/" for folder in WRITABLE))}
+    entries = [tuple(line.split(" ", 1)) for line in engine.podman("diff", container.name).splitlines()]
+    return {(kind, path) for kind, path in entries if not f"{path}/".startswith(tuple(f"{each}/" for each in WRITABLE))}
 
 
 def test_sigterm_ends_the_service_with_exit_code_0(container):
