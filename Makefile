@@ -32,6 +32,8 @@ QUICK ?=
 SEEDS ?=
 PAIRS ?=
 PROCESSES ?=
+# The folder that keeps the built images for the next run of `make images`; empty for none.
+KEEP_IMAGES ?=
 # Serving: MODEL is the folder of a trained bundle, RATE the requests/s of the soak.
 MODEL ?=
 COMPUTE_TYPE ?=
@@ -41,7 +43,7 @@ SERVED = $(if $(DATA),--data "$(DATA)") $(if $(SOURCE),--source "$(SOURCE)") $(i
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test check quick system ops protos protos-drift metrics-docs dashboards buf-lint lint types layers \
+.PHONY: help setup demo test check full images quick system ops protos protos-drift metrics-docs dashboards buf-lint lint types layers \
   dockerfile image-contents chart wheel-smoke bench-quality bench-quality-tok bench-schedules bench-export bench-training-cpu bench-training-gpu bench-overhead bench-corpora \
   bench-serving-cpu bench-serving-gpu bench-load bench-decode-step bench-search-overhead bench-invariance \
   bench-serving-profile bench-neighbour soak rehearse clean
@@ -76,7 +78,7 @@ test: $(READY) ## all tests but those of ops: quick and system
 	$(BIN)/python -m pytest $(PARALLEL)
 
 quick: $(READY) ## the quick tests
-	$(BIN)/python -m pytest $(PARALLEL) -m "not system and not ops"
+	$(BIN)/python -m pytest $(PARALLEL) -m "not system and not ops and not full"
 
 system: $(READY) ## the tests that start the real service
 	$(BIN)/python -m pytest $(PARALLEL) -m "system and not ops"
@@ -86,6 +88,11 @@ ops: $(OPS) ## the tests of deploy/ and examples/, with real servers that they i
 	$(BIN)/python -m pytest -m ops
 
 check: protos-drift buf-lint lint types layers dockerfile test ops wheel-smoke ## everything that CI runs, in its order
+
+full: images ## what is too long for check
+
+images: $(OPS) ## build the images and run them, and the chart's pods, as root on Debian: [KEEP_IMAGES=]
+	KEEP_IMAGES="$(KEEP_IMAGES)" $(BIN)/python -m pytest -m full tests/full
 
 protos: $(READY) ## generate the stubs from protos/
 	$(BIN)/python -m grpc_tools.protoc -I protos \

