@@ -82,14 +82,14 @@ def corpus_lines(row: Row, data: Path) -> tuple[ParallelLines, ParallelLines]:
     return train, validation
 
 
-def run_one(row: Row, kind: ScheduleKind, data: Path, folder: Path) -> dict[str, Any]:
+def run_one(recipe: Recipe, train: ParallelLines, validation: ParallelLines, folder: Path) -> dict[str, Any]:
     """Train once in this process; return scores, steps, and the last learning rate over its peak."""
     from ferryman_service.training.engine import EngineConfig, TorchTrainingEngine  # needs torch
 
-    recipe, reporter = recipe_of(row, kind), ListReporter()
-    corpus = write_corpus(folder / "corpus", *corpus_lines(row, data))
+    reporter = ListReporter()
+    corpus = write_corpus(folder / "corpus", train, validation)
     engine = TorchTrainingEngine(EngineConfig(device="cpu", threads=1))
-    scores = engine.train(new_job(str(kind), recipe, corpus, folder), reporter).scores
+    scores = engine.train(new_job("run", recipe, corpus, folder), reporter).scores
     rates = [step.learning_rate for step in reporter.steps]
     return {
         "bleu": round(scores.bleu, 2),
@@ -185,7 +185,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark; the exit status is 0 if WSD is never worse."""
     arguments = parse(argv)
     if arguments.one:
-        print(json.dumps(run_one(arguments.one, arguments.kind, arguments.data, arguments.folder)))
+        recipe = recipe_of(arguments.one, arguments.kind)
+        print(json.dumps(run_one(recipe, *corpus_lines(arguments.one, arguments.data), arguments.folder)))
         return 0
     rows = arguments.rows or [Row.parse(text) for text in (QUICK_ROWS if arguments.quick else ROWS)]
     try:

@@ -4,7 +4,7 @@ end."""
 import pytest
 
 from ferryman.v1 import metrics_pb2, recipe_pb2, training_pb2
-from tests.system.conftest import small_recipe
+from tests.system.conftest import Stubs, small_recipe
 
 pytestmark = pytest.mark.system
 
@@ -21,8 +21,8 @@ def timed_recipe():
     return recipe
 
 
-def test_run_with_a_time_limit_follows_its_plan_through_a_pause(road):
-    _, stubs, _, _ = road
+def test_run_with_a_time_limit_follows_its_plan_through_a_pause(start_service):
+    stubs = Stubs(start_service().address)
     run = stubs.start(stubs.upload().corpus_id, timed_recipe(), model_name="timed")
     assert run.recipe.schedule.kind == recipe_pb2.SCHEDULE_KIND_WSD
     assert curve_of(stubs, run.run_id).provisional_from_step == 1

@@ -59,6 +59,7 @@ OTHER_DATA = {
     "character_coverage": 0.999,
     "max_sentence_tokens": 41,
     "max_length_ratio": 5.0,
+    "split_digits": True,
 }
 SAMPLING = {"sampling_alpha": 0.5, "bpe_dropout": 0.1}
 
