@@ -149,7 +149,8 @@ def show_learning_rate(client: Client, recipe: Recipe, console: Console) -> None
     path = OUTPUT / "learning-rate.png"
     run_report.save_learning_rate(curve, path)
     peak = curve.peak
-    console.print(f"Learning rate by training step, peak {peak.learning_rate:.3g} at step {peak.step}; also in {path}")
+    text = f"Learning rate by training step, peak {peak.learning_rate:.3g} at step {peak.step}; also in {path}"
+    console.print(text, soft_wrap=True)
     console.print(draw_curve(curve.points, height=12), highlight=False)
 
 
@@ -255,7 +256,8 @@ def run_demo(task: Task, console: Console) -> str:
         local_service(OUTPUT / "data", OUTPUT / "service.log", metrics_port=metrics_port) as address,
         Client(address) as client,
     ):
-        console.print(f"The service is serving on {address}, metrics on http://127.0.0.1:{metrics_port}/metrics")
+        metrics = f"http://127.0.0.1:{metrics_port}/metrics"
+        console.print(f"The service is serving on {address}, metrics on {metrics}", soft_wrap=True, highlight=False)
         show_learning_rate(client, task.recipe, console)
         run, decay = train(client, address, task, console)
         save_run(client, run.run_id)

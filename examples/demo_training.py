@@ -73,7 +73,9 @@ class Demonstration:
         minutes = max(1, round(self.expected_s() / 60))
         until = "" if self._expected_steps is None else ", until the validation reaches its target"
         unit = "minute" if minutes == 1 else "minutes"
-        self._console.print(f"Training takes about {minutes} {unit} on this machine{until}.", style="bold")
+        self._console.print(
+            f"Training takes about {minutes} {unit} on this machine{until}.", style="bold", soft_wrap=True
+        )
 
     def _pause(self) -> None:
         self._paused = True

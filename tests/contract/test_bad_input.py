@@ -218,6 +218,7 @@ JUST_OUTSIDE = {
     "optimization.rollback_rate_scale": [0.0, 1.1, NAN],
     "stop.max_time_seconds": [-1.0, 1.1e9, INF],
     "stop.patience": [-1, 1_000_001],
+    "stop.target_score": [-1.0, 1001.0, NAN],
     "validation.checkpoint_interval_steps": [-1, 10**9 + 1],
 }
 
@@ -286,7 +287,7 @@ def test_an_upload_id_with_another_text(service, refused):
     [
         ({}, "INVALID_REQUEST", [("subject", "REQUIRED")]),
         ({"run_id": ""}, "INVALID_REQUEST", [("run_id", "REQUIRED")]),
-        ({"schedule": {"kind": 6}}, "INVALID_RECIPE", [("schedule.kind", "UNKNOWN_ENUM_VALUE")]),
+        ({"schedule": {"kind": 7}}, "INVALID_RECIPE", [("schedule.kind", "UNKNOWN_ENUM_VALUE")]),
         ({"schedule": {"warmup_steps": 0}}, "INVALID_RECIPE", [("schedule.warmup_steps", "OUT_OF_RANGE")]),
         ({"schedule": {"kind": "SCHEDULE_KIND_COSINE"}}, "INVALID_RECIPE", [("schedule.total_steps", "REQUIRED")]),
         ({"schedule": {"peak_learning_rate": 1}}, "INVALID_RECIPE", [("schedule.peak_learning_rate", "CONFLICT")]),
@@ -309,7 +310,7 @@ def test_an_upload_id_with_another_text(service, refused):
         ),
         ({"run_id": NO_SUCH_RUN, "max_points": 1}, "INVALID_REQUEST", [("max_points", "OUT_OF_RANGE")]),
         (
-            {"schedule": {"kind": 6, "warmup_steps": 0}, "first_step": -1, "last_step": 2**40, "max_points": 1},
+            {"schedule": {"kind": 7, "warmup_steps": 0}, "first_step": -1, "last_step": 2**40, "max_points": 1},
             "INVALID_RECIPE",
             [
                 ("first_step", "OUT_OF_RANGE"),

@@ -109,6 +109,7 @@ def test_runs(service):
         "schedule.peak_learning_rate",
         "schedule.minimum_learning_rate",
         "schedule.total_steps",
+        "schedule.decay_share",
     ]
     assert service.training_stub.GetTrainingRun(training_pb2.GetTrainingRunRequest(run_id=run.run_id)).run == run
     listing = training_pb2.ListTrainingRunsRequest(states=[metrics_pb2.RUN_STATE_QUEUED], model_name="en-de")

@@ -463,7 +463,7 @@ def _has_other_limit(stop: Mapping[str, Any]) -> bool:
 
 
 def _is_limited_by_time_alone(stop: Mapping[str, Any]) -> bool:
-    return bool(stop["max_time_seconds"]) and not (stop["max_steps"] or stop["max_epochs"])
+    return bool(stop["max_time_seconds"] > 0) and not (stop["max_steps"] or stop["max_epochs"])
 
 
 def _out_of_range(values: Mapping[str, Any], path: str) -> Iterator[Violation]:
