@@ -134,8 +134,14 @@ def own_text_task(arguments: argparse.Namespace, minutes: float) -> Task:
 
     recipe = Recipe(
         preset="tiny",
+        model=ModelRecipe(dropout=0.1, norm=NormPlacement.PRE, positions=Positions.ROPE),
         # A small corpus cannot fill the preset's 8,000 subwords.
-        data=DataRecipe(vocabulary_size=max(200, min(8000, pairs // 4))),
+        data=DataRecipe(vocabulary_size=max(200, min(6000, pairs // 4))),
+        # A few minutes of a slow machine are a few hundred updates: the warmup must not take most of them.
+        schedule=LearningRateSchedule(
+            kind=ScheduleKind.WSD, warmup_steps=200, peak_learning_rate=0.003, decay_share=0.5
+        ),
+        optimization=OptimizationRecipe(batch_target_tokens=768),
         stop=StopRecipe(max_time_seconds=60 * minutes),
         validation=ValidationRecipe(interval_steps=200, max_translated_pairs=100, keep_last=3),
     )

@@ -192,8 +192,8 @@ class TrainingLoop:
             self._validate()
         self._see_written()
         if reason is not None:
-            if (remark := high_rate(self._parts.recipe, self.position)) is not None:
-                self._parts.series.event(*remark, repeats=True)
+            if (event := high_rate(self._parts.recipe, self.position)) is not None:
+                self._parts.series.event(*event, repeats=True)
             self._parts.series.event(EventLevel.INFO, *reason, repeats=True)
 
     def _lay_down(self) -> None:
