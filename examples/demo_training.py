@@ -55,7 +55,7 @@ class Demonstration:
                     self._say_what_to_expect()
             case ValidationMetrics() if not self._paused:
                 self._pause()
-            case StateChange(state=RunState.PAUSED) if not self._resumed:
+            case StateChange(state=RunState.PAUSED) if self._paused and not self._resumed:
                 self._resume()
             case DecayPlan() as plan:
                 self.decay = plan
@@ -101,5 +101,5 @@ def train_and_follow(client: Client, run_id: str, console: Console, demonstratio
 
 
 def ran_out_of_time(decay: DecayPlan | None) -> bool:
-    """Tell whether the limit of time began the decay, before the validation reached its target."""
+    """Tell whether the limit of time began the decay, or shortened it."""
     return decay is not None and decay.reason is DecayReason.TIME

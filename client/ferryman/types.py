@@ -243,7 +243,8 @@ class LearningRateCurve:
     """A learning-rate curve by rising step, its resolved schedule, the peak of the whole schedule, and the decays that
     the run has planned.
 
-    Rates from `provisional_from_step` on may still change, because the run has yet to plan its decay; None: none may.
+    Rates from `provisional_from_step` on may still change, because the run has yet to plan its decay, or may shorten
+    it; None: none may.
     """
 
     points: tuple[LearningRatePoint, ...]

@@ -409,8 +409,8 @@ class GetLRScheduleRequest(_message.Message):
     first_step: _builtins.int
     """Optional. First step of the curve, from 1. Default: 1."""
     last_step: _builtins.int
-    """Optional. Last step of the curve, at most 10^9. Default: the schedule's total_steps, else the recipe's max_steps,
-    else 50,000.
+    """Optional. Last step of the curve, at most 10^9. Default: the last step of the decay that the run has planned, else
+    the schedule's total_steps, else the recipe's max_steps, else 50,000.
     """
     max_points: _builtins.int
     """Optional. Points to return, 2 to 100,000: the first step, the last step, the end of warmup and others at equal
@@ -456,7 +456,9 @@ class GetLRScheduleResponse(_message.Message):
     DECAYS_FIELD_NUMBER: _builtins.int
     PROVISIONAL_FROM_STEP_FIELD_NUMBER: _builtins.int
     provisional_from_step: _builtins.int
-    """The rates from this step on may still change, because the run has yet to plan its decay; 0: all points are final."""
+    """The rates from this step on may still change, because the run has yet to plan its decay, or may shorten it to end
+    in time; 0: all points are final.
+    """
     @_builtins.property
     def points(self) -> _containers.RepeatedCompositeFieldContainer[Global___LearningRatePoint]:
         """The curve, by rising step."""

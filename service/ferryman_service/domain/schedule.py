@@ -141,7 +141,10 @@ def sample_steps(
     steps = [first_step + span * i // (max_points - 1) for i in range(max_points)]
     taken = {0, max_points - 1}
     for corner in _corners(schedule, decays):
-        if not first_step < corner < last_step or corner in steps or len(taken) == max_points:
+        if not first_step < corner < last_step or len(taken) == max_points:
+            continue
+        if corner in steps:
+            taken.add(steps.index(corner))
             continue
         nearest = min((i for i in range(max_points) if i not in taken), key=lambda i: abs(steps[i] - corner))
         steps[nearest] = corner

@@ -25,14 +25,14 @@ class TimeBudget:
         self.limit_s = limit_s
         self._started_s = clock()
         self.validation_s: float | None = None
-        self._earlier_update_s: float | None = None
         self._updates_s: deque[float] = deque(maxlen=_RECENT_UPDATES)
 
     def resume(self, elapsed_s: float, validation_s: float | None, update_s: float | None) -> None:
         """Count what earlier attempts spent, and what they measured."""
         self._started_s -= elapsed_s
         self.validation_s = validation_s
-        self._earlier_update_s = update_s
+        if update_s is not None:
+            self._updates_s.extend([update_s] * _RECENT_UPDATES)
 
     def elapsed_s(self) -> float:
         """Return the seconds spent, by earlier attempts too."""
@@ -43,8 +43,12 @@ class TimeBudget:
         self._updates_s.append(seconds)
 
     def update_s(self) -> float | None:
-        """Return the mean wall time of the last updates."""
-        return statistics.fmean(self._updates_s) if self._updates_s else self._earlier_update_s
+        """Return the mean wall time of the last updates without the slowest tenth of them: the first update of a
+        process, or one that had to wait, says nothing about those to come."""
+        if not self._updates_s:
+            return None
+        ordered = sorted(self._updates_s)
+        return statistics.fmean(ordered[: max(1, len(ordered) * 9 // 10)])
 
     def left_s(self, validations_to_come: int) -> float:
         """Return the seconds left for updates if this many validations are still to come; infinite without a limit."""

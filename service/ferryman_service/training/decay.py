@@ -45,7 +45,12 @@ class DecayPlanner:
 
     def next_plan(self, position: Position) -> DecayPlan | None:
         """Return the decay that begins with the step after `position`; None if none does. A new one is known from now
-        on."""
+        on.
+
+        At the same position there is one new plan at most: a decay is not shortened before its first step is done.
+        """
+        if position.ending is not None:
+            return None
         if len(self._known) > len(position.decays):
             known = self._known[len(position.decays)]
             return known if known.first_step == position.step + 1 else None
@@ -55,6 +60,10 @@ class DecayPlanner:
         if plan is not None:
             self._known.append(plan)
         return plan
+
+    def is_waiting(self, position: Position) -> bool:
+        """Tell whether a known decay has yet to begin, as after a return to a checkpoint before it."""
+        return len(self._known) > len(position.decays)
 
     def last_step(self, position: Position) -> int | None:
         """Return the step with which the run ends because its decay does; None if it has not begun to decay."""
@@ -69,6 +78,8 @@ class DecayPlanner:
         if last_step is not None:
             return self._shortened(position, last_step)
         stop = self._recipe.stop
+        if stop.max_steps and position.step >= stop.max_steps:
+            return None
         if position.validated is not None and reaches_target(self._recipe, position.validated):
             return self._early(position, DecayReason.TARGET_SCORE)
         if stop.patience and position.validations_since_best >= stop.patience:
@@ -91,7 +102,9 @@ class DecayPlanner:
     def _shortened(self, position: Position, last_step: int) -> DecayPlan | None:
         to_come = last_step - position.step
         update_s = self._budget.update_s()
-        if self._budget.limit_s == 0 or to_come < 1 or update_s is None:
+        if self._budget.limit_s == 0 or to_come <= 1 or update_s is None:
+            return None
+        if position.decays and position.decays[-1].first_step > position.step:
             return None
         late_s = to_come * self._pace_s(update_s) - self._left_s()
         steps = self._steps_within(self._left_s())
@@ -100,7 +113,8 @@ class DecayPlanner:
         return self._plan(position, steps, DecayReason.TIME)
 
     def _plan(self, position: Position, steps: float, reason: DecayReason) -> DecayPlan:
-        last_step = min(position.step + max(1.0, steps), self._schedule.total_steps or math.inf)
+        limits = [limit for limit in (self._schedule.total_steps, self._recipe.stop.max_steps) if limit]
+        last_step = min(position.step + max(1.0, steps), *limits, math.inf)
         return DecayPlan(first_step=position.step + 1, last_step=int(last_step), reason=reason)
 
     def _steps_within(self, left_s: float) -> float:
@@ -137,7 +151,7 @@ def high_rate(recipe: Recipe, position: Position) -> tuple[EventLevel, str, str]
     schedule = recipe.schedule
     last = learning_rate(schedule, position.step, position.decays)
     peak = learning_rate(schedule, schedule.warmup_steps)
-    if last <= HIGH_SHARE * peak:
+    if last <= max(HIGH_SHARE * peak, schedule.minimum_learning_rate or 0.0):
         return None
     text = f"the learning rate is {last:.3g} at step {position.step}, the last one: {last / peak:.0%} of its peak"
     match schedule.kind:

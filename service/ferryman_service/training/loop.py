@@ -169,7 +169,8 @@ class TrainingLoop:
         if stop.max_epochs and position.epoch >= stop.max_epochs and self._epoch_is_over():
             return "LIMIT_REACHED", f"stop.max_epochs: {position.epoch} passes over the pairs are done"
         validations_to_come = 1 + (position.validated is None)
-        in_time = position.step < max(1, self._parts.reported_step) or last_step is not None
+        decays = last_step is not None or self._planner.is_waiting(position)
+        in_time = decays or position.step < max(1, self._parts.reported_step)
         if not in_time and self._parts.budget.is_spent(validations_to_come):
             return "LIMIT_REACHED", f"stop.max_time_seconds: the time is over at step {position.step}"
         return None

@@ -168,3 +168,8 @@ def test_the_corners_of_a_decay_are_among_the_points():
     assert steps == sorted(set(steps)) and len(steps) == 20
     assert {80, 10} <= set(sample_steps(WSD_OF_100, 1, 100, 12))
     assert curve(WSD, [600], [planned(501, 600)]) == [(600, 0.0)]
+
+
+def test_end_of_warmup_is_not_replaced_by_a_later_corner():
+    schedule = dataclasses.replace(WSD, warmup_steps=151)
+    assert 151 in sample_steps(schedule, 1, 1501, 11, [planned(162, 400)])

@@ -194,3 +194,60 @@ def test_run_that_ends_with_a_high_rate_says_so(schedule, stop, step, level):
     assert event is None or ("WSD" in event[2])
     codes = {"warning": "SCHEDULE_CUT_OFF", "info": "LEARNING_RATE_STILL_HIGH", None: None}
     assert (event[1] if event else None) == codes[level]
+
+
+def test_same_position_never_gives_a_second_plan():
+    """Whatever the clock says: a loop that asks until there is no plan must end."""
+    for spent_s in (0.0, 30.0, 45.0, 60.0, 600.0):
+        run = Run(recipe_of(max_time_seconds=60.0), update_s=0.3)
+        run.go(last_step=100)
+        run.budget.validation_s = 15.0
+        run.clock.now_s = max(run.clock.now_s, spent_s)
+        plans = 0
+        while (plan := run.planner.next_plan(run.position)) is not None:
+            run.position = dataclasses.replace(run.position, decays=(*run.position.decays, plan))
+            plans += 1
+            assert plans == 1
+
+
+def test_run_that_has_ended_plans_nothing_any_more():
+    run = Run(recipe_of(max_time_seconds=1000.0, target_score=30.0))
+    run.go(last_step=300)
+    over = dataclasses.replace(run.position, validated=scores(bleu=31.0), ending=("LIMIT_REACHED", "stop.max_epochs"))
+    assert run.planner.next_plan(over) is None
+
+
+def test_plan_ends_no_later_than_max_steps():
+    recipe = recipe_of(max_steps=500, max_time_seconds=600.0)
+    recipe = dataclasses.replace(recipe, schedule=dataclasses.replace(recipe.schedule, total_steps=1000))
+    run = Run(recipe)
+    run.go()
+    assert run.position.step == run.position.decays[-1].last_step == 500
+
+
+def test_one_slow_update_after_a_resume_shortens_nothing():
+    known = (DecayPlan(first_step=701, last_step=1000, reason=DecayReason.TIME),)
+    run = Run(recipe_of(max_time_seconds=1000.0), known=known)
+    run.position = Position(step=750, decays=known)
+    run.clock.now_s = 700.0
+    run.budget.resume(0.0, 1.0, 0.8)
+    run.update_s = 40.0
+    run.go(last_step=751)
+    run.update_s = 0.8
+    run.go()
+    assert run.position.decays == known
+    assert run.position.step == 1000
+
+
+def test_known_decay_that_waits_is_no_end():
+    known = (DecayPlan(first_step=701, last_step=1000, reason=DecayReason.TIME),)
+    planner = Run(recipe_of(max_time_seconds=1000.0), known=known).planner
+    assert planner.is_waiting(Position(step=600))
+    assert not planner.is_waiting(Position(step=750, decays=known))
+
+
+def test_complete_schedule_with_a_high_minimum_was_not_cut_off():
+    schedule = {"kind": ScheduleKind.LINEAR, "peak_learning_rate": 0.004, "minimum_learning_rate": 0.002}
+    recipe = resolve_recipe({"schedule": schedule, "stop": {"max_steps": 1000}})
+    assert high_rate(recipe, Position(step=1000)) is None
+    assert high_rate(recipe, Position(step=900)) is not None
