@@ -29,6 +29,7 @@ from bench.result import Result, publish, watched_machine
 from ferryman_service.domain.corpora import CorpusFiles, Side, Split
 from ferryman_service.domain.recipe import Recipe, resolve_recipe
 from ferryman_service.domain.training import StopRequested
+from ferryman_service.launch.torchrun import SPIN_COUNT
 from ferryman_service.training.engine import EngineConfig, TorchTrainingEngine
 
 FOLDER: Final = Path("bench-output/corpora")
@@ -125,7 +126,7 @@ def start(folder: Path, run: str) -> None:
 def started(folder: Path, run: str) -> dict[str, float]:
     """Return what a start in a process of its own has measured."""
     command = [sys.executable, "-m", "bench.corpora", "--folder", str(folder), "--run", run]
-    ended = subprocess.run(command, stdout=subprocess.PIPE, text=True, env={"GOMP_SPINCOUNT": "10000", **os.environ})
+    ended = subprocess.run(command, stdout=subprocess.PIPE, text=True, env={"GOMP_SPINCOUNT": SPIN_COUNT, **os.environ})
     if ended.returncode:
         sys.exit(f"bench-corpora: the {run} start failed")
     found: dict[str, float] = json.loads(ended.stdout.splitlines()[-1])

@@ -43,6 +43,7 @@ from ferryman_service.domain.records import ValidationMetrics
 from ferryman_service.domain.schedule import ScheduleKind
 from ferryman_service.domain.training import StopRequested, TrainedModel
 from ferryman_service.domain.translation import CancelToken, SearchOptions
+from ferryman_service.launch.torchrun import SPIN_COUNT
 from ferryman_service.model.session import TorchDecoder
 from ferryman_service.pipeline.translator import MicroBatchLimit, TextTranslator
 from ferryman_service.text.subwords import Subwords
@@ -206,7 +207,7 @@ def start_seed(seed: int, arguments: argparse.Namespace) -> subprocess.Popen[byt
     command = [sys.executable, "-m", "bench.quality_tok", *(f"--{name}={value}" for name, value in options.items())]
     if arguments.max_steps is not None:
         command.append(f"--max-steps={arguments.max_steps}")
-    return subprocess.Popen(command, env={"GOMP_SPINCOUNT": "10000", **os.environ})
+    return subprocess.Popen(command, env={"GOMP_SPINCOUNT": SPIN_COUNT, **os.environ})
 
 
 def run_seed(arguments: argparse.Namespace) -> int:

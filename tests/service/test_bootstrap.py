@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from examples.local_service import reserved_port
 from ferryman_service import bootstrap
 from ferryman_service.application.supervisor import Supervisor
 from ferryman_service.bootstrap import build_service, ends_in_time, translates_on_gpu
@@ -13,7 +14,6 @@ from ferryman_service.config.resources import Machine, Usable
 from ferryman_service.config.service_config import ComputeChoice, Device, Role, ServiceConfig
 from ferryman_service.rpc.health import TRANSLATION, check_health
 from ferryman_service.stores.lock import FolderInUse, FolderLock
-from tests.fakes.ports import reserved_port
 
 
 @pytest.mark.parametrize(

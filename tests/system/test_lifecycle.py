@@ -17,8 +17,8 @@ from google.rpc.error_details_pb2 import ErrorInfo, RetryInfo
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
 
+from examples.local_service import reserved_port
 from ferryman.v1 import corpus_pb2, training_pb2, translation_pb2
-from tests.fakes.ports import reserved_port
 from tests.make_bundle import main as make_bundle
 from tests.system.conftest import Stubs, small_recipe
 from tests.system.service_process import ServiceProcess

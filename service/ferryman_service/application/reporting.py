@@ -206,8 +206,6 @@ class _ProgressMeter:
         self._rate = progress.target_tokens_per_second
         # What came before this attempt took a time that only its share of the limit tells.
         self._fraction_before = progress.fraction
-        self._decay: DecayPlan | None = None
-        self._fraction_before_decay = 0.0
         self._began_s = time.monotonic()
 
     @property
@@ -258,9 +256,7 @@ class _ProgressMeter:
         with it."""
         shares = [0.0]
         if self._progress.decays:
-            plan, before = self._progress.decays[-1], self._fraction_at_decay(metrics.step)
-            done = (metrics.step - plan.first_step + 1) / (plan.last_step - plan.first_step + 1)
-            return min(1.0, before + (1.0 - before) * max(0.0, done))
+            return min(1.0, metrics.step / self._progress.decays[-1].last_step)
         if self._stop.max_steps:
             shares.append(metrics.step / self._stop.max_steps)
         if self._stop.max_epochs:
@@ -269,16 +265,6 @@ class _ProgressMeter:
             elapsed_s = time.monotonic() - self._began_s
             shares.append(self._time_before() + elapsed_s / self._stop.max_time_seconds)
         return min(1.0, max(shares))
-
-    def _fraction_at_decay(self, step: int) -> float:
-        """Return the fraction that was reached when the last planned decay began."""
-        if self._decay is not self._progress.decays[-1]:
-            self._decay, self._fraction_before_decay = self._progress.decays[-1], self._progress.fraction
-            plan = self._decay
-            done = (step - plan.first_step) / (plan.last_step - plan.first_step + 1)
-            if done > 0:  # an earlier attempt has begun it
-                self._fraction_before_decay = max(0.0, (self._progress.fraction - done) / (1.0 - done))
-        return self._fraction_before_decay
 
     def _time_before(self) -> float:
         limited_by_time = not (self._stop.max_steps or self._stop.max_epochs)

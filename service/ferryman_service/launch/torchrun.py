@@ -36,7 +36,7 @@ _ALLOCATOR: Final = {
     "MALLOC_TRIM_THRESHOLD_": str(2**32),
     "MALLOC_TOP_PAD_": str(2**26),
 }
-_SPIN_COUNT: Final = "100"
+SPIN_COUNT: Final = "100"
 _STOP_TIMEOUT_S: Final = 45
 """How long torchrun's agent waits for workers that were told to end; they take at most 30 s."""
 
@@ -162,7 +162,7 @@ def worker_environment(config: LaunchConfig, processes: int, root: Path = Path("
     # busy. Left alone they spin so long that this makes training 45 times slower; this bound costs nothing on a quiet
     # machine (docs/lab-log.md; make bench-neighbour).
     if "OMP_WAIT_POLICY" not in environment:
-        environment.setdefault("GOMP_SPINCOUNT", _SPIN_COUNT)
+        environment.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
     for name, value in _ALLOCATOR.items():
         environment.setdefault(name, value)
     return environment
