@@ -1,6 +1,7 @@
 """How the tests share a machine; and a small random model and its bundle, exported once for all tests that read it."""
 
 import os
+import sys
 
 import pytest
 
@@ -16,6 +17,14 @@ _FIRST = ("tests/system/", "tests/service/training/", "tests/service/search/")
 def pytest_collection_modifyitems(items):
     if os.environ.get("PYTEST_XDIST_WORKER"):
         items.sort(key=lambda item: [not item.nodeid.startswith(folder) for folder in _FIRST])
+
+
+@pytest.fixture(autouse=True)
+def _denormals_as_before():
+    """Training flushes denormal numbers to zero, for its whole process: no test may leave that to the next one."""
+    yield
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_flush_denormal(False)
 
 
 @pytest.fixture(scope="session")

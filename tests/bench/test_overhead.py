@@ -1,17 +1,7 @@
 """The overhead benchmark in small: that it still fits the training loop that it looks at."""
 
-import pytest
-import torch
-
 from bench import overhead
 from ferryman_service.domain.recipe import resolve_recipe
-
-
-@pytest.fixture(autouse=True)
-def _denormals_as_before():
-    """The benchmark flushes them, for the whole process, as the engine does."""
-    yield
-    torch.set_flush_denormal(False)
 
 
 def test_turns_with_the_store_and_without_are_measured(tmp_path):

@@ -35,13 +35,6 @@ class Steps:
         return TimedTraining(self.step, self.validate, total_s=total_s, validations=4, clock=lambda: self.now_s)
 
 
-@pytest.fixture(autouse=True)
-def _denormals_as_before():
-    """The plain loop flushes them, for the whole process, as the engine does."""
-    yield
-    torch.set_flush_denormal(False)
-
-
 def test_rate_rises_to_its_peak_and_ends_at_zero_with_the_time():
     assert learning_rate(RECIPE, 0.05) == pytest.approx(0.001)
     assert learning_rate(RECIPE, 0.1) == pytest.approx(0.002)

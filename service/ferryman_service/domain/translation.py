@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import math
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -96,7 +97,8 @@ def option_violations(options: SearchOptions, path: str = "options") -> Iterator
         yield Violation(field=f"{path}.min_length", description=text, reason="CONFLICT")
 
 
-_ABOVE_ZERO: Final = 5e-324
+# Not the smallest number above zero: a process that flushes denormal numbers would take that one for zero.
+_ABOVE_ZERO: Final = sys.float_info.min
 
 
 def _out_of_range(options: object, legal: Mapping[str, tuple[float, float]], path: str) -> Iterator[Violation]:

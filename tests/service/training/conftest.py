@@ -17,7 +17,6 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-    torch.set_flush_denormal(False)  # the engine turns it on for its whole process
 
 
 @dataclass
