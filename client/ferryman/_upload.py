@@ -15,11 +15,13 @@ CHUNK_BYTES: Final = 512 * 1024
 _PAIR_OVERHEAD_BYTES: Final = 12
 """What the wire adds to a pair, at most, while sentences are short: even empty pairs fill a piece some day."""
 
+_GZIP_MARK: Final = b"\x1f\x8b"
+
 SplitName: TypeAlias = Literal["train", "validation"]
 SideName: TypeAlias = Literal["source", "target"]
 FilePair: TypeAlias = tuple[str | os.PathLike[str], str | os.PathLike[str]]
 CorpusText: TypeAlias = FilePair | Iterable[tuple[str, str]]
-"""(source file, target file), each plain or .gz, one sentence a line; or (source, target) sentence pairs."""
+"""(source file, target file), each plain or .gz (in any case), one sentence a line; or (source, target) sentence pairs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +56,7 @@ def _are_files(text: CorpusText) -> bool:
 
 
 def _chunks(path: str | os.PathLike[str]) -> Iterator[bytes]:
-    if not os.fspath(path).endswith(".gz"):
+    if not os.fspath(path).lower().endswith(".gz"):
         with open(path, "rb") as file:
             yield from iter(lambda: file.read(CHUNK_BYTES), b"")
         return
@@ -62,7 +64,16 @@ def _chunks(path: str | os.PathLike[str]) -> Iterator[bytes]:
         with gzip.open(path, "rb") as unpacked:
             yield from iter(lambda: unpacked.read(CHUNK_BYTES), b"")
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise gzip.BadGzipFile(f"{os.fspath(path)}: cut short, damaged or not gzip ({error})") from error
+        raise gzip.BadGzipFile(f"{os.fspath(path)}: {_damage(path, error)}") from error
+
+
+def _damage(path: str | os.PathLike[str], error: Exception) -> str:
+    # gzip says the same of what follows the compressed data, zeros apart, as of a file that begins so.
+    with open(path, "rb") as file:
+        begins_well = file.read(len(_GZIP_MARK)) == _GZIP_MARK
+    if begins_well and str(error).startswith("Not a gzipped file"):
+        return f"compressed data is followed by something else ({error}); compress the text again"
+    return f"cut short, damaged or not gzip ({error})"
 
 
 def _pair_pieces(split: SplitName, pairs: Iterable[tuple[str, str]]) -> Iterator[Piece]:

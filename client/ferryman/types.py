@@ -129,6 +129,7 @@ class DataRecipe:
     sampling_alpha: float | None = None
     bpe_dropout: float | None = None
     split_digits: bool | None = None
+    reduce_vocabulary: bool | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -277,6 +278,21 @@ class SplitStatistics:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CorpusWarning:
+    """Something in a corpus that was probably not meant: `count` of `total` lines or pairs; `example` is the first.
+
+    `field` is a split or a file, such as "train.source". The codes: protos/ferryman/v1/corpus.proto.
+    """
+
+    code: str
+    field: str
+    message: str
+    count: int
+    total: int
+    example: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Corpus:
     """A stored corpus; it never changes. `digest` is the SHA-256 of its content, hexadecimal."""
 
@@ -288,6 +304,7 @@ class Corpus:
     validation: SplitStatistics
     digest: str
     create_time: datetime
+    warnings: tuple[CorpusWarning, ...] = ()
 
 
 # --- Metrics ----------------------------------------------------------------------------------------------------------

@@ -56,6 +56,11 @@ UNSPECIFIED_PAIRS = corpus_pb2.UploadCorpusRequest(pairs=corpus_pb2.PairBatch())
         ),
         ([HEADER, *files(b"a\n\xff\n", b"a\nb\n", b"a\n", b"a\n")], "INVALID_CORPUS", [("train.source", "NOT_UTF8")]),
         (
+            [HEADER, *files("a\nb\n".encode("utf-16"), b"a\nb\n", b"a\n", b"a\n")],
+            "INVALID_CORPUS",
+            [("train.source", "NOT_UTF8")],
+        ),
+        (
             [HEADER, *files(b"a" * 70_000, b"a\n", b"a\n", b"a\n")],
             "INVALID_CORPUS",
             [("train.source", "LINE_TOO_LONG")],

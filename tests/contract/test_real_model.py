@@ -37,6 +37,15 @@ def test_sentences_are_translated(service):
         assert (hypothesis.text, hypothesis.score, hypothesis.finished, translation.source_tokens) == ("", 0, True, 0)
 
 
+def test_a_byte_order_mark_and_line_breaks_change_no_translation(service):
+    plain, marked, broken = service.translation_stub.Translate(
+        request("ba de fi", "\ufeffba de fi", "ba\x85de\v\ffi\u2028", beam_size=2, max_length=5)
+    ).translations
+    assert plain == marked == broken
+    [nothing] = service.translation_stub.Translate(request("\ufeff")).translations
+    assert (nothing.hypotheses[0].text, nothing.source_tokens) == ("", 0)
+
+
 def test_all_that_may_be_asked_of_a_translation(service):
     asked = request(
         "ba de fi ka", "hu le", n_best=2, beam_size=4, min_length=4, return_token_scores=True, return_alignment=True

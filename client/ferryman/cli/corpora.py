@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -25,9 +26,12 @@ def upload(
     validation: Annotated[tuple[Path, Path], typer.Option(help="The same, for the validation pairs.")],
     request_id: Annotated[str | None, typer.Option(help="A UUID that makes the upload repeatable.")] = None,
 ) -> None:
-    """Upload a corpus; prints its id on the first line."""
+    """Upload a corpus; prints its id on the first line, and warns on the error output of what was probably not meant."""
     with connect(context) as client:
         corpus = client.upload_corpus(name, source, target, train=train, validation=validation, request_id=request_id)
+    for warning in corpus.warnings:
+        text = f"Warning: {warning.field}: {warning.message} ({warning.code}; the first: {warning.example!r})"
+        print(text, file=sys.stderr)
     print(corpus.corpus_id)
     print(f"{corpus.train.pairs:,} training pairs, {corpus.validation.pairs:,} validation pairs")
 
@@ -58,6 +62,7 @@ def show(context: typer.Context, corpus_id: Annotated[str, typer.Argument(metava
             ("digest", corpus.digest),
             ("stored", corpus.create_time.isoformat(timespec="seconds")),
             *_samples(corpus),
+            *(("warning", f"{warning.field}: {warning.message}") for warning in corpus.warnings),
         ]
     )
 

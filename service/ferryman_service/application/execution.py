@@ -274,7 +274,7 @@ def _export(ports: WorkerPorts, run: TrainingRun, trained: TrainedModel, reporte
         corpus_digest=corpus.digest,
         source_language=corpus.header.source_language,
         target_language=corpus.header.target_language,
-        recipe=run.recipe,
+        recipe=trained.recipe,
     )
     staged = ports.models.staging_dir(run.run_id)
     ports.exporter.export(trained, lineage, staged)

@@ -133,7 +133,7 @@ class SentenceText:
 def _control_characters(field: str, text: str) -> list[Violation]:
     if not has_control_characters(text):
         return []
-    description = "holds control characters other than tab, line feed and carriage return: remove them"
+    description = "holds control characters other than tab and line breaks: remove them"
     return [Violation(field=field, description=description, reason="CONTROL_CHARACTER")]
 
 

@@ -279,6 +279,7 @@ def corpus_to_wire(corpus: Corpus) -> corpus_pb2.Corpus:
         validation=_statistics_to_wire(corpus.validation),
         digest=corpus.digest,
         create_time=_timestamp(corpus.create_time_ns),
+        warnings=[corpus_pb2.CorpusWarning(**_plain(warning)) for warning in corpus.warnings],
     )
 
 

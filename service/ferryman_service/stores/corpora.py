@@ -13,6 +13,7 @@ from ferryman_service.domain.corpora import (
     Corpus,
     CorpusFiles,
     CorpusHeader,
+    CorpusWarning,
     SentencePair,
     Side,
     Split,
@@ -130,4 +131,6 @@ def _corpus_from_row(row: Row[Any]) -> Corpus:
 
 
 def _statistics_from_value(value: Mapping[str, Any]) -> SplitStatistics:
-    return SplitStatistics(**{**value, "samples": tuple(SentencePair(**pair) for pair in value["samples"])})
+    samples = tuple(SentencePair(**pair) for pair in value["samples"])
+    warnings = tuple(CorpusWarning(**warning) for warning in value.get("warnings", ()))  # none of earlier releases
+    return SplitStatistics(**{**value, "samples": samples, "warnings": warnings})

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from ferryman_service.domain.corpora import CorpusFiles, Side, Split
 from ferryman_service.domain.runs import FailureReason, TrainingFailed
-from ferryman_service.text.normalise import has_control_characters, normalise
+from ferryman_service.text.normalise import has_control_characters, normalise, trim
 
 _CHUNK_PAIRS: Final = 16_384
 
@@ -130,7 +130,7 @@ def _usable(chunk: list[tuple[str, str]], dropped: Counter[DropReason]) -> Itera
         elif has_control_characters(raw_source) or has_control_characters(raw_target):
             dropped[DropReason.CONTROL_CHARACTERS] += 1
         else:
-            yield TextPair(source=source, target=target, raw_target=raw_target.strip())
+            yield TextPair(source=source, target=target, raw_target=trim(raw_target))
 
 
 def _key(pair: TextPair) -> int:

@@ -42,6 +42,7 @@ def learn_subwords(
         character_coverage=recipe.character_coverage,
         seed=seed,
         split_digits=recipe.split_digits,
+        reduce_vocabulary=recipe.reduce_vocabulary,
     )
 
 

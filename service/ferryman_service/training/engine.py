@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import time
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 
 from ferryman_service.config.resources import usable_cpus
 from ferryman_service.domain.models import ModelScores
+from ferryman_service.domain.recipe import Recipe
 from ferryman_service.domain.records import EventLevel
 from ferryman_service.domain.runs import FailureReason, TrainingFailed
 from ferryman_service.domain.tracing import NULL_TRACER, Tracer
@@ -155,7 +157,7 @@ class _Run:
         return TrainedModel(
             weights=self._files.weights,
             subwords=prepared.subwords,
-            recipe=self._recipe,
+            recipe=_with_vocabulary_of(subwords.size, self._recipe),
             scores=scores,
             parameters=count_parameters(model),
             check_sentences=validation.sources[:_CHECK_SENTENCES],
@@ -285,6 +287,14 @@ class _Run:
         bleu, chrf, nll_per_token, is_best, step = self._ranks.share(numbers)
         weights = "best" if is_best else "average"
         return ModelScores(bleu=bleu, chrf=chrf, nll_per_token=nll_per_token, weights=weights, step=int(step))
+
+
+def _with_vocabulary_of(size: int, recipe: Recipe) -> Recipe:
+    """Return the recipe that leads to the same model and names the vocabulary's size."""
+    if not recipe.data.reduce_vocabulary or size == recipe.data.vocabulary_size:
+        return recipe
+    data = dataclasses.replace(recipe.data, vocabulary_size=size, reduce_vocabulary=False)
+    return dataclasses.replace(recipe, data=data)
 
 
 def count_parameters(model: Transformer) -> int:

@@ -29,7 +29,7 @@ from ferryman_service.training.data import learn_subwords, tokenise_training_pai
 from ferryman_service.training.pairs import TokenPairs, open_pairs
 from ferryman_service.training.reporting import Reporter
 
-_FORMAT: Final = 2
+_FORMAT: Final = 3
 _MANIFEST: Final = "prepared.json"
 _SUBWORDS: Final = "subwords.model"
 _PAIRS: Final = "pairs"
@@ -135,11 +135,15 @@ def _make(folder: Path, job: TrainingJob, reporter: Reporter, *, threads: int) -
     if job.initial is None:
         subwords = learn_subwords(job.corpus, recipe, path, seed=_SAMPLE_SEED, check=reporter.check)
         remark = f"learnt {subwords.size} {recipe.subword_algorithm} subwords"
+        remarks = [(EventLevel.INFO, "SUBWORDS_TRAINED", remark)]
+        if subwords.size < recipe.vocabulary_size:
+            text = f"the corpus yields only {subwords.size} subwords, fewer than the {recipe.vocabulary_size} asked for"
+            remarks.append((EventLevel.INFO, "VOCABULARY_REDUCED", f"{text}: all of them are used"))
     else:
         shutil.copyfile(job.initial.subwords, path)
         subwords = Subwords.load(path)
         remark = f"took the {subwords.size} subwords of the model to start from"
-    remarks = [(EventLevel.INFO, "SUBWORDS_TRAINED", remark)]
+        remarks = [(EventLevel.INFO, "SUBWORDS_TRAINED", remark)]
     dropped = tokenise_training_pairs(job.corpus, subwords, recipe, folder / _PAIRS, reporter.check, threads=threads)
     if dropped:
         remarks.append((EventLevel.WARNING, "PAIRS_DROPPED", f"dropped training pairs: {dropped}"))

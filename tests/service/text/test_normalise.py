@@ -13,6 +13,9 @@ from ferryman_service.text.normalise import has_control_characters, normalise
         ("eins\u2028zwei\x85drei\tvier\r\nfünf", "eins zwei drei vier fünf"),
         ("cafe\u0301", "caf\u00e9"),
         ("\u3000", ""),
+        ("\ufeffEin Hund", "Ein Hund"),
+        (" \ufeff \ufeff\u00a0Ein\ufeff Hund", "Ein\ufeff Hund"),  # inside it is a format character
+        ("\ufeff", ""),
         ("", ""),
         ("ﬁx ½", "ﬁx ½"),  # NFC, not NFKC: compatibility characters stay
     ],
@@ -34,7 +37,17 @@ def test_control_characters_are_seen(text):
 
 
 @pytest.mark.parametrize(
-    "text", ["plain", "tab\tline\nreturn\r", "no\u00a0break", "نص\u200cعربي", "👩\u200d🔬", "\ufeff", ""]
+    "text",
+    [
+        "plain",
+        "tab\tline\nreturn\r",
+        "\v\f\x85\u2028\u2029",
+        "no\u00a0break",
+        "نص\u200cعربي",
+        "👩\u200d🔬",
+        "\ufeff",
+        "",
+    ],
 )
 def test_text_is_not_a_control_character(text):
     assert not has_control_characters(text)

@@ -35,6 +35,15 @@ def test_pairs_are_normalised_and_the_others_counted(write_corpus):
     assert describe_drops(dropped, 6) == "4 of 6 (2 EMPTY, 1 CONTROL_CHARACTERS, 1 DUPLICATE)"
 
 
+def test_line_breaks_inside_a_line_are_white_space_and_a_byte_order_mark_is_dropped(write_corpus):
+    dropped = Counter()
+    corpus = write_corpus([("\ufeffone\x85two", "eins\vzwei\f"), ("three\rfour", "\ufeffdrei\u2028vier")], [])
+    pairs = list(clean_pairs(corpus, Split.TRAIN, dropped))
+    assert [(pair.source, pair.target) for pair in pairs] == [("one two", "eins zwei"), ("three four", "drei vier")]
+    assert [pair.raw_target for pair in pairs] == ["eins\vzwei", "drei\u2028vier"]
+    assert not dropped
+
+
 def test_duplicates_stay_where_they_are_wanted(write_corpus):
     dropped = Counter()
     corpus = write_corpus([], [("a", "b"), ("a", "b")])

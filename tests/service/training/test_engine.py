@@ -107,6 +107,14 @@ def test_too_large_a_vocabulary_fails_the_run(job, small_recipe, reporter):
     assert caught.value.reason is FailureReason.VOCABULARY_TOO_LARGE
 
 
+def test_a_reduced_vocabulary_is_told_and_the_result_names_its_size(job, small_recipe, reporter):
+    trained = ENGINE.train(job(small_recipe(data={"vocabulary_size": 5000, "reduce_vocabulary": True})), reporter)
+    size = Subwords.load(trained.subwords).size
+    assert trained.recipe == small_recipe(data={"vocabulary_size": size})
+    (told,) = reporter.messages("VOCABULARY_REDUCED")
+    assert f"yields only {size} subwords" in told
+
+
 def test_a_damaged_corpus_fails_the_run(job, small_recipe, reporter, reverse_corpus):
     reverse_corpus.files[Split.VALIDATION, Side.TARGET].write_bytes(b"\xff\n")
     with pytest.raises(TrainingFailed) as caught:

@@ -60,6 +60,7 @@ OTHER_DATA = {
     "max_sentence_tokens": 41,
     "max_length_ratio": 5.0,
     "split_digits": True,
+    "reduce_vocabulary": True,
 }
 SAMPLING = {"sampling_alpha": 0.5, "bpe_dropout": 0.1}
 
