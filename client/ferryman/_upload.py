@@ -21,7 +21,7 @@ SplitName: TypeAlias = Literal["train", "validation"]
 SideName: TypeAlias = Literal["source", "target"]
 FilePair: TypeAlias = tuple[str | os.PathLike[str], str | os.PathLike[str]]
 CorpusText: TypeAlias = FilePair | Iterable[tuple[str, str]]
-"""(source file, target file), each plain or .gz (in any case), one sentence a line; or (source, target) sentence pairs."""
+"""(source file, target file), each plain or .gz, one sentence a line; or (source, target) sentence pairs."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,7 +26,7 @@ def upload(
     validation: Annotated[tuple[Path, Path], typer.Option(help="The same, for the validation pairs.")],
     request_id: Annotated[str | None, typer.Option(help="A UUID that makes the upload repeatable.")] = None,
 ) -> None:
-    """Upload a corpus; prints its id on the first line, and warns on the error output of what was probably not meant."""
+    """Upload a corpus; prints its id on the first line. Warnings about its text go to the error output."""
     with connect(context) as client:
         corpus = client.upload_corpus(name, source, target, train=train, validation=validation, request_id=request_id)
     for warning in corpus.warnings:

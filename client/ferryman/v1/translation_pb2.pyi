@@ -69,9 +69,9 @@ class TranslateRequest(_message.Message):
     @_builtins.property
     def sentences(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Required. The sentences, 1 to 1,024 (the server may be set to another limit). Leading, trailing and repeated white
-        space does not matter, a line break counts as white space; other control characters are a violation. A sentence
-        over the model's max_sentence_tokens is a violation. An empty sentence has the empty translation, or the target
-        prefix.
+        space does not matter, a line break counts as white space, a byte order mark (U+FEFF) at the start is dropped; other
+        control characters are a violation. A sentence over the model's max_sentence_tokens is a violation. An empty
+        sentence has the empty translation, or the target prefix.
         """
 
     @_builtins.property

@@ -17,7 +17,7 @@ class CorpusSigns:
 
     def __init__(self) -> None:
         self._validation: dict[int, bool] = {}
-        """The hash of each of the first different validation pairs, and whether it was seen among the training pairs."""
+        """The hashes of the first different validation pairs, and whether a training pair has it too."""
         self._example = ""
 
     def add(self, split: Split, source: str, target: str) -> None:

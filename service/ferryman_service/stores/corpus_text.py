@@ -1,8 +1,8 @@
 """Checking and normalising the text of a corpus, line by line, without ever holding it.
 
-A line ends with "\\n" or "\\r\\n"; in a file without any "\\n", with "\\r". Other characters that Unicode counts as line
-ends are white space of the sentence. Stored text has no byte order mark, "\\n" for the line's end, and one after the last
-line. The rest is kept as it came.
+A line ends with "\\n" or "\\r\\n"; in a file without any "\\n", with "\\r". Other characters that Unicode counts as
+line ends are white space of the sentence. Stored text has no byte order mark, and every line ends with "\\n". The rest
+is kept as it came.
 """
 
 from __future__ import annotations

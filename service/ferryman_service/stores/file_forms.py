@@ -20,9 +20,8 @@ class FileForm:
 
 
 def _encoded(encoding: str, why: str) -> FileForm:
-    return FileForm(
-        f"{encoding} ({why})", f"convert it to UTF-8, as with 'iconv -f {encoding} -t UTF-8 FILE'", "NOT_UTF8"
-    )
+    cure = f"convert it to UTF-8, as with 'iconv -f {encoding} -t UTF-8 FILE'"
+    return FileForm(f"{encoding} ({why})", cure, "NOT_UTF8")
 
 
 def _marked(encoding: str, mark: bytes) -> tuple[bytes, FileForm]:

@@ -30,9 +30,10 @@ def trim(sentence: str) -> str:
 def has_control_characters(sentence: str) -> bool:
     """Tell whether the sentence holds what is not text.
 
-    That is: control characters (Unicode category Cc) other than tab and line breaks (line feed, vertical tab, form feed,
-    carriage return, next line); lone surrogates (Cs), which UTF-8 cannot carry; noncharacters (U+FDD0..U+FDEF and the
-    last two code points of each plane). Format characters (Cf), such as the joiners that many scripts need, are text.
+    That is: control characters (Unicode category Cc) other than tab and line breaks (line feed, vertical tab, form
+    feed, carriage return, next line); lone surrogates (Cs), which UTF-8 cannot carry; noncharacters (U+FDD0..U+FDEF and
+    the last two code points of each plane). Format characters (Cf), such as the joiners that many scripts need, are
+    text.
     """
     if sentence.isprintable():  # True for nearly all sentences, and excludes categories Cc, Cs and Cn
         return False

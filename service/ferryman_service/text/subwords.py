@@ -93,9 +93,9 @@ def train_subwords(
     """Learn subwords from normalised lines (both sides of the corpus), write the model file, and return the model.
 
     With `split_digits` every digit is a subword of its own. With `reduce_vocabulary` lines that yield fewer subwords
-    than `vocabulary_size` give the model of the largest size that they can fill. Of more than `max_lines` lines or `max_characters` a random
-    sample is used. The model file is a function of the lines and the other arguments. Raises TrainingFailed:
-    VOCABULARY_TOO_LARGE or VOCABULARY_TOO_SMALL, naming a size that works.
+    than `vocabulary_size` give the model of the largest size that they can fill. Of more than `max_lines` lines or
+    `max_characters` a random sample is used. The model file is a function of the lines and the other arguments. Raises
+    TrainingFailed: VOCABULARY_TOO_LARGE or VOCABULARY_TOO_SMALL, naming a size that works.
     """
     model = io.BytesIO()
     try:
