@@ -36,7 +36,7 @@ class CorpusSigns:
         if count and _OVERLAP_DIVISOR * count >= total:
             yield CorpusWarning(
                 code="VALIDATION_IN_TRAINING",
-                field=Split.VALIDATION,
+                field=Split.VALIDATION.value,
                 message=f"{count:,} of {total:,} different validation pairs are training pairs too: the validation "
                 "scores will say little about other text; keep the two apart",
                 count=count,
@@ -75,7 +75,7 @@ class SplitSigns:
 
     def warnings(self) -> Iterator[CorpusWarning]:
         """Yield what is so of most pairs."""
-        yield from self._same.warnings(self._split, self._total)
+        yield from self._same.warnings(self._split.value, self._total)
         for side, signs in self._of_sides.items():
             for sign in signs:
                 yield from sign.warnings(f"{self._split}.{side}", self._total)
