@@ -188,12 +188,12 @@ def test_a_file_in_another_form_is_recognised_and_told_once(store, form):
 def test_carriage_returns_end_the_lines_of_a_file_without_line_feeds(store):
     old = {key: data.replace(b"\n", b"\r") for key, data in GOOD.items()}
     assert upload(store, old).digest == upload(store).digest
-    source = MARK + b"one\rtwo\x85\r\rx\xff"
+    source = MARK + b"one\rtwo\xc2\x85\r\rx\xff"
     ((field, _, text),) = refused(
         store, {(Split.TRAIN, Side.SOURCE): source, (Split.TRAIN, Side.TARGET): b"a\rb\rc\rd"}
     )
     assert field == "train.source"
-    assert "line 4, byte 14 of the file" in text
+    assert "line 4, byte 15 of the file" in text
 
 
 def warned(corpus):
