@@ -27,8 +27,8 @@ class CorpusUseCases:
             text = f"has {len(header.display_name)} characters, at most {_MAX_DISPLAY_NAME} are allowed"
             violations.append(Violation(field="header.display_name", description=text, reason="TOO_LONG"))
         for field, tag in (("source_language", header.source_language), ("target_language", header.target_language)):
-            if (text := language_tag_violation(tag)) is not None:
-                violations.append(Violation(field=f"header.{field}", description=text, reason="INVALID_LANGUAGE"))
+            if (wrong := language_tag_violation(tag)) is not None:
+                violations.append(Violation(field=f"header.{field}", description=wrong, reason="INVALID_LANGUAGE"))
         if violations:
             raise InvalidRequest(violations)
         return self._corpora.begin_upload(header, request_id.lower())

@@ -146,7 +146,7 @@ class _ByCarriageReturn(io.RawIOBase):
         """Go to a place."""
         return self._raw.seek(offset, whence)
 
-    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override] (the stub's type is not public)
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]  # Buffer, before Python 3.12
         """Fill the buffer; return how many bytes that were."""
         data = self._raw.read(len(buffer)).replace(b"\r", b"\n")
         buffer[: len(data)] = data
