@@ -75,11 +75,12 @@ class SentenceText:
         forced = self._subwords.encode(normalised_prefixes) if any(prefixes) else [[]] * len(sources)
         text_ns = (time.perf_counter_ns() - started_ns) // max(1, len(sentences))
         prepared: list[PreparedSentence] = []
-        violations = [*bad_sentences, *bad_prefixes]
+        violations: list[Violation] = []
         for index, (text, ids, prefix) in enumerate(zip(normalised, sources, forced, strict=True)):
             source = (*ids, EOS) if text else ()
             max_length = self._max_length(max(1, len(source)), options)
             sentence_field, prefix_field = (field.format(index) for field in fields)
+            violations += bad_sentences[index] + bad_prefixes[index]
             violations += self._too_long(sentence_field, len(source))
             violations += _no_room(prefix_field, len(prefix), max_length)
             violations += self._unknown_characters(prefix_field, normalised_prefixes[index], prefix)
@@ -114,6 +115,8 @@ class SentenceText:
         if not prefix or (UNK not in tokens and self._subwords.decode(tokens) == prefix):
             return []
         characters = [character for character in dict.fromkeys(prefix) if not self._is_known(character)]
+        if not characters:  # what it holds besides is no text, and is named for that
+            return []
         named = ", ".join(f"{character!r} (U+{ord(character):04X})" for character in characters[:_MAX_NAMED])
         more = f" and {len(characters) - _MAX_NAMED} more" if len(characters) > _MAX_NAMED else ""
         text = (
@@ -124,7 +127,7 @@ class SentenceText:
 
     def _is_known(self, character: str) -> bool:
         [tokens] = self._subwords.encode([character])
-        return character == " " or (UNK not in tokens and self._subwords.decode(tokens) == character)
+        return character == " " or has_control_characters(character) or (UNK not in tokens and self._subwords.decode(tokens) == character)
 
     def _nothing(self, prefix: tuple[int, ...], options: SearchOptions, *, with_pieces: bool) -> Hypothesis:
         """Return the translation of an empty sentence: the words that it must begin with, which cost no probability."""
@@ -156,7 +159,7 @@ class SentenceText:
         return [self._subwords.piece(token) for token in tokens]
 
 
-def mark_violation(field: str, text: str) -> list[Violation]:
+def _too_many_marks(field: str, text: str) -> list[Violation]:
     """Name the first run of combining marks that is too long to be normalised, if there is one."""
     begin = find_marks(text)
     if begin is None:
@@ -168,15 +171,15 @@ def mark_violation(field: str, text: str) -> list[Violation]:
     return [Violation(field=field, description=description, reason="TOO_MANY_MARKS")]
 
 
-def _normalised(texts: Sequence[str], field: str, too_long: str) -> tuple[list[str], list[Violation]]:
-    """Return the texts, normalised, and what is wrong with them before that; "" for one that must not be looked at
-    any further. `too_long` is the reason for a text over the bound in bytes."""
+def _normalised(texts: Sequence[str], field: str, too_long: str) -> tuple[list[str], list[list[Violation]]]:
+    """Return each text, normalised, and what is wrong with it before that: "" for one that must not be looked at any
+    further. `too_long` is the reason for a text over the bound in bytes."""
     normalised: list[str] = []
-    violations: list[Violation] = []
+    violations: list[list[Violation]] = []
     for index, text in enumerate(texts):
         found = _over_bounds(field.format(index), text, too_long)
         normalised.append("" if found else normalise(text))
-        violations += found or _control_characters(field.format(index), text)
+        violations.append(found or _control_characters(field.format(index), text))
     return normalised, violations
 
 
@@ -185,7 +188,7 @@ def _over_bounds(field: str, text: str, too_long: str) -> list[Violation]:
         cure = "shorten it" if too_long == "PREFIX_TOO_LONG" else "split the sentence, or ask for split_sentences"
         description = f"has more than {MAX_SENTENCE_BYTES:,} bytes of UTF-8: {cure}"
         return [Violation(field=field, description=description, reason=too_long)]
-    return mark_violation(field, text)
+    return _too_many_marks(field, text)
 
 
 def _control_characters(field: str, text: str) -> list[Violation]:
