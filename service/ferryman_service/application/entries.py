@@ -20,6 +20,7 @@ from ferryman_service.domain.translation import (
     Timings,
     Translation,
 )
+from ferryman_service.text.normalise import mark_violations
 
 MAX_SPLIT_SENTENCES: Final = 16_384
 """Sentences that the texts of one request may have together."""
@@ -109,6 +110,8 @@ class Preparation:
         """Prepare one text of at most so many sentences; raises InvalidSentence, fields "sentence" and "prefix"."""
         if self.splitter is None:
             return Entry([self.engine.prepare(text, prefix, self.options)], (), self.options)
+        if violations := mark_violations("sentence", text):
+            raise InvalidSentence(violations)
         sentences, gaps = split_text(text, self.language, self.splitter)
         if len(sentences) > most:
             description = (
@@ -117,7 +120,6 @@ class Preparation:
             )
             raise InvalidSentence([Violation(field="sentence", description=description, reason="TOO_MANY_SENTENCES")])
         prepared: list[PreparedSentence] = []
-        violations: list[Violation] = []
         for number, sentence in enumerate(sentences, start=1):
             try:
                 prepared.append(self.engine.prepare(sentence, "", self.options))

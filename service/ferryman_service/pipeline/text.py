@@ -12,11 +12,10 @@ from ferryman_service.domain.tokens import EOS, UNK
 from ferryman_service.domain.translation import Hypothesis, PreparedSentence, SearchOptions, Translation
 from ferryman_service.search.sentence import RawHypothesis
 from ferryman_service.text.normalise import (
-    MAX_MARKS,
     MAX_SENTENCE_BYTES,
-    find_marks,
     has_control_characters,
     is_too_large,
+    mark_violations,
     normalise,
 )
 from ferryman_service.text.subwords import Subwords
@@ -159,18 +158,6 @@ class SentenceText:
         return [self._subwords.piece(token) for token in tokens]
 
 
-def _too_many_marks(field: str, text: str) -> list[Violation]:
-    """Name the first run of combining marks that is too long to be normalised, if there is one."""
-    begin = find_marks(text)
-    if begin is None:
-        return []
-    description = (
-        f"has more than {MAX_MARKS} combining marks in a row, from character {begin + 1} on: remove those that are not "
-        "text"
-    )
-    return [Violation(field=field, description=description, reason="TOO_MANY_MARKS")]
-
-
 def _normalised(texts: Sequence[str], field: str, too_long: str) -> tuple[list[str], list[list[Violation]]]:
     """Return each text, normalised, and what is wrong with it before that: "" for one that must not be looked at any
     further. `too_long` is the reason for a text over the bound in bytes."""
@@ -188,7 +175,7 @@ def _over_bounds(field: str, text: str, too_long: str) -> list[Violation]:
         cure = "shorten it" if too_long == "PREFIX_TOO_LONG" else "split the sentence, or ask for split_sentences"
         description = f"has more than {MAX_SENTENCE_BYTES:,} bytes of UTF-8: {cure}"
         return [Violation(field=field, description=description, reason=too_long)]
-    return _too_many_marks(field, text)
+    return mark_violations(field, text)
 
 
 def _control_characters(field: str, text: str) -> list[Violation]:

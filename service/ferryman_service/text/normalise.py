@@ -5,6 +5,8 @@ from __future__ import annotations
 import unicodedata
 from typing import Final
 
+from ferryman_service.domain.errors import Violation
+
 MAX_SENTENCE_BYTES: Final = 65_536
 """The longest sentence, bytes of UTF-8: as long as the longest line of a corpus."""
 MAX_MARKS: Final = 30
@@ -47,6 +49,18 @@ def find_marks(text: str) -> int | None:
         if end - begin > MAX_MARKS:
             return begin
     return None
+
+
+def mark_violations(field: str, text: str) -> list[Violation]:
+    """Name the first run of combining marks that is too long to be normalised, if there is one."""
+    begin = find_marks(text)
+    if begin is None:
+        return []
+    description = (
+        f"has more than {MAX_MARKS} combining marks in a row, from character {begin + 1} on: remove those that are not "
+        "text"
+    )
+    return [Violation(field=field, description=description, reason="TOO_MANY_MARKS")]
 
 
 def is_too_large(sentence: str) -> bool:

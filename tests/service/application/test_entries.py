@@ -90,6 +90,14 @@ def test_a_sentence_that_is_too_long_is_named_with_its_entry(preparation):
     assert caught.value.violations[0].description.startswith("sentence 2 of 4 has ")
 
 
+def test_runs_of_marks_are_named_once_by_their_place_in_the_text(preparation):
+    with pytest.raises(InvalidSentence) as caught:
+        preparation.entries(["Fine.", "Fine. Bad" + "\u0301" * 20_000 + ". Bad" + "\u0301" * 20_000], ())
+    [violation] = caught.value.violations
+    assert (violation.field, violation.reason) == ("sentences[1]", "TOO_MANY_MARKS")
+    assert "from character 10 on" in violation.description
+
+
 def test_the_sentences_of_a_request_are_bounded(preparation):
     half = "Yes. " * (MAX_SPLIT_SENTENCES // 2)
     preparation.entries([half, half], ())
