@@ -126,7 +126,11 @@ class SentenceText:
 
     def _is_known(self, character: str) -> bool:
         [tokens] = self._subwords.encode([character])
-        return character == " " or has_control_characters(character) or (UNK not in tokens and self._subwords.decode(tokens) == character)
+        return (
+            character == " "
+            or has_control_characters(character)
+            or (UNK not in tokens and self._subwords.decode(tokens) == character)
+        )
 
     def _nothing(self, prefix: tuple[int, ...], options: SearchOptions, *, with_pieces: bool) -> Hypothesis:
         """Return the translation of an empty sentence: the words that it must begin with, which cost no probability."""

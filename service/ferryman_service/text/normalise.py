@@ -15,9 +15,7 @@ MAX_MARKS: Final = 30
 _ALLOWED_CONTROLS: Final = frozenset("\t\n\r")
 _MAX_CHARACTER_BYTES: Final = 4
 # The vowel signs of Tibetan have combining class 0, and decompose into marks that have another.
-_MARKS: Final = frozenset("\u0f73\u0f75\u0f81").union(
-    filter(unicodedata.combining, map(chr, range(0x300, 0x20000)))
-)
+_MARKS: Final = frozenset("\u0f73\u0f75\u0f81").union(filter(unicodedata.combining, map(chr, range(0x300, 0x20000))))
 
 
 def normalise(sentence: str) -> str:

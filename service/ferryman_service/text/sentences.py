@@ -14,8 +14,8 @@ _OTHER_SPACE: Final = re.compile(r"[^\S\n\t ]")
 
 
 # Where no white space stands between the sentences, the library's time is quadratic in the length of the text, and no
-# other thread runs meanwhile. Of a text of over 10,000 characters it loses line breaks. So it is given a window at a time,
-# a larger one only where a sentence is longer.
+# other thread runs meanwhile. Of a text of over 10,000 characters it loses line breaks. So it is given a window at a
+# time, a larger one only where a sentence is longer.
 _WINDOW_CHARACTERS: Final = 4096
 _MAX_WINDOW_CHARACTERS: Final = 8192
 

@@ -1,5 +1,6 @@
 """Texts become sentences, and their translations texts again."""
 
+import dataclasses
 import itertools
 
 import pytest
@@ -52,6 +53,17 @@ def translated(engine, entry, options):
 )
 def test_a_text_keeps_its_paragraphs(engine, preparation, text, translation):
     assert translated(engine, preparation.entry(text, ""), preparation.options).hypotheses[0].text == translation
+
+
+@pytest.mark.parametrize(
+    ("language", "joined"),
+    [("zh", "A DOG.TWO CATS!\n\nEND."), ("ja-JP", "A DOG.TWO CATS!\n\nEND."), ("th", "A DOG. TWO CATS!\n\nEND.")],
+)
+def test_sentences_are_joined_as_the_target_language_writes_them(engine, preparation, language, joined):
+    """Thai has no space between words, but one between sentences."""
+    preparation = dataclasses.replace(preparation, target_language=language)
+    entry = preparation.entry("A dog. Two cats!\n\nEnd.", "")
+    assert translated(engine, entry, preparation.options).hypotheses[0].text == joined
 
 
 def test_a_text_with_a_sentence_for_which_nothing_was_found_is_not_finished(engine, preparation):

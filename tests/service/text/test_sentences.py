@@ -71,7 +71,11 @@ def test_long_text_is_cut_in_windows(monkeypatch):
     seen = []
     segment = sentencex.segment
     monkeypatch.setattr(sentencex, "segment", lambda language, text: seen.append(len(text)) or segment(language, text))
-    for text, count in (("中文句子。" * 6000, 6000), ("One “A. B.” two.\n\n" * 1500, None), ("a" + "\n" * 12_000, None)):
+    for text, count in (
+        ("中文句子。" * 6000, 6000),
+        ("One “A. B.” two.\n\n" * 1500, None),
+        ("a" + "\n" * 12_000, None),
+    ):
         pieces = SentencexSplitter().split(text, "zh")
         assert "".join(pieces) == text
         assert count in (None, len(pieces))
