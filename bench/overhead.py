@@ -217,6 +217,7 @@ class _NoValidator:
 
     was_split = False
     metric = SelectionMetric.BLEU
+    bleu_signature = ""
 
     def score(self, model: Transformer) -> ValidationScores:
         return ValidationScores(loss=0.0, nll_per_token=0.0, bleu=0.0, chrf=0.0, translated_pairs=0)

@@ -404,6 +404,7 @@ class TrainingLoop:
             translated_pairs=scores.translated_pairs,
             seconds=seconds,
             best=is_best,
+            bleu_signature=self._parts.validator.bleu_signature,
         )
         self._parts.series.validation(metrics)
 

@@ -8,7 +8,6 @@ from importlib.util import find_spec
 from typing import Final
 
 from sacrebleu.metrics.bleu import BLEU
-from sacrebleu.metrics.chrf import CHRF
 
 from ferryman_service.domain.recipe import SelectionMetric
 from ferryman_service.domain.scripts import HAN, JAPANESE, KOREAN, has_words_without_spaces, script_of
@@ -37,15 +36,16 @@ class Scoring:
         return SelectionMetric.CHRF if asked is SelectionMetric.BLEU and not self.bleu_decides else asked
 
     def describe(self, asked: SelectionMetric) -> str:
-        """Return the scores that decide and their signatures, as sacreBLEU writes them, for a person."""
-        bleu, chrf = self.bleu(), CHRF()
-        for scorer in (bleu, chrf):
-            scorer.corpus_score(["a"], [["a"]])  # the signature holds the number of references
+        """Return the score that decides and the signature of BLEU, for a person."""
         names = {SelectionMetric.LOSS: "the loss", SelectionMetric.BLEU: "BLEU", SelectionMetric.CHRF: "chrF"}
         reason = "" if self.metric(asked) is asked else ", not BLEU, as MeCab is not installed"
-        return (
-            f"{names[self.metric(asked)]} decides{reason}; BLEU is {bleu.get_signature()}, chrF {chrf.get_signature()}"
-        )
+        return f"{names[self.metric(asked)]} decides{reason}; BLEU is {self.bleu_signature()}"
+
+    def bleu_signature(self) -> str:
+        """Return the signature of BLEU with one reference, as sacreBLEU writes it."""
+        bleu = self.bleu()
+        bleu.corpus_score(["a"], [["a"]])  # it holds the number of references
+        return str(bleu.get_signature())
 
 
 def scoring_of(target_language: str) -> Scoring:

@@ -68,6 +68,11 @@ class Validator:
         """The score that decides which weights are better: the recipe's, or chrF where BLEU has no tokenizer."""
         return self._scoring.metric(self._recipe.validation.metric)
 
+    @property
+    def bleu_signature(self) -> str:
+        """The signature of the BLEU that `score` returns, as sacreBLEU writes it."""
+        return self._scoring.bleu_signature()
+
     def score(self, model: Transformer) -> ValidationScores:
         """Return the model's scores; leaves it in the mode in which it came. Raises what `check` raises, and
         TrainingFailed (OUT_OF_MEMORY) if not even a single pair fits."""

@@ -56,6 +56,7 @@ def test_run_names_how_it_is_scored(job, small_recipe, reporter, language, token
     assert f"BLEU is nrefs:1|case:mixed|eff:no|tok:{tokenizer}|" in started
     [chosen] = reporter.messages("WEIGHTS_CHOSEN")
     assert f"by {decides} (paired" in chosen or f"difference in {decides} may be" in chosen
+    assert all(f"|tok:{tokenizer}|" in validation.bleu_signature for validation in reporter.validations)
     assert trained.recipe.validation.metric is SelectionMetric.BLEU
 
 
