@@ -367,7 +367,8 @@ class StepMetrics:
 
 @dataclass(frozen=True, kw_only=True)
 class ValidationMetrics:
-    """One validation: losses over all validation pairs, BLEU and chrF (0 to 100) of greedy translations."""
+    """One validation: losses over all validation pairs, BLEU and chrF (0 to 100) of greedy translations.
+    `bleu_signature` is sacreBLEU's, with the tokenizer."""
 
     step: int
     epoch: int
@@ -379,6 +380,7 @@ class ValidationMetrics:
     translated_pairs: int
     seconds: float
     best: bool
+    bleu_signature: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -66,6 +66,11 @@ UNSPECIFIED_PAIRS = corpus_pb2.UploadCorpusRequest(pairs=corpus_pb2.PairBatch())
             [("train.source", "LINE_TOO_LONG")],
         ),
         (
+            [HEADER, *files(b"a\n", ("a" + "\u0301" * 31).encode(), b"a\n", b"a\n")],
+            "INVALID_CORPUS",
+            [("train.target", "TOO_MANY_MARKS")],
+        ),
+        (
             upload_messages([("a\nb", "a")]),
             "INVALID_CORPUS",
             [("train.source", "LINE_BREAK"), ("validation.source", "LINE_BREAK")],

@@ -51,6 +51,7 @@ VALIDATION = ValidationMetrics(
     translated_pairs=500,
     seconds=2.5,
     best=True,
+    bleu_signature="nrefs:1|tok:zh",
 )
 
 

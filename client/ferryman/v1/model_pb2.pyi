@@ -188,7 +188,7 @@ class Int8Outcome(_message.Message):
     pairs: _builtins.int
     """Output only. Held-out pairs that both arithmetics translated, greedily. 0: there were none, nothing was measured."""
     fp32_bleu: _builtins.float
-    """Output only. sacreBLEU (cased, 13a) of these pairs in float32, 0 to 100; unset without pairs."""
+    """Output only. sacreBLEU of these pairs in float32, as in ValidationMetrics, 0 to 100; unset without pairs."""
     int8_bleu: _builtins.float
     """Output only. The same in int8."""
     kept: _builtins.bool
@@ -230,7 +230,7 @@ class ModelScores(_message.Message):
     WEIGHTS_FIELD_NUMBER: _builtins.int
     STEP_FIELD_NUMBER: _builtins.int
     bleu: _builtins.float
-    """Output only. sacreBLEU (cased, 13a), greedy, 0 to 100."""
+    """Output only. sacreBLEU, greedy, as in ValidationMetrics, 0 to 100."""
     chrf: _builtins.float
     """Output only. chrF2, greedy, 0 to 100."""
     nll_per_token: _builtins.float

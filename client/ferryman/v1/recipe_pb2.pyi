@@ -304,7 +304,9 @@ class _SelectionMetricEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Selec
     SELECTION_METRIC_LOSS: _SelectionMetric.ValueType  # 1
     """Validation negative log-likelihood per target token; lower is better."""
     SELECTION_METRIC_BLEU: _SelectionMetric.ValueType  # 2
-    """sacreBLEU (cased, 13a) of greedy translations of the validation pairs; higher is better."""
+    """sacreBLEU of greedy translations of the validation pairs, as in ValidationMetrics; higher is better. For Japanese
+    and Korean targets, chrF2 decides instead where MeCab is not installed; `stop.target_score` is still one of BLEU.
+    """
     SELECTION_METRIC_CHRF: _SelectionMetric.ValueType  # 3
     """chrF2 of greedy translations of the validation pairs; higher is better."""
 
@@ -316,7 +318,9 @@ SELECTION_METRIC_UNSPECIFIED: SelectionMetric.ValueType  # 0
 SELECTION_METRIC_LOSS: SelectionMetric.ValueType  # 1
 """Validation negative log-likelihood per target token; lower is better."""
 SELECTION_METRIC_BLEU: SelectionMetric.ValueType  # 2
-"""sacreBLEU (cased, 13a) of greedy translations of the validation pairs; higher is better."""
+"""sacreBLEU of greedy translations of the validation pairs, as in ValidationMetrics; higher is better. For Japanese
+and Korean targets, chrF2 decides instead where MeCab is not installed; `stop.target_score` is still one of BLEU.
+"""
 SELECTION_METRIC_CHRF: SelectionMetric.ValueType  # 3
 """chrF2 of greedy translations of the validation pairs; higher is better."""
 Global___SelectionMetric: _TypeAlias = SelectionMetric  # noqa: Y015

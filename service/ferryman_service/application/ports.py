@@ -489,8 +489,8 @@ class ModelExporter(Protocol):
         """Write the bundle's files and manifest into the empty folder `bundle`, every file fsynced."""
         ...
 
-    def bleu(self, translations: Sequence[str], references: Sequence[str]) -> float:
-        """Return sacreBLEU (cased, 13a) of the translations, 0 to 100."""
+    def bleu(self, translations: Sequence[str], references: Sequence[str], target_language: str) -> float:
+        """Return sacreBLEU (cased, with the language's tokenizer) of the translations, 0 to 100."""
         ...
 
     def settle_int8(self, bundle: Path, scores: Int8Scores, *, keep: bool) -> None:

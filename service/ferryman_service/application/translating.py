@@ -242,6 +242,7 @@ class TranslationUseCases:
             engine=lease.engine,
             options=request.options,
             language=lease.version.lineage.source_language,
+            target_language=lease.version.lineage.target_language,
             splitter=self._splitter if request.split_sentences else None,
         )
 

@@ -21,6 +21,7 @@ from ferryman_service.domain.corpora import SentencePair, Side, Split, SplitStat
 from ferryman_service.domain.errors import Violation
 from ferryman_service.stores.corpus_signs import CorpusSigns, SplitSigns
 from ferryman_service.stores.file_forms import UTF8_MARK, FileForm, find_form
+from ferryman_service.text.normalise import MAX_MARKS, find_marks
 
 _SAMPLES: Final = 3
 _BLOCK_BYTES: Final = 1 << 16
@@ -117,11 +118,15 @@ class _TextFile:
             self._note(f"line {self.line_count} is longer than {self._max_line_bytes} bytes: split it", "LINE_TOO_LONG")
             return content.decode(errors="replace")
         try:
-            return content.decode()
+            text = content.decode()
         except UnicodeDecodeError as error:
             place = f"line {self.line_count}, byte {offset_bytes + error.start} of the file"
             self._note(f"{place}: not UTF-8 ({error.reason}): convert the file to UTF-8", "NOT_UTF8")
             return content.decode(errors="replace")
+        if (begin := find_marks(text)) is not None:
+            place = f"line {self.line_count}, from character {begin + 1} on"
+            self._note(f"{place}: more than {MAX_MARKS} combining marks in a row: remove them", "TOO_MANY_MARKS")
+        return text
 
     def _note(self, description: str, reason: str) -> None:
         if len(self.violations) < self._max_violations:

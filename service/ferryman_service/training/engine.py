@@ -45,6 +45,7 @@ from ferryman_service.training.ranks import Ranks, Verdict, join_ranks
 from ferryman_service.training.reporting import Reporter, Series
 from ferryman_service.training.resume import newest_usable
 from ferryman_service.training.sampling import epoch_source
+from ferryman_service.training.scoring import scoring_of
 from ferryman_service.training.step import Trainee, new_trainee
 from ferryman_service.training.validate import Validator
 
@@ -147,7 +148,15 @@ class _Run:
         pairs = epoch_source(self._job, prepared, subwords, epochs, check)
         validation = tokenise_validation_pairs(self._job.corpus, subwords, self._recipe.data, threads=cpus)
         model = self._new_model(subwords.size)
-        validator = Validator(validation, subwords, self._recipe, self._ranks.device, self._series.check, self._tracer)
+        validator = Validator(
+            validation,
+            subwords,
+            self._recipe,
+            self._ranks.device,
+            self._series.check,
+            self._tracer,
+            scoring_of(self._job.target_language),
+        )
         trainee, position = self._start(model) if step == _BEGINNING else self._go_back_to(step, model)
         if self._ranks.is_first:
             self._report_start(model, prepared.pairs(), validation, position)
@@ -238,10 +247,11 @@ class _Run:
         if validation.dropped and position == Position():
             message = f"dropped validation pairs: {validation.dropped}"
             self._series.event(EventLevel.WARNING, "VALIDATION_PAIRS_DROPPED", message, repeats=True)
+        scoring = scoring_of(self._job.target_language).describe(self._recipe.validation.metric)
         processes = f" in {self._ranks.world_size} processes" if self._ranks.world_size > 1 else ""
         message = (
             f"{count_parameters(model):,} parameters, {len(pairs):,} training pairs, "
-            f"{len(validation.sources):,} validation pairs; on {self._ranks.device}{processes}"
+            f"{len(validation.sources):,} validation pairs; on {self._ranks.device}{processes}; {scoring}"
         )
         self._series.event(EventLevel.INFO, "TRAINING_STARTED", message)
         remark = compilation_remark(self._compiled, self._compilation, self._ranks.device)

@@ -71,7 +71,7 @@ def choose_weights(
         candidates.append(_Candidate("average", name, validator.score(model), position.step))
     chosen, remarks = candidates[0], list[str]()
     for candidate in candidates[1:]:
-        comparison = compare(candidate.scores, chosen.scores, recipe.validation.metric, recipe.seed)
+        comparison = compare(candidate.scores, chosen.scores, validator.metric, recipe.seed)
         kept, left = (candidate, chosen) if comparison.is_better else (chosen, candidate)
         remarks.append(f"{kept}, not {left}, {comparison.rule}")
         chosen = kept

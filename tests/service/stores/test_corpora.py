@@ -263,6 +263,15 @@ def test_a_long_line_does_not_shift_what_follows(make_store):
     assert "line 2, byte 501" in bad[2]
 
 
+def test_line_with_a_long_run_of_combining_marks_is_named(store):
+    lines = "ok\nde\u0301ja" + "\u0301" * 31 + " vu\nfine" + "\u0301" * 30 + "\n"
+    target = b"a\nb\nc\n"
+    found = refused(store, {(Split.VALIDATION, Side.SOURCE): lines.encode(), (Split.VALIDATION, Side.TARGET): target})
+    ((field, reason, text),) = found
+    assert (field, reason) == ("validation.source", "TOO_MANY_MARKS")
+    assert text == "line 2, from character 6 on: more than 30 combining marks in a row: remove them"
+
+
 @pytest.mark.parametrize("lines", [None, b"", b"\n\n", b" \n\t\n"])
 def test_an_empty_split(store, lines):
     changes = {(Split.VALIDATION, side): lines for side in Side}
