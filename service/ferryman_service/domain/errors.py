@@ -80,9 +80,10 @@ class InvalidArgument(FerrymanError):
 
     def __init__(self, violations: Sequence[Violation]) -> None:
         assert violations, "an InvalidArgument names at least one violation"
-        first = violations[0]
-        more = f" (and {len(violations) - 1} more)" if len(violations) > 1 else ""
-        super().__init__(f"{first.field}: {first.description}{more}")
+        first, count = violations[0], len(violations)
+        # The total comes first: a message that is cut keeps it.
+        total = f"{count:,} violations, the first: " if count > 1 else ""
+        super().__init__(f"{total}{first.field}: {first.description}")
         self.violations = tuple(violations)
 
 
