@@ -52,7 +52,7 @@ def text_violations(train: object, validation: object) -> list[Violation]:
 
 def _shape_violations(split: SplitName, text: object) -> Iterator[Violation]:
     is_many = isinstance(text, Iterable) and not isinstance(text, str | bytes | os.PathLike | Mapping)
-    are_paths = isinstance(text, tuple | list) and any(isinstance(part, str | bytes | os.PathLike) for part in text)
+    are_paths = isinstance(text, tuple | list) and bool(text) and isinstance(text[0], str | bytes | os.PathLike)
     if not is_many or (are_paths and not _are_files(text)):
         wanted = "a tuple (source_file, target_file), or an iterable of (source, target) sentence pairs"
         yield wrong(split, text, wanted)

@@ -5,6 +5,7 @@ import uuid
 import grpc
 import pytest
 
+from ferryman import Client, errors
 from ferryman.v1 import corpus_pb2, model_pb2, recipe_pb2, training_pb2, translation_pb2
 from tests.fakes.loopback_service import upload_messages
 
@@ -626,5 +627,34 @@ def test_so_many_violations_that_they_do_not_fit(service, refused):
     assert (refusal.code, refusal.reason) == (INVALID, "INVALID_SENTENCE")
     told = refusal.details["ErrorInfo"].metadata
     assert told["violations_total"] == "1000"
-    assert told["violations_shown"] == str(len(refusal.violations))
-    assert len(refusal.violations) > 10
+    assert told["violations_shown"] == str(len(refusal.violations)) == "20"
+    assert refusal.message.startswith("1,000 violations, the first: sentences[0]: has 21 subwords")
+    with Client(service.address) as client, pytest.raises(errors.InvalidSentence) as caught:
+        client.translate("en-de", ["слово " * 20] * 1000)
+    assert (caught.value.violations_total, len(caught.value.violations)) == (1000, 20)
+    assert str(caught.value).startswith("1,000 violations, the first 20:\n  sentences[0]: has 21 subwords")
+
+
+def test_options_and_sentences_are_refused_together(service, refused):
+    sentences = ["fine", "word " * 20, "\0"]
+    service.translation_stub.Translate(translate())  # so the model is in memory
+    request = translate(sentences=sentences, beam_size=99, max_length=-1)
+    request.target_prefixes.extend(["", "", "too " * 9])
+    refusal = refused(service.translation_stub.Translate, request)
+    assert (refusal.code, refusal.reason) == (INVALID, "INVALID_REQUEST")
+    assert refusal.violations == [
+        ("options.beam_size", "OUT_OF_RANGE"),
+        ("options.max_length", "OUT_OF_RANGE"),
+        ("sentences[1]", "SENTENCE_TOO_LONG"),
+        ("sentences[2]", "CONTROL_CHARACTER"),
+        ("target_prefixes[2]", "PREFIX_TOO_LONG"),
+    ]
+
+
+def test_options_are_refused_without_loading_a_model(make_service, refused):
+    service = make_service()
+    service.import_model("en-de")
+    request = translate(sentences=["word " * 20], beam_size=99)
+    refusal = refused(service.translation_stub.Translate, request)
+    assert refusal.violations == [("options.beam_size", "OUT_OF_RANGE")]
+    assert len(service.model_stub.ListLoadedModels(model_pb2.ListLoadedModelsRequest()).loaded_models) == 0
