@@ -78,6 +78,16 @@ def test_uploads(service, refused, messages, reason, violations):
     assert list(service.folder.incoming.iterdir()) == []
 
 
+def test_all_bad_lines_of_an_upload_are_counted(service, refused):
+    pairs = [("a\nb", "a")] * 300
+    texts = files(b"a\xff\n" * 300, b"a\n" * 300, b"a\n", b"a" * 70_000)
+    for messages, total in ((upload_messages(pairs), "600"), ([HEADER, *texts], "301")):
+        refusal = refused(service.corpus_stub.UploadCorpus, iter(messages))
+        metadata = {"violations_total": total, "violations_shown": "20"}
+        assert (refusal.details["ErrorInfo"].metadata, len(refusal.violations)) == (metadata, 20)
+        assert refusal.message.startswith(f"{total} violations, the first: ")
+
+
 def test_an_upload_over_the_limit(service, refused):
     messages = [HEADER, *(chunk(b"x y z\n" * 10_000) for _ in range(20))]
     refusal = refused(service.corpus_stub.UploadCorpus, iter(messages))

@@ -97,9 +97,9 @@ def _bad_request(error: errors.InvalidArgument, info: error_details_pb2.ErrorInf
         if details.ByteSize() > _MAX_VIOLATIONS_BYTES:
             del details.field_violations[-1]
             break
-    total, shown = len(error.violations), len(details.field_violations)
-    if shown < total:
-        info.metadata["violations_total"] = str(total)
+    shown = len(details.field_violations)
+    if shown < error.total:
+        info.metadata["violations_total"] = str(error.total)
         info.metadata["violations_shown"] = str(shown)
     return details
 
