@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC
 from enum import StrEnum
-from typing import Any, Final, Generic, TypeVar
+from typing import Any, Final, Generic, TypeAlias, TypeVar
 from uuid import uuid4
 
 from google.protobuf.descriptor import EnumDescriptor
@@ -59,6 +59,10 @@ class Page(Generic[T]):
 
 Pages = Callable[[str], Call[Page[T]]]
 """A list: from a page token to the call that fetches the page."""
+
+
+WireSentence: TypeAlias = translation_pb2.StreamSentence
+"""A sentence of a stream as it is sent."""
 
 
 def encode(message: Message) -> bytes:
@@ -485,7 +489,7 @@ def stream_of_version(call: Call[types.StreamTranslateResponse], version: str) -
     return dataclasses.replace(call, request=request)
 
 
-def stream_sentence(item: types.StreamSentence, number: int) -> translation_pb2.StreamSentence:
+def stream_sentence(item: types.StreamSentence, number: int) -> WireSentence:
     """Return a sentence of a stream as the wire has it, under its number. Raises InvalidSentence if no request can hold
     it: it is no UTF-8 text, or larger than the service takes."""
     wire = translation_pb2.StreamSentence(id=str(number))
@@ -500,7 +504,7 @@ def stream_sentence(item: types.StreamSentence, number: int) -> translation_pb2.
     return wire
 
 
-def stream_sentences(sentences: Iterable[translation_pb2.StreamSentence]) -> Message:
+def stream_sentences(sentences: Iterable[WireSentence]) -> Message:
     """Return a further request of StreamTranslate."""
     return translation_pb2.StreamTranslateRequest(sentences=translation_pb2.StreamSentences(sentences=sentences))
 

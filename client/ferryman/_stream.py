@@ -14,13 +14,12 @@ from typing import Any, Final, TypeAlias, TypeVar, cast
 from google.protobuf.message import Message
 
 from ferryman._checks import checked_reconnect_timeout_s, checked_timeout_s, raise_any
-from ferryman._convert import Call, stream_of_version, stream_sentence, stream_sentences
+from ferryman._convert import Call, WireSentence, stream_of_version, stream_sentence, stream_sentences
 from ferryman._mapping import wrong
 from ferryman._reconnect import Reconnection
 from ferryman._rpc_errors import ACCEPTED_KEY
 from ferryman.errors import FerrymanError, InvalidSentence, Unavailable
 from ferryman.types import SentenceError, StreamSentence, StreamTranslateResponse, StreamTranslation
-from ferryman.v1 import translation_pb2
 
 T = TypeVar("T")
 Sentence: TypeAlias = str | tuple[str, str] | StreamSentence
@@ -48,8 +47,8 @@ class StreamBook:
         self._limit = 2 * (window or _DEFAULT_WINDOW)
         self._in_order = in_order
         self._ids: dict[int, str] = {}
-        self._unanswered: dict[int, translation_pb2.StreamSentence] = {}
-        self._to_send: deque[translation_pb2.StreamSentence] = deque()
+        self._unanswered: dict[int, WireSentence] = {}
+        self._to_send: deque[WireSentence] = deque()
         self._errors: dict[int, SentenceError] = {}
         self._held: dict[int, StreamTranslation] = {}
         self._taken = 0
