@@ -45,7 +45,7 @@ class Stubs:
     """Nothing but the generated stubs, as a foreign client would have them."""
 
     def __init__(self, address):
-        self.channel = grpc.insecure_channel(address)
+        self.channel = grpc.insecure_channel(address, (("grpc.enable_http_proxy", 0),))
         self.training = training_pb2_grpc.TrainingServiceStub(self.channel)
         self.corpora = corpus_pb2_grpc.CorpusServiceStub(self.channel)
         self.models = model_pb2_grpc.ModelServiceStub(self.channel)

@@ -9,6 +9,7 @@ import typer
 from ferryman import __version__
 from ferryman.cli import corpora, models, runs, schedule, translate
 from ferryman.cli.common import FerrymanGroup
+from ferryman.cli.options import FerrymanCommand
 
 app = typer.Typer(cls=FerrymanGroup, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
 
@@ -40,3 +41,7 @@ app.command("watch")(runs.watch)
 app.add_typer(runs.app, name="runs")
 app.add_typer(models.app, name="models")
 app.command("translate")(translate.translate)
+
+for group in (app, corpora.app, runs.app, models.app):
+    for command in group.registered_commands:
+        command.cls = FerrymanCommand

@@ -13,6 +13,8 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from ferryman import Client, errors
+from ferryman._rpc_errors import unreachable_text
+from ferryman.cli.options import option_of
 
 CALLERS_MISTAKES: Final = (
     errors.InvalidArgument,
@@ -45,8 +47,18 @@ class FerrymanGroup(TyperGroup):
 def _message(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
+    text = failure_text(error)
     request_id = getattr(error, "request_id", "")
-    return f"{error} [request {request_id}]" if request_id else str(error)
+    return f"{text} [request {request_id}]" if request_id else text
+
+
+def failure_text(error: Exception) -> str:
+    """Return what the error says, in the words of the command line."""
+    if isinstance(error, errors.InvalidArgument):
+        return error.told_as(option_of)
+    if isinstance(error, errors.Unavailable) and "cause" in error.metadata:
+        return unreachable_text(error.metadata["target"], error.metadata["cause"], "pass --server HOST:PORT")
+    return str(error)
 
 
 def connect(context: typer.Context) -> Client:

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from ferryman import EarlyStopping, Sampling, SentenceError, StreamSentence, TranslateOptions, Translation
-from ferryman.cli.common import connect
+from ferryman.cli.common import connect, failure_text
 from ferryman.errors import FerrymanError, InvalidSentence
 
 
@@ -109,7 +109,7 @@ class _Job:
     def show_failure(self, error: FerrymanError) -> None:
         """The call has failed, and no sentence has a result any more: an object without a source."""
         if self.as_json:
-            named = {"reason": error.reason, "message": str(error), "request_id": error.request_id}
+            named = {"reason": error.reason, "message": failure_text(error), "request_id": error.request_id}
             _print_json({"error": named})
 
 

@@ -45,12 +45,13 @@ class CorpusLimits:
 @dataclass(frozen=True, kw_only=True)
 class CheckedSplit:
     """A split as it will be stored: what it holds, the SHA-256 of source and target, what is wrong with it as a whole,
-    and with lines of source and target."""
+    and with lines of source and target: the first of them, and how many there are."""
 
     statistics: SplitStatistics
     digests: tuple[str, str]
     split_violations: tuple[Violation, ...]
     line_violations: tuple[Sequence[Violation], Sequence[Violation]]
+    bad_lines: int
 
 
 def check_split(
@@ -71,6 +72,7 @@ def check_split(
         digests=(source.sha256.hexdigest(), target.sha256.hexdigest()),
         split_violations=tuple(_split_violations(split, statistics, source, target)),
         line_violations=(source.violations, target.violations),
+        bad_lines=source.bad_lines + target.bad_lines,
     )
 
 
@@ -84,6 +86,7 @@ class _TextFile:
         self.violations: list[Violation] = []
         self.form: FileForm | None = None
         """What the file is, if it is no text in UTF-8: then no line of it is read."""
+        self.bad_lines = 0
         self._raw = raw
         self._checked = checked
         self._max_line_bytes = limits.max_line_bytes
@@ -129,6 +132,7 @@ class _TextFile:
         return text
 
     def _note(self, description: str, reason: str) -> None:
+        self.bad_lines += 1
         if len(self.violations) < self._max_violations:
             self.violations.append(Violation(field=self.field, description=description, reason=reason))
 

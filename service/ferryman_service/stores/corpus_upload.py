@@ -37,6 +37,7 @@ class FileCorpusUpload:
         self._forms: dict[Split, str] = {}
         self._pairs: dict[Split, int] = dict.fromkeys(Split, 0)
         self._line_breaks: list[Violation] = []
+        self._line_break_count = 0
         self._size_bytes = 0
 
     def add_pairs(self, split: Split, pairs: Sequence[SentencePair]) -> None:
@@ -84,6 +85,7 @@ class FileCorpusUpload:
             raise InvalidCorpus([Violation(field=split.value, description=text, reason="MIXED_FORMS")])
 
     def _refuse_line_break(self, split: Split, side: Side) -> None:
+        self._line_break_count += 1
         if len(self._line_breaks) < self._limits.max_violations:
             text = f"sentence {self._pairs[split]} holds a line break: a sentence is one line"
             self._line_breaks.append(Violation(field=f"{split}.{side}", description=text, reason="LINE_BREAK"))
@@ -108,10 +110,12 @@ class FileCorpusUpload:
     def _refuse_violations(self, checked: Mapping[Split, CheckedSplit]) -> None:
         # What concerns a whole split comes first, then each file in turn: bad lines of one never crowd out the others.
         violations = [violation for split in Split for violation in checked[split].split_violations]
+        whole = len(violations)
         by_file = [self._line_breaks, *(lines for split in Split for lines in checked[split].line_violations)]
         violations += [violation for turn in zip_longest(*by_file) for violation in turn if violation is not None]
         if violations:
-            raise InvalidCorpus(violations[: self._limits.max_violations])
+            total = whole + self._line_break_count + sum(checked[split].bad_lines for split in Split)
+            raise InvalidCorpus(violations[: self._limits.max_violations], total)
 
     def _describe(self, checked: Mapping[Split, CheckedSplit], warnings: Sequence[CorpusWarning]) -> Corpus:
         """Return the corpus; the warnings are those about both splits."""

@@ -318,9 +318,48 @@ def test_all_violations_are_printed_without_a_stack_trace(run, corpus):
     assert result.exit_code == 2
     assert result.stderr == (
         "Error: 2 violations:\n"
-        "  recipe.model.d_model: is 1.5, must be a whole number of at most 32 bits\n"
-        "  recipe.model.norm: is 'mid', must be one of post, pre, deep\n"
+        "  model.d_model: is 1.5, must be a whole number from -2,147,483,648 to 2,147,483,647\n"
+        "  model.norm: is 'mid', must be one of post, pre, deep\n"
     )
+
+
+def test_mistakes_are_named_as_options(run, fake):
+    fake.add_model("m")
+    result = run("translate", "m", "x", "--seed", "-1", "--beam-size", str(2**40))
+    assert result.exit_code == 2
+    assert result.stderr == (
+        "Error: 2 violations:\n"
+        "  --beam-size: is 1099511627776, must be a whole number from -2,147,483,648 to 2,147,483,647\n"
+        "  --seed: is -1, must be a whole number from 0 to 18,446,744,073,709,551,615\n"
+    )
+    violations = [
+        errors.Violation(field=field, description="is odd")
+        for field in ("config.options.sampling.top_k", "config.window", "recipe.model.heads", "sentences[1]", "run_id")
+    ]
+    fake.fail_next(
+        "Translate", errors.InvalidRequest("x", violations=violations, metadata={"violations_total": "1024"})
+    )
+    told = [line.strip() for line in run("translate", "m", "x").stderr.splitlines()]
+    assert told[0] == "Error: 1,024 violations, the first 5:"
+    assert [line.partition(": ")[0] for line in told[1:]] == ["--top-k", "--window", "model.heads", "sentence 2", "RUN"]
+
+
+def test_all_bad_words_of_a_command_line_are_named_at_once(run):
+    result = run("schedule", "--kind", "foo", "--decay-shape", "bar", "--warmup-steps", "0", "--preset", "base")
+    assert result.exit_code == 2
+    assert all(word in result.stderr for word in ("'--kind'", "'--decay-shape'", "'--warmup-steps'"))
+    assert "3 mistakes" in result.stderr
+    assert "'--preset'" not in result.stderr
+
+
+def test_where_no_server_is_the_command_line_says_what_to_do(run):
+    result = run("--server", "127.0.0.1:1", "models", "list")
+    cure = "start one with `ferryman-service serve`, or pass --server HOST:PORT"
+    message = f"Error: no service answers at 127.0.0.1:1 (connection refused): {cure}\n"
+    assert (result.exit_code, result.stderr) == (1, message)
+    result = run("--server", "http://localhost:50051", "models", "list")
+    message = "--server: is 'http://localhost:50051', must be HOST:PORT, without http://: write localhost:50051"
+    assert (result.exit_code, result.stderr) == (2, f"Error: {message}\n")
 
 
 def test_an_error_names_the_request_by_which_the_log_of_the_server_is_searched(run, fake):

@@ -38,6 +38,17 @@ def test_a_bad_override_is_explained(override, message):
         build_recipe(None, None, ["seed=1", override])
 
 
+def test_all_bad_overrides_are_named_at_once():
+    with pytest.raises(InvalidRecipe) as caught:
+        build_recipe(None, None, ["model.dmodel=1", "odd", "model.heds=2", "modle.d_model=1"])
+    assert [violation.field for violation in caught.value.violations] == [
+        "recipe",
+        "recipe.modle",
+        "recipe.model.dmodel",
+        "recipe.model.heds",
+    ]
+
+
 @pytest.mark.parametrize("content", [b"preset = \n", b"\xff"])
 def test_a_file_that_is_not_toml_is_named(tmp_path, content):
     file = tmp_path / "bad.toml"
