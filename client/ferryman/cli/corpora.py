@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from ferryman import Corpus, SplitStatistics
-from ferryman.cli.common import connect, print_fields, print_table
+from ferryman.cli.common import connect
+from ferryman.cli.output import print_fields, print_line, print_table
 
 app = typer.Typer(no_args_is_help=True, help="Parallel corpora.")
 
@@ -28,8 +29,8 @@ def upload(
     """Upload a corpus; prints its id on the first line."""
     with connect(context) as client:
         corpus = client.upload_corpus(name, source, target, train=train, validation=validation, request_id=request_id)
-    print(corpus.corpus_id)
-    print(f"{corpus.train.pairs:,} training pairs, {corpus.validation.pairs:,} validation pairs")
+    print_line(corpus.corpus_id)
+    print_line(f"{corpus.train.pairs:,} training pairs, {corpus.validation.pairs:,} validation pairs")
 
 
 @app.command("list")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import tomllib
 import types as python_types
 import typing
@@ -29,9 +30,28 @@ def build_recipe(file: Path | None, preset: str | None, overrides: Sequence[str]
     return _build(Recipe, values, "recipe")
 
 
+def to_toml(recipe: Recipe) -> str:
+    """Return the fields that are set as a TOML file, which `build_recipe` reads back."""
+    tables = dataclasses.asdict(recipe)
+    lines = _assignments({name: value for name, value in tables.items() if not isinstance(value, dict)})
+    for title, table in tables.items():
+        if isinstance(table, dict) and (part := _assignments(table)):
+            lines += ["", f"[{title}]", *part]
+    return "\n".join(lines).strip()
+
+
+def _assignments(table: Mapping[str, object]) -> list[str]:
+    return [f"{name} = {_toml(value)}" for name, value in table.items() if value is not None]
+
+
+def _toml(value: object) -> str:
+    # What JSON writes for text and for true and false is TOML too; not so its infinity.
+    return json.dumps(str(value)) if isinstance(value, str) else repr(value).lower()
+
+
 def _read(file: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(file.read_text(encoding="utf-8"))
+        return tomllib.loads(file.read_text(encoding="utf-8-sig"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise _invalid("recipe", f"{file} is not TOML: {error}") from error
 

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from typing import Final
 
 _ALLOWED_CONTROLS: Final = frozenset("\t\n\r")
+# White space, what Unicode lets a reader ignore (Default_Ignorable_Code_Point: zero-width characters, joiners, fillers,
+# variation selectors), and U+2581, by which SentencePiece stands for a space.
+_INVISIBLE: Final = re.compile(
+    "[ \u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u2581\u3164"
+    "\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufff8\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]*"
+)
 
 
 def normalise(sentence: str) -> str:
     """Return the sentence in Unicode NFC, every run of white space one space, none at the ends.
 
-    White space is what `str.isspace` says: no-break spaces and line breaks of every kind belong to it.
+    White space is what `str.isspace` says: no-break spaces and line breaks of every kind belong to it. A sentence of
+    nothing but white space, zero-width characters and U+2581 is empty.
     """
-    return " ".join(unicodedata.normalize("NFC", sentence).split())
+    text = " ".join(unicodedata.normalize("NFC", sentence).split())
+    return "" if _INVISIBLE.fullmatch(text) else text
 
 
 def has_control_characters(sentence: str) -> bool:
