@@ -12,7 +12,7 @@ def main() -> None:
     if find_spec("typer") is None or find_spec("rich") is None:
         sys.exit("ferryman: the command line needs typer and rich: install the extra ferryman[cli]")
     # gRPC's own log lines have no place between ours; it reads this when it is first imported.
-    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     from ferryman.cli.ending import run_process
 
     run_process(_command)

@@ -39,6 +39,11 @@ class FerrymanGroup(TyperGroup):
         except _UsageError as error:
             _show_usage_error(error)
             status = CALLERS_MISTAKE
+        except SystemExit as end:
+            if not isinstance(end.__context__, BrokenPipeError):
+                raise
+            output.discard()  # of the help, which rich prints
+            status = 0
         sys.exit(status if isinstance(status, int) else 0)
 
     def invoke(self, ctx: Any) -> Any:  # noqa: ANN401 (typer's context has no public type here)
@@ -61,13 +66,15 @@ def _show_usage_error(error: Any) -> None:  # noqa: ANN401 (typer's UsageError h
         return
     context = getattr(error, "ctx", None)
     hint = f" (see {context.command_path} --help)" if context is not None else ""
-    message = " ".join(error.format_message().split())
+    message = " ".join(error.format_message().replace("Value error, ", "").split()).rstrip(".")
     output.print_message(f"Error: {message}{hint}")
 
 
 def _message(error: Exception) -> str:
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, OSError) and error.strerror is not None:
+        return f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
+    if isinstance(error, UnicodeEncodeError):
+        return f"{error.object[:80]!r} is not UTF-8"
     request_id = getattr(error, "request_id", "")
     return f"{error} [request {request_id}]" if request_id else str(error)
 

@@ -96,7 +96,9 @@ def alias(
     context: typer.Context,
     name: Annotated[str, typer.Argument(metavar="NAME", help="The model's name.")],
     alias: Annotated[str, typer.Argument(metavar="ALIAS", help='The alias, such as "production".')],
-    version: Annotated[int | None, typer.Argument(metavar="[VERSION]", help="The version to point at.")] = None,
+    version: Annotated[
+        int | None, typer.Argument(metavar="[VERSION]", help="The version to point at.", min=1, max=2**31 - 1)
+    ] = None,
     delete: Annotated[bool, typer.Option("--delete", help="Remove the alias instead.")] = False,
 ) -> None:
     """Let NAME@ALIAS be a version of the model, or nothing any more."""
@@ -129,6 +131,8 @@ def download(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder that does not exist yet.")],
 ) -> None:
     """Download a version; `ferryman-service import-model FOLDER NAME` publishes it on another server."""
+    if not folder.name:
+        raise typer.BadParameter("FOLDER must be the name of a folder that does not exist yet")
     with connect(context) as client:
         version = client.download_model(model, folder)
     print_line(f"{version.reference}: {version.size_bytes / 1e6:.1f} MB in {folder}")

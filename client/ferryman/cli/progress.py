@@ -16,6 +16,7 @@ from ferryman import (
     DecayPlan,
     EventLevel,
     MetricRecord,
+    RunError,
     RunEvent,
     RunState,
     StateChange,
@@ -26,6 +27,7 @@ from ferryman import (
 )
 from ferryman.cli.output import styled
 
+_UNEXPLAINED: Final = ("WORKER_DIED", "EXPORT_MISMATCH")
 # Before the export, in which a run is done with its limits.
 _BEFORE_EXPORT: Final = (RunState.QUEUED, RunState.STARTING, RunState.RUNNING, RunState.PAUSED)
 
@@ -152,8 +154,13 @@ def describe_end(run: TrainingRun) -> Text:
         return styled(f"{run.run_id} succeeded: published {run.model_name}/{run.model_version}", "bold green")
     if run.error is None:
         return styled(f"{run.run_id} {run.state}", "bold yellow")
-    lines = [f"{run.run_id} failed: {run.error.reason}: {run.error.message}", *run.error.log_tail.rstrip().splitlines()]
+    lines = [f"{run.run_id} failed: {run.error.reason}: {run.error.message}", *log_lines(run.error)]
     return Text("\n").join(styled(line, "bold red") for line in lines)
+
+
+def log_lines(error: RunError) -> list[str]:
+    """Return the end of the worker's log if it says more than the error: most failures are told by their message."""
+    return error.log_tail.rstrip().splitlines() if error.reason in _UNEXPLAINED else []
 
 
 def _progress(console: Console) -> Progress:

@@ -52,7 +52,7 @@ def _toml(value: object) -> str:
 def _read(file: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(file.read_text(encoding="utf-8-sig"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise _invalid("recipe", f"{file} is not TOML: {error}") from error
 
 
@@ -72,7 +72,7 @@ def _parse(text: str) -> object:
     """Return the TOML value, or the text itself where it is none: `norm=pre` needs no quotes."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (tomllib.TOMLDecodeError, RecursionError):
         return text
 
 

@@ -12,7 +12,7 @@ from ferryman import Client, Preset, RunState, TrainingRun
 from ferryman.cli.common import connect
 from ferryman.cli.ending import FAILED, INTERRUPTED
 from ferryman.cli.output import Terminal, print_fields, print_line, print_lines, print_message, print_table
-from ferryman.cli.progress import describe, follow
+from ferryman.cli.progress import describe, follow, log_lines
 from ferryman.cli.recipes import build_recipe, to_toml
 
 app = typer.Typer(no_args_is_help=True, help="Training runs.")
@@ -114,10 +114,9 @@ def show(context: typer.Context, run_id: RunArgument) -> None:
         ("accepted", _time(run)),
     ]
     if run.error is not None:
-        fields += [("error", f"{run.error.reason}: {run.error.message}"), ("log", "")]
+        fields += [("error", f"{run.error.reason}: {run.error.message}")]
+        fields += [("log", line) for line in log_lines(run.error)]
     print_fields(fields)
-    if run.error is not None:
-        print_lines(run.error.log_tail)
     print_line()
     print_lines(to_toml(run.recipe))
 

@@ -142,7 +142,7 @@ def test_closed_input_and_a_full_disk_are_the_callers_matter(fake):
     assert end(start(closed)) == (2, message)
     with open("/dev/full", "wb") as full:
         status, said = end(start(command(fake, "models", "list"), stdout=full))
-    assert (status, said) == (2, "Error: [Errno 28] No space left on device\n")
+    assert (status, said) == (2, "Error: No space left on device\n")
 
 
 def test_closed_output_is_no_place_for_a_connection(fake):
