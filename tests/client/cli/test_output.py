@@ -69,7 +69,7 @@ def hostile(fake, client):
     fake.translate = lambda _: HOSTILE
     version = fake.add_model("m")
     scores = dataclasses.replace(version.scores, weights=HOSTILE)
-    fake.models["m"][0] = dataclasses.replace(version, source_language=HOSTILE, digest=HOSTILE, scores=scores)
+    fake.backend.models["m"][0] = dataclasses.replace(version, source_language=HOSTILE, digest=HOSTILE, scores=scores)
     return {"CORPUS": corpus.corpus_id, "RUN": client.start_training(corpus.corpus_id, "m").run_id}
 
 
@@ -158,9 +158,9 @@ def test_a_mistake_of_the_caller_is_one_line(fake, arguments):
 def test_the_log_is_shown_where_the_message_does_not_say_what_happened(fake, client, corpus):
     fake.script = [*training_script()[:3], StateChange(state=RunState.FAILED, attempt=1, message="it died")]
     run_id = client.start_training(corpus.corpus_id, "m").run_id
-    show = lambda: CliRunner().invoke(app, ["runs", "show", run_id], env={"FERRYMAN_SERVER": fake.target}).stdout  # noqa: E731
-    held = fake.run(run_id)
+    held = fake.backend.run(run_id)
     for reason, shown in (("WORKER_DIED", True), ("VOCABULARY_TOO_LARGE", False)):
         error = dataclasses.replace(held.run.error, reason=reason, log_tail="Traceback\n  line\n")
         held.run = dataclasses.replace(held.run, error=error)
-        assert ("Traceback" in show()) is shown
+        result = CliRunner().invoke(app, ["runs", "show", run_id], env={"FERRYMAN_SERVER": fake.target})
+        assert ("Traceback" in result.stdout) is shown

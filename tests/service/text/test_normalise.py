@@ -13,6 +13,9 @@ from ferryman_service.text.normalise import has_control_characters, normalise
         ("eins\u2028zwei\x85drei\tvier\r\nfünf", "eins zwei drei vier fünf"),
         ("cafe\u0301", "caf\u00e9"),
         ("\u3000", ""),
+        ("\u2581 \u2581", ""),
+        ("\ufeff\u200b \u200d\ufe0f", ""),
+        ("\u2581a\u200bb", "\u2581a\u200bb"),
         ("", ""),
         ("ﬁx ½", "ﬁx ½"),  # NFC, not NFKC: compatibility characters stay
     ],
