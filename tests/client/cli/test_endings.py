@@ -74,9 +74,10 @@ class Screen:
 @pytest.mark.parametrize(("keys", "status"), [(b"\x03", 130), (b"\x04", 0)])
 def test_translating_at_a_terminal_ends_by_ctrl_c_and_by_ctrl_d(fake, keys, status):
     fake.add_model("m")
+    fake.translate = lambda sentence: f"{sentence.upper()}\x1b[2J"
     screen = Screen(command(fake, "translate", "m"))
     screen.type(b"eins\r")
-    screen.wait_for(b"EINS")
+    screen.wait_for(rb"EINS\x1b[2J")
     screen.type(keys)
     assert screen.end() == status
     assert b"Traceback" not in screen.shown

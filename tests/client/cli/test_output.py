@@ -45,7 +45,7 @@ COMMANDS = {
     "models unload": ("m",),
     "models download": ("m", HOSTILE),
     "models delete": ("m/1",),
-    "translate": ("m", "x"),
+    "translate": ("m", "x", "--n-best", "1"),
 }
 
 
