@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import typer
 from typer.core import TyperGroup
@@ -23,19 +23,20 @@ CALLERS_MISTAKES: Final = (
 )
 """What the caller has to put right: exit status 2. Every other error ends with 1."""
 
-_UsageError: Final = typer.BadParameter.__mro__[1]
+_UsageError: Final = cast("type[Exception]", typer.BadParameter.__mro__[1])
 """The base of what typer raises for a wrong command line; typer exports only this descendant."""
 
 
 class FerrymanGroup(TyperGroup):
     """The root group: an error becomes one clean message and an exit status."""
 
-    def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:  # noqa: ANN401 (typer's own)
-        """Run the command line, and end with its status unless `standalone_mode` is off."""
-        if not standalone_mode:
-            return super().main(*args, standalone_mode=False, **extra)
+    def main(self, *arguments: Any, **options: Any) -> Any:  # noqa: ANN401 (typer's own)
+        """Run the command line, and end with its status unless the option `standalone_mode` is off."""
+        is_standalone, options["standalone_mode"] = options.get("standalone_mode", True), False
+        if not is_standalone:
+            return super().main(*arguments, **options)
         try:
-            status = super().main(*args, standalone_mode=False, **extra)
+            status = super().main(*arguments, **options)
         except _UsageError as error:
             _show_usage_error(error)
             status = CALLERS_MISTAKE

@@ -35,7 +35,7 @@ def run_process(command: Callable[[], object]) -> None:
         signal.signal(signal.SIGINT, _interrupt)
     try:
         command()
-        status: object = 0
+        status: str | int | None = 0
     except SystemExit as end:
         status = end.code
     except KeyboardInterrupt:
@@ -46,7 +46,7 @@ def run_process(command: Callable[[], object]) -> None:
         output.discard()
     if status == INTERRUPTED:
         _end()  # no waiting for threads: one may wait for what the interrupted call has locked
-    sys.exit(status)  # type: ignore[arg-type] (what SystemExit had)
+    sys.exit(status)
 
 
 def _fill_standard_descriptors() -> None:
