@@ -498,6 +498,7 @@ class Checkpoint:
     bleu: float | None = None
     chrf: float | None = None
     nll_per_token: float | None = None
+    translated_pairs: int | None = None
 
 
 # --- Models -----------------------------------------------------------------------------------------------------------
@@ -505,13 +506,15 @@ class Checkpoint:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelScores:
-    """Scores on the validation pairs (greedy); `weights` is "best" or "average"."""
+    """Scores on the validation pairs (greedy); `weights` is "best" or "average". BLEU and chrF are those of
+    `translated_pairs`, 0 if that is not known, as of versions of an earlier release."""
 
     bleu: float
     chrf: float
     nll_per_token: float
     weights: str
     step: int
+    translated_pairs: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,14 +9,23 @@ import typer
 from ferryman import __version__
 from ferryman.cli import corpora, models, runs, schedule, translate
 from ferryman.cli.common import FerrymanGroup
+from ferryman.cli.ending import HELP as EXIT_STATUS
 from ferryman.cli.options import FerrymanCommand
+from ferryman.cli.output import print_line
 
-app = typer.Typer(cls=FerrymanGroup, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
+app = typer.Typer(
+    cls=FerrymanGroup,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog=EXIT_STATUS,
+)
 
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        print(f"ferryman {__version__}")
+        print_line(f"ferryman {__version__}")
         raise typer.Exit
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ferryman import Corpus, SplitStatistics
-from ferryman.cli.common import connect, print_fields, print_table
+from ferryman.cli.common import connect
+from ferryman.cli.output import print_fields, print_line, print_message, print_table
 
 app = typer.Typer(no_args_is_help=True, help="Parallel corpora.")
 
@@ -30,10 +30,9 @@ def upload(
     with connect(context) as client:
         corpus = client.upload_corpus(name, source, target, train=train, validation=validation, request_id=request_id)
     for warning in corpus.warnings:
-        text = f"Warning: {warning.field}: {warning.message} ({warning.code}; the first: {warning.example!r})"
-        print(text, file=sys.stderr)
-    print(corpus.corpus_id)
-    print(f"{corpus.train.pairs:,} training pairs, {corpus.validation.pairs:,} validation pairs")
+        print_message(f"Warning: {warning.field}: {warning.message} ({warning.code}; the first: {warning.example!r})")
+    print_line(corpus.corpus_id)
+    print_line(f"{corpus.train.pairs:,} training pairs, {corpus.validation.pairs:,} validation pairs")
 
 
 @app.command("list")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import tomllib
 import types as python_types
 import typing
@@ -31,10 +32,29 @@ def build_recipe(file: Path | None, preset: str | None, overrides: Sequence[str]
     return recipe
 
 
+def to_toml(recipe: Recipe) -> str:
+    """Return the fields that are set as a TOML file, which `build_recipe` reads back."""
+    tables = dataclasses.asdict(recipe)
+    lines = _assignments({name: value for name, value in tables.items() if not isinstance(value, dict)})
+    for title, table in tables.items():
+        if isinstance(table, dict) and (part := _assignments(table)):
+            lines += ["", f"[{title}]", *part]
+    return "\n".join(lines).strip()
+
+
+def _assignments(table: Mapping[str, object]) -> list[str]:
+    return [f"{name} = {_toml(value)}" for name, value in table.items() if value is not None]
+
+
+def _toml(value: object) -> str:
+    # What JSON writes for text and for true and false is TOML too; not so its infinity.
+    return json.dumps(str(value)) if isinstance(value, str) else repr(value).lower()
+
+
 def _read(file: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(file.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        return tomllib.loads(file.read_text(encoding="utf-8-sig"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise _invalid("recipe", f"{file} is not TOML: {error}") from error
 
 
@@ -59,7 +79,7 @@ def _parse(text: str) -> object:
     """Return the TOML value, or the text itself where it is none: `norm=pre` needs no quotes."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (tomllib.TOMLDecodeError, RecursionError):
         return text
 
 

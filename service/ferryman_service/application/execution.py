@@ -172,7 +172,10 @@ def _conclude(ports: WorkerPorts, run: TrainingRun, error: Exception) -> None:
     """
     if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT):
         raise error
-    if not isinstance(error, RunCancelled | PauseRequested | StopRequested):
+    if isinstance(error, TrainingFailed) and not _quotes_sentences(error):
+        # What is wrong is known, and where in the code it was found tells the caller nothing.
+        _log.error("the attempt failed: %s: %s", error.reason, error.message)
+    elif not isinstance(error, RunCancelled | PauseRequested | StopRequested):
         _log.error("the attempt failed", exc_info=error, extra={MAY_HOLD_TEXT: _quotes_sentences(error)})
     while True:
         try:

@@ -253,6 +253,7 @@ def checkpoint_to_wire(checkpoint: CheckpointInfo) -> training_pb2.Checkpoint:
         bleu=checkpoint.bleu,
         chrf=checkpoint.chrf,
         nll_per_token=checkpoint.nll_per_token,
+        translated_pairs=checkpoint.translated_pairs,
     )
 
 

@@ -91,4 +91,5 @@ def _info(position: Mapping[str, Any], size_bytes: int, create_time_ns: int) -> 
         size_bytes=size_bytes,
         is_best=False,
         **{name: float(scores[name]) for name in _SCORES if name in scores},
+        translated_pairs=int(scores["translated_pairs"]) if "translated_pairs" in scores else None,
     )

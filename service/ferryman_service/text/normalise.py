@@ -20,18 +20,27 @@ _ALLOWED_CONTROLS: Final = frozenset("\t\n\v\f\r\x85")
 _MAX_CHARACTER_BYTES: Final = 4
 # The vowel signs of Tibetan have combining class 0, and decompose into marks that have another.
 _MARKS: Final = frozenset("\u0f73\u0f75\u0f81").union(filter(unicodedata.combining, map(chr, range(0x300, 0x20000))))
+# White space, what Unicode lets a reader ignore (Default_Ignorable_Code_Point: zero-width characters, joiners, fillers,
+# variation selectors), and U+2581, by which SentencePiece stands for a space.
+_INVISIBLE: Final = re.compile(
+    "[ \u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u2581\u3164"
+    "\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufff8\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]*"
+)
 
 
 def normalise(sentence: str) -> str:
     """Return the sentence in Unicode NFC, every run of white space one space, none at the ends, and no byte order mark
     (U+FEFF) at the start.
 
-    White space is what `str.isspace` says: no-break spaces and line breaks of every kind belong to it. The time is
-    quadratic in the longest run of combining marks: `find_marks` must have found none that is too long.
+    White space is what `str.isspace` says: no-break spaces and line breaks of every kind belong to it. A sentence of
+    nothing but white space, zero-width characters and U+2581 is empty. The time is quadratic in the longest run of
+    combining marks: `find_marks` must have found none that is too long.
     """
     assert find_marks(sentence) is None, "a run of marks is refused before it is sorted"
-    normalised = " ".join(unicodedata.normalize("NFC", sentence).split())
-    return _BEFORE_TEXT.sub("", normalised, count=1) if normalised.startswith(_BYTE_ORDER_MARK) else normalised
+    text = " ".join(unicodedata.normalize("NFC", sentence).split())
+    if _INVISIBLE.fullmatch(text):
+        return ""
+    return _BEFORE_TEXT.sub("", text, count=1) if text.startswith(_BYTE_ORDER_MARK) else text
 
 
 def find_marks(text: str) -> int | None:

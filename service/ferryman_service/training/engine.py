@@ -291,12 +291,19 @@ class _Run:
 
     def _share_scores(self, chosen: ModelScores | None) -> ModelScores:
         """Return rank 0's scores on every rank."""
-        numbers = [0.0] * 5
+        numbers = [0.0] * 6
         if chosen is not None:
-            numbers = [chosen.bleu, chosen.chrf, chosen.nll_per_token, float(chosen.weights == "best"), chosen.step]
-        bleu, chrf, nll_per_token, is_best, step = self._ranks.share(numbers)
-        weights = "best" if is_best else "average"
-        return ModelScores(bleu=bleu, chrf=chrf, nll_per_token=nll_per_token, weights=weights, step=int(step))
+            scores = (chosen.bleu, chosen.chrf, chosen.nll_per_token)
+            numbers = [*scores, float(chosen.weights == "best"), chosen.step, chosen.translated_pairs]
+        bleu, chrf, nll_per_token, is_best, step, pairs = self._ranks.share(numbers)
+        return ModelScores(
+            bleu=bleu,
+            chrf=chrf,
+            nll_per_token=nll_per_token,
+            weights="best" if is_best else "average",
+            step=int(step),
+            translated_pairs=int(pairs),
+        )
 
 
 def _with_vocabulary_of(size: int, recipe: Recipe) -> Recipe:

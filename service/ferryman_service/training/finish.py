@@ -39,8 +39,8 @@ class _Candidate:
 
     def __str__(self) -> str:
         scores = self.scores
-        numbers = f"BLEU {scores.bleu:.2f}, chrF {scores.chrf:.2f}, {scores.nll_per_token:.4f} nats per token"
-        return f"{self.name} ({numbers})"
+        quality = f"BLEU {scores.bleu:.2f}, chrF {scores.chrf:.2f} of {scores.translated_pairs:,} pairs"
+        return f"{self.name} ({quality}, {scores.nll_per_token:.4f} nats per token)"
 
 
 def choose_weights(
@@ -89,6 +89,7 @@ def choose_weights(
         nll_per_token=scores.nll_per_token,
         weights=chosen.weights,
         step=chosen.step,
+        translated_pairs=scores.translated_pairs,
     )
 
 

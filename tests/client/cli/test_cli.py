@@ -98,7 +98,7 @@ def test_the_recipe_of_a_run_can_be_trained_again(run, corpus, client, tmp_path)
 
 def test_validate_only_prints_the_recipe(run, corpus, client):
     result = run("train", corpus.corpus_id, "m", "--set", "seed=5", "--validate-only")
-    assert result.stdout.split() == ["valid", "seed", "=", "5"]
+    assert (result.stdout, result.stderr) == ("seed = 5\n", "valid\n")
     assert list(client.list_training_runs()) == []
 
 
@@ -129,12 +129,12 @@ def test_runs_list_show_cancel(run, fake, client, corpus):
     fake.hold_after = 4
     held = client.start_training(corpus.corpus_id, "m").run_id
     lines = run("runs", "list").stdout.splitlines()
-    assert [line.split("\t")[:5] for line in lines] == [
-        [held, "running", "m", "1", "-"],
-        [done, "succeeded", "m", "4", "31.5"],
+    assert [line.split("\t")[:6] for line in lines] == [
+        [held, "running", "m", "1", "-", "-"],
+        [done, "succeeded", "m", "4", "31.5", "2"],
     ]
     assert run("runs", "list", "--state", "running").stdout.splitlines() == lines[:1]
-    assert "31.5" in run("runs", "show", done).stdout
+    assert "best BLEU:     31.5 (2 pairs)\n" in run("runs", "show", done).stdout
     assert run("runs", "cancel", held).stdout == "cancelled\n"
     refused = run("runs", "cancel", done)
     assert (refused.exit_code, refused.stdout) == (2, "")
@@ -149,8 +149,8 @@ def test_runs_pause_resume_checkpoints_delete(run, fake, client, corpus):
     assert run("runs", "list", "--state", "paused").stdout.startswith(held)
     assert run("runs", "resume", held).stdout == "queued\n"
     fake.release(held)
-    step, epoch, bleu, best, size, written = run("runs", "checkpoints", held).stdout.rstrip("\n").split("\t")
-    assert (step, epoch, bleu, best, size) == ("4", "1", "31.5", "best", "12.0 MB")
+    step, epoch, bleu, pairs, best, size, written = run("runs", "checkpoints", held).stdout.rstrip("\n").split("\t")
+    assert (step, epoch, bleu, pairs, best, size) == ("4", "1", "31.5", "2", "best", "12.0 MB")
     assert written.endswith("+00:00")
     refused = run("runs", "pause", held)
     assert (refused.exit_code, refused.stdout) == (2, "")
@@ -176,10 +176,11 @@ def test_fine_tuning(run, fake, client, corpus):
 
 def test_models_list_show(run, fake):
     version = fake.add_model("en-de")
-    assert run("models", "list").stdout.startswith("en-de/1\ten-de\t31.5\t1,000,000\t")
+    assert run("models", "list").stdout.startswith("en-de/1\ten-de\t31.5\t2\t1,000,000\t")
     shown = run("models", "show", "en-de").stdout
     assert version.digest in shown
-    assert "int8:          +0.25 BLEU lost on 1,000 pairs\n" in shown
+    assert "BLEU:          31.5 (2 pairs)\n" in shown
+    assert "int8:          -0.25 BLEU against fp32 (1,000 pairs)\n" in shown
     missing = run("models", "show", "xx")
     assert (missing.exit_code, missing.stderr) == (2, "Error: no model 'xx'\n")
 
@@ -189,8 +190,12 @@ def test_models_list_show(run, fake):
     [
         (None, "-"),
         (Int8Outcome(pairs=0, kept=True), "not measured"),
-        (Int8Outcome(pairs=9, kept=True, fp32_bleu=30.0, int8_bleu=30.1), "-0.10 BLEU lost on 9 pairs"),
-        (Int8Outcome(pairs=9, kept=False, fp32_bleu=30.0, int8_bleu=29.0), "+1.00 BLEU lost on 9 pairs, left out"),
+        (Int8Outcome(pairs=9, kept=True, fp32_bleu=30.0, int8_bleu=30.1), "+0.10 BLEU against fp32 (9 pairs)"),
+        (
+            Int8Outcome(pairs=9, kept=False, fp32_bleu=30.0, int8_bleu=29.0),
+            "-1.00 BLEU against fp32 (9 pairs), left out",
+        ),
+        (Int8Outcome(pairs=9, kept=True, fp32_bleu=30.001, int8_bleu=30.0), "+0.00 BLEU against fp32 (9 pairs)"),
     ],
 )
 def test_models_show_says_what_int8_costs(outcome, shown):
@@ -307,10 +312,30 @@ def test_a_line_that_cannot_be_translated_leaves_its_place_empty(run, fake):
     assert json.loads(result.stdout) == {"source": "bad", "model": "m/1", "error": error}
 
 
-def test_input_that_is_not_utf8_is_named(run, fake):
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        (b"\xff", "is not UTF-8: invalid start byte (byte 1); convert the text, for instance with iconv"),
+        (b"caf\xe9", "is not UTF-8: unexpected end of data (byte 4); convert the text, for instance with iconv"),
+        (b"x" * 2_000_000, "has 2,000,000 bytes, at most 1,048,576 are allowed: split the line"),
+    ],
+)
+def test_a_line_that_is_no_text_spoils_none_of_the_others(run, fake, line, problem):
     fake.add_model("m")
-    result = run("translate", "m", stdin=b"good\n\xff\n")
-    assert (result.exit_code, result.stderr) == (2, "Error: standard input, line 2: not UTF-8 (invalid start byte)\n")
+    result = run("translate", "m", stdin=b"good\n" + line + b"\nlast\n" + line)
+    assert (result.exit_code, result.stdout) == (2, "GOOD\n\nLAST\n\n")
+    assert result.stderr == f"line 2: INVALID_SENTENCE: {problem}\nline 4: INVALID_SENTENCE: {problem}\n"
+    result = run("translate", "m", "--json", "--prefix", "Der", stdin=line)
+    assert json.loads(result.stdout)["error"] == {"reason": "INVALID_SENTENCE", "message": problem}
+
+
+def test_a_byte_order_mark_at_the_start_is_no_text(run, fake, corpus, tmp_path):
+    fake.add_model("m")
+    translated = run("translate", "m", stdin=b"\xef\xbb\xbfRoom 984\r\n\xef\xbb\xbfb\r\n")
+    assert translated.stdout == "ROOM 984\n\ufeffB\n", "only at the start"
+    (tmp_path / "r.toml").write_bytes(b"\xef\xbb\xbfseed = 5\r\n")
+    checked = run("train", corpus.corpus_id, "m", "--recipe", str(tmp_path / "r.toml"), "--validate-only")
+    assert checked.stdout == "seed = 5\n"
 
 
 def test_all_violations_are_printed_without_a_stack_trace(run, corpus):

@@ -31,7 +31,7 @@ def test_a_sentence_is_normalised_split_and_ended(text, subwords):
     assert found.text_ns > 0
 
 
-@pytest.mark.parametrize("empty", ["", " ", "\t\n", "\u00a0"])
+@pytest.mark.parametrize("empty", ["", " ", "\t\n", "\u00a0", "\u2581\u2581", "\u200b \ufeff"])
 def test_an_empty_sentence_has_no_tokens(text, empty):
     assert text.prepare(empty, "", PLAIN).source == ()
 

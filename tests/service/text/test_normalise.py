@@ -27,6 +27,9 @@ from ferryman_service.text.normalise import (
         ("\ufeffEin Hund", "Ein Hund"),
         (" \ufeff \ufeff\u00a0Ein\ufeff Hund", "Ein\ufeff Hund"),  # inside it is a format character
         ("\ufeff", ""),
+        ("\u2581 \u2581", ""),
+        ("\ufeff\u200b \u200d\ufe0f", ""),
+        ("\u2581a\u200bb", "\u2581a\u200bb"),
         ("", ""),
         ("ﬁx ½", "ﬁx ½"),  # NFC, not NFKC: compatibility characters stay
     ],
