@@ -26,6 +26,9 @@ class StuckService:
         if sys.argv[1] == "loop":
             asyncio.get_running_loop().call_later(0.2, time.sleep, 1000)
 
+    async def folder_lost(self):
+        await asyncio.Event().wait()
+
     async def stop(self, hurry):
         await asyncio.get_running_loop().run_in_executor(None, time.sleep, 1000)
 

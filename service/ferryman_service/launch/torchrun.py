@@ -45,8 +45,9 @@ def torchrun_command(processes_per_node: int = 1) -> tuple[str, ...]:
     """Return the command line of a worker program under torchrun, on this machine alone; no restart, since the service
     decides about attempts."""
     # By default the workers look for the agent under the host's name, which need not resolve: in a pod on the host's
-    # network it does not, and no worker begins.
-    agent = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nnodes=1", "--local-addr=localhost")
+    # network it does not, and no worker begins. -P: a module in the service's working folder is not for the agent, nor
+    # for the workers (worker_environment).
+    agent = (sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", "--nnodes=1", "--local-addr=localhost")
     return (*agent, f"--nproc-per-node={processes_per_node}", "--max-restarts=0", "-m", "ferryman_service.worker")
 
 
@@ -152,12 +153,14 @@ class TorchrunLauncher:
 
 def worker_environment(config: LaunchConfig, processes: int, root: Path = Path("/")) -> dict[str, str]:
     """Return the environment of each of so many processes of a worker; `root` holds /proc and the cgroup mounts."""
-    environment = {**os.environ, **config.environment, "PYTHONUNBUFFERED": "1"}
+    environment = {**os.environ, **config.environment, "PYTHONUNBUFFERED": "1", "PYTHONSAFEPATH": "1"}
     if config.threads_per_worker is not None:
         environment["OMP_NUM_THREADS"] = str(config.threads_per_worker)
     # torchrun would choose one thread for several workers.
     environment.setdefault("OMP_NUM_THREADS", str(max(1, usable_cpus(root).value // processes)))
     environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(_STOP_TIMEOUT_S)
+    # All processes are on this machine. Without it gloo looks up the host's name, which need not resolve.
+    environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
     # OpenMP's threads spin while they wait for each other, also for one that has no core because another process is
     # busy. Left alone they spin so long that this makes training 45 times slower; this bound costs nothing on a quiet
     # machine (docs/lab-log.md; make bench-neighbour).
