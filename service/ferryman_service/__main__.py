@@ -15,6 +15,7 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -36,11 +37,26 @@ _HURRY_S: Final = 3.0
 """What it may take from the second signal on."""
 _HEALTH_TIMEOUT_S: Final = 5.0
 _LOGGING_COMMANDS: Final = ("serve", "import-model")
+_PACKAGES: Final = (
+    "alembic",
+    "grpc_health",
+    "grpc_reflection",
+    "numpy",
+    "prometheus_client",
+    "sentencepiece",
+    "sentencex",
+    "sqlalchemy",
+)
+"""What the extra `server` brings; `config` does without."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; exit status 0 is success, 1 a failure, 2 a wrong command line or configuration."""
     arguments = _parser().parse_args(argv)
+    if arguments.command != "config" and (missing := [name for name in _PACKAGES if find_spec(name) is None]):
+        text = f"ferryman-service: not installed: {', '.join(missing)}; run: pip install 'ferryman[server]'"
+        print(text, file=sys.stderr)  # noqa: T201
+        return 1
     try:
         settings = load(arguments, os.environ)
     except ConfigMistakes as error:

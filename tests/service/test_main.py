@@ -152,6 +152,14 @@ def test_the_log_tells_of_start_and_end_and_of_a_changed_database(tmp_path):
     assert "told to stop" in [line["message"] for line in told[1]]
 
 
+@pytest.mark.parametrize("arguments", [["serve"], ["health"], ["import-model", "bundle", "en-de"]])
+def test_without_the_extra_server_its_name_is_told(monkeypatch, capsys, arguments):
+    monkeypatch.setitem(sys.modules, "sqlalchemy", None)  # what an import finds where the package is not installed
+    assert main(arguments) == 1
+    told = capsys.readouterr()
+    assert told.err == "ferryman-service: not installed: sqlalchemy; run: pip install 'ferryman[server]'\n"
+
+
 def test_the_version(capsys):
     with pytest.raises(SystemExit) as ended:
         main(["--version"])

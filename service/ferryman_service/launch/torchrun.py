@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
@@ -37,6 +38,8 @@ _ALLOCATOR: Final = {
     "MALLOC_TOP_PAD_": str(2**26),
 }
 SPIN_COUNT: Final = "100"
+TEMPORARY_FOLDER: Final = "tmp"
+"""In the data folder; made only where nothing else takes temporary files."""
 _STOP_TIMEOUT_S: Final = 45
 """How long torchrun's agent waits for workers that were told to end; they take at most 30 s."""
 
@@ -82,13 +85,17 @@ class TorchrunLauncher:
         """Start a worker of so many processes; raises OSError if the program cannot be started at all."""
         log_path = self._log_path(run_id, attempt)
         log_path.parent.mkdir(parents=True, exist_ok=True)
+        environment = worker_environment(self._config, processes)
+        own_folder = self._config.data_dir.resolve() / TEMPORARY_FOLDER
+        if environment.get("TMPDIR") == str(own_folder):
+            own_folder.mkdir(exist_ok=True)
         with log_path.open("ab") as log:
             agent = subprocess.Popen(  # noqa: S603
                 [*self._config.command(processes), *self._task(run_id, attempt)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=worker_environment(self._config, processes),
+                env=environment,
                 close_fds=True,
                 start_new_session=True,
             )
@@ -158,6 +165,9 @@ def worker_environment(config: LaunchConfig, processes: int, root: Path = Path("
         environment["OMP_NUM_THREADS"] = str(config.threads_per_worker)
     # torchrun would choose one thread for several workers.
     environment.setdefault("OMP_NUM_THREADS", str(max(1, usable_cpus(root).value // processes)))
+    if not _has_temporary_folder():
+        # torchrun makes one for the workers' errors, and ends if it cannot.
+        environment["TMPDIR"] = str(config.data_dir.resolve() / TEMPORARY_FOLDER)
     environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(_STOP_TIMEOUT_S)
     # All processes are on this machine. Without it gloo looks up the host's name, which need not resolve.
     environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
@@ -169,6 +179,15 @@ def worker_environment(config: LaunchConfig, processes: int, root: Path = Path("
     for name, value in _ALLOCATOR.items():
         environment.setdefault(name, value)
     return environment
+
+
+def _has_temporary_folder() -> bool:
+    """Tell whether Python finds a folder for temporary files that can be written."""
+    try:
+        with tempfile.TemporaryFile():
+            return True
+    except OSError:
+        return False
 
 
 def read_log_tail(path: Path) -> str:
