@@ -117,6 +117,12 @@ def test_a_data_folder_that_cannot_be_made_is_told_with_the_option(tmp_path):
     assert "--data-dir" in text
 
 
+def test_a_data_folder_whose_path_is_not_utf8_is_refused(tmp_path):
+    text = failure_of(*serve(f"{tmp_path}/caf\udce9"))[-1]
+    assert text.startswith("ferryman-service: the data folder ")
+    assert r"caf\udce9' cannot be used: its path is not UTF-8; rename the folder" in text
+
+
 def test_the_folder_of_a_bundle_that_is_not_there_is_named(tmp_path):
     bundle = tmp_path / "nope"
     [text] = failure_of(*command("import-model", bundle, "en-de", "--data-dir", tmp_path / "data"))

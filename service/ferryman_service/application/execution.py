@@ -319,8 +319,8 @@ def _report_fp16(
             texts = translate_held_out(fp16, [source for source, _ in pairs], reporter.check)
     except NothingTranslated:
         text = (
-            "the graphs for GPUs give no translation: numbers of the model are too large for 16 bits. Do not serve it on "
-            "a GPU, or train it again with a lower learning rate"
+            "the graphs for GPUs give no translation: numbers of the model are too large for 16 bits. Do not serve it "
+            "on a GPU, or train it again with a lower learning rate"
         )
         reporter.event(EventLevel.WARNING, "FP16_LOSES", text)
         return
