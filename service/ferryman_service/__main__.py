@@ -196,10 +196,11 @@ async def _serve_until_signal(config: ServiceConfig) -> int:
         _say(config, f"metrics on http://{config.metrics_host}:{service.metrics_port}/metrics")
     why = await _reason_to_stop(signals, service)
     ended = await service.stop(signals.hurry)
+    if ended:
+        _log.info("stopped")
     status = _fail(config, why) if why else 0
     if not ended:
         _end_process(status)
-    _log.info("stopped")
     return status
 
 

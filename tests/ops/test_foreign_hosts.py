@@ -1,4 +1,4 @@
-"""No program of Ferryman's looks a name up or calls another machine by itself, while it trains, exports and translates."""
+"""Training, exporting and translating look no name up and call no other machine."""
 
 import re
 import subprocess

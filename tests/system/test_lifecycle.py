@@ -184,7 +184,7 @@ def test_health_follows_the_data_folder_on_both_ports(start_with_model, data_dir
 UNREADABLE_RUN = """
 INSERT INTO runs (run_id, state, corpus_id, model_name, recipe, create_time_ns, attempt, last_sequence,
   cancel_requested, progress)
-VALUES ('run_00000000000000000000ab', 'QUEUED', 'corpus', 'model', '{}', 1, 0, 0, 0, '{}')
+VALUES ('run_00000000000000000000ab', 'queued', 'corpus', 'model', '{}', 1, 0, 0, 0, '{}')
 """
 FOREIGN_FILES = (
     ".DS_Store",

@@ -50,16 +50,9 @@ def torchrun_command(processes_per_node: int = 1) -> tuple[str, ...]:
     # By default the workers look for the agent under the host's name, which need not resolve: in a pod on the host's
     # network it does not, and no worker begins. -P: a module in the service's working folder is not for the agent, nor
     # for the workers (worker_environment).
-    agent = (
-        sys.executable,
-        "-P",
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nnodes=1",
-        "--local-addr=localhost",
-    )
-    return (*agent, f"--nproc-per-node={processes_per_node}", "--max-restarts=0", "-m", "ferryman_service.worker")
+    agent = (sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", "--local-addr=localhost")
+    size = ("--nnodes=1", f"--nproc-per-node={processes_per_node}")
+    return (*agent, *size, "--max-restarts=0", "-m", "ferryman_service.worker")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,8 +15,8 @@ ATTEMPTS: Final = counter(
 )
 FAILURES: Final = counter(
     "ferryman_supervisor_failures_total",
-    "Looks of the supervisor at the runs that ended with an unexpected error. Training is not ready until one succeeds; "
-    "the log says what is wrong.",
+    "Looks of the supervisor at the runs that ended with an unexpected error. Training is not ready until one "
+    "succeeds; the log says what is wrong.",
 )
 METRICS: Final = (ATTEMPTS, FAILURES)
 

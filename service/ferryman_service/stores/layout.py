@@ -54,7 +54,7 @@ class DataFolder:
         except UnicodeEncodeError as error:
             # The libraries that read models and corpora take paths as UTF-8 text.
             raise OSError(
-                f"the data folder {ascii(path)} cannot be used: its path is not UTF-8; rename the folder, or give "
+                f"the data folder {path!a} cannot be used: its path is not UTF-8; rename the folder, or give "
                 "--data-dir another one"
             ) from error
 

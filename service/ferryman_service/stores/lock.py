@@ -43,7 +43,7 @@ class FolderLock:
         return locked is not None and found is not None and os.path.samestat(locked, found)
 
     def is_lost(self) -> bool:
-        """Tell whether the locked file was deleted, or another one is in its place. A folder that is away may return."""
+        """Tell whether the locked file was deleted or another one is in its place. One that is away may return."""
         locked, found = self._locked(), self._found()
         if locked is None:
             return False
