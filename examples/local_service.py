@@ -60,7 +60,7 @@ def local_service(
 
 
 def _start(data_dir: Path, log_path: Path, arguments: Sequence[str]) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "ferryman_service", "serve", "--host", "127.0.0.1", "--port", "0"]
+    command = [sys.executable, "-P", "-m", "ferryman_service", "serve", "--host", "127.0.0.1", "--port", "0"]
     command += ["--probe-port", "0", "--data-dir", str(data_dir), *arguments]
     with log_path.open("wb") as log:
         # In a session of its own, so that Ctrl-C reaches only the caller, who then stops the service in order.

@@ -152,6 +152,14 @@ def test_health_has_a_status_per_service(road):
             assert status == health_pb2.HealthCheckResponse.SERVING
 
 
+def test_road_leaves_home_and_working_folder_alone(road, home, working_folder):
+    """ONNX Runtime's telemetry keeps a device id in the home folder as soon as it is imported."""
+    _, stubs, _, _ = road
+    stubs.translation.Translate(translation_pb2.TranslateRequest(model="reversal", sentences=["ba ce"]))
+    assert list(home.rglob("*")) == []
+    assert sorted(path.suffix for path in working_folder.iterdir()) == [".py"] * 5
+
+
 def test_a_client_that_knows_only_reflection_can_translate(road):
     """Everything about the contract comes over the wire; no generated module of ours is used."""
     service, _, _, _ = road

@@ -30,6 +30,7 @@ from ferryman_service.application.verification import (
     FP16_PAIRS,
     MAX_FP16_LOSS,
     MAX_INT8_LOSS,
+    NothingTranslated,
     check_export,
     translate_held_out,
 )
@@ -334,6 +335,13 @@ def _report_fp16(
     try:
         with contextlib.closing(ports.loader.load(staged, ComputeType.FP16)) as fp16:
             texts = translate_held_out(fp16, [source for source, _ in pairs], reporter.check)
+    except NothingTranslated:
+        text = (
+            "the graphs for GPUs give no translation: numbers of the model are too large for 16 bits. Do not serve it "
+            "on a GPU, or train it again with a lower learning rate"
+        )
+        reporter.event(EventLevel.WARNING, "FP16_LOSES", text)
+        return
     except Exception as error:  # noqa: BLE001 (it is a report, and what ends the work goes its way)
         reporter.check()
         _log.warning("fp16 was not measured", exc_info=error, extra={MAY_HOLD_TEXT: True})
@@ -358,8 +366,14 @@ def _judge_int8(
 ) -> None:
     """Measure what int8 costs, and leave it out of the bundle if that is too much."""
     sources, references = [source for source, _ in trained.held_out], [reference for _, reference in trained.held_out]
-    with contextlib.closing(ports.loader.load(staged, ComputeType.INT8)) as int8:
-        texts = translate_held_out(int8, sources, reporter.check)
+    try:
+        with contextlib.closing(ports.loader.load(staged, ComputeType.INT8)) as int8:
+            texts = translate_held_out(int8, sources, reporter.check)
+    except NothingTranslated:
+        ports.exporter.settle_int8(staged, Int8Scores(pairs=0), keep=False)
+        text = "the int8 graphs give no translation, so the model has no int8"
+        reporter.event(EventLevel.WARNING, "INT8_LEFT_OUT", text)
+        return
     fp32_bleu, int8_bleu = bleu(exact, references), bleu(texts, references)
     keep = fp32_bleu - int8_bleu <= MAX_INT8_LOSS
     scores = Int8Scores(pairs=len(references), fp32_bleu=fp32_bleu, int8_bleu=int8_bleu)

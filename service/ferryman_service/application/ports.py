@@ -525,6 +525,22 @@ class LaunchObserver(Protocol):
         """Take note of a worker whose program could not be started."""
         ...
 
+    def failed_to_supervise(self) -> None:
+        """Take note of a look at the runs that ended with an unexpected error."""
+        ...
+
+
+class FolderOwnership(Protocol):
+    """Tells whether this process is the one that may change the runs of the data folder. Raises nothing."""
+
+    def is_held(self) -> bool:
+        """Return False while the path does not lead to the folder that this process owns."""
+        ...
+
+    def is_lost(self) -> bool:
+        """Return True once another folder has taken its place."""
+        ...
+
 
 class StoreProbe(Protocol):
     """Looks whether the store can be used."""

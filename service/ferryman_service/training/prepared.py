@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 import time
@@ -35,6 +36,9 @@ _SUBWORDS: Final = "subwords.model"
 _PAIRS: Final = "pairs"
 _KEPT: Final = 16
 _UNUSED_FOR_S: Final = 7 * 24 * 3600.0
+_KEY_DIGITS: Final = 40
+_OWN_NAME: Final = re.compile(rf"[0-9a-f]{{{_KEY_DIGITS}}}|\.[0-9a-f]{{{_KEY_DIGITS}}}-[0-9a-f]{{8}}")
+"""Entries, and those in the making; what else is there is somebody else's."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +124,7 @@ def _key(job: TrainingJob) -> str:
     given = "" if job.initial is None else hashlib.sha256(job.initial.subwords.read_bytes()).hexdigest()
     corpus = job.corpus_digest or job.run_id
     text = json.dumps([_FORMAT, corpus, data, given], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:40]
+    return hashlib.sha256(text.encode()).hexdigest()[:_KEY_DIGITS]
 
 
 _NOT_PREPARED: Final = ("sampling_alpha", "bpe_dropout")
@@ -158,7 +162,7 @@ def _make(folder: Path, job: TrainingJob, reporter: Reporter, *, threads: int) -
 def _prune(parent: Path) -> None:
     """Remove the entries that nobody has used for a week, all but the last ones, and what workers that died a week ago
     have left. A run that comes back to one makes the same again."""
-    ages_s = {path: _unused_for_s(path) for path in parent.iterdir()}
+    ages_s = {path: _unused_for_s(path) for path in parent.iterdir() if _OWN_NAME.fullmatch(path.name)}
     entries = sorted((path for path in ages_s if not path.name.startswith(".")), key=ages_s.__getitem__)
     for path in ages_s.keys() - set(entries[:_KEPT]):
         if ages_s[path] > _UNUSED_FOR_S:

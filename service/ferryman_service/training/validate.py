@@ -135,7 +135,8 @@ class Validator:
         limits = self._max_lengths(source.lengths_P[index_B]).tolist()
         searches = [SentenceSearch(options=_GREEDY, max_length=limit) for limit in limits]
         found = search(decoder, [source.sentence(index) for index in index_B], searches, self._check)
-        return [self._subwords.decode(hypotheses[0].tokens) for hypotheses in found]
+        # Weights that are not finite give no hypothesis: no probability can be compared.
+        return [self._subwords.decode(hypotheses[0].tokens) if hypotheses else "" for hypotheses in found]
 
     def _as_it_fits(self, work: Callable[[Index], _Found], index_B: Index) -> Iterator[tuple[Index, _Found]]:
         """Yield the pairs with what `work` returns for them: all at once, or in parts where memory is short."""

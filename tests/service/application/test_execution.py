@@ -554,6 +554,30 @@ def test_fp16_that_cannot_be_tried_fails_no_run(house, new_run, failure):
     assert fp16.closed or failure == "load"
 
 
+class Mute(Echo):
+    """A model whose numbers are not finite: it has no hypothesis."""
+
+    def translate(self, sentences, options, token):
+        translations, timings = super().translate(sentences, options, token)
+        return [dataclasses.replace(translation, hypotheses=[]) for translation in translations], timings
+
+
+def test_graphs_that_give_no_translation_are_named_or_left_out(house, new_run):
+    succeeded, run = house.work(new_run, exported=Echo(text="30"), int8=Mute(), fp16=Mute(), held_out=PAIRS)
+    assert succeeded
+    events = {payload.code: payload for payload in house.payloads(run.run_id) if isinstance(payload, RunEvent)}
+    assert "too large for 16 bits" in events["FP16_LOSES"].message
+    assert events["INT8_LEFT_OUT"].level is EventLevel.WARNING
+    assert not manifest_of_the_only_model(house).has_int8
+
+
+def test_a_model_that_gives_no_translation_fails_the_run(house, new_run):
+    succeeded, run = house.work(new_run, exported=Mute(), int8=Mute(), held_out=PAIRS)
+    assert not succeeded
+    assert run.failure.reason is FailureReason.NON_FINITE_LOSS
+    assert "Lower the learning rate" in run.failure.message
+
+
 def test_a_score_that_is_no_number_is_too_low(house, new_run):
     succeeded, _ = house.work(new_run, exported=Echo(text="30"), int8=Echo(text="nan"), held_out=PAIRS)
     assert succeeded
