@@ -11,7 +11,7 @@ from typer.core import TyperGroup
 from ferryman import Client, errors
 from ferryman._rpc_errors import unreachable_text
 from ferryman.cli import output
-from ferryman.cli.ending import CALLERS_MISTAKE, FAILED
+from ferryman.cli.ending import CALLERS_MISTAKE, FAILED, was_interrupted
 from ferryman.cli.options import option_of
 
 CALLERS_MISTAKES: Final = (
@@ -59,6 +59,8 @@ class FerrymanGroup(TyperGroup):
             output.discard()
             raise typer.Exit(0) from None
         except (errors.FerrymanError, OSError, UnicodeError) as error:
+            if was_interrupted():
+                raise KeyboardInterrupt from None
             output.print_message(f"Error: {_message(error)}")
             raise typer.Exit(CALLERS_MISTAKE if isinstance(error, CALLERS_MISTAKES) else FAILED) from None
 

@@ -6,6 +6,7 @@ import _thread
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from types import FrameType
@@ -38,8 +39,11 @@ def run_process(command: Callable[[], object]) -> None:
         status: str | int | None = 0
     except SystemExit as end:
         status = end.code
-    except KeyboardInterrupt:
-        status = INTERRUPTED
+    except BaseException:  # Ctrl-C may end a call in the middle, which then fails in another way
+        if not was_interrupted():
+            raise
+        status = 0
+    status = INTERRUPTED if was_interrupted() else status
     try:
         output.flush()
     except OSError:
@@ -58,8 +62,17 @@ def _fill_standard_descriptors() -> None:
             os.open(os.devnull, os.O_RDWR)
 
 
+_interrupted = threading.Event()
+
+
+def was_interrupted() -> bool:
+    """Tell whether the process has had Ctrl-C: what fails from then on fails because of it."""
+    return _interrupted.is_set()
+
+
 def _interrupt(number: int, frame: FrameType | None) -> None:
     """Unwind what the command has begun, within a time; a second Ctrl-C does not wait for it."""
+    _interrupted.set()
     signal.signal(signal.SIGINT, lambda *_: _end())
     _thread.start_new_thread(_end_later, ())
     raise KeyboardInterrupt
