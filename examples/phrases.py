@@ -627,9 +627,9 @@ def write(corpus: PhraseCorpus, folder: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the corpus to files."""
-    parser = argparse.ArgumentParser(prog="python -m examples.phrases", description="Write the built-in corpus to files.")
+    parser = argparse.ArgumentParser(prog="python -m examples.phrases", description="Write the corpus to files.")
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="where train.en, train.de and so on are written")
-    parser.add_argument("--small", action="store_true", help="write 2,200 pairs about birthdays, which train in a minute")
+    parser.add_argument("--small", action="store_true", help="write 2,200 pairs about birthdays, which train fast")
     arguments = parser.parse_args(argv)
     corpus = small_corpus() if arguments.small else generate(seed=1)
     write(corpus, arguments.folder)

@@ -1,7 +1,7 @@
 """The fenced blocks of a document, and the marks that say who runs them.
 
-A block of a program that has no mark is run by tests/docs/test_documents.py. An HTML comment on the line before a block,
-or below a heading for all blocks of that section, says otherwise:
+A program without a mark is run by tests/docs/test_documents.py. An HTML comment on the line before a block, or below a
+heading for all blocks of that section, says otherwise:
 
     <!-- run by: ops -->             a test of `make ops` runs it, with the tools that it needs (or `full`: `make full`)
     <!-- rendered by: ops -->        a test of `make ops` renders what it would send to a cluster, and validates that
@@ -43,8 +43,7 @@ class Mark:
 
 @dataclass(frozen=True, kw_only=True)
 class Block:
-    """A fenced block. `line` is that of its first line of text, from 1; `promised` the output that follows a program, or
-    None."""
+    """A fenced block. `line` is that of its first line of text, from 1; `promised` the output below a program, or None."""
 
     document: str
     line: int

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from examples.local_service import reserved_port
@@ -41,7 +41,7 @@ for request in sys.stdin:
 
 
 class BrokenDocument(AssertionError):
-    """A program of a document fails, or does not print what the document promises. The message begins with file:line."""
+    """A program fails, or does not print what its document promises. The message begins with file:line."""
 
 
 class DocumentedService:
@@ -132,8 +132,9 @@ class _Program:
         watch.start()
         answer = ""
         try:
-            self._child.stdin.write(request)
-            self._child.stdin.flush()
+            with suppress(BrokenPipeError):  # it has ended, so that there is nothing to read
+                self._child.stdin.write(request)
+                self._child.stdin.flush()
             for line in self._child.stdout:
                 answer += line
                 if answer_ends.search(line):
@@ -157,7 +158,8 @@ class Shell(_Program):
     def run(self, script: str, *, strict: bool = False) -> tuple[str, int]:
         """Return what the script prints and its exit status; `strict` ends it at the first command that fails."""
         self._script.write_text(f"set -e\n{script}\nset +e\n" if strict else script)
-        answer = self.ask(f"source {shlex.quote(str(self._script))} </dev/null; printf '\\n<<status %d>>\\n' $?\n", _STATUS)
+        script_path = shlex.quote(str(self._script))
+        answer = self.ask(f"source {script_path} </dev/null; printf '\\n<<status %d>>\\n' $?\n", _STATUS)
         found = _STATUS.search(answer)
         return answer[: found.start()] if found else answer, int(found[1]) if found else 1
 
@@ -172,8 +174,11 @@ class Python(_Program):
         """Return what the block prints, and its traceback or nothing."""
         text = "\n" * (block.line - 1) + text  # tracebacks name the lines of the document
         request = json.dumps({"text": text, "document": str(ROOT / block.document)})
-        answer = json.loads(self.ask(f"{request}\n", re.compile(r"^\{")) or '{"output": "", "error": "it has ended"}')
-        return answer["output"], answer["error"]
+        answer = self.ask(f"{request}\n", re.compile(r"^\{"))
+        if not answer.splitlines() or not answer.splitlines()[-1].startswith("{"):
+            return "", f"the interpreter has ended: {answer}\n"
+        reply = json.loads(answer.splitlines()[-1])  # libraries in C may have written before it
+        return reply["output"], reply["error"]
 
 
 class Session:
@@ -233,8 +238,14 @@ class Session:
 
 
 def run_document(document: str, service: DocumentedService) -> None:
-    """Run the programs of a document that have no mark. Raises BrokenDocument at the first that fails."""
+    """Run the programs of a document that have no mark. Raises BrokenDocument, which names all that fail."""
+    broken = []
     with Session(service) as session:
         for block in blocks_of(document):
             if block.language in PROGRAMS and block.mark is None:
-                session.run(block)
+                try:
+                    session.run(block)
+                except BrokenDocument as error:
+                    broken.append(str(error))
+    if broken:
+        raise BrokenDocument("\n\n".join(broken))
