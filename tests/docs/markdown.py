@@ -43,7 +43,7 @@ class Mark:
 
 @dataclass(frozen=True, kw_only=True)
 class Block:
-    """A fenced block. `line` is that of its first line of text, from 1; `promised` the output below a program, or None."""
+    """A fenced block. `line` is its first line of text, from 1; `promised` the output below a program, or None."""
 
     document: str
     line: int
