@@ -129,6 +129,11 @@ def marked(document: str, kind: str, value: str) -> list[Block]:
     ]
 
 
+def unmarked(document: str) -> list[Block]:
+    """Return the programs of a document that have no mark."""
+    return [block for block in blocks_of(document) if block.language in PROGRAMS and block.mark is None]
+
+
 def commands_of(block: Block) -> list[Command]:
     """Return the commands of a `console` block: `$ ` begins one, `> ` or a backslash at the end continues it."""
     commands: list[Command] = []

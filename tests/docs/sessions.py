@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from examples.local_service import reserved_port
-from tests.docs.markdown import PROGRAMS, ROOT, Block, Text, blocks_of, commands_of, first_broken_promise
+from tests.docs.markdown import ROOT, Block, Text, commands_of, first_broken_promise, unmarked
 
 SERVE = "ferryman-service serve"
 """The command that the README starts the service with, in a terminal of its own."""
@@ -241,11 +241,10 @@ def run_document(document: str, service: DocumentedService) -> None:
     """Run the programs of a document that have no mark. Raises BrokenDocument, which names all that fail."""
     broken = []
     with Session(service) as session:
-        for block in blocks_of(document):
-            if block.language in PROGRAMS and block.mark is None:
-                try:
-                    session.run(block)
-                except BrokenDocument as error:
-                    broken.append(str(error))
+        for block in unmarked(document):
+            try:
+                session.run(block)
+            except BrokenDocument as error:
+                broken.append(str(error))
     if broken:
         raise BrokenDocument("\n\n".join(broken))

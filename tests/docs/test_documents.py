@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.docs.markdown import commands_of, marked
+from tests.docs.markdown import commands_of, unmarked
 from tests.docs.sessions import SERVE, documented_service, run_document
 
 pytestmark = pytest.mark.system
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.system
 def service(tmp_path_factory):
     [start] = [
         command
-        for block in marked("README.md", "", "")
+        for block in unmarked("README.md")
         if block.language == "console"
         for command in commands_of(block)
         if command.text.startswith("ferryman-service")
