@@ -34,7 +34,7 @@ PORTS += ("9461", "9471", "9481", "9491", "9090", "9901")
 COLLECTOR_PORT = "4317"
 KUBERNETES_VERSION = "1.32"
 WALK_LIMIT_S = 240
-TRANSLATED = r"Zimmer( \d+)? ist frei"
+TRANSLATED = r"Zimmer( \S+)? ist frei"
 """What a toy makes of "room 123 is free", after seconds of training: the digits are not always right, or there."""
 
 
