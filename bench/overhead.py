@@ -27,7 +27,7 @@ import torch
 from bench.result import Result, publish, watched_machine
 from ferryman_service.application.reporting import ReporterConfig, SilentReporter, StoreReporter
 from ferryman_service.domain.ids import RUN_PREFIX, new_id
-from ferryman_service.domain.recipe import Recipe, resolve_recipe
+from ferryman_service.domain.recipe import Recipe, SelectionMetric, resolve_recipe
 from ferryman_service.domain.records import EventLevel, RunState, StepMetrics, ValidationMetrics
 from ferryman_service.domain.runs import TrainingRun
 from ferryman_service.domain.schedule import DecayPlan
@@ -216,6 +216,8 @@ class _NoValidator:
     """Stands for a Validator where nobody looks at the scores."""
 
     was_split = False
+    metric = SelectionMetric.BLEU
+    bleu_signature = ""
 
     def score(self, model: Transformer) -> ValidationScores:
         return ValidationScores(loss=0.0, nll_per_token=0.0, bleu=0.0, chrf=0.0, translated_pairs=0)

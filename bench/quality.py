@@ -89,7 +89,7 @@ QUICK_RECIPE: Final = Recipe(
     optimization=OptimizationRecipe(batch_target_tokens=768),
     validation=ValidationRecipe(interval_steps=150, max_translated_pairs=200, averaging="none"),
 )
-# Provisional: `python -m bench.quality --choose-peak` decides, on a quiet machine.
+# Chosen on the validation set: `python -m bench.quality --choose-peak --norm pre --seconds 200` (docs/quality.md).
 PLAIN_RECIPE: Final = PlainRecipe(peak_learning_rate=0.002, norm_first=True)
 CHOICES: Final = tuple(
     PlainRecipe(peak_learning_rate=peak, norm_first=norm_first)
@@ -101,7 +101,8 @@ CHOICE_S: Final = 60.0
 TEST_NAMES: Final = ("test_2016_flickr", "test")
 TARGET_TASK: Final = ("test_2016_flickr", "en", "de")
 TARGET_ADVANTAGE_BLEU: Final = 1.0
-TARGET_TIME_RATIO: Final = 1.5
+# Not more: the rates of both end with the time, and so does most of the gain.
+TARGET_TIME_RATIO: Final = 1.0
 PEER_NAME: Final = "a loop around torch.nn.Transformer, as long, in turns in the same run"
 _START_PAIRS: Final = 100
 
@@ -402,6 +403,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, help=f"minutes of training for each (default: {FULL_MINUTES:g})")
     parser.add_argument("--quick", action="store_true", help=f"{QUICK_MINUTES:g} minutes each, with a smaller recipe")
     parser.add_argument("--choose-peak", action="store_true", help="only try peaks of the plain loop's learning rate")
+    parser.add_argument("--norm", choices=("pre", "post"), help="try only this place of the norms (default: both)")
     parser.add_argument("--seconds", type=float, default=CHOICE_S, help="of each such try (default: %(default)g)")
     arguments = parser.parse_args(argv)
     if arguments.quick and arguments.preset:
@@ -418,7 +420,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         corpus = find_corpus(arguments.data, arguments.source, arguments.target)
         plan = plan_of(arguments, corpus)
         if arguments.choose_peak:
-            choose_peak(corpus, plan, arguments.seconds, CHOICE_OUTPUT)
+            choices = [plain for plain in CHOICES if arguments.norm in (None, "pre" if plain.norm_first else "post")]
+            choose_peak(corpus, plan, arguments.seconds, CHOICE_OUTPUT, choices)
             return 0
         with watched_machine():
             return publish(measure(corpus, plan))

@@ -60,7 +60,7 @@ def local_service(
 
 
 def _start(data_dir: Path, log_path: Path, arguments: Sequence[str]) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "ferryman_service", "serve", "--host", "127.0.0.1", "--port", "0"]
+    command = [sys.executable, "-P", "-m", "ferryman_service", "serve", "--host", "127.0.0.1", "--port", "0"]
     command += ["--probe-port", "0", "--data-dir", str(data_dir), *arguments]
     with log_path.open("wb") as log:
         # In a session of its own, so that Ctrl-C reaches only the caller, who then stops the service in order.
@@ -81,7 +81,7 @@ def _wait_for_address(process: subprocess.Popen[bytes], log_path: Path) -> str:
 def _wait_until_serving(address: str) -> None:
     """Ask grpc.health.v1 until it says SERVING."""
     deadline_s = time.monotonic() + START_TIMEOUT_S
-    with grpc.insecure_channel(address) as channel:
+    with grpc.insecure_channel(address, (("grpc.enable_http_proxy", 0),)) as channel:  # a proxy would not find it
         check = health_pb2_grpc.HealthStub(channel).Check
         while time.monotonic() < deadline_s:
             response = check(health_pb2.HealthCheckRequest(), timeout=START_TIMEOUT_S, wait_for_ready=True)

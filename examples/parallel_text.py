@@ -1,4 +1,5 @@
-"""Parallel text in files: `prefix.en` and `prefix.de`, or the same with .gz, UTF-8, one sentence a line."""
+"""Parallel text in files: `prefix.en` and `prefix.de`, or the same with .gz, UTF-8, one sentence a line. A byte-order
+mark at the start of a file is no text."""
 
 from __future__ import annotations
 
@@ -54,7 +55,7 @@ def _read(path: Path) -> Sequence[str]:
     data = path.read_bytes()
     try:
         # str.splitlines would also split at characters that are no line breaks here, such as U+2028.
-        lines = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8").split("\n")
+        lines = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise TextMissing(f"{path} is not UTF-8: {error}") from error
     if lines[-1] == "":

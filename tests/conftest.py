@@ -5,6 +5,8 @@ import sys
 
 import pytest
 
+import ferryman_service  # noqa: F401 (it turns ONNX Runtime's telemetry off, before a test imports that)
+
 # Threads cost the tests' tiny tensors more than they bring, and beside another busy process the threads of a parallel
 # loop wait, spinning, for the one that has no core. OpenMP reads this once, when torch is imported; programs that a
 # test starts inherit it.

@@ -31,4 +31,8 @@ if hint=$("$bin/ferryman" --help 2>&1); then
   echo "the command line runs without its libraries" >&2 && exit 1
 fi
 [[ $hint == *"ferryman[cli]"* ]] || { echo "no hint at ferryman[cli], but: $hint" >&2 && exit 1; }
+if hint=$("$bin/ferryman-service" serve 2>&1); then
+  echo "the service runs without its libraries" >&2 && exit 1
+fi
+[[ $hint == *"ferryman[server]"* && $hint != *Traceback* ]] || { echo "no hint at ferryman[server], but: $hint" >&2 && exit 1; }
 echo "wheel smoke: passed"

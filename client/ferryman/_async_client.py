@@ -12,8 +12,8 @@ from typing import Any, Literal, Self, TypeAlias, TypeVar, Unpack, overload
 import grpc
 from google.protobuf.message import Message
 
-from ferryman import _convert, types
-from ferryman._channel import ChannelOptions, channel_options, checked_timeout_s
+from ferryman import _checks, _convert, types
+from ferryman._channel import ChannelOptions, channel_options
 from ferryman._convert import Call, Pages, encode
 from ferryman._download import ModelFolder
 from ferryman._rpc_errors import ACCEPTED_KEY, error_from_rpc
@@ -44,8 +44,11 @@ class AsyncClient:
         options: ChannelOptions = (),
     ) -> None:
         """See `ferryman.Client`."""
-        self._timeout_s = checked_timeout_s(timeout_s)
-        all_options = channel_options(options)
+        _checks.check_connection(target, credentials, timeout_s, options)
+        self._target = target
+        self._timeout_s = float(timeout_s)
+        self._is_closed = False
+        all_options = channel_options(options, target)
         self._channel = (
             grpc.aio.insecure_channel(target, all_options)
             if credentials is None
@@ -62,6 +65,7 @@ class AsyncClient:
 
     async def close(self) -> None:
         """Close the connection; calls in flight are cancelled."""
+        self._is_closed = True
         await self._channel.close()
 
     # --- Training -----------------------------------------------------------------------------------------------------
@@ -175,6 +179,7 @@ class AsyncClient:
         reconnect_timeout_s: float = 60.0,
     ) -> types.TrainingRun:
         """See `Client.wait`; `on_record` is an ordinary function and must not block."""
+        _checks.check_callback(on_record)
         stream = self.stream_metrics(run_id, reconnect_timeout_s=reconnect_timeout_s)
         async with contextlib.aclosing(stream) as records:
             async for record in records:
@@ -208,7 +213,9 @@ class AsyncClient:
         request_id: str | None = None,
     ) -> types.Corpus:
         """See `Client.upload_corpus`; files and iterables are read in a thread, the loop is not blocked."""
-        call = _convert.upload_corpus(display_name, source_language, target_language, request_id)
+        call = _convert.upload_corpus(
+            display_name, source_language, target_language, request_id, train=train, validation=validation
+        )
         failures: list[Exception] = []
         requests = _convert.upload_requests(call, read_pieces(train, validation), failures)
         return await self._upload(call, requests, failures)
@@ -295,6 +302,7 @@ class AsyncClient:
 
         Who stops early closes it: `contextlib.aclosing`.
         """
+        _checks.check_sentences(sentences, may_be_async=True)
         call = _convert.translate_stream(model, split_sentences, window, options)
         road = StreamRoad(call, timeout_s=timeout_s, reconnect_timeout_s=reconnect_timeout_s)
         book = StreamBook(window, in_order=in_order)
@@ -315,7 +323,9 @@ class AsyncClient:
                         break
                     except grpc.aio.AioRpcError as error:
                         span.failed(error)
-                        pause_s = road.pause_s(error_from_rpc(error), dict(error.initial_metadata() or ()))
+                        pause_s = road.pause_s(
+                            error_from_rpc(error, self._target), dict(error.initial_metadata() or ())
+                        )
                     finally:
                         responses.cancel()
                         changed.set()
@@ -334,6 +344,7 @@ class AsyncClient:
         metadata: Metadata,
     ) -> StreamCall:
         """Make the next call of a stream: all sentences without an answer, then those that are still to be read."""
+        _checks.check_open(is_closed=self._is_closed)
         book.rewind()
         begun: asyncio.Future[StreamCall] = asyncio.get_running_loop().create_future()
         method = self._channel.stream_stream(road.call.path, encode, road.call.response_type.FromString)
@@ -345,13 +356,14 @@ class AsyncClient:
     # --- How calls are made -------------------------------------------------------------------------------------------
 
     async def _call(self, call: Call[T], timeout_s: float | None = None) -> T:
+        _checks.check_open(is_closed=self._is_closed)
+        deadline_s = self._timeout_s if timeout_s is None else _checks.checked_timeout_s(timeout_s)
         method = self._channel.unary_unary(call.path, encode, call.response_type.FromString)
-        deadline_s = self._timeout_s if timeout_s is None else timeout_s
         with call_span(call.path) as span:
             try:
                 response = await method(call.request, timeout=deadline_s, metadata=span.metadata)
             except grpc.aio.AioRpcError as error:
-                raise error_from_rpc(error) from error
+                raise error_from_rpc(error, self._target) from error
         return call.read(response)
 
     async def _all(self, pages: Pages[T]) -> AsyncIterator[T]:
@@ -365,6 +377,7 @@ class AsyncClient:
                 return
 
     async def _stream(self, call: Call[T]) -> AsyncGenerator[T]:
+        _checks.check_open(is_closed=self._is_closed)
         method = self._channel.unary_stream(call.path, encode, call.response_type.FromString)
         with call_span(call.path) as span:
             responses = method(call.request, metadata=span.metadata)
@@ -372,11 +385,12 @@ class AsyncClient:
                 async for response in responses:
                     yield call.read(response)
             except grpc.aio.AioRpcError as error:
-                raise error_from_rpc(error) from error
+                raise error_from_rpc(error, self._target) from error
             finally:
                 responses.cancel()
 
     async def _upload(self, call: Call[T], requests: Iterator[Message], failures: list[Exception]) -> T:
+        _checks.check_open(is_closed=self._is_closed)
         method = self._channel.stream_unary(call.path, encode, call.response_type.FromString)
         with call_span(call.path) as span:
             responding = method(_read_in_thread(requests), metadata=span.metadata)
@@ -385,7 +399,7 @@ class AsyncClient:
             except grpc.aio.AioRpcError as error:
                 if failures:
                     raise failures[0]  # noqa: B904 (it has its own cause; the refusal only followed from it)
-                raise error_from_rpc(error) from error
+                raise error_from_rpc(error, self._target) from error
             finally:
                 responding.cancel()
         return call.read(response)

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any, Final
 
+from ferryman._checks import LARGEST_REQUEST_BYTES, is_loopback
+
 ChannelOptions = Sequence[tuple[str, Any]]
 
 # Without what deletes and unloads: repeated after an answer that was lost, it would say that there is nothing.
@@ -46,19 +48,13 @@ _RETRY_POLICY: Final = {
 # callers of a server that dies are all repeated elsewhere, the callers of a service that is down do not knock at it
 # four times each.
 _RETRY_THROTTLING: Final = {"maxTokens": 1000, "tokenRatio": 0.5}
-_LARGEST_REQUEST_BYTES: Final = 16 * 1024 * 1024
 
 
-def channel_options(extra: ChannelOptions) -> list[tuple[str, Any]]:
-    """Return the options of a channel; the caller's replace those of the same name."""
-    return list(({**_defaults(), **dict(extra)}).items())
-
-
-def checked_timeout_s(timeout_s: float) -> float:
-    """Return the deadline of calls; raises ValueError for one that every call would miss."""
-    if not timeout_s > 0:
-        raise ValueError(f"timeout_s is {timeout_s}, must be over 0: it is the deadline of every call, in seconds")
-    return timeout_s
+def channel_options(extra: ChannelOptions, target: str = "") -> list[tuple[str, Any]]:
+    """Return the options of a channel to the target; the caller's replace those of the same name."""
+    # gRPC would ask the proxy of http_proxy for this machine too, where that finds another.
+    direct = {"grpc.enable_http_proxy": 0} if is_loopback(target) else {}
+    return list(({**_defaults(), **direct, **dict(extra)}).items())
 
 
 def _defaults() -> dict[str, Any]:
@@ -67,7 +63,7 @@ def _defaults() -> dict[str, Any]:
         "grpc.primary_user_agent": f"ferryman/{version('ferryman')}",
         "grpc.max_receive_message_length": 64 * 1024 * 1024,
         # A request that does not fit in here is not repeated.
-        "grpc.per_rpc_retry_buffer_size": _LARGEST_REQUEST_BYTES,
+        "grpc.per_rpc_retry_buffer_size": LARGEST_REQUEST_BYTES,
         # A dead peer is noticed within 30 s + 10 s, also by a quiet call. A server allows a ping every 10 s.
         "grpc.keepalive_time_ms": 30_000,
         "grpc.keepalive_timeout_ms": 10_000,

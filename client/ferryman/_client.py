@@ -12,8 +12,8 @@ from typing import Any, Literal, Self, TypeVar, Unpack, overload
 import grpc
 from google.protobuf.message import Message
 
-from ferryman import _convert, types
-from ferryman._channel import ChannelOptions, channel_options, checked_timeout_s
+from ferryman import _checks, _convert, types
+from ferryman._channel import ChannelOptions, channel_options
 from ferryman._convert import Call, Pages, encode
 from ferryman._download import ModelFolder
 from ferryman._rpc_errors import error_from_rpc
@@ -47,10 +47,14 @@ class Client:
         `target` is "host:port" or any gRPC name, such as "dns:///ferryman-serving-headless:50051" or
         "ipv4:10.0.0.1:50051,10.0.0.2:50051".
         `timeout_s` is the deadline of every call but uploads, downloads and streams. `options` are gRPC channel
-        options, which replace the client's of the same name. Raises ValueError for a deadline that is not over 0.
+        options, which replace the client's of the same name. No proxy is asked for this machine's own addresses.
+        Raises InvalidRequest for a target that is no address, and for a deadline that is not over 0 to 1e9 seconds.
         """
-        self._timeout_s = checked_timeout_s(timeout_s)
-        all_options = channel_options(options)
+        _checks.check_connection(target, credentials, timeout_s, options)
+        self._target = target
+        self._timeout_s = float(timeout_s)
+        self._is_closed = False
+        all_options = channel_options(options, target)
         self._channel = (
             grpc.insecure_channel(target, all_options)
             if credentials is None
@@ -67,6 +71,7 @@ class Client:
 
     def close(self) -> None:
         """Close the connection; calls in flight end with Cancelled."""
+        self._is_closed = True
         self._channel.close()
 
     # --- Training -----------------------------------------------------------------------------------------------------
@@ -194,6 +199,7 @@ class Client:
         reconnect_timeout_s: float = 60.0,
     ) -> types.TrainingRun:
         """Return the run once it is terminal, SUCCEEDED or not; `on_record` sees every record on the way."""
+        _checks.check_callback(on_record)
         with contextlib.closing(self.stream_metrics(run_id, reconnect_timeout_s=reconnect_timeout_s)) as records:
             for record in records:
                 if on_record is not None:
@@ -236,7 +242,9 @@ class Client:
         `request_id` (a UUID) the call may be repeated. No deadline.
         Raises InvalidCorpus, InvalidRequest, CorpusTooLarge, DiskFull, RequestIdReused; OSError for an unreadable file.
         """
-        call = _convert.upload_corpus(display_name, source_language, target_language, request_id)
+        call = _convert.upload_corpus(
+            display_name, source_language, target_language, request_id, train=train, validation=validation
+        )
         failures: list[Exception] = []
         requests = _convert.upload_requests(call, read_pieces(train, validation), failures)
         return self._upload(call, requests, failures)
@@ -356,12 +364,15 @@ class Client:
         Raises what `translate` does, but for QueueFull (a stream waits) and InvalidSentence; Unavailable also once no
         attempt to go on has reached a server for `reconnect_timeout_s`.
         """
+        _checks.check_open(is_closed=self._is_closed)
+        _checks.check_sentences(sentences, may_be_async=False)
         call = _convert.translate_stream(model, split_sentences, window, options)
         road = StreamRoad(call, timeout_s=timeout_s, reconnect_timeout_s=reconnect_timeout_s)
         pump = SentencePump(sentences, StreamBook(window, in_order=in_order))
         method = self._channel.stream_stream(call.path, encode, call.response_type.FromString)
         with contextlib.closing(pump):
             while True:
+                _checks.check_open(is_closed=self._is_closed)
                 with call_span(call.path) as span:
                     responses = method(pump.requests(road.call), timeout=road.remaining_s(), metadata=span.metadata)
                     try:
@@ -371,7 +382,9 @@ class Client:
                         break
                     except grpc.RpcError as error:
                         span.failed(error)
-                        pause_s = road.pause_s(error_from_rpc(error), dict(responses.initial_metadata() or ()))
+                        pause_s = road.pause_s(
+                            error_from_rpc(error, self._target), dict(responses.initial_metadata() or ())
+                        )
                     finally:
                         responses.cancel()
                 time.sleep(pause_s)
@@ -381,13 +394,14 @@ class Client:
     # --- How calls are made -------------------------------------------------------------------------------------------
 
     def _call(self, call: Call[T], timeout_s: float | None = None) -> T:
+        _checks.check_open(is_closed=self._is_closed)
+        deadline_s = self._timeout_s if timeout_s is None else _checks.checked_timeout_s(timeout_s)
         method = self._channel.unary_unary(call.path, encode, call.response_type.FromString)
-        deadline_s = self._timeout_s if timeout_s is None else timeout_s
         with call_span(call.path) as span:
             try:
                 response = method(call.request, timeout=deadline_s, metadata=span.metadata)
             except grpc.RpcError as error:
-                raise error_from_rpc(error) from error
+                raise error_from_rpc(error, self._target) from error
         return call.read(response)
 
     def _all(self, pages: Pages[T]) -> Iterator[T]:
@@ -400,6 +414,7 @@ class Client:
                 return
 
     def _stream(self, call: Call[T]) -> Generator[T]:
+        _checks.check_open(is_closed=self._is_closed)
         method = self._channel.unary_stream(call.path, encode, call.response_type.FromString)
         with call_span(call.path) as span:
             responses = method(call.request, metadata=span.metadata)
@@ -407,11 +422,12 @@ class Client:
                 for response in responses:
                     yield call.read(response)
             except grpc.RpcError as error:
-                raise error_from_rpc(error) from error
+                raise error_from_rpc(error, self._target) from error
             finally:
                 responses.cancel()
 
     def _upload(self, call: Call[T], requests: Iterator[Message], failures: list[Exception]) -> T:
+        _checks.check_open(is_closed=self._is_closed)
         method = self._channel.stream_unary(call.path, encode, call.response_type.FromString)
         with call_span(call.path) as span:
             future = method.future(requests, metadata=span.metadata)
@@ -420,7 +436,7 @@ class Client:
             except grpc.RpcError as error:
                 if failures:
                     raise failures[0]  # noqa: B904 (it has its own cause; the refusal only followed from it)
-                raise error_from_rpc(error) from error
+                raise error_from_rpc(error, self._target) from error
             finally:
                 future.cancel()
         return call.read(response)

@@ -6,23 +6,25 @@ A `Call` says which RPC to make, with what, and how to read the answer; how it i
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC
 from enum import StrEnum
-from typing import Any, Final, Generic, TypeVar
+from typing import Any, Final, Generic, TypeAlias, TypeVar
 from uuid import uuid4
 
 from google.protobuf.descriptor import EnumDescriptor
 from google.protobuf.message import Message
 
 from ferryman import types
-from ferryman._mapping import enum_number, fill_message, from_message
-from ferryman._upload import Piece
-from ferryman.errors import InvalidArgument, InvalidRecipe, InvalidRequest, Violation
+from ferryman._checks import LARGEST_REQUEST_BYTES, raise_any
+from ferryman._mapping import enum_number, fill_fields, fill_message, fill_part, from_message, wrong
+from ferryman._upload import CorpusText, Piece, text_violations
+from ferryman.errors import InvalidRecipe, InvalidRequest, InvalidSentence, UnknownOption, Violation
 from ferryman.v1 import corpus_pb2, metrics_pb2, model_pb2, training_pb2, translation_pb2
 
 T = TypeVar("T")
+M = TypeVar("M", bound=Message)
 
 TRAINING: Final = "/ferryman.v1.TrainingService/"
 CORPUS: Final = "/ferryman.v1.CorpusService/"
@@ -39,6 +41,13 @@ class Call(Generic[T]):
     response_type: type[Message]
     read: Callable[[Any], T]
 
+    def __post_init__(self) -> None:
+        """Raises InvalidRequest for a request that no server takes: gRPC would tell of message sizes."""
+        size = self.request.ByteSize()
+        if size > LARGEST_REQUEST_BYTES:
+            text = f"has {size:,} bytes, may have {LARGEST_REQUEST_BYTES:,} at most: is an argument far too long?"
+            raise_any([Violation(field="request", description=text, reason="REQUEST_TOO_LARGE")])
+
 
 @dataclass(frozen=True, kw_only=True)
 class Page(Generic[T]):
@@ -50,6 +59,10 @@ class Page(Generic[T]):
 
 Pages = Callable[[str], Call[Page[T]]]
 """A list: from a page token to the call that fetches the page."""
+
+
+WireSentence: TypeAlias = translation_pb2.StreamSentence
+"""A sentence of a stream as it is sent."""
 
 
 def encode(message: Message) -> bytes:
@@ -78,12 +91,12 @@ def start_training(
 
     Raises InvalidRecipe, InvalidRequest.
     """
-    request = training_pb2.StartTrainingRequest(corpus_id=corpus_id, model_name=model_name)
-    _fill(options, request, "", InvalidRequest)
+    request = training_pb2.StartTrainingRequest()
+    violations = fill_fields(request, {"corpus_id": corpus_id, "model_name": model_name})
+    violations += fill_message(options, request)
     request.request_id = request.request_id or str(uuid4())
-    if recipe is not None:
-        request.recipe.SetInParent()
-        _fill(recipe, request.recipe, "recipe", InvalidRecipe)
+    in_recipe = [] if recipe is None else fill_part(types.Recipe, recipe, request.recipe, "recipe")
+    raise_any(violations + in_recipe, InvalidRecipe if in_recipe else InvalidRequest)
     return Call(
         path=TRAINING + "StartTraining", request=request, response_type=training_pb2.StartTrainingResponse, read=_run
     )
@@ -91,7 +104,7 @@ def start_training(
 
 def get_training_run(run_id: str) -> Call[types.TrainingRun]:
     """GetTrainingRun."""
-    request = training_pb2.GetTrainingRunRequest(run_id=run_id)
+    request = _request(training_pb2.GetTrainingRunRequest, run_id=run_id)
     return Call(
         path=TRAINING + "GetTrainingRun", request=request, response_type=training_pb2.GetTrainingRunResponse, read=_run
     )
@@ -99,7 +112,7 @@ def get_training_run(run_id: str) -> Call[types.TrainingRun]:
 
 def cancel_training(run_id: str) -> Call[types.TrainingRun]:
     """CancelTraining."""
-    request = training_pb2.CancelTrainingRequest(run_id=run_id)
+    request = _request(training_pb2.CancelTrainingRequest, run_id=run_id)
     return Call(
         path=TRAINING + "CancelTraining", request=request, response_type=training_pb2.CancelTrainingResponse, read=_run
     )
@@ -107,7 +120,7 @@ def cancel_training(run_id: str) -> Call[types.TrainingRun]:
 
 def pause_training(run_id: str) -> Call[types.TrainingRun]:
     """PauseTraining."""
-    request = training_pb2.PauseTrainingRequest(run_id=run_id)
+    request = _request(training_pb2.PauseTrainingRequest, run_id=run_id)
     return Call(
         path=TRAINING + "PauseTraining", request=request, response_type=training_pb2.PauseTrainingResponse, read=_run
     )
@@ -115,7 +128,7 @@ def pause_training(run_id: str) -> Call[types.TrainingRun]:
 
 def resume_training(run_id: str) -> Call[types.TrainingRun]:
     """ResumeTraining."""
-    request = training_pb2.ResumeTrainingRequest(run_id=run_id)
+    request = _request(training_pb2.ResumeTrainingRequest, run_id=run_id)
     return Call(
         path=TRAINING + "ResumeTraining", request=request, response_type=training_pb2.ResumeTrainingResponse, read=_run
     )
@@ -125,7 +138,7 @@ def list_checkpoints(run_id: str) -> Call[list[types.Checkpoint]]:
     """ListCheckpoints."""
     return Call(
         path=TRAINING + "ListCheckpoints",
-        request=training_pb2.ListCheckpointsRequest(run_id=run_id),
+        request=_request(training_pb2.ListCheckpointsRequest, run_id=run_id),
         response_type=training_pb2.ListCheckpointsResponse,
         read=lambda response: [from_message(types.Checkpoint, message) for message in response.checkpoints],
     )
@@ -135,7 +148,7 @@ def delete_training_run(run_id: str) -> Call[None]:
     """DeleteTrainingRun."""
     return Call(
         path=TRAINING + "DeleteTrainingRun",
-        request=training_pb2.DeleteTrainingRunRequest(run_id=run_id),
+        request=_request(training_pb2.DeleteTrainingRunRequest, run_id=run_id),
         response_type=training_pb2.DeleteTrainingRunResponse,
         read=lambda _: None,
     )
@@ -145,15 +158,24 @@ def list_training_runs(
     states: Iterable[types.RunState | str], model_name: str, order: types.RunOrder | str
 ) -> Pages[types.TrainingRun]:
     """ListTrainingRuns. Raises InvalidRequest for a word that is no state or order."""
-    state_numbers = [_number(metrics_pb2.RunState.DESCRIPTOR, types.RunState, state, "states") for state in states]
-    order_number = _number(training_pb2.RunOrder.DESCRIPTOR, types.RunOrder, order, "order")
+    filled = training_pb2.ListTrainingRunsRequest()
+    violations: list[Violation] = []
+    if isinstance(states, str | bytes | Mapping) or not isinstance(states, Iterable):
+        violations.append(wrong("states", states, 'a list of states, such as ["queued"]'))
+    else:
+        for index, state in enumerate(states):
+            field = f"states[{index}]"
+            filled.states.append(_number(metrics_pb2.RunState.DESCRIPTOR, types.RunState, state, field, violations))
+    filled.order = _number(training_pb2.RunOrder.DESCRIPTOR, types.RunOrder, order, "order", violations)
+    raise_any(violations + fill_fields(filled, {"model_name": model_name}))
 
     def page(token: str) -> Call[Page[types.TrainingRun]]:
+        request = training_pb2.ListTrainingRunsRequest()
+        request.CopyFrom(filled)
+        request.page_token = token
         return Call(
             path=TRAINING + "ListTrainingRuns",
-            request=training_pb2.ListTrainingRunsRequest(
-                states=state_numbers, model_name=model_name, order=order_number, page_token=token
-            ),
+            request=request,
             response_type=training_pb2.ListTrainingRunsResponse,
             read=lambda response: _page(types.TrainingRun, response.runs, response),
         )
@@ -168,22 +190,20 @@ def get_lr_schedule(
     steps: tuple[int | None, int | None],
     max_points: int | None,
 ) -> Call[types.LearningRateCurve]:
-    """GetLRSchedule of the subject that is not None. Raises InvalidRecipe."""
+    """GetLRSchedule of the subject that is not None. Raises InvalidRecipe, InvalidRequest."""
+    request = training_pb2.GetLRScheduleRequest()
+    violations: list[Violation] = []
     if [schedule, recipe, run_id].count(None) != 2:
         description = "exactly one of schedule, recipe and run_id must be given"
-        violation = Violation(field="subject", description=description, reason="REQUIRED")
-        raise InvalidRequest(f"subject: {description}", violations=[violation])
-    # Zero is the wire's "default".
-    first_step, last_step = (step or 0 for step in steps)
-    request = training_pb2.GetLRScheduleRequest(first_step=first_step, last_step=last_step, max_points=max_points or 0)
+        violations.append(Violation(field="subject", description=description, reason="REQUIRED"))
+    numbers = {"first_step": steps[0], "last_step": steps[1], "max_points": max_points, "run_id": run_id}
+    violations += fill_fields(request, {name: value for name, value in numbers.items() if value is not None})
+    in_recipe: list[Violation] = []
     if schedule is not None:
-        request.schedule.SetInParent()
-        _fill(schedule, request.schedule, "schedule", InvalidRecipe)
+        in_recipe += fill_part(types.LearningRateSchedule, schedule, request.schedule, "schedule")
     if recipe is not None:
-        request.recipe.SetInParent()
-        _fill(recipe, request.recipe, "recipe", InvalidRecipe)
-    if run_id is not None:
-        request.run_id = run_id
+        in_recipe += fill_part(types.Recipe, recipe, request.recipe, "recipe")
+    raise_any(violations + in_recipe, InvalidRecipe if in_recipe else InvalidRequest)
     return Call(
         path=TRAINING + "GetLRSchedule",
         request=request,
@@ -196,8 +216,8 @@ def stream_metrics(run_id: str, after_sequence: int, history_only: bool) -> Call
     """StreamMetrics; each response is a record or a heartbeat."""
     return Call(
         path=TRAINING + "StreamMetrics",
-        request=training_pb2.StreamMetricsRequest(
-            run_id=run_id, after_sequence=after_sequence, history_only=history_only
+        request=_request(
+            training_pb2.StreamMetricsRequest, run_id=run_id, after_sequence=after_sequence, history_only=history_only
         ),
         response_type=training_pb2.StreamMetricsResponse,
         read=_stream_item,
@@ -208,15 +228,23 @@ def stream_metrics(run_id: str, after_sequence: int, history_only: bool) -> Call
 
 
 def upload_corpus(
-    display_name: str, source_language: str, target_language: str, request_id: str | None
+    display_name: str,
+    source_language: str,
+    target_language: str,
+    request_id: str | None,
+    *,
+    train: CorpusText,
+    validation: CorpusText,
 ) -> Call[types.Corpus]:
-    """UploadCorpus; the call's request is the header."""
-    header = corpus_pb2.UploadHeader(
-        request_id=request_id or str(uuid4()),
-        display_name=display_name,
-        source_language=source_language,
-        target_language=target_language,
-    )
+    """UploadCorpus; the call's request is the header. Raises InvalidRequest, also for texts of another shape."""
+    header = corpus_pb2.UploadHeader()
+    fields = {
+        "request_id": str(uuid4()) if request_id is None or request_id == "" else request_id,
+        "display_name": display_name,
+        "source_language": source_language,
+        "target_language": target_language,
+    }
+    raise_any(fill_fields(header, fields) + text_violations(train, validation))
     return Call(
         path=CORPUS + "UploadCorpus",
         request=corpus_pb2.UploadCorpusRequest(header=header),
@@ -250,7 +278,7 @@ def _upload_request(piece: Piece) -> Message:
 
 def get_corpus(corpus_id: str) -> Call[types.Corpus]:
     """GetCorpus."""
-    request = corpus_pb2.GetCorpusRequest(corpus_id=corpus_id)
+    request = _request(corpus_pb2.GetCorpusRequest, corpus_id=corpus_id)
     return Call(path=CORPUS + "GetCorpus", request=request, response_type=corpus_pb2.GetCorpusResponse, read=_corpus)
 
 
@@ -281,7 +309,7 @@ def get_model(model: str) -> Call[types.ModelDetails]:
     """GetModel."""
     return Call(
         path=MODEL + "GetModel",
-        request=model_pb2.GetModelRequest(model=model),
+        request=_request(model_pb2.GetModelRequest, model=model),
         response_type=model_pb2.GetModelResponse,
         read=lambda response: from_message(types.ModelDetails, response),
     )
@@ -291,7 +319,7 @@ def set_model_alias(name: str, alias: str, version: int) -> Call[types.Model]:
     """SetModelAlias."""
     return Call(
         path=MODEL + "SetModelAlias",
-        request=model_pb2.SetModelAliasRequest(name=name, alias=alias, version=version),
+        request=_request(model_pb2.SetModelAliasRequest, name=name, alias=alias, version=version),
         response_type=model_pb2.SetModelAliasResponse,
         read=lambda response: from_message(types.Model, response.model),
     )
@@ -301,7 +329,7 @@ def delete_model_alias(name: str, alias: str) -> Call[None]:
     """DeleteModelAlias."""
     return Call(
         path=MODEL + "DeleteModelAlias",
-        request=model_pb2.DeleteModelAliasRequest(name=name, alias=alias),
+        request=_request(model_pb2.DeleteModelAliasRequest, name=name, alias=alias),
         response_type=model_pb2.DeleteModelAliasResponse,
         read=lambda _: None,
     )
@@ -311,7 +339,7 @@ def delete_model_version(model: str) -> Call[None]:
     """DeleteModelVersion."""
     return Call(
         path=MODEL + "DeleteModelVersion",
-        request=model_pb2.DeleteModelVersionRequest(model=model),
+        request=_request(model_pb2.DeleteModelVersionRequest, model=model),
         response_type=model_pb2.DeleteModelVersionResponse,
         read=lambda _: None,
     )
@@ -321,7 +349,7 @@ def download_model(model: str) -> Call[types.DownloadHeader | types.DownloadChun
     """DownloadModel; the first response is the header."""
     return Call(
         path=MODEL + "DownloadModel",
-        request=model_pb2.DownloadModelRequest(model=model),
+        request=_request(model_pb2.DownloadModelRequest, model=model),
         response_type=model_pb2.DownloadModelResponse,
         read=_download_item,
     )
@@ -331,7 +359,7 @@ def load_model(model: str) -> Call[types.LoadedModel]:
     """LoadModel."""
     return Call(
         path=MODEL + "LoadModel",
-        request=model_pb2.LoadModelRequest(model=model),
+        request=_request(model_pb2.LoadModelRequest, model=model),
         response_type=model_pb2.LoadModelResponse,
         read=lambda response: from_message(types.LoadedModel, response.loaded_model),
     )
@@ -341,7 +369,7 @@ def unload_model(model: str) -> Call[bool]:
     """UnloadModel."""
     return Call(
         path=MODEL + "UnloadModel",
-        request=model_pb2.UnloadModelRequest(model=model),
+        request=_request(model_pb2.UnloadModelRequest, model=model),
         response_type=model_pb2.UnloadModelResponse,
         read=lambda response: bool(response.was_loaded),
     )
@@ -387,13 +415,16 @@ def translate(
     options: types.TranslateOptions,
 ) -> Call[types.TranslationResult]:
     """Translate; a single string is one sentence. Raises InvalidRequest."""
-    request = translation_pb2.TranslateRequest(
-        model=model,
-        sentences=[sentences] if isinstance(sentences, str) else sentences,
-        target_prefixes=[target_prefixes] if isinstance(target_prefixes, str) else target_prefixes,
-        split_sentences=split_sentences,
-    )
-    _fill(SearchOptions(**options), request.options, "options", InvalidRequest)
+    request = translation_pb2.TranslateRequest()
+    fields = {
+        "model": model,
+        "sentences": [sentences] if isinstance(sentences, str) else sentences,
+        "target_prefixes": [target_prefixes] if isinstance(target_prefixes, str) else target_prefixes,
+        "split_sentences": split_sentences,
+    }
+    violations = fill_fields(request, fields)
+    violations += fill_message(_search_options(options), request.options, "options")
+    raise_any(violations or _size_violations(request))
     return Call(
         path=TRANSLATION + "Translate",
         request=request,
@@ -402,16 +433,47 @@ def translate(
     )
 
 
+def _search_options(options: types.TranslateOptions) -> SearchOptions:
+    legal = [field.name for field in dataclasses.fields(SearchOptions)]
+    if unknown := [name for name in options if name not in legal]:
+        text = f"is no option of a translation; the options are {', '.join(legal)}"
+        raise_any([Violation(field=name, description=text, reason="UNKNOWN_FIELD") for name in unknown], UnknownOption)
+    return SearchOptions(**options)
+
+
+def _size_violations(request: translation_pb2.TranslateRequest) -> list[Violation]:
+    """Return what makes the request larger than the service takes: sentences that fit no request, or all together."""
+    total = request.ByteSize()
+    if total <= LARGEST_REQUEST_BYTES:
+        return []
+    limit = f"a request may have {LARGEST_REQUEST_BYTES:,}"
+    sizes = [(index, len(sentence.encode())) for index, sentence in enumerate(request.sentences)]
+    if too_large := [(index, size) for index, size in sizes if size > LARGEST_REQUEST_BYTES]:
+        return [
+            Violation(
+                field=f"sentences[{index}]",
+                description=f"has {size:,} bytes, {limit}: send the text in parts",
+                reason="REQUEST_TOO_LARGE",
+            )
+            for index, size in too_large
+        ]
+    text = f"have {total:,} bytes together, {limit}: send them in several calls, or use translate_stream"
+    return [Violation(field="sentences", description=text, reason="REQUEST_TOO_LARGE")]
+
+
 def translate_stream(
     model: str, split_sentences: bool, window: int | None, options: types.TranslateOptions
 ) -> Call[types.StreamTranslateResponse]:
     """StreamTranslate; the call's request is the configuration. Raises InvalidRequest."""
     request = translation_pb2.StreamTranslateRequest()
     config = request.config
-    config.model, config.split_sentences = model, split_sentences
-    if window is not None:
-        config.window = window
-    _fill(SearchOptions(**options), config.options, "config.options", InvalidRequest)
+    fields = {"model": model, "split_sentences": split_sentences, "window": window}
+    violations = fill_fields(
+        config, {name: value for name, value in fields.items() if name != "window" or value is not None}
+    )
+    violations += fill_message(_search_options(options), config.options, "options")
+    # On the wire they are below "config", of which the caller knows nothing.
+    raise_any(violations)
     return Call(
         path=TRANSLATION + "StreamTranslate",
         request=request,
@@ -427,13 +489,24 @@ def stream_of_version(call: Call[types.StreamTranslateResponse], version: str) -
     return dataclasses.replace(call, request=request)
 
 
-def stream_sentences(sentences: Iterable[types.StreamSentence]) -> Message:
+def stream_sentence(item: types.StreamSentence, number: int) -> WireSentence:
+    """Return a sentence of a stream as the wire has it, under its number. Raises InvalidSentence if no request can hold
+    it: it is no UTF-8 text, or larger than the service takes."""
+    wire = translation_pb2.StreamSentence(id=str(number))
+    for name, text in (("sentence", item.sentence), ("target_prefix", item.target_prefix)):
+        if violations := fill_fields(wire, {name: text}):
+            description = "is not UTF-8 text: it holds half of a surrogate pair"
+            raise_any([dataclasses.replace(violations[0], description=description, reason="NOT_UTF8")], InvalidSentence)
+    size = stream_sentences([wire]).ByteSize()
+    if size > LARGEST_REQUEST_BYTES:
+        text = f"has {size:,} bytes, a request may have {LARGEST_REQUEST_BYTES:,}: send the text in parts"
+        raise_any([Violation(field="sentence", description=text, reason="REQUEST_TOO_LARGE")], InvalidSentence)
+    return wire
+
+
+def stream_sentences(sentences: Iterable[WireSentence]) -> Message:
     """Return a further request of StreamTranslate."""
-    wire = [
-        translation_pb2.StreamSentence(id=item.id, sentence=item.sentence, target_prefix=item.target_prefix)
-        for item in sentences
-    ]
-    return translation_pb2.StreamTranslateRequest(sentences=translation_pb2.StreamSentences(sentences=wire))
+    return translation_pb2.StreamTranslateRequest(sentences=translation_pb2.StreamSentences(sentences=sentences))
 
 
 # --- Reading and writing ----------------------------------------------------------------------------------------------
@@ -474,20 +547,22 @@ _PAYLOADS: Final[dict[str, type[types.MetricPayload]]] = {
 }
 
 
-def _fill(value: object, message: Message, path: str, error: type[InvalidArgument]) -> None:
-    if violations := fill_message(value, message, path):
-        raise error(f"{violations[0].field}: {violations[0].description}", violations=violations)
+def _request(cls: type[M], **fields: object) -> M:
+    """Return the request with the fields; raises InvalidRequest with all that do not fit."""
+    request = cls()
+    raise_any(fill_fields(request, fields))
+    return request
 
 
-def _number(descriptor: EnumDescriptor, cls: type[StrEnum], word: str, field: str) -> Any:  # noqa: ANN401 (any enum)
-    number = enum_number(descriptor, word)
+def _number(
+    descriptor: EnumDescriptor, cls: type[StrEnum], word: object, field: str, violations: list[Violation]
+) -> Any:  # noqa: ANN401 (any enum)
+    """Return the number that the word stands for; 0, with a violation, if there is none."""
+    number = enum_number(descriptor, word) if isinstance(word, str) else None
     if number is None:
         legal = ", ".join(member for member in cls if member != "unknown")
-        violation = Violation(
-            field=field, description=f"is {str(word)!r}, must be one of {legal}", reason="OUT_OF_RANGE"
-        )
-        raise InvalidRequest(f"{field}: {violation.description}", violations=[violation])
-    return number
+        violations.append(dataclasses.replace(wrong(field, word, f"one of {legal}"), reason="OUT_OF_RANGE"))
+    return number or 0
 
 
 def _run(response: Any) -> types.TrainingRun:  # noqa: ANN401 (three responses hold a run)

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Final, Self
 
+from ferryman._checks import check_folder
 from ferryman.errors import ModelDamaged
 from ferryman.types import DownloadChunk, DownloadFile, DownloadHeader, ModelVersion
 
@@ -25,7 +26,8 @@ class ModelFolder:
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
-        """Store; the `with` block makes the folder aside."""
+        """Store; the `with` block makes the folder aside. Raises InvalidRequest for what is no path."""
+        check_folder(folder)
         self._folder = Path(os.path.abspath(folder))
         self._aside = self._folder.with_name(f".{self._folder.name}.{secrets.token_hex(8)}")
         self._version: ModelVersion | None = None

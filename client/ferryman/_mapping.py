@@ -14,14 +14,22 @@ import functools
 import re
 import types
 import typing
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from datetime import UTC, datetime
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 
 from ferryman.errors import Violation
+
+_SHOWN_CHARACTERS: Final = 120
+_WHOLE_NUMBERS: Final = {
+    FieldDescriptor.CPPTYPE_INT32: (-(2**31), 2**31 - 1),
+    FieldDescriptor.CPPTYPE_INT64: (-(2**63), 2**63 - 1),
+    FieldDescriptor.CPPTYPE_UINT32: (0, 2**32 - 1),
+    FieldDescriptor.CPPTYPE_UINT64: (0, 2**64 - 1),
+}
 
 # Protobuf's descriptors and well-known types come from C and have no common static type: they are Any here.
 
@@ -62,12 +70,47 @@ def fill_message(value: object, message: Message, path: str = "") -> list[Violat
         if field.repeated:
             violations += _fill_repeated(field, item, message, field_path)
         elif dataclasses.is_dataclass(field.kind):
-            child = getattr(message, field.wire_name)
-            child.SetInParent()
-            violations += fill_message(item, child, field_path)
+            violations += fill_part(field.kind, item, getattr(message, field.wire_name), field_path)
         else:
             violations += _fill_value(field, item, message, field_path)
     return violations
+
+
+def fill_part(cls: Any, value: object, message: Message, path: str) -> list[Violation]:  # noqa: ANN401
+    """Set the message, and every field of it that is not None in `value`, which must be an instance of `cls`; returns
+    what is wrong, as `fill_message` does."""
+    if not isinstance(value, cls):
+        article = "an" if cls.__name__[0] in "AEIOU" else "a"
+        return [wrong(path, value, f"{article} {cls.__name__}{_constructed(cls.__name__, value)}")]
+    message.SetInParent()
+    return fill_message(value, message, path)
+
+
+def fill_fields(message: Message, fields: Mapping[str, object]) -> list[Violation]:
+    """Set fields of the message by name: plain values and lists of texts. Returns what does not fit, None included."""
+    violations: list[Violation] = []
+    for name, value in fields.items():
+        descriptor: Any = message.DESCRIPTOR.fields_by_name[name]
+        if descriptor.is_repeated:
+            violations += _fill_texts(getattr(message, name), value, name)
+        else:
+            violations += _set(message, descriptor, value, name)
+    return violations
+
+
+def wrong(path: str, value: object, wanted: str) -> Violation:
+    """Return the violation of a value that cannot be sent at all; `wanted` says what can."""
+    return Violation(field=path, description=f"is {shown(value)}, must be {wanted}", reason="INVALID_VALUE")
+
+
+def shown(value: object) -> str:
+    """Return the value as a message may quote it: its beginning, on one line."""
+    # The beginning of what repr would write, without writing all of a text of megabytes.
+    text = repr(value[:_SHOWN_CHARACTERS] if isinstance(value, str | bytes) else value)
+    is_whole = len(text) <= _SHOWN_CHARACTERS and not (
+        isinstance(value, str | bytes) and len(value) > _SHOWN_CHARACTERS
+    )
+    return text if is_whole else text[:_SHOWN_CHARACTERS] + "…"
 
 
 def enum_number(descriptor: Any, word: str) -> int | None:  # noqa: ANN401
@@ -137,23 +180,51 @@ def _fill_value(field: _Field, item: Any, message: Message, path: str) -> list[V
         number = enum_number(descriptor.enum_type, str(item))
         if number is None:
             legal = ", ".join(member.value for member in field.kind)
-            description = f"is {str(item)!r}, must be one of {legal}"
+            description = f"is {shown(str(item))}, must be one of {legal}"
             return [Violation(field=path, description=description, reason="OUT_OF_RANGE")]
         item = number
+    return _set(message, descriptor, item, path)
+
+
+def _set(message: Message, descriptor: Any, value: object, path: str) -> list[Violation]:  # noqa: ANN401
     try:
-        setattr(message, field.wire_name, item)
-    except (TypeError, ValueError):
-        return [
-            Violation(field=path, description=f"is {item!r}, must be {_wanted(descriptor)}", reason="INVALID_VALUE")
-        ]
+        setattr(message, descriptor.name, value)
+    except (TypeError, ValueError, OverflowError):
+        return [wrong(path, value, _wanted(descriptor))]
     return []
 
 
+def _fill_texts(container: Any, items: Any, path: str) -> list[Violation]:  # noqa: ANN401
+    if isinstance(items, str | bytes | Mapping) or not isinstance(items, Iterable):
+        return [wrong(path, items, "a list of texts")]
+    violations: list[Violation] = []
+    for index, item in enumerate(items):
+        try:
+            container.append(item)
+        except (TypeError, ValueError):
+            violations.append(wrong(f"{path}[{index}]", item, "UTF-8 text"))
+    return violations
+
+
+def _constructed(name: str, value: object) -> str:
+    """Return how a dictionary is written as the class of that name, "" for what is none."""
+    if not isinstance(value, Mapping):
+        return ""
+    return shown_words(f": write {name}({', '.join(f'{key}=...' for key in value)})")
+
+
+def shown_words(text: str) -> str:
+    """Return a text that quotes a caller's words, cut where a message ends."""
+    return text if len(text) <= _SHOWN_CHARACTERS else text[:_SHOWN_CHARACTERS] + "…"
+
+
 def _wanted(descriptor: Any) -> str:  # noqa: ANN401
+    if descriptor.cpp_type in _WHOLE_NUMBERS:
+        least, most = _WHOLE_NUMBERS[descriptor.cpp_type]
+        return f"a whole number from {least:,} to {most:,}"
     return {
-        FieldDescriptor.CPPTYPE_INT32: "a whole number of at most 32 bits",
-        FieldDescriptor.CPPTYPE_INT64: "a whole number of at most 64 bits",
         FieldDescriptor.CPPTYPE_DOUBLE: "a number",
+        FieldDescriptor.CPPTYPE_FLOAT: "a number",
         FieldDescriptor.CPPTYPE_BOOL: "true or false",
     }.get(descriptor.cpp_type, "UTF-8 text")
 

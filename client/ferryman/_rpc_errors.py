@@ -23,13 +23,34 @@ _BROKEN_OFF: Final = (
 )
 """What gRPC says of a stream that was broken off without a status. A proxy that has passed on a stream's first message
 can do nothing else when the server behind it is gone."""
+_NOT_CONNECTED: Final = (
+    "connections to all backends failing",
+    "failed to connect to all addresses",
+    "errors resolving",
+)
+"""What gRPC says of a call for which it has no connection."""
+_CAUSES: Final = (
+    ("connection refused", "connection refused"),
+    ("errors resolving", "the name has no address"),
+    ("http1.x server", "a web server is there, which does not speak gRPC"),
+    ("handshake", "the TLS handshake failed"),
+    ("no such file", "there is no such socket"),
+    ("timed out", "the connection timed out"),
+    ("timeout", "the connection timed out"),
+    ("unreachable", "the network does not reach it"),
+    ("proxy", "the proxy of http_proxy or https_proxy does not let it through"),
+)
+_TOO_LARGE: Final = "message larger than max"
 _DETAILS_KEY: Final = "grpc-status-details-bin"
 REQUEST_ID_KEY: Final = "x-request-id"
 """In the trailing metadata of every call that the service has answered."""
 
 
-def error_from_rpc(error: Any) -> FerrymanError:  # noqa: ANN401 (grpc.RpcError is a Call only by convention)
-    """Return the error that a failed call stands for; `error` is a grpc.Call or a grpc.aio.AioRpcError."""
+def error_from_rpc(error: Any, target: str = "") -> FerrymanError:  # noqa: ANN401 (grpc.RpcError is a Call only by convention)
+    """Return the error that a failed call to the target stands for; `error` is a grpc.Call or a grpc.aio.AioRpcError.
+
+    The metadata of one that has reached no server names the `target`, and the `cause` in a few words.
+    """
     code: grpc.StatusCode = error.code()
     message = error.details() or code.name
     if code is grpc.StatusCode.INTERNAL and message == _STATUS_FORGOTTEN:
@@ -50,15 +71,38 @@ def error_from_rpc(error: Any) -> FerrymanError:  # noqa: ANN401 (grpc.RpcError 
     reason = info.reason if info.domain == ERROR_DOMAIN else ""
     if not reason and any(code is broken and words in message for broken, words in _BROKEN_OFF):
         code, message = grpc.StatusCode.UNAVAILABLE, f"the connection to the server broke: {message}"
+    metadata = dict(info.metadata)
+    if not reason:
+        message, found = _own_words(code, message, target)
+        metadata |= found
     return error_class(reason, code)(
         message,
         reason=reason or None,
-        metadata=dict(info.metadata),
+        metadata=metadata,
         violations=violations,
         code=code,
         retry_delay_s=retry_delay_s,
         request_id=str(dict(error.trailing_metadata() or ()).get(REQUEST_ID_KEY, "")),
     )
+
+
+def unreachable_text(target: str, cause: str, cure: str) -> str:
+    """Return what to tell a caller whose call has reached no server."""
+    return f"no service answers at {target} ({cause}): start one with `ferryman-service serve`, or {cure}"
+
+
+def _own_words(code: grpc.StatusCode, message: str, target: str) -> tuple[str, dict[str, str]]:
+    """Return message and metadata for what gRPC itself says, which speaks of its insides."""
+    if code is grpc.StatusCode.UNAVAILABLE and any(words in message for words in _NOT_CONNECTED):
+        cause = next((text for words, text in _CAUSES if words in message.lower()), "no connection")
+        where = target or "the target"
+        text = unreachable_text(where, cause, "give the client the address of a running one, HOST:PORT")
+        return text, {"target": where, "cause": cause}
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED and target:
+        return f"{target} has not answered before the call's deadline: is a service there, or give it more time", {}
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED and _TOO_LARGE in message:
+        return f"{message}: send less in one call, such as fewer sentences", {}
+    return message, {}
 
 
 def status_from_error(error: FerrymanError) -> Status:

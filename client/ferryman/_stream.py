@@ -9,15 +9,17 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
-from typing import Final, TypeAlias, TypeVar
+from typing import Any, Final, TypeAlias, TypeVar, cast
 
 from google.protobuf.message import Message
 
-from ferryman._convert import Call, stream_of_version, stream_sentences
+from ferryman._checks import checked_reconnect_timeout_s, checked_timeout_s, raise_any
+from ferryman._convert import Call, WireSentence, stream_of_version, stream_sentence, stream_sentences
+from ferryman._mapping import wrong
 from ferryman._reconnect import Reconnection
 from ferryman._rpc_errors import ACCEPTED_KEY
-from ferryman.errors import FerrymanError, Unavailable
-from ferryman.types import StreamSentence, StreamTranslateResponse, StreamTranslation
+from ferryman.errors import FerrymanError, InvalidSentence, Unavailable
+from ferryman.types import SentenceError, StreamSentence, StreamTranslateResponse, StreamTranslation
 
 T = TypeVar("T")
 Sentence: TypeAlias = str | tuple[str, str] | StreamSentence
@@ -25,6 +27,8 @@ Sentence: TypeAlias = str | tuple[str, str] | StreamSentence
 
 _DEFAULT_WINDOW: Final = 256
 _MESSAGE_SENTENCES: Final = 64
+_MESSAGE_BYTES: Final = 1 << 20
+"""A message holds no more than this, but for a single sentence that is larger."""
 
 
 class StreamBook:
@@ -33,6 +37,9 @@ class StreamBook:
     On the wire a sentence's id is its number; the caller's ids may be anything. `has_room` bounds what was taken from
     the caller and not given back as a result to two windows: one on the server, one on the way or waiting for its
     turn.
+
+    A sentence that fits no request is sent as an empty one, and its error takes the place of that one's translation. So
+    it has its turn, its place in the window and the version that answers, as any other.
     """
 
     def __init__(self, window: int | None, *, in_order: bool) -> None:
@@ -40,8 +47,9 @@ class StreamBook:
         self._limit = 2 * (window or _DEFAULT_WINDOW)
         self._in_order = in_order
         self._ids: dict[int, str] = {}
-        self._unanswered: dict[int, StreamSentence] = {}
-        self._to_send: deque[StreamSentence] = deque()
+        self._unanswered: dict[int, WireSentence] = {}
+        self._to_send: deque[WireSentence] = deque()
+        self._errors: dict[int, SentenceError] = {}
         self._held: dict[int, StreamTranslation] = {}
         self._taken = 0
         self._given = 0
@@ -57,25 +65,36 @@ class StreamBook:
         return bool(self._to_send)
 
     def take(self, item: Sentence) -> None:
-        """Take a sentence from the caller; it is to be sent."""
+        """Take a sentence from the caller; it is to be sent. Raises InvalidRequest for what is none."""
         number = self._taken
-        if isinstance(item, str):
-            item = StreamSentence(id=str(number), sentence=item)
-        elif isinstance(item, tuple):
-            item = StreamSentence(id=item[0], sentence=item[1])
+        sentence = _checked(item, number)
+        try:
+            wire = stream_sentence(sentence, number)
+        except InvalidSentence as error:
+            [violation] = error.violations
+            self._errors[number] = SentenceError(
+                reason=violation.reason, message=f"{violation.field} {violation.description}"
+            )
+            wire = stream_sentence(dataclasses.replace(sentence, sentence="", target_prefix=""), number)
         self._taken += 1
-        self._ids[number] = item.id
-        self._unanswered[number] = dataclasses.replace(item, id=str(number))
-        self._to_send.append(self._unanswered[number])
+        self._ids[number] = sentence.id
+        self._unanswered[number] = wire
+        self._to_send.append(wire)
 
     def rewind(self) -> None:
         """Send again what has no answer: the call that it was sent in has broken off."""
         self._to_send = deque(self._unanswered.values())
 
     def message(self) -> Message:
-        """Return the next request: of what waits to be sent, as much as a message should hold."""
-        count = min(len(self._to_send), _MESSAGE_SENTENCES)
-        return stream_sentences([self._to_send.popleft() for _ in range(count)])
+        """Return the next request: of what waits to be sent, as much as a message should hold, at least a sentence."""
+        sentences = [self._to_send.popleft()]
+        size = sentences[0].ByteSize()
+        while self._to_send and len(sentences) < _MESSAGE_SENTENCES:
+            size += self._to_send[0].ByteSize()
+            if size > _MESSAGE_BYTES:
+                break
+            sentences.append(self._to_send.popleft())
+        return stream_sentences(sentences)
 
     def accept(self, response: StreamTranslateResponse) -> Sequence[StreamTranslation]:
         """Return the results that can be given to the caller, now that this response is here."""
@@ -84,6 +103,8 @@ class StreamBook:
             number = int(result.id)
             del self._unanswered[number]
             mine = dataclasses.replace(result, id=self._ids.pop(number), model=response.model)
+            if error := self._errors.pop(number, None):
+                mine = dataclasses.replace(mine, translation=None, error=error)
             if self._in_order:
                 self._held[number] = mine
             else:
@@ -99,6 +120,17 @@ class StreamBook:
         self._given += 1
 
 
+def _checked(item: Any, number: int) -> StreamSentence:  # noqa: ANN401 (it is what is checked)
+    if isinstance(item, str):
+        return StreamSentence(id=str(number), sentence=item)
+    if isinstance(item, tuple) and len(item) == 2:
+        item = StreamSentence(id=item[0], sentence=item[1])
+    texts = (item.sentence, item.target_prefix) if isinstance(item, StreamSentence) else (None,)
+    if not all(isinstance(text, str) for text in texts):
+        raise_any([wrong(f"sentences[{number}]", item, "a text, an (id, text) pair or a StreamSentence of texts")])
+    return cast("StreamSentence", item)
+
+
 class StreamRoad:
     """The calls of one `translate_stream`: one, and a further one whenever a server goes away half-way.
 
@@ -109,11 +141,14 @@ class StreamRoad:
     def __init__(
         self, call: Call[StreamTranslateResponse], *, timeout_s: float | None, reconnect_timeout_s: float
     ) -> None:
-        """Store. `timeout_s` is the deadline of all calls together, `reconnect_timeout_s` bounds the silence."""
+        """Store. `timeout_s` is the deadline of all calls together, `reconnect_timeout_s` bounds the silence.
+
+        Raises InvalidRequest for what is no time.
+        """
         self.call = call
-        self._ends_s = None if timeout_s is None else time.monotonic() + timeout_s
+        self._ends_s = None if timeout_s is None else time.monotonic() + checked_timeout_s(timeout_s)
         self._accepted = False
-        self._reconnection = Reconnection(reconnect_timeout_s)
+        self._reconnection = Reconnection(checked_reconnect_timeout_s(reconnect_timeout_s))
 
     def remaining_s(self) -> float | None:
         """Return the deadline of the next call."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+from ferryman._checks import checked_reconnect_timeout_s
 from ferryman._convert import Call, stream_metrics
 from ferryman._reconnect import Reconnection
 from ferryman.errors import Unavailable
@@ -23,11 +24,14 @@ class MetricsTail:
         reconnect_timeout_s: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Store. `reconnect_timeout_s` bounds the time without any word from the server; `clock` tells seconds."""
+        """Store. `reconnect_timeout_s` bounds the time without any word from the server; `clock` tells seconds.
+
+        Raises InvalidRequest for what is no time.
+        """
         self._run_id = run_id
         self._last_sequence = after_sequence
         self._follow = follow
-        self._reconnection = Reconnection(reconnect_timeout_s, clock)
+        self._reconnection = Reconnection(checked_reconnect_timeout_s(reconnect_timeout_s), clock)
 
     def call(self) -> Call[MetricRecord | Heartbeat]:
         """Return the call that goes on where the last one broke off."""

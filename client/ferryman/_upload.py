@@ -5,15 +5,24 @@ from __future__ import annotations
 import gzip
 import os
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Final, Literal, TypeAlias, cast
+from typing import Any, Final, Literal, TypeAlias, cast
+
+from ferryman._checks import LARGEST_REQUEST_BYTES, raise_any
+from ferryman._mapping import wrong
+from ferryman.errors import Violation
 
 CHUNK_BYTES: Final = 512 * 1024
 """The size of a piece: of a file exactly (but the last), of pairs about."""
 
 _PAIR_OVERHEAD_BYTES: Final = 12
 """What the wire adds to a pair, at most, while sentences are short: even empty pairs fill a piece some day."""
+
+_GZIP_MARK: Final = b"\x1f\x8b"
+
+_LARGEST_PAIR_BYTES: Final = LARGEST_REQUEST_BYTES - CHUNK_BYTES
+"""Such a pair still fits into a request behind those that have not filled a piece."""
 
 SplitName: TypeAlias = Literal["train", "validation"]
 SideName: TypeAlias = Literal["source", "target"]
@@ -38,6 +47,19 @@ def read_pieces(train: CorpusText, validation: CorpusText) -> Iterator[Piece]:
     yield from _split_pieces("validation", validation)
 
 
+def text_violations(train: object, validation: object) -> list[Violation]:
+    """Return what is wrong with the shape of texts, as far as it shows before they are read."""
+    return [*_shape_violations("train", train), *_shape_violations("validation", validation)]
+
+
+def _shape_violations(split: SplitName, text: object) -> Iterator[Violation]:
+    is_many = isinstance(text, Iterable) and not isinstance(text, str | bytes | os.PathLike | Mapping)
+    are_paths = isinstance(text, tuple | list) and bool(text) and isinstance(text[0], str | bytes | os.PathLike)
+    if not is_many or (are_paths and not _are_files(text)):
+        wanted = "a tuple (source_file, target_file), or an iterable of (source, target) sentence pairs"
+        yield wrong(split, text, wanted)
+
+
 def _split_pieces(split: SplitName, text: CorpusText) -> Iterator[Piece]:
     if not _are_files(text):
         yield from _pair_pieces(split, cast("Iterable[tuple[str, str]]", text))
@@ -48,13 +70,13 @@ def _split_pieces(split: SplitName, text: CorpusText) -> Iterator[Piece]:
             yield Piece(split=split, side=side, data=data)
 
 
-def _are_files(text: CorpusText) -> bool:
+def _are_files(text: object) -> bool:
     """Whether the text is given as two file names; a tuple of two pairs holds tuples instead."""
     return isinstance(text, tuple) and len(text) == 2 and all(isinstance(part, str | os.PathLike) for part in text)
 
 
 def _chunks(path: str | os.PathLike[str]) -> Iterator[bytes]:
-    if not os.fspath(path).endswith(".gz"):
+    if not os.fspath(path).lower().endswith(".gz"):
         with open(path, "rb") as file:
             yield from iter(lambda: file.read(CHUNK_BYTES), b"")
         return
@@ -62,17 +84,44 @@ def _chunks(path: str | os.PathLike[str]) -> Iterator[bytes]:
         with gzip.open(path, "rb") as unpacked:
             yield from iter(lambda: unpacked.read(CHUNK_BYTES), b"")
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise gzip.BadGzipFile(f"{os.fspath(path)}: cut short, damaged or not gzip ({error})") from error
+        raise gzip.BadGzipFile(f"{os.fspath(path)}: {_damage(path, error)}") from error
+
+
+def _damage(path: str | os.PathLike[str], error: Exception) -> str:
+    # gzip says the same of what follows the compressed data, zeros apart, as of a file that begins so.
+    with open(path, "rb") as file:
+        begins_well = file.read(len(_GZIP_MARK)) == _GZIP_MARK
+    if begins_well and str(error).startswith("Not a gzipped file"):
+        return f"compressed data is followed by something else ({error}); compress the text again"
+    return f"cut short, damaged or not gzip ({error})"
 
 
 def _pair_pieces(split: SplitName, pairs: Iterable[tuple[str, str]]) -> Iterator[Piece]:
     batch: list[tuple[str, str]] = []
     batch_bytes = 0
-    for source, target in pairs:
+    for number, pair in enumerate(pairs):
+        size = _pair_bytes(f"{split}[{number}]", pair)
+        source, target = pair
         batch.append((source, target))
-        batch_bytes += len(source.encode()) + len(target.encode()) + _PAIR_OVERHEAD_BYTES
+        batch_bytes += size
         if batch_bytes >= CHUNK_BYTES:
             yield Piece(split=split, pairs=tuple(batch))
             batch, batch_bytes = [], 0
     if batch:
         yield Piece(split=split, pairs=tuple(batch))
+
+
+def _pair_bytes(place: str, pair: Any) -> int:  # noqa: ANN401 (it is what is checked)
+    """Return what a pair takes in a request; raises InvalidRequest for what is no pair of UTF-8 texts."""
+    try:
+        source, target = pair
+        if isinstance(pair, str):
+            raise TypeError
+        size = len(source.encode()) + len(target.encode()) + _PAIR_OVERHEAD_BYTES
+    except (TypeError, ValueError, AttributeError):
+        raise_any([wrong(place, pair, "a (source, target) pair of UTF-8 texts")])
+        raise
+    if size > _LARGEST_PAIR_BYTES:
+        text = f"has {size:,} bytes, a pair may have {_LARGEST_PAIR_BYTES:,}: split it into sentences"
+        raise_any([Violation(field=place, description=text, reason="REQUEST_TOO_LARGE")])
+    return size

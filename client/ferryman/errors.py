@@ -1,8 +1,9 @@
 """The one tree of errors that the SDK raises for a call; a bare gRPC error never reaches you.
 
     FerrymanError
-    ├── InvalidArgument          your mistake in the request; `violations` holds every one
+    ├── InvalidArgument          your mistake in the request; `violations` names what is wrong. Also a ValueError
     │   ├── InvalidRequest
+    │   │   └── UnknownOption    made here: a keyword that is no option. Also a TypeError
     │   ├── InvalidRecipe
     │   ├── InvalidCorpus
     │   └── InvalidSentence
@@ -13,6 +14,7 @@
     ├── AlreadyExists
     │   └── RequestIdReused
     ├── FailedPrecondition
+    │   ├── ClientClosed         made here: a call after `close`. Also a ValueError
     │   ├── IllegalTransition
     │   ├── RunNotFinished
     │   ├── RunStillNeeded
@@ -43,7 +45,7 @@ becomes the class of its status code; a code that has no class becomes FerrymanE
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Final
 
@@ -91,20 +93,39 @@ class FerrymanError(Exception):
         self.request_id = request_id
 
 
-class InvalidArgument(FerrymanError):
-    """The request is wrong, and will be however often it is sent. Printing it prints every violation."""
+class InvalidArgument(FerrymanError, ValueError):
+    """The request is wrong, and will be however often it is sent. Printing it prints the violations.
+
+    Violations that the client finds before it sends anything are all here. Of the server's, `violations` holds the
+    first 20, fewer if they are long; `violations_total` counts them all.
+    """
 
     default_code = grpc.StatusCode.INVALID_ARGUMENT
 
+    @property
+    def violations_total(self) -> int:
+        """How many violations there are; `violations` may hold fewer."""
+        told = self.metadata.get("violations_total", "")
+        return max(int(told) if told.isdecimal() else 0, len(self.violations))
+
     def __str__(self) -> str:
-        lines = [f"{violation.field}: {violation.description}" for violation in self.violations]
-        if len(lines) < 2:
+        return self.told_as(lambda field: field)
+
+    def told_as(self, name_of: Callable[[str], str]) -> str:
+        """Return the text, each field under the name that `name_of` gives it, such as an option of a command line."""
+        lines = [f"{name_of(violation.field)}: {violation.description}" for violation in self.violations]
+        if self.violations_total < 2:
             return lines[0] if lines else self.message
-        return "\n  ".join([f"{len(lines)} violations:", *lines])
+        rest = "" if len(lines) == self.violations_total else f", the first {len(lines)}"
+        return "\n  ".join([f"{self.violations_total:,} violations{rest}:", *lines])
 
 
 class InvalidRequest(InvalidArgument):
     """A field of the request is missing, malformed or out of range."""
+
+
+class UnknownOption(InvalidRequest, TypeError):
+    """A keyword argument is no option of the method. No server says so: the client finds it."""
 
 
 class InvalidRecipe(InvalidArgument):
@@ -151,6 +172,10 @@ class FailedPrecondition(FerrymanError):
     """The state of the system does not allow it."""
 
     default_code = grpc.StatusCode.FAILED_PRECONDITION
+
+
+class ClientClosed(FailedPrecondition, ValueError):
+    """The client was used after `close`. No server says so: the client finds it."""
 
 
 class IllegalTransition(FailedPrecondition):

@@ -422,6 +422,7 @@ class _Backend:
                 bleu=payload.bleu,
                 chrf=payload.chrf,
                 nll_per_token=payload.nll_per_token,
+                translated_pairs=payload.translated_pairs,
             )
             for record in run.records
             if isinstance(payload := record.payload, types.ValidationMetrics)
@@ -442,7 +443,9 @@ class _Backend:
                 run_id=run_id,
                 corpus_id=corpus_id,
                 recipe=recipe,
-                scores=types.ModelScores(bleu=31.5, chrf=55.0, nll_per_token=1.5, weights="best", step=4),
+                scores=types.ModelScores(
+                    bleu=31.5, chrf=55.0, nll_per_token=1.5, weights="best", step=4, translated_pairs=2
+                ),
                 parameters=1_000_000,
                 size_bytes=_MODEL_BYTES,
                 digest=hashlib.sha256(_manifest(name, number)).hexdigest(),

@@ -129,6 +129,7 @@ class DataRecipe:
     sampling_alpha: float | None = None
     bpe_dropout: float | None = None
     split_digits: bool | None = None
+    reduce_vocabulary: bool | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -277,6 +278,21 @@ class SplitStatistics:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CorpusWarning:
+    """Something in a corpus that was probably not meant: `count` of `total` lines or pairs; `example` is the first.
+
+    `field` is a split or a file, such as "train.source". The codes: protos/ferryman/v1/corpus.proto.
+    """
+
+    code: str
+    field: str
+    message: str
+    count: int
+    total: int
+    example: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Corpus:
     """A stored corpus; it never changes. `digest` is the SHA-256 of its content, hexadecimal."""
 
@@ -288,6 +304,7 @@ class Corpus:
     validation: SplitStatistics
     digest: str
     create_time: datetime
+    warnings: tuple[CorpusWarning, ...] = ()
 
 
 # --- Metrics ----------------------------------------------------------------------------------------------------------
@@ -350,7 +367,8 @@ class StepMetrics:
 
 @dataclass(frozen=True, kw_only=True)
 class ValidationMetrics:
-    """One validation: losses over all validation pairs, BLEU and chrF (0 to 100) of greedy translations."""
+    """One validation: losses over all validation pairs, BLEU and chrF (0 to 100) of greedy translations.
+    `bleu_signature` is sacreBLEU's, with the tokenizer."""
 
     step: int
     epoch: int
@@ -362,6 +380,7 @@ class ValidationMetrics:
     translated_pairs: int
     seconds: float
     best: bool
+    bleu_signature: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -479,6 +498,7 @@ class Checkpoint:
     bleu: float | None = None
     chrf: float | None = None
     nll_per_token: float | None = None
+    translated_pairs: int | None = None
 
 
 # --- Models -----------------------------------------------------------------------------------------------------------
@@ -486,13 +506,15 @@ class Checkpoint:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelScores:
-    """Scores on the validation pairs (greedy); `weights` is "best" or "average"."""
+    """Scores on the validation pairs (greedy); `weights` is "best" or "average". BLEU and chrF are those of
+    `translated_pairs`, 0 if that is not known, as of versions of an earlier release."""
 
     bleu: float
     chrf: float
     nll_per_token: float
     weights: str
     step: int
+    translated_pairs: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,8 +15,9 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from ferryman_service.config.automatic import automatic_lines
 from ferryman_service.config.resources import Machine, find_machine
@@ -26,6 +27,9 @@ from ferryman_service.domain.errors import FerrymanError
 from ferryman_service.domain.log_context import FIELDS
 from ferryman_service.observability.logs import LogConfig, configure_logging
 
+if TYPE_CHECKING:
+    from ferryman_service import bootstrap
+
 _log = logging.getLogger(__name__)
 _STOP_S: Final = 5.0
 """What stopping may take beyond drain_s and grace_s."""
@@ -33,11 +37,26 @@ _HURRY_S: Final = 3.0
 """What it may take from the second signal on."""
 _HEALTH_TIMEOUT_S: Final = 5.0
 _LOGGING_COMMANDS: Final = ("serve", "import-model")
+_PACKAGES: Final = (
+    "alembic",
+    "grpc_health",
+    "grpc_reflection",
+    "numpy",
+    "prometheus_client",
+    "sentencepiece",
+    "sentencex",
+    "sqlalchemy",
+)
+"""What the extra `server` brings; `config` does without."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; exit status 0 is success, 1 a failure, 2 a wrong command line or configuration."""
     arguments = _parser().parse_args(argv)
+    if arguments.command != "config" and (missing := [name for name in _PACKAGES if find_spec(name) is None]):
+        text = f"ferryman-service: not installed: {', '.join(missing)}; run: pip install 'ferryman[server]'"
+        print(text, file=sys.stderr)  # noqa: T201
+        return 1
     try:
         settings = load(arguments, os.environ)
     except ConfigMistakes as error:
@@ -72,7 +91,7 @@ def _set_up_grpc(config: ServiceConfig) -> None:
         os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 
-def _fail(config: ServiceConfig, error: Exception) -> int:
+def _fail(config: ServiceConfig, error: Exception | str) -> int:
     if config.log_format is LogFormat.JSON:
         _log.error(str(error))
     else:
@@ -175,11 +194,26 @@ async def _serve_until_signal(config: ServiceConfig) -> int:
         _say(config, f"probes on {config.probe_host}:{service.probe_port}")
     if service.metrics_port:
         _say(config, f"metrics on http://{config.metrics_host}:{service.metrics_port}/metrics")
-    await signals.stop.wait()
-    if not await service.stop(signals.hurry):
-        _end_process()
-    _log.info("stopped")
-    return 0
+    why = await _reason_to_stop(signals, service)
+    ended = await service.stop(signals.hurry)
+    if ended:
+        _log.info("stopped")
+    status = _fail(config, why) if why else 0
+    if not ended:
+        _end_process(status)
+    return status
+
+
+async def _reason_to_stop(signals: _StopSignals, service: bootstrap.Service) -> str:
+    """Wait until the service must stop; return "" if it was told to, else why it cannot go on."""
+    told, lost = asyncio.ensure_future(signals.stop.wait()), asyncio.ensure_future(service.folder_lost())
+    await asyncio.wait((told, lost), return_when=asyncio.FIRST_COMPLETED)
+    why = "" if told.done() else lost.result()
+    for task in (told, lost):
+        task.cancel()
+    if why:
+        signals.stop_by_itself()
+    return why
 
 
 def _told_at_start(config: ServiceConfig) -> Mapping[str, object]:
@@ -207,6 +241,7 @@ class _StopSignals:
         self._loop = loop
         self._limit_s = limit_s
         self._told = False
+        self._status = 0
 
     def heed(self) -> None:
         """Begin to listen; to be called in the main thread."""
@@ -214,15 +249,24 @@ class _StopSignals:
             # Not the loop's own handlers: they run only if the loop does.
             signal.signal(number, lambda *_: self._heed())
 
+    def stop_by_itself(self) -> None:
+        """Bound the time until the process ends, with exit status 1, as the first signal would."""
+        self._status = 1
+        self._told = True
+        self._bound(self._limit_s)
+
     def _heed(self) -> None:
         # This may interrupt anything, a log line too: so what is said and done is left to the loop.
         limit_s, tell = (_HURRY_S, self._tell_again) if self._told else (self._limit_s, self._tell)
         self._told = True
-        timer = threading.Timer(limit_s, _end_process)
-        timer.daemon = True
-        timer.start()
+        self._bound(limit_s)
         with contextlib.suppress(RuntimeError):  # the loop has ended
             self._loop.call_soon_threadsafe(tell)
+
+    def _bound(self, limit_s: float) -> None:
+        timer = threading.Timer(limit_s, _end_process, (self._status,))
+        timer.daemon = True
+        timer.start()
 
     def _tell(self) -> None:
         _log.info("told to stop")
@@ -233,13 +277,13 @@ class _StopSignals:
         self.hurry.set()
 
 
-def _end_process() -> None:
-    """End the process, which was told to stop, with what is stuck in it; exit status 0: it does what it was told."""
+def _end_process(status: int) -> None:
+    """End the process, which must stop, with what is stuck in it; exit status 0 if it was told to: it does so."""
     _log.warning("something has not ended in time; it is left, and the process ends")
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)
+    os._exit(status)
 
 
 def _health(config: ServiceConfig, arguments: argparse.Namespace) -> int:

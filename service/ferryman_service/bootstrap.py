@@ -7,6 +7,7 @@ import contextlib
 import importlib.util
 import logging
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -67,6 +68,7 @@ from ferryman_service.translation.counts import EngineCounts
 
 _log = logging.getLogger(__name__)
 _RESTART_PAUSE_S: Final = 1.0
+_MAX_RESTART_PAUSE_S: Final = 60.0
 _CLOSE_S: Final = 3.0
 """What is left to do after the last call has ended, at most."""
 _BYTES_PER_MIB: Final = 2**20
@@ -157,6 +159,7 @@ class Service:
         use_cases: _UseCases,
         threads: _Threads,
         tracer: Tracer,
+        supervisor: Supervisor | None,
     ) -> None:
         """Store the parts."""
         self._config = config
@@ -169,6 +172,7 @@ class Service:
         self._use_cases = use_cases
         self._threads = threads
         self._tracer = tracer
+        self._supervisor = supervisor
         self._tasks: list[asyncio.Task[None]] = []
         self.port = 0
         self.probe_port = 0
@@ -182,6 +186,17 @@ class Service:
         if self._config.metrics_port:
             self.metrics_port = self._endpoint.start()
         self._tasks = [asyncio.create_task(_run_for_ever(part)) for part in self._background]
+
+    async def folder_lost(self) -> str:
+        """Return, as a sentence, that another folder is in the place of the data folder; in most lives, never."""
+        if self._supervisor is None:
+            await asyncio.Event().wait()
+        else:
+            await self._supervisor.folder_lost()
+        return (
+            f"the data folder {self._config.data_dir.absolute()} was removed or replaced while this service was using "
+            "it; nothing was changed in the new one. Start the service again to use that one"
+        )
 
     async def stop(self, hurry: asyncio.Event) -> bool:
         """Say NOT_SERVING, wait for the balancers to notice, take no more calls, let those in flight end, stop. Workers
@@ -244,6 +259,7 @@ def build_service(config: ServiceConfig) -> Service:
     around = _build_call_parts(RpcMetrics(metrics.registry), tracer, config)
     translations = TranslationMetrics(metrics.registry, use_cases.translation.queued_tokens, config.queue_tokens)
     _export_state(metrics, folder, use_cases, around.health, config)
+    supervisor = _build_supervisor(stores, config, metrics.launches, threads.supervisor, lock) if trains else None
     return Service(
         config=config,
         lock=lock,
@@ -252,12 +268,13 @@ def build_service(config: ServiceConfig) -> Service:
         probes=health.ProbeServer(around.health, (around.interceptor,), config.probe_host, config.probe_port),
         endpoint=MetricsEndpoint(metrics.registry, config.metrics_host, config.metrics_port),
         background=(
-            _build_prober(stores, use_cases, around.health, threads.probe, config),
-            *((_build_supervisor(stores, config, metrics.launches, threads.supervisor), observer) if trains else ()),
+            _build_prober(stores, use_cases, around.health, threads.probe, config, supervisor),
+            *(() if supervisor is None else (supervisor, observer)),
         ),
         use_cases=use_cases,
         threads=threads,
         tracer=tracer,
+        supervisor=supervisor,
     )
 
 
@@ -411,7 +428,9 @@ def translates_on_gpu(config: ServiceConfig, cuda_is_available: Callable[[], boo
     return False
 
 
-def _build_supervisor(stores: _Stores, config: ServiceConfig, launches: LaunchMetrics, thread: Threads) -> Supervisor:
+def _build_supervisor(
+    stores: _Stores, config: ServiceConfig, launches: LaunchMetrics, thread: Threads, lock: FolderLock | None
+) -> Supervisor:
     flags = _worker_flags(config)
 
     def command(processes: int) -> tuple[str, ...]:
@@ -425,7 +444,7 @@ def _build_supervisor(stores: _Stores, config: ServiceConfig, launches: LaunchMe
         backoff_s=config.restart_backoff_s,
         pause_grace_s=config.pause_grace_s,
     )
-    return Supervisor(stores.runs, launcher, supervisor, thread, launches)
+    return Supervisor(stores.runs, launcher, supervisor, thread, launches, lock)
 
 
 def _worker_flags(config: ServiceConfig) -> tuple[str, ...]:
@@ -455,9 +474,11 @@ def _build_prober(
     servicer: health.HealthServicer,
     thread: Threads,
     config: ServiceConfig,
+    supervisor: Supervisor | None,
 ) -> health.HealthProber:
     probe = DatabaseProbe(stores.database, writes=Role.TRAINING in config.roles)
-    return health.HealthProber(servicer, Readiness(probe, use_cases.loaded, thread), health.ProberConfig())
+    readiness = Readiness(probe, use_cases.loaded, thread, (lambda: True) if supervisor is None else supervisor.works)
+    return health.HealthProber(servicer, readiness, health.ProberConfig())
 
 
 def _build_server(
@@ -510,10 +531,15 @@ async def ends_in_time(work: Callable[[], object], limit_s: float) -> bool:
 
 async def _run_for_ever(part: _Part) -> None:
     """Run a part in the background; a bug in it is logged, and must not leave the runs without a supervisor, or the
-    probes without news."""
+    probes without news. One that fails at once is begun again after pauses that double."""
+    pause_s = _RESTART_PAUSE_S
     while True:
+        began_s = time.monotonic()
         try:
             await part.run()
         except Exception:  # noqa: BLE001
-            _log.exception("%s failed, starting it again", type(part).__name__)
-            await asyncio.sleep(_RESTART_PAUSE_S)
+            if time.monotonic() - began_s > _MAX_RESTART_PAUSE_S:
+                pause_s = _RESTART_PAUSE_S
+            _log.exception("%s failed, starting it again in %g s", type(part).__name__, pause_s)
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, _MAX_RESTART_PAUSE_S)

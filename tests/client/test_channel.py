@@ -225,12 +225,17 @@ def test_every_call_has_a_deadline_by_default(silent_server):
                 call(client)
 
 
-@pytest.mark.parametrize("timeout_s", [0, -1, float("nan")])
+@pytest.mark.parametrize("timeout_s", [0, -1, float("nan"), float("inf"), 1e10])
 def test_a_deadline_that_every_call_would_miss_is_refused(timeout_s):
-    with pytest.raises(ValueError, match="must be over 0"):
+    with pytest.raises(ValueError, match="must be over 0 and at most 1,000,000,000"):
         Client("localhost:1", timeout_s=timeout_s)
-    with pytest.raises(ValueError, match="must be over 0"):
+    with pytest.raises(ValueError, match="must be over 0 and at most 1,000,000,000"):
         AsyncClient("localhost:1", timeout_s=timeout_s)
+
+
+def test_the_longest_deadline_is_kept(fake):
+    with Client(fake.target, timeout_s=1e9) as client:
+        assert list(client.list_models()) == []
 
 
 # --- Connections ------------------------------------------------------------------------------------------------------
@@ -243,10 +248,57 @@ def test_the_callers_options_replace_the_clients():
     assert names.count("grpc.keepalive_time_ms") == 1
 
 
+NO_SERVER = (
+    r"no service answers at 127\.0\.0\.1:1 \(connection refused\): start one with `ferryman-service serve`, or give"
+)
+
+
+async def test_where_no_server_is_the_error_says_what_to_do():
+    with Client("127.0.0.1:1") as client, pytest.raises(errors.Unavailable, match=NO_SERVER) as caught:
+        client.get_corpus("cor_x")
+    assert caught.value.metadata == {"target": "127.0.0.1:1", "cause": "connection refused"}
+    with Client("127.0.0.1:1") as client, pytest.raises(errors.Unavailable, match=NO_SERVER):
+        next(client.translate_stream("m", ["x"]))
+    async with AsyncClient("127.0.0.1:1") as async_client:
+        with pytest.raises(errors.Unavailable, match=NO_SERVER):
+            await async_client.get_corpus("cor_x")
+
+
+def test_a_server_that_does_not_answer_is_named(silent_server):
+    with (
+        Client(silent_server, timeout_s=0.1) as client,
+        pytest.raises(errors.DeadlineExceeded, match=f"{silent_server} has not answered before the call's deadline"),
+    ):
+        client.get_corpus("cor_x")
+
+
+async def test_no_proxy_is_asked_for_this_machine(fake, monkeypatch):
+    """The proxy that the environment names does not exist: whoever asks it gets no answer."""
+    for name in ("no_proxy", "no_grpc_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("grpc_proxy", "http_proxy", "https_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
+    port = fake.target.rpartition(":")[2]
+    for target in (fake.target, f"localhost:{port}", f"dns:///localhost:{port}", f"ipv4:127.0.0.1:{port}"):
+        with Client(target) as client:
+            assert list(client.list_models()) == []
+        async with AsyncClient(target) as async_client:
+            assert [model async for model in async_client.list_models()] == []
+
+
+@pytest.mark.parametrize(
+    "target", ["10.0.0.1:5", "dns:///ferryman:5", "ipv4:127.0.0.1:5,10.0.0.1:5", "localhost.example:5"]
+)
+def test_a_proxy_may_lead_to_other_machines(target):
+    assert "grpc.enable_http_proxy" not in dict(channel_options((), target))
+
+
 def test_every_option_is_one_of_the_library():
     """gRPC says nothing of an option that it does not know, and a misspelt one has no effect."""
     library = Path(cygrpc.__file__).read_bytes()
-    names = [name for name, _ in [*channel_options(()), *RpcConfig().options(), *FakeFerryman()._options]]
+    names = [
+        name for name, _ in [*channel_options((), "localhost:1"), *RpcConfig().options(), *FakeFerryman()._options]
+    ]
     assert [name for name in names if f"{name}\0".encode() not in library] == []
 
 

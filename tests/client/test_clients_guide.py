@@ -12,9 +12,9 @@ GUIDE = (ROOT / "docs" / "clients.md").read_text(encoding="utf-8")
 
 
 def test_the_options_are_those_of_the_code():
-    options = dict(channel_options(()))
+    options = dict(channel_options((), "localhost:1"))
     rows = re.findall(r"^\| (`grpc\.[^|]+) \| ([^|]+) \|", GUIDE, re.MULTILINE)
-    assert len(rows) == 5
+    assert len(rows) == 6
     for names, values in rows[1:]:
         for name, value in zip(re.findall(r"`([^`]+)`", names), re.findall(r"[\d,]+(?: MiB)?", values), strict=True):
             number = int(value.removesuffix(" MiB").strip(",").replace(",", ""))

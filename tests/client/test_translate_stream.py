@@ -342,7 +342,7 @@ def test_a_deadline(client):
 def test_wrong_words_are_refused_before_any_call(fake, client):
     with pytest.raises(errors.InvalidRequest, match="must be one of first, optimal"):
         next(client.translate_stream("m", ["x"], early_stopping="never"))
-    with pytest.raises(TypeError, match="beam"):
+    with pytest.raises(errors.UnknownOption, match="beam: is no option"):
         next(client.translate_stream("m", ["x"], beam=3))
     assert fake.calls == []
 

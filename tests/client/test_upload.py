@@ -74,6 +74,20 @@ def test_what_reading_raises_reaches_the_caller_and_nothing_is_stored(fake, clie
     assert "Exception iterating requests" not in caplog.text
 
 
+@pytest.mark.parametrize("suffix", ["gz", "GZ", "Gz"])
+def test_gzip_is_unpacked_whatever_the_case_of_its_suffix(tmp_path, suffix):
+    path = tmp_path / f"a.{suffix}"
+    path.write_bytes(gzip.compress(b"one\n") + gzip.compress(b"two\n") + bytes(512))  # as tapes are padded
+    assert b"".join(piece.data for piece in read_pieces((path, path), []) if piece.side == "source") == b"one\ntwo\n"
+
+
+def test_what_follows_compressed_data_is_told_apart(tmp_path):
+    path = tmp_path / "a.gz"
+    path.write_bytes(gzip.compress(b"one\n") + b"two\n")
+    with pytest.raises(OSError, match=r"a\.gz: compressed data is followed by something else"):
+        list(read_pieces((path, path), []))
+
+
 @pytest.mark.parametrize("damage", ["cut", "garbage", "plain"])
 def test_a_damaged_gzip_file_is_named(client, tmp_path, damage):
     good = gzip.compress("\n".join(SOURCE).encode())

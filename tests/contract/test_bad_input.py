@@ -5,6 +5,7 @@ import uuid
 import grpc
 import pytest
 
+from ferryman import Client, errors
 from ferryman.v1 import corpus_pb2, model_pb2, recipe_pb2, training_pb2, translation_pb2
 from tests.fakes.loopback_service import upload_messages
 
@@ -56,9 +57,19 @@ UNSPECIFIED_PAIRS = corpus_pb2.UploadCorpusRequest(pairs=corpus_pb2.PairBatch())
         ),
         ([HEADER, *files(b"a\n\xff\n", b"a\nb\n", b"a\n", b"a\n")], "INVALID_CORPUS", [("train.source", "NOT_UTF8")]),
         (
+            [HEADER, *files("a\nb\n".encode("utf-16"), b"a\nb\n", b"a\n", b"a\n")],
+            "INVALID_CORPUS",
+            [("train.source", "NOT_UTF8")],
+        ),
+        (
             [HEADER, *files(b"a" * 70_000, b"a\n", b"a\n", b"a\n")],
             "INVALID_CORPUS",
             [("train.source", "LINE_TOO_LONG")],
+        ),
+        (
+            [HEADER, *files(b"a\n", ("a" + "\u0301" * 31).encode(), b"a\n", b"a\n")],
+            "INVALID_CORPUS",
+            [("train.target", "TOO_MANY_MARKS")],
         ),
         (
             upload_messages([("a\nb", "a")]),
@@ -75,6 +86,16 @@ def test_uploads(service, refused, messages, reason, violations):
     for (_, found), (_, wanted) in zip(refusal.violations, violations, strict=True):
         assert wanted in (found, None)
     assert list(service.folder.incoming.iterdir()) == []
+
+
+def test_all_bad_lines_of_an_upload_are_counted(service, refused):
+    pairs = [("a\nb", "a")] * 300
+    texts = files(b"a\xff\n" * 300, b"a\n" * 300, b"a\n", b"a" * 70_000)
+    for messages, total in ((upload_messages(pairs), "600"), ([HEADER, *texts], "301")):
+        refusal = refused(service.corpus_stub.UploadCorpus, iter(messages))
+        metadata = {"violations_total": total, "violations_shown": "20"}
+        assert (refusal.details["ErrorInfo"].metadata, len(refusal.violations)) == (metadata, 20)
+        assert refusal.message.startswith(f"{total} violations, the first: ")
 
 
 def test_an_upload_over_the_limit(service, refused):
@@ -626,5 +647,34 @@ def test_so_many_violations_that_they_do_not_fit(service, refused):
     assert (refusal.code, refusal.reason) == (INVALID, "INVALID_SENTENCE")
     told = refusal.details["ErrorInfo"].metadata
     assert told["violations_total"] == "1000"
-    assert told["violations_shown"] == str(len(refusal.violations))
-    assert len(refusal.violations) > 10
+    assert told["violations_shown"] == str(len(refusal.violations)) == "20"
+    assert refusal.message.startswith("1,000 violations, the first: sentences[0]: has 21 subwords")
+    with Client(service.address) as client, pytest.raises(errors.InvalidSentence) as caught:
+        client.translate("en-de", ["слово " * 20] * 1000)
+    assert (caught.value.violations_total, len(caught.value.violations)) == (1000, 20)
+    assert str(caught.value).startswith("1,000 violations, the first 20:\n  sentences[0]: has 21 subwords")
+
+
+def test_options_and_sentences_are_refused_together(service, refused):
+    sentences = ["fine", "word " * 20, "\0"]
+    service.translation_stub.Translate(translate())  # so the model is in memory
+    request = translate(sentences=sentences, beam_size=99, max_length=-1)
+    request.target_prefixes.extend(["", "", "too " * 9])
+    refusal = refused(service.translation_stub.Translate, request)
+    assert (refusal.code, refusal.reason) == (INVALID, "INVALID_REQUEST")
+    assert refusal.violations == [
+        ("options.beam_size", "OUT_OF_RANGE"),
+        ("options.max_length", "OUT_OF_RANGE"),
+        ("sentences[1]", "SENTENCE_TOO_LONG"),
+        ("sentences[2]", "CONTROL_CHARACTER"),
+        ("target_prefixes[2]", "PREFIX_TOO_LONG"),
+    ]
+
+
+def test_options_are_refused_without_loading_a_model(make_service, refused):
+    service = make_service()
+    service.import_model("en-de")
+    request = translate(sentences=["word " * 20], beam_size=99)
+    refusal = refused(service.translation_stub.Translate, request)
+    assert refusal.violations == [("options.beam_size", "OUT_OF_RANGE")]
+    assert len(service.model_stub.ListLoadedModels(model_pb2.ListLoadedModelsRequest()).loaded_models) == 0

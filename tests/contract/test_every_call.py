@@ -51,6 +51,7 @@ VALIDATION = ValidationMetrics(
     translated_pairs=500,
     seconds=2.5,
     best=True,
+    bleu_signature="nrefs:1|tok:zh",
 )
 
 
@@ -198,7 +199,9 @@ def test_models(service):
     assert list(found.model.versions) == [1]
     version = found.version
     assert (version.version, version.source_language, version.parameters) == (1, "en", 1000)
-    assert version.scores == model_pb2.ModelScores(bleu=30.5, chrf=60.25, nll_per_token=1.25, weights="best", step=100)
+    assert version.scores == model_pb2.ModelScores(
+        bleu=30.5, chrf=60.25, nll_per_token=1.25, weights="best", step=100, translated_pairs=40
+    )
     assert version.recipe.model.d_model == 128
 
 

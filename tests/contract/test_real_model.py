@@ -2,6 +2,7 @@
 
 import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from ferryman.v1 import translation_pb2
 from ferryman_service.translation.loader import OnnxBundleLoader
@@ -35,6 +36,15 @@ def test_sentences_are_translated(service):
     for translation in empty:
         [hypothesis] = translation.hypotheses
         assert (hypothesis.text, hypothesis.score, hypothesis.finished, translation.source_tokens) == ("", 0, True, 0)
+
+
+def test_a_byte_order_mark_and_line_breaks_change_no_translation(service):
+    plain, marked, broken = service.translation_stub.Translate(
+        request("ba de fi", "\ufeffba de fi", "ba\x85de\v\ffi\u2028", beam_size=2, max_length=5)
+    ).translations
+    assert plain == marked == broken
+    [nothing] = service.translation_stub.Translate(request("\ufeff")).translations
+    assert (nothing.hypotheses[0].text, nothing.source_tokens) == ("", 0)
 
 
 def test_all_that_may_be_asked_of_a_translation(service):
@@ -101,6 +111,48 @@ def test_sentences_over_the_limit_and_control_characters_are_all_named(service, 
         ("sentences[2]", "CONTROL_CHARACTER"),
         ("sentences[3]", "CONTROL_CHARACTER"),
     ]
+
+
+@pytest.mark.parametrize("split_sentences", [False, True])
+def test_runs_of_combining_marks_hold_up_nobody(service, refusal_of, split_sentences):
+    """Each of these took tens of seconds to normalise, in which no other thread of the server ran."""
+    texts = ["ba" + "\u0301" * 32_000, "a" + "\u0301" * 200_000, "ba. " + "\u0327\u0301" * 100_000 + " de."]
+    asked = request(*texts, beam_size=1)
+    asked.split_sentences = split_sentences
+    bad_call = service.translation_stub.Translate.future(asked, timeout=60)
+    for _ in range(3):
+        assert service.translation_stub.Translate(request("ba de"), timeout=10).translations[0].hypotheses
+        health = health_pb2_grpc.HealthStub(service.channel).Check(health_pb2.HealthCheckRequest(), timeout=10)
+        assert health.status == health_pb2.HealthCheckResponse.SERVING
+    refusal = refusal_of(bad_call.exception())
+    assert (refusal.code, refusal.reason) == (INVALID, "INVALID_SENTENCE")
+    assert dict(refusal.violations).keys() == {"sentences[0]", "sentences[1]", "sentences[2]"}
+    assert ("sentences[0]", "TOO_MANY_MARKS") in refusal.violations
+
+
+def test_runs_of_combining_marks_are_errors_of_their_sentence_in_a_stream(service):
+    config = translation_pb2.StreamTranslateConfig(model="small")
+    marks = "\u0301" * 32_000
+    sentences = [
+        translation_pb2.StreamSentence(id="good", sentence="ba de"),
+        translation_pb2.StreamSentence(id="sentence", sentence="ba" + marks),
+        translation_pb2.StreamSentence(id="prefix", sentence="ba", target_prefix="ba" + marks),
+        translation_pb2.StreamSentence(id="unknown", sentence="ba", target_prefix="«ba»"),
+    ]
+    part = translation_pb2.StreamSentences(sentences=sentences)
+    messages = [
+        translation_pb2.StreamTranslateRequest(config=config),
+        translation_pb2.StreamTranslateRequest(sentences=part),
+    ]
+    answers = service.translation_stub.StreamTranslate(iter(messages), timeout=60)
+    errors = {one.id: one.error for answer in answers for one in answer.translations}
+    assert {name: error.reason for name, error in errors.items()} == {
+        "good": "",
+        "sentence": "TOO_MANY_MARKS",
+        "prefix": "TOO_MANY_MARKS",
+        "unknown": "UNKNOWN_CHARACTER",
+    }
+    assert "'«' (U+00AB), '»' (U+00BB)" in errors["unknown"].message
 
 
 def test_five_hundred_bad_sentences_fit_the_answer(service, refused):

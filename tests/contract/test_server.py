@@ -7,14 +7,17 @@ import threading
 
 import grpc
 import pytest
+from google.protobuf.descriptor_pb2 import FileDescriptorProto
 from google.protobuf.descriptor_pool import DescriptorPool
 from google.protobuf.message_factory import GetMessageClass
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
 from ferryman.v1 import corpus_pb2, translation_pb2
 from tests.fakes.loopback_service import upload_messages
 
+REFLECTION_V1 = "grpc.reflection.v1.ServerReflection"
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 
 
@@ -42,7 +45,7 @@ def test_watchers_of_health_learn_of_the_end_and_do_not_hold_it_up(make_service)
     service = make_service()
     watch = health_pb2_grpc.HealthStub(service.channel).Watch(health_pb2.HealthCheckRequest())
     assert next(watch).status == SERVING
-    assert service.stop(grace_s=20) < 10
+    assert service.stop(grace_s=120) < 60
     with pytest.raises(grpc.RpcError) as caught:
         list(watch)
     assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
@@ -138,6 +141,23 @@ def test_a_foreign_client_that_knows_nothing_but_reflection(service):
         response_deserializer=GetMessageClass(method.output_type).FromString,
     )
     assert call(request).translations[0].hypotheses[0].text == "FROM AFAR"
+
+
+def test_reflection_serves_version_1(service):
+    """grpcurl, Postman and Kreya ask for version 1 first; its messages are those of v1alpha."""
+    call = service.channel.stream_stream(
+        "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
+        request_serializer=reflection_pb2.ServerReflectionRequest.SerializeToString,
+        response_deserializer=reflection_pb2.ServerReflectionResponse.FromString,
+    )
+    wanted = [{"list_services": ""}]
+    wanted += [{"file_containing_symbol": name} for name in ("ferryman.v1.TranslationService", REFLECTION_V1)]
+    names, translation, reflection = call(iter([reflection_pb2.ServerReflectionRequest(**each) for each in wanted]))
+    found = {each.name for each in names.list_services_response.service}
+    assert {"ferryman.v1.TranslationService", REFLECTION_V1, "grpc.reflection.v1alpha.ServerReflection"} < found
+    assert translation.file_descriptor_response.file_descriptor_proto
+    [raw] = reflection.file_descriptor_response.file_descriptor_proto
+    assert FileDescriptorProto.FromString(raw).package == "grpc.reflection.v1"
 
 
 def test_reflection_can_be_turned_off(make_service):

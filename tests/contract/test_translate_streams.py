@@ -7,7 +7,7 @@ import time
 import grpc
 import pytest
 
-from ferryman import Client
+from ferryman import AsyncClient, Client
 from ferryman.v1 import translation_pb2
 from tests.fakes.loopback_service import LoopbackService
 from tests.fakes.translator import FakeBundleLoader
@@ -246,6 +246,28 @@ def test_what_a_stream_does_is_measured(make_service):
     assert service.metric("ferryman_translate_sentence_seconds_sum", stage="decode") == pytest.approx(9)
     assert service.metric("ferryman_translate_sentence_steps_sum") == 12
     assert service.metric("ferryman_translate_seconds_count", stage="decode") == 0, "that is of unary calls"
+
+
+def test_lines_that_fit_no_message_together_are_all_translated(service):
+    lines = ["x" * 300_000] * 64
+    with Client(service.address) as client:
+        results = list(client.translate_stream("en-de", lines, in_order=True, beam_size=1))
+    assert [result.translation.text for result in results] == [line.upper() for line in lines]
+
+
+async def test_a_line_that_fits_no_request_has_an_error_of_its_own(service):
+    lines = ["one", "x" * 2**24, "\udcff", "two"]
+    too_large = "sentence has 16,777,234 bytes, a request may have 16,777,216: send the text in parts"
+    with Client(service.address) as client:
+        found = [list(client.translate_stream("en-de", lines, in_order=in_order)) for in_order in (True, False)]
+        assert [result.error.reason for result in client.translate_stream("en-de", lines[1:2])] == ["REQUEST_TOO_LARGE"]
+    async with AsyncClient(service.address) as async_client:
+        found.append([result async for result in async_client.translate_stream("en-de", lines)])
+    for results in found:
+        first, second, third, fourth = sorted(results, key=lambda result: result.id)
+        assert (first.translation.text, fourth.translation.text) == ("ONE", "TWO")
+        assert (second.translation, second.error.reason, second.error.message) == (None, "REQUEST_TOO_LARGE", too_large)
+        assert (third.translation, third.error.reason) == (None, "NOT_UTF8")
 
 
 def test_many_streams_and_calls_at_once_get_what_is_theirs(tmp_path):

@@ -24,6 +24,13 @@ def test_only_line_feeds_end_a_line(tmp_path):
     assert read_lines(find_files(f"{tmp_path}/t", "en", "de")).source == ["a\u2028b\x0bc", "", "d"]
 
 
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    write(tmp_path / "t.en", b"\xef\xbb\xbfa\n")
+    write(tmp_path / "t.de.gz", b"\xef\xbb\xbfb\n")
+    lines = read_lines(find_files(f"{tmp_path}/t", "en", "de"))
+    assert (lines.source, lines.target) == (["a"], ["b"])
+
+
 def test_a_missing_file_names_what_was_looked_for(tmp_path):
     write(tmp_path / "t.en", b"a\n")
     with pytest.raises(TextMissing, match=r"t\.de nor .*t\.de\.gz is a file"):

@@ -102,7 +102,7 @@ class LoopbackService:
             self._end()
             raise
         self.address = f"127.0.0.1:{self.port}"
-        self.channel = grpc.insecure_channel(self.address)
+        self.channel = grpc.insecure_channel(self.address, (("grpc.enable_http_proxy", 0),))
         self.training_stub = training_pb2_grpc.TrainingServiceStub(self.channel)
         self.corpus_stub = corpus_pb2_grpc.CorpusServiceStub(self.channel)
         self.model_stub = model_pb2_grpc.ModelServiceStub(self.channel)

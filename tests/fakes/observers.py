@@ -28,3 +28,6 @@ class FakeLaunchObserver:
 
     def failed_to_start(self):
         self.outcomes.append("failed_to_start")
+
+    def failed_to_supervise(self):
+        self.outcomes.append("failed_to_supervise")

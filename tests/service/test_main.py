@@ -26,6 +26,9 @@ class StuckService:
         if sys.argv[1] == "loop":
             asyncio.get_running_loop().call_later(0.2, time.sleep, 1000)
 
+    async def folder_lost(self):
+        await asyncio.Event().wait()
+
     async def stop(self, hurry):
         await asyncio.get_running_loop().run_in_executor(None, time.sleep, 1000)
 
@@ -114,6 +117,12 @@ def test_a_data_folder_that_cannot_be_made_is_told_with_the_option(tmp_path):
     assert "--data-dir" in text
 
 
+def test_a_data_folder_whose_path_is_not_utf8_is_refused(tmp_path):
+    text = failure_of(*serve(f"{tmp_path}/caf\udce9"))[-1]
+    assert text.startswith("ferryman-service: the data folder ")
+    assert r"caf\udce9' cannot be used: its path is not UTF-8; rename the folder" in text
+
+
 def test_the_folder_of_a_bundle_that_is_not_there_is_named(tmp_path):
     bundle = tmp_path / "nope"
     [text] = failure_of(*command("import-model", bundle, "en-de", "--data-dir", tmp_path / "data"))
@@ -147,6 +156,14 @@ def test_the_log_tells_of_start_and_end_and_of_a_changed_database(tmp_path):
     assert (first["cpus"], first["cpus_source"]) == (machine.cpus.value, machine.cpus.source)
     assert first["memory_bytes"] == machine.memory.value
     assert "told to stop" in [line["message"] for line in told[1]]
+
+
+@pytest.mark.parametrize("arguments", [["serve"], ["health"], ["import-model", "bundle", "en-de"]])
+def test_without_the_extra_server_its_name_is_told(monkeypatch, capsys, arguments):
+    monkeypatch.setitem(sys.modules, "sqlalchemy", None)  # what an import finds where the package is not installed
+    assert main(arguments) == 1
+    told = capsys.readouterr()
+    assert told.err == "ferryman-service: not installed: sqlalchemy; run: pip install 'ferryman[server]'\n"
 
 
 def test_the_version(capsys):

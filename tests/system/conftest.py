@@ -45,7 +45,7 @@ class Stubs:
     """Nothing but the generated stubs, as a foreign client would have them."""
 
     def __init__(self, address):
-        self.channel = grpc.insecure_channel(address)
+        self.channel = grpc.insecure_channel(address, (("grpc.enable_http_proxy", 0),))
         self.training = training_pb2_grpc.TrainingServiceStub(self.channel)
         self.corpora = corpus_pb2_grpc.CorpusServiceStub(self.channel)
         self.models = model_pb2_grpc.ModelServiceStub(self.channel)
@@ -111,13 +111,29 @@ def ages_s():
 
 
 @pytest.fixture(scope="session")
-def road(tmp_path_factory, ages_s):
+def home(tmp_path_factory):
+    """The empty home folder of the road's user."""
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="session")
+def working_folder(tmp_path_factory):
+    """The road's working folder, with scripts of its user that have names of modules; one that runs leaves a file."""
+    folder = tmp_path_factory.mktemp("working-folder")
+    for name in ("queue", "random", "torch", "onnxruntime", "ferryman_service"):
+        (folder / f"{name}.py").write_text(f"open({str(folder / name)!r} + '-was-executed', 'w')\n")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def road(tmp_path_factory, ages_s, home, working_folder):
     """A service that has trained, exported and published a small model: (service, stubs, finished run, its records)."""
-    service = ServiceProcess(tmp_path_factory.mktemp("road") / "data")
+    data_dir = tmp_path_factory.mktemp("road") / "data"
+    service = ServiceProcess(data_dir, home=home, working_folder=working_folder)
     stubs = Stubs(service.address)
     run = stubs.start(stubs.upload().corpus_id, small_recipe(max_steps=300))
     records = []
-    for record in stubs.stream(run.run_id):
+    for record in stubs.stream(run.run_id, timeout_s=300):
         records.append(record)
         ages_s.append(time.time() - record.time.ToNanoseconds() / 1e9)
     assert records[-1].state_change.state == metrics_pb2.RUN_STATE_SUCCEEDED, stubs.run(run.run_id)

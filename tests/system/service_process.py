@@ -16,24 +16,35 @@ START_TIMEOUT_S = 60
 class ServiceProcess:
     """`python -m ferryman_service serve` on free loopback ports; its output goes to a file.
 
-    Its workers train with one thread as the tests do, or with `all_cores` as for a user who sets nothing.
+    Its workers train with one thread as the tests do, or with `all_cores` as for a user who sets nothing. With a `home`
+    the environment is that of a user who has set nothing for caches or for ONNX Runtime.
     """
 
     def __init__(
-        self, data_dir: Path, *flags: str, port: int = 0, wrapper: tuple[str, ...] = (), all_cores: bool = False
+        self,
+        data_dir: Path,
+        *flags: str,
+        port: int = 0,
+        wrapper: tuple[str, ...] = (),
+        all_cores: bool = False,
+        working_folder: Path | None = None,
+        home: Path | None = None,
     ):
         self.data_dir = data_dir
         self.log = data_dir.parent / f"service-{time.monotonic_ns()}.log"
         command = [
             *wrapper,
-            *(sys.executable, "-m", "ferryman_service", "serve", "--data-dir", str(data_dir)),
+            *(sys.executable, "-P", "-m", "ferryman_service", "serve", "--data-dir", str(data_dir)),
             *("--port", str(port), "--metrics-port", "0", "--probe-port", "0", "--heartbeat-s", "0.5", *flags),
         ]
         environment = {key: value for key, value in os.environ.items() if not key.startswith("FERRYMAN_")}
         if all_cores:
             environment.pop("OMP_NUM_THREADS", None)
+        if home is not None:
+            environment["HOME"] = str(home)
+            environment = {key: value for key, value in environment.items() if not key.startswith(("XDG_", "ORT_"))}
         with self.log.open("wb") as output:
-            self.process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
+            self.process = subprocess.Popen(command, stdout=output, stderr=output, env=environment, cwd=working_folder)
         self.port = int(self._wait_for_line(r"serving on 127\.0\.0\.1:(\d+)"))
 
     @property

@@ -18,7 +18,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
 
 from examples.local_service import reserved_port
-from ferryman.v1 import corpus_pb2, training_pb2, translation_pb2
+from ferryman.v1 import corpus_pb2, metrics_pb2, training_pb2, translation_pb2
 from tests.make_bundle import main as make_bundle
 from tests.system.conftest import Stubs, small_recipe
 from tests.system.service_process import ServiceProcess
@@ -179,6 +179,80 @@ def test_health_follows_the_data_folder_on_both_ports(start_with_model, data_dir
     wait_until(lambda: health(probe_port) == "SERVING")
     stubs.upload()
     assert service.stop() == 0
+
+
+UNREADABLE_RUN = """
+INSERT INTO runs (run_id, state, corpus_id, model_name, recipe, create_time_ns, attempt, last_sequence,
+  cancel_requested, progress)
+VALUES ('run_00000000000000000000ab', 'queued', 'corpus', 'model', '{}', 1, 0, 0, 0, '{}')
+"""
+FOREIGN_FILES = (
+    ".DS_Store",
+    "corpora/.DS_Store",
+    "corpora/.incoming/.nfs000000000001",
+    "runs/notes.txt~",
+    "models/.staging/.DS_Store",
+    "models/.staging/backup/bundle",
+    "models/.imports/#autosave#",
+    "models/.imports/copy/bundle",
+    "models/random/.DS_Store",
+    "models/random/7",
+    "models/README.md",
+)
+
+
+def metric(service, name):
+    with urllib.request.urlopen(service.metrics_url()) as page:
+        found = [line.split()[-1] for line in page.read().decode().splitlines() if line.startswith(f"{name} ")]
+    return float(found[0])
+
+
+def test_foreign_files_stay_and_a_supervisor_that_fails_leaves_translation_alone(
+    start_with_model, data_dir, probe_port, metrics_port
+):
+    for name in FOREIGN_FILES:
+        (data_dir / name).parent.mkdir(parents=True, exist_ok=True)
+        (data_dir / name).write_text("somebody's")
+    service = start_with_model("--probe-port", str(probe_port), "--metrics-port", str(metrics_port))
+    assert {health(probe_port, name) for name in (TRAINING, TRANSLATION)} == {"SERVING"}
+    with contextlib.closing(sqlite3.connect(data_dir / "ferryman.db")) as database, database:
+        database.execute(UNREADABLE_RUN)
+    wait_until(lambda: health(probe_port, TRAINING) == "NOT_SERVING")
+    assert health(probe_port, TRANSLATION) == "SERVING"
+    stubs = Stubs(service.address)
+    translate(stubs)
+    assert metric(service, "ferryman_supervisor_failures_total") >= 1
+    with contextlib.closing(sqlite3.connect(data_dir / "ferryman.db")) as database, database:
+        database.execute("DELETE FROM runs")
+    wait_until(lambda: health(probe_port, TRAINING) == "SERVING", timeout_s=90)
+    assert service.stop() == 0
+    assert all((data_dir / name).read_text() == "somebody's" for name in FOREIGN_FILES)
+    log = service.log.read_text()
+    assert log.count(".nfs000000000001") == 1
+    assert "training is not ready: the supervisor cannot work" in log
+    assert log.count("a bug in looking after the runs") == 1
+
+
+def test_a_data_folder_that_another_service_has_made_anew_ends_the_first_one_without_harm(
+    start_with_model, start_service, data_dir
+):
+    first = start_with_model()
+    first.process.send_signal(signal.SIGSTOP)
+    shutil.rmtree(data_dir)
+    second = start_service(data_dir=data_dir)
+    stubs = Stubs(second.address)
+    run = stubs.start(stubs.upload().corpus_id, small_recipe(max_steps=LONG))
+    stubs.wait_for_step(run.run_id, 1)
+    first.process.send_signal(signal.SIGCONT)
+    assert first.process.wait(60) == 1
+    assert "was removed or replaced while this service was using it" in first.log.read_text().splitlines()[-1]
+    step = stubs.run(run.run_id).progress.step
+    stubs.wait_for_step(run.run_id, step + 20)
+    assert stubs.run(run.run_id).attempt == 1
+    stubs.training.CancelTraining(training_pb2.CancelTrainingRequest(run_id=run.run_id))
+    *_, last = stubs.stream(run.run_id)
+    assert last.state_change.state == metrics_pb2.RUN_STATE_CANCELLED
+    assert second.stop() == 0
 
 
 def test_a_process_that_is_stuck_is_not_alive(translating):

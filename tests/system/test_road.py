@@ -86,6 +86,14 @@ def test_the_model_is_published_with_its_lineage(road):
     assert [model.name for model in listed] == ["reversal"]
 
 
+def test_scores_say_of_how_many_pairs_they_are(road):
+    _, stubs, run, _ = road
+    version = stubs.models.GetModel(model_pb2.GetModelRequest(model="reversal")).version
+    assert version.scores.translated_pairs == run.progress.best_validation.translated_pairs == 20
+    request = training_pb2.ListCheckpointsRequest(run_id=run.run_id)
+    assert {item.translated_pairs for item in stubs.training.ListCheckpoints(request).checkpoints} == {20}
+
+
 def translate(stubs, sentences, **options):
     request = translation_pb2.TranslateRequest(model="reversal", sentences=sentences)
     for name, value in options.items():
@@ -114,8 +122,8 @@ def test_search_options_do_what_they_say(road):
         assert hypothesis.score == pytest.approx(hypothesis.log_probability / hypothesis.target_tokens, abs=1e-5)
     cut = translate(stubs, [sentence], beam_size=1, max_length=2).translations[0].hypotheses[0]
     assert (cut.target_tokens, cut.finished) == (2, False)
-    empty = translate(stubs, ["", " \n "]).translations
-    assert [(t.hypotheses[0].text, t.source_tokens) for t in empty] == [("", 0), ("", 0)]
+    empty = translate(stubs, ["", " \n ", "\u2581 \u2581", "\u200b\ufeff"]).translations
+    assert [(t.hypotheses[0].text, t.source_tokens) for t in empty] == [("", 0)] * 4
 
 
 def test_a_translation_does_not_depend_on_its_neighbours(road):
@@ -142,6 +150,14 @@ def test_health_has_a_status_per_service(road):
         for name in ("", *(f"ferryman.v1.{n}Service" for n in ("Training", "Corpus", "Model", "Translation"))):
             status = stub.Check(health_pb2.HealthCheckRequest(service=name)).status
             assert status == health_pb2.HealthCheckResponse.SERVING
+
+
+def test_road_leaves_home_and_working_folder_alone(road, home, working_folder):
+    """ONNX Runtime's telemetry keeps a device id in the home folder as soon as it is imported."""
+    _, stubs, _, _ = road
+    stubs.translation.Translate(translation_pb2.TranslateRequest(model="reversal", sentences=["ba ce"]))
+    assert list(home.rglob("*")) == []
+    assert sorted(path.suffix for path in working_folder.iterdir()) == [".py"] * 5
 
 
 def test_a_client_that_knows_only_reflection_can_translate(road):

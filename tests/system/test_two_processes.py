@@ -14,6 +14,7 @@ from ferryman_service.stores.corpora import CorpusLimits, FileCorpusStore
 from ferryman_service.stores.layout import DataFolder
 from ferryman_service.stores.runs import SqlRunStore
 from tests.fakes.databases import open_migrated
+from tests.fakes.namespaces import UNKNOWN_HOST, namespace
 from tests.system.conftest import reversal_corpus
 
 pytestmark = pytest.mark.system
@@ -46,7 +47,11 @@ def test_two_processes_train_one_run(tmp_path):
     )
     runs.create(run, None, 1)
     runs.begin_attempt(run.run_id, 0)
-    config = LaunchConfig(data_dir=folder.root, command=torchrun_command, threads_per_worker=1)
+    # Where the kernel allows it, the machine's name does not resolve, as in a pod without a DNS entry.
+    nameless = namespace(UNKNOWN_HOST) or ()
+    config = LaunchConfig(
+        data_dir=folder.root, command=lambda count: (*nameless, *torchrun_command(count)), threads_per_worker=1
+    )
     launcher = TorchrunLauncher(config, folder.worker_log)
     launcher.start(run.run_id, 1, 2)
     deadline_s = time.monotonic() + 90

@@ -9,13 +9,23 @@ import typer
 from ferryman import __version__
 from ferryman.cli import corpora, models, runs, schedule, translate
 from ferryman.cli.common import FerrymanGroup
+from ferryman.cli.ending import HELP as EXIT_STATUS
+from ferryman.cli.options import FerrymanCommand
+from ferryman.cli.output import print_line
 
-app = typer.Typer(cls=FerrymanGroup, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
+app = typer.Typer(
+    cls=FerrymanGroup,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog=EXIT_STATUS,
+)
 
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        print(f"ferryman {__version__}")
+        print_line(f"ferryman {__version__}")
         raise typer.Exit
 
 
@@ -40,3 +50,7 @@ app.command("watch")(runs.watch)
 app.add_typer(runs.app, name="runs")
 app.add_typer(models.app, name="models")
 app.command("translate")(translate.translate)
+
+for group in (app, corpora.app, runs.app, models.app):
+    for command in group.registered_commands:
+        command.cls = FerrymanCommand

@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from ferryman import Corpus, SplitStatistics
-from ferryman.cli.common import connect, print_fields, print_table
+from ferryman.cli.common import connect
+from ferryman.cli.output import print_fields, print_line, print_message, print_table
 
 app = typer.Typer(no_args_is_help=True, help="Parallel corpora.")
 
@@ -25,11 +26,13 @@ def upload(
     validation: Annotated[tuple[Path, Path], typer.Option(help="The same, for the validation pairs.")],
     request_id: Annotated[str | None, typer.Option(help="A UUID that makes the upload repeatable.")] = None,
 ) -> None:
-    """Upload a corpus; prints its id on the first line."""
+    """Upload a corpus; prints its id on the first line. Warnings about its text go to the error output."""
     with connect(context) as client:
         corpus = client.upload_corpus(name, source, target, train=train, validation=validation, request_id=request_id)
-    print(corpus.corpus_id)
-    print(f"{corpus.train.pairs:,} training pairs, {corpus.validation.pairs:,} validation pairs")
+    for warning in corpus.warnings:
+        print_message(f"Warning: {warning.field}: {warning.message} ({warning.code}; the first: {warning.example!r})")
+    print_line(corpus.corpus_id)
+    print_line(f"{corpus.train.pairs:,} training pairs, {corpus.validation.pairs:,} validation pairs")
 
 
 @app.command("list")
@@ -58,6 +61,7 @@ def show(context: typer.Context, corpus_id: Annotated[str, typer.Argument(metava
             ("digest", corpus.digest),
             ("stored", corpus.create_time.isoformat(timespec="seconds")),
             *_samples(corpus),
+            *(("warning", f"{warning.field}: {warning.message}") for warning in corpus.warnings),
         ]
     )
 

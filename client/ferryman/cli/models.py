@@ -7,7 +7,8 @@ from typing import Annotated, Final
 
 import typer
 
-from ferryman.cli.common import connect, print_fields, print_table
+from ferryman.cli.common import connect
+from ferryman.cli.output import print_fields, print_line, print_table
 from ferryman.types import Int8Outcome
 
 app = typer.Typer(no_args_is_help=True, help="Published models.")
@@ -34,12 +35,13 @@ def list_(
                 latest.reference,
                 f"{latest.source_language}-{latest.target_language}",
                 f"{latest.scores.bleu:.1f}",
+                latest.scores.translated_pairs or "-",
                 f"{latest.parameters:,}",
                 latest.create_time.isoformat(timespec="seconds"),
             )
             for latest in (model.latest_version for model in client.list_models())
         ]
-    print_table(("latest version", "languages", "BLEU", "parameters", "published"), rows)
+    print_table(("latest version", "languages", "BLEU", "pairs", "parameters", "published"), rows)
 
 
 @app.command()
@@ -57,8 +59,8 @@ def show(
             ("all versions", ", ".join(map(str, details.model.versions))),
             ("aliases", ", ".join(f"{alias.alias} → {alias.version}" for alias in details.model.aliases) or "-"),
             ("languages", f"{version.source_language} to {version.target_language}"),
-            ("BLEU", f"{scores.bleu:.1f}"),
-            ("chrF", f"{scores.chrf:.1f}"),
+            ("BLEU", f"{scores.bleu:.1f}{_of(scores.translated_pairs)}"),
+            ("chrF", f"{scores.chrf:.1f}{_of(scores.translated_pairs)}"),
             ("nll per token", f"{scores.nll_per_token:.4f}"),
             ("int8", int8_text(version.int8)),
             ("weights", f"{scores.weights}, step {scores.step:,}"),
@@ -73,14 +75,20 @@ def show(
 
 
 def int8_text(outcome: Int8Outcome | None) -> str:
-    """Say what serving in 8-bit arithmetic costs."""
+    """Say what serving in 8-bit arithmetic does to the score."""
     if outcome is None:
         return "-"
     kept = "" if outcome.kept else ", left out"
     if outcome.fp32_bleu is None or outcome.int8_bleu is None:
         return f"not measured{kept}"
-    lost = outcome.fp32_bleu - outcome.int8_bleu
-    return f"{lost:+.2f} BLEU lost on {outcome.pairs:,} pairs{kept}"
+    # Adding zero turns -0.0 into 0.0.
+    gained = round(outcome.int8_bleu - outcome.fp32_bleu, 2) + 0.0
+    return f"{gained:+.2f} BLEU against fp32 ({outcome.pairs:,} pairs){kept}"
+
+
+def _of(pairs: int) -> str:
+    """Say on how many pairs a score was measured; models of an earlier release do not know."""
+    return f" ({pairs:,} pairs)" if pairs else ""
 
 
 @app.command()
@@ -88,7 +96,9 @@ def alias(
     context: typer.Context,
     name: Annotated[str, typer.Argument(metavar="NAME", help="The model's name.")],
     alias: Annotated[str, typer.Argument(metavar="ALIAS", help='The alias, such as "production".')],
-    version: Annotated[int | None, typer.Argument(metavar="[VERSION]", help="The version to point at.")] = None,
+    version: Annotated[
+        int | None, typer.Argument(metavar="[VERSION]", help="The version to point at.", min=1, max=2**31 - 1)
+    ] = None,
     delete: Annotated[bool, typer.Option("--delete", help="Remove the alias instead.")] = False,
 ) -> None:
     """Let NAME@ALIAS be a version of the model, or nothing any more."""
@@ -97,10 +107,10 @@ def alias(
     with connect(context) as client:
         if version is None:
             client.delete_model_alias(name, alias)
-            print("deleted")
+            print_line("deleted")
         else:
             client.set_model_alias(name, alias, version, timeout_s=_LOAD_TIMEOUT_S)
-            print(f"{name}@{alias} is {name}/{version}")
+            print_line(f"{name}@{alias} is {name}/{version}")
 
 
 @app.command()
@@ -111,7 +121,7 @@ def delete(
     """Delete a version for ever; its number is not given again."""
     with connect(context) as client:
         client.delete_model_version(model)
-    print("deleted")
+    print_line("deleted")
 
 
 @app.command()
@@ -121,9 +131,11 @@ def download(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder that does not exist yet.")],
 ) -> None:
     """Download a version; `ferryman-service import-model FOLDER NAME` publishes it on another server."""
+    if not folder.name:
+        raise typer.BadParameter("FOLDER must be the name of a folder that does not exist yet")
     with connect(context) as client:
         version = client.download_model(model, folder)
-    print(f"{version.reference}: {version.size_bytes / 1e6:.1f} MB in {folder}")
+    print_line(f"{version.reference}: {version.size_bytes / 1e6:.1f} MB in {folder}")
 
 
 @app.command()
@@ -131,7 +143,7 @@ def load(context: typer.Context, model: Annotated[str, _REFERENCE]) -> None:
     """Load a version into the server's memory, so that no translation waits for that."""
     with connect(context) as client:
         loaded = client.load_model(model, timeout_s=_LOAD_TIMEOUT_S)
-    print(f"{loaded.model}: {loaded.memory_bytes / 1e6:.1f} MB, loaded in {loaded.load_time_s:.1f} s")
+    print_line(f"{loaded.model}: {loaded.memory_bytes / 1e6:.1f} MB, loaded in {loaded.load_time_s:.1f} s")
 
 
 @app.command()
@@ -139,7 +151,7 @@ def unload(context: typer.Context, model: Annotated[str, _REFERENCE]) -> None:
     """Take a version out of the server's memory, once its translations have ended."""
     with connect(context) as client:
         was_loaded = client.unload_model(model, timeout_s=_LOAD_TIMEOUT_S)
-    print("unloaded" if was_loaded else "was not loaded")
+    print_line("unloaded" if was_loaded else "was not loaded")
 
 
 def _list_loaded(context: typer.Context) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Final
 
 from ferryman.types import LearningRatePoint
@@ -12,27 +13,50 @@ _BRAILLE: Final = 0x2800
 _DOTS: Final = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))
 
 
-def draw_curve(points: Sequence[LearningRatePoint], width: int = 72, height: int = 16) -> str:
+@dataclass(frozen=True, kw_only=True)
+class _Style:
+    """The characters of a plot: `dots` is the number of columns and rows of dots in one character."""
+
+    dots: tuple[int, int]
+    y_axis: str
+    corner: str
+    x_axis: str
+
+    def character(self, dots: int) -> str:
+        """Return the character with these dots, a sum of bits of _DOTS."""
+        return chr(_BRAILLE + dots) if self.dots == (2, 4) else "*" if dots else " "
+
+
+_UNICODE: Final = _Style(dots=(2, 4), y_axis="┤", corner="└", x_axis="─")
+_ASCII: Final = _Style(dots=(1, 1), y_axis="|", corner="+", x_axis="-")
+CHARACTERS: Final = "┤└─" + chr(_BRAILLE) + chr(_BRAILLE + 0xFF)
+"""What a terminal must be able to show, unless the plot is in ASCII."""
+MIN_WIDTH: Final = 24
+
+
+def draw_curve(
+    points: Sequence[LearningRatePoint], width: int = 72, height: int = 16, *, ascii_only: bool = False
+) -> str:
     """Return the curve as `height` lines of plot and two of step axis, none wider than `width` characters.
 
-    The y axis begins at 0. Each character holds 2 x 4 dots. `width` is at least 24, `height` at least 2, and `points`,
-    by rising step, are at least one.
+    The y axis begins at 0. Each character holds 2 x 4 dots, in ASCII one. `width` is at least MIN_WIDTH, `height` at
+    least 2, and `points`, by rising step, are at least one.
     """
-    assert points and width >= 24 and height >= 2
+    assert points and width >= MIN_WIDTH and height >= 2
+    style = _ASCII if ascii_only else _UNICODE
     highest = max(point.learning_rate for point in points) or 1.0
     labels = [f"{highest * (height - row) / height:.2e}" for row in range(height)]
     label_width = max(len(label) for label in labels)
     columns = width - label_width - 2
-    cells = [[_BRAILLE] * columns for _ in range(height)]
-    for x, y in _dots(points, highest, 2 * columns, 4 * height):
-        row = 4 * height - 1 - y
-        cells[row // 4][x // 2] |= _DOTS[x % 2][row % 4]
+    cells = [[0] * columns for _ in range(height)]
+    across, down = style.dots
+    for x, y in _dots(points, highest, across * columns, down * height):
+        row = down * height - 1 - y
+        cells[row // down][x // across] |= _DOTS[x % across][row % down]
     # Every fourth line has its label: more would only be noise.
-    rows = [
-        f"{labels[row] if row % 4 == 0 else '':>{label_width}} ┤{''.join(map(chr, cells[row]))}"
-        for row in range(height)
-    ]
-    return "\n".join([*rows, *_step_axis(points, label_width, columns)])
+    margins = [f"{labels[row] if row % 4 == 0 else '':>{label_width}} {style.y_axis}" for row in range(height)]
+    rows = [margin + "".join(map(style.character, row)) for margin, row in zip(margins, cells, strict=True)]
+    return "\n".join([*rows, *_step_axis(points, label_width, columns, style)])
 
 
 def _dots(points: Sequence[LearningRatePoint], highest: float, x_dots: int, y_dots: int) -> Iterator[tuple[int, int]]:
@@ -49,11 +73,13 @@ def _dots(points: Sequence[LearningRatePoint], highest: float, x_dots: int, y_do
         previous = (x, y)
 
 
-def _step_axis(points: Sequence[LearningRatePoint], label_width: int, columns: int) -> tuple[str, str]:
+def _step_axis(points: Sequence[LearningRatePoint], label_width: int, columns: int, style: _Style) -> tuple[str, str]:
     first, last = f"{points[0].step:,}", f"{points[-1].step:,}"
     middle = "training step"
     margin = " " * label_width
-    axis = f"{margin} └{'─' * columns}"
+    axis = f"{margin} {style.corner}{style.x_axis * columns}"
     room = columns - len(first) - len(last)
-    text = middle.center(room) if room >= len(middle) + 2 else " " * max(1, room)
+    if room < 1:  # the end says more than the beginning
+        return axis, f"{margin}  {last:>{columns}}"
+    text = middle.center(room) if room >= len(middle) + 2 else " " * room
     return axis, f"{margin}  {first}{text}{last}"

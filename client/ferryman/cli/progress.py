@@ -16,6 +16,7 @@ from ferryman import (
     DecayPlan,
     EventLevel,
     MetricRecord,
+    RunError,
     RunEvent,
     RunState,
     StateChange,
@@ -24,7 +25,9 @@ from ferryman import (
     TrainingRun,
     ValidationMetrics,
 )
+from ferryman.cli.output import styled
 
+_UNEXPLAINED: Final = ("WORKER_DIED", "EXPORT_MISMATCH")
 # Before the export, in which a run is done with its limits.
 _BEFORE_EXPORT: Final = (RunState.QUEUED, RunState.STARTING, RunState.RUNNING, RunState.PAUSED)
 
@@ -110,7 +113,7 @@ def follow(
             if (line := describe(record)) is not None:
                 progress.console.print(line, soft_wrap=True)
             if view.state is RunState.PAUSED and isinstance(record.payload, StateChange):
-                progress.console.print(f"to let it go on: ferryman runs resume {run_id}", soft_wrap=True)
+                progress.console.print(styled(f"to let it go on: ferryman runs resume {run_id}"), soft_wrap=True)
             _update(progress, task, view, stop)
             if on_record is not None:
                 on_record(record)
@@ -125,15 +128,15 @@ def describe(record: MetricRecord) -> Text | None:
         case ValidationMetrics() as validation:
             line = (
                 f"step {validation.step:,}: validation loss {validation.loss:.3f}, BLEU {validation.bleu:.1f}, "
-                f"chrF {validation.chrf:.1f}"
+                f"chrF {validation.chrf:.1f} ({validation.translated_pairs:,} pairs)"
             )
-            return Text(f"{line}, best so far" if validation.best else line, "green" if validation.best else "")
+            return styled(f"{line}, best so far" if validation.best else line, "green" if validation.best else "")
         case StateChange(state=state, message=message):
-            return Text(f"{state}: {message}" if message else str(state), "bold")
+            return styled(f"{state}: {message}" if message else str(state), "bold")
         case DecayPlan() as decay:
-            return Text(describe_decay(decay), "bold")
+            return styled(describe_decay(decay), "bold")
         case RunEvent(level=level, code=code, message=message):
-            return Text(f"{level}: {code}: {message}", "yellow" if level is not EventLevel.INFO else "dim")
+            return styled(f"{level}: {code}: {message}", "yellow" if level is not EventLevel.INFO else "dim")
         case _:
             return None
 
@@ -148,11 +151,16 @@ def describe_decay(decay: DecayPlan) -> str:
 def describe_end(run: TrainingRun) -> Text:
     """Return how a terminal run ended."""
     if run.state is RunState.SUCCEEDED:
-        return Text(f"{run.run_id} succeeded: published {run.model_name}/{run.model_version}", "bold green")
+        return styled(f"{run.run_id} succeeded: published {run.model_name}/{run.model_version}", "bold green")
     if run.error is None:
-        return Text(f"{run.run_id} {run.state}", "bold yellow")
-    lines = [f"{run.run_id} failed: {run.error.reason}: {run.error.message}", run.error.log_tail.rstrip()]
-    return Text("\n".join(line for line in lines if line), "bold red")
+        return styled(f"{run.run_id} {run.state}", "bold yellow")
+    lines = [f"{run.run_id} failed: {run.error.reason}: {run.error.message}", *log_lines(run.error)]
+    return Text("\n").join(styled(line, "bold red") for line in lines)
+
+
+def log_lines(error: RunError) -> list[str]:
+    """Return the end of the worker's log if it says more than the error: most failures are told by their message."""
+    return error.log_tail.rstrip().splitlines() if error.reason in _UNEXPLAINED else []
 
 
 def _progress(console: Console) -> Progress:

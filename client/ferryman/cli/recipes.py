@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import tomllib
 import types as python_types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ferryman._checks import raise_any
 from ferryman.errors import InvalidRecipe, Violation
 from ferryman.types import Recipe
 
@@ -24,27 +26,52 @@ def build_recipe(file: Path | None, preset: str | None, overrides: Sequence[str]
     values = _read(file) if file is not None else {}
     if preset is not None:
         values["preset"] = preset
-    for override in overrides:
-        _apply(values, override)
-    return _build(Recipe, values, "recipe")
+    violations = [violation for override in overrides for violation in _apply(values, override)]
+    recipe = _build(Recipe, values, "recipe", violations)
+    raise_any(violations, InvalidRecipe)
+    return recipe
+
+
+def to_toml(recipe: Recipe) -> str:
+    """Return the fields that are set as a TOML file, which `build_recipe` reads back."""
+    tables = dataclasses.asdict(recipe)
+    lines = _assignments({name: value for name, value in tables.items() if not isinstance(value, dict)})
+    for title, table in tables.items():
+        if isinstance(table, dict) and (part := _assignments(table)):
+            lines += ["", f"[{title}]", *part]
+    return "\n".join(lines).strip()
+
+
+def _assignments(table: Mapping[str, object]) -> list[str]:
+    return [f"{name} = {_toml(value)}" for name, value in table.items() if value is not None]
+
+
+def _toml(value: object) -> str:
+    # What JSON writes for text and for true and false is TOML too; not so its infinity.
+    return json.dumps(str(value)) if isinstance(value, str) else repr(value).lower()
 
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(file.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        return tomllib.loads(file.read_text(encoding="utf-8-sig"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise _invalid("recipe", f"{file} is not TOML: {error}") from error
 
 
-def _apply(values: dict[str, Any], override: str) -> None:
+def _apply(values: dict[str, Any], override: str) -> Iterator[Violation]:
+    """Set the field that the override names; yields what is wrong with it."""
     path, equals, text = override.partition("=")
     *parents, name = path.strip().split(".")
     if not equals or not name:
-        raise _invalid("recipe", f'{override!r} is not an override, write it like "model.d_model=64"')
+        yield Violation(
+            field="recipe", description=f'{override!r} is not an override, write it like "model.d_model=64"'
+        )
+        return
     for parent in parents:
         values = values.setdefault(parent, {})
         if not isinstance(values, dict):
-            raise _invalid(f"recipe.{path}", f"{parent} is a value and has no parts")
+            yield Violation(field=f"recipe.{path}", description=f"{parent} is a value and has no parts")
+            return
     values[name] = _parse(text.strip())
 
 
@@ -52,26 +79,35 @@ def _parse(text: str) -> object:
     """Return the TOML value, or the text itself where it is none: `norm=pre` needs no quotes."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (tomllib.TOMLDecodeError, RecursionError):
         return text
 
 
-def _build(cls: type[T], values: object, path: str) -> T:
+def _build(cls: type[T], values: object, path: str, violations: list[Violation]) -> T:
+    """Return the part of a recipe; what is no field of it is left out, with a violation each."""
     if not isinstance(values, Mapping):
-        raise _invalid(path, f"is {values!r}, must be a table of fields")
+        violations.append(Violation(field=path, description=f"is {values!r}, must be a table of fields"))
+        return cls()
     hints = typing.get_type_hints(cls)
-    unknown = [name for name in values if name not in hints]
-    if unknown:
-        legal = f"not a field of {path}; its fields are {', '.join(hints)}"
-        violations = [Violation(field=f"{path}.{name}", description=legal, reason="UNKNOWN_FIELD") for name in unknown]
-        raise InvalidRecipe(f"{violations[0].field}: {legal}", violations=violations)
-    return cls(**{name: _value(hints[name], value, f"{path}.{name}") for name, value in values.items()})
+    legal = f"not a field of {path}; its fields are {', '.join(hints)}"
+    violations += [
+        Violation(field=f"{path}.{name}", description=legal, reason="UNKNOWN_FIELD")
+        for name in values
+        if name not in hints
+    ]
+    return cls(
+        **{
+            name: _value(hints[name], value, f"{path}.{name}", violations)
+            for name, value in values.items()
+            if name in hints
+        }
+    )
 
 
-def _value(hint: Any, value: object, path: str) -> object:  # noqa: ANN401 (an annotation has no common type)
+def _value(hint: Any, value: object, path: str, violations: list[Violation]) -> object:  # noqa: ANN401 (an annotation has no common type)
     choices = typing.get_args(hint) if isinstance(hint, python_types.UnionType) else (hint,)
     part = next((choice for choice in choices if dataclasses.is_dataclass(choice)), None)
-    return value if part is None else _build(typing.cast("type[Any]", part), value, path)
+    return value if part is None else _build(typing.cast("type[Any]", part), value, path, violations)
 
 
 def _invalid(field: str, description: str) -> InvalidRecipe:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 from datetime import UTC
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from ferryman import Client, Preset, RunState, TrainingRun
-from ferryman.cli.common import connect, print_fields, print_table
-from ferryman.cli.progress import describe, follow
-from ferryman.cli.recipes import build_recipe
+from ferryman.cli.common import connect
+from ferryman.cli.ending import FAILED, INTERRUPTED
+from ferryman.cli.output import Terminal, print_fields, print_line, print_lines, print_message, print_table
+from ferryman.cli.progress import describe, follow, log_lines
+from ferryman.cli.recipes import build_recipe, to_toml
 
 app = typer.Typer(no_args_is_help=True, help="Training runs.")
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="The run's id.")]
@@ -37,7 +37,10 @@ def train(
     ] = False,
     processes: Annotated[int | None, typer.Option(help="Processes that train together.")] = None,
 ) -> None:
-    """Start a training run; prints its id on the first line."""
+    """Start a training run; prints its id on the first line.
+
+    With --validate-only the recipe is printed instead, complete and ready for --recipe.
+    """
     wanted = build_recipe(recipe, preset, overrides or [])
     with connect(context) as client:
         run = client.start_training(
@@ -51,10 +54,10 @@ def train(
             processes=processes,
         )
         if validate_only:
-            print("valid")
-            _print_recipe(run)
+            print_lines(to_toml(run.recipe))
+            print_message("valid")
             return
-        print(run.run_id, flush=True)
+        print_line(run.run_id, flush=True)
         if watch:
             _watch(client, run.run_id)
 
@@ -67,12 +70,12 @@ def watch(context: typer.Context, run_id: RunArgument) -> None:
 
 def _watch(client: Client, run_id: str) -> None:
     try:
-        run = follow(client, run_id, Console())
+        run = follow(client, run_id, Terminal())
     except KeyboardInterrupt:
-        Console(stderr=True).print(f"{run_id} goes on; see it again with: ferryman watch {run_id}", soft_wrap=True)
-        raise typer.Exit(130) from None
+        print_message(f"{run_id} goes on; see it again with: ferryman watch {run_id}")
+        raise typer.Exit(INTERRUPTED) from None
     if run.state is RunState.FAILED:
-        raise typer.Exit(1)
+        raise typer.Exit(FAILED)
 
 
 @app.command("list")
@@ -84,10 +87,10 @@ def list_(
     """List the runs, newest first."""
     with connect(context) as client:
         rows = [
-            (run.run_id, run.state, run.model_name, run.progress.step, _best_bleu(run), _time(run))
+            (run.run_id, run.state, run.model_name, run.progress.step, *_best_bleu(run), _time(run))
             for run in client.list_training_runs(states=state or (), model_name=model)
         ]
-    print_table(("run", "state", "model", "step", "best BLEU", "accepted"), rows)
+    print_table(("run", "state", "model", "step", "best BLEU", "pairs", "accepted"), rows)
 
 
 @app.command()
@@ -96,6 +99,7 @@ def show(context: typer.Context, run_id: RunArgument) -> None:
     with connect(context) as client:
         run = client.get_training_run(run_id)
     version = f"/{run.model_version}" if run.model_version else ""
+    bleu, pairs = _best_bleu(run)
     fields: list[tuple[str, object]] = [
         ("run", run.run_id),
         ("state", f"{run.state}{_requested(run)}"),
@@ -103,16 +107,18 @@ def show(context: typer.Context, run_id: RunArgument) -> None:
         ("model", f"{run.model_name}{version}"),
         ("step", f"{run.progress.step:,} (epoch {run.progress.epoch}, {run.progress.fraction:.0%})"),
         ("target tokens", f"{run.progress.target_tokens:,}"),
-        ("best BLEU", _best_bleu(run)),
+        ("best BLEU", bleu if pairs == "-" else f"{bleu} ({pairs} pairs)"),
         ("attempt", f"{run.attempt}, {run.restarts} workers in a row got no further" if run.restarts else run.attempt),
         ("processes", run.processes),
         ("starts from", _start(run)),
         ("accepted", _time(run)),
     ]
     if run.error is not None:
-        fields += [("error", f"{run.error.reason}: {run.error.message}"), ("log", f"\n{run.error.log_tail}")]
+        fields += [("error", f"{run.error.reason}: {run.error.message}")]
+        fields += [("log", line) for line in log_lines(run.error)]
     print_fields(fields)
-    _print_recipe(run)
+    print_line()
+    print_lines(to_toml(run.recipe))
 
 
 @app.command()
@@ -121,7 +127,7 @@ def events(context: typer.Context, run_id: RunArgument) -> None:
     with connect(context) as client:
         for record in client.stream_metrics(run_id, follow=False):
             if (line := describe(record)) is not None:
-                print(f"{record.time.astimezone(UTC):%Y-%m-%d %H:%M:%S}  {line.plain}")
+                print_line(f"{record.time.astimezone(UTC):%Y-%m-%d %H:%M:%S}  {line.plain}")
 
 
 @app.command()
@@ -129,7 +135,7 @@ def cancel(context: typer.Context, run_id: RunArgument) -> None:
     """Ask a run to stop; nothing is published."""
     with connect(context) as client:
         run = client.cancel_training(run_id)
-    print("cancel requested" if run.cancel_requested else str(run.state))
+    print_line("cancel requested" if run.cancel_requested else str(run.state))
 
 
 @app.command()
@@ -137,7 +143,7 @@ def pause(context: typer.Context, run_id: RunArgument) -> None:
     """Ask a run to rest; `runs resume` lets it go on."""
     with connect(context) as client:
         run = client.pause_training(run_id)
-    print("pause requested" if run.pause_requested else str(run.state))
+    print_line("pause requested" if run.pause_requested else str(run.state))
 
 
 @app.command()
@@ -145,7 +151,7 @@ def resume(context: typer.Context, run_id: RunArgument) -> None:
     """Let a paused run go on from its last checkpoint."""
     with connect(context) as client:
         run = client.resume_training(run_id)
-    print(str(run.state))
+    print_line(str(run.state))
 
 
 @app.command()
@@ -153,7 +159,7 @@ def delete(context: typer.Context, run_id: RunArgument) -> None:
     """Remove a run that has ended, with its records and checkpoints; what it published stays."""
     with connect(context) as client:
         client.delete_training_run(run_id)
-    print("deleted")
+    print_line("deleted")
 
 
 @app.command()
@@ -165,13 +171,14 @@ def checkpoints(context: typer.Context, run_id: RunArgument) -> None:
                 f"{item.step:,}",
                 item.epoch,
                 "-" if item.bleu is None else f"{item.bleu:.1f}",
+                item.translated_pairs or "-",
                 "best" if item.best else "",
                 f"{item.size_bytes / 1e6:.1f} MB",
                 item.create_time.isoformat(timespec="seconds"),
             )
             for item in client.list_checkpoints(run_id)
         ]
-    print_table(("step", "epoch", "BLEU", "", "size", "written"), rows)
+    print_table(("step", "epoch", "BLEU", "pairs", "", "size", "written"), rows)
 
 
 def _requested(run: TrainingRun) -> str:
@@ -186,24 +193,11 @@ def _start(run: TrainingRun) -> str:
     return f"{run.initial_model}, with its optimizer" if run.keep_optimizer else run.initial_model
 
 
-def _best_bleu(run: TrainingRun) -> str:
+def _best_bleu(run: TrainingRun) -> tuple[str, str]:
+    """Return the score, and of how many translated pairs it is."""
     best = run.progress.best_validation
-    return f"{best.bleu:.1f}" if best is not None else "-"
+    return (f"{best.bleu:.1f}", f"{best.translated_pairs:,}") if best is not None else ("-", "-")
 
 
 def _time(run: TrainingRun) -> str:
     return run.create_time.isoformat(timespec="seconds") if run.create_time else "-"
-
-
-def _print_recipe(run: TrainingRun) -> None:
-    """Print the recipe as TOML, ready for `--recipe`."""
-    tables = dataclasses.asdict(run.recipe)
-    values = {name: value for name, value in tables.items() if not isinstance(value, dict)}
-    for title, table in [("", values), *((name, part) for name, part in tables.items() if isinstance(part, dict))]:
-        lines = [f"{name} = {_toml(value)}" for name, value in table.items() if value is not None]
-        if lines:
-            print("\n".join([f"\n[{title}]" if title else "", *lines]))
-
-
-def _toml(value: object) -> str:
-    return f'"{value}"' if isinstance(value, str) else repr(value)

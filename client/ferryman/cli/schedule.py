@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+import shutil
+import sys
+from typing import Annotated, Any, Final
 
 import typer
 
 from ferryman import Client, DecayShape, LearningRateCurve, LearningRateSchedule, Preset, Recipe, ScheduleKind
 from ferryman.cli.common import connect
-from ferryman.cli.plot import draw_curve
+from ferryman.cli.output import encodes, print_line, print_lines
+from ferryman.cli.plot import CHARACTERS, MIN_WIDTH, draw_curve
 from ferryman.cli.progress import describe_decay
 
+_WIDTH: Final = 72
 Steps = Annotated[int | None, typer.Option(min=1, max=10**9)]
 
 
@@ -49,10 +53,10 @@ def show(
     with connect(context) as client:
         curve = _fetch(client, preset, run, schedule, window)
     if csv:
-        print("step,learning_rate")
+        print_line("step,learning_rate")
         for point in curve.points:
             # repr is the shortest text that reads back to the same float.
-            print(f"{point.step},{point.learning_rate!r}")
+            print_line(f"{point.step},{point.learning_rate!r}")
     else:
         _draw(curve)
 
@@ -75,9 +79,10 @@ def _fetch(
 
 def _draw(curve: LearningRateCurve) -> None:
     kind = curve.schedule.kind or "learning rate"
-    print(f"{kind}: peak {curve.peak.learning_rate:.6g} at step {curve.peak.step:,}")
+    print_line(f"{kind}: peak {curve.peak.learning_rate:.6g} at step {curve.peak.step:,}")
     for decay in curve.decays:
-        print(describe_decay(decay))
-    print(draw_curve(curve.points))
+        print_line(describe_decay(decay))
+    width = max(MIN_WIDTH, min(_WIDTH, shutil.get_terminal_size((_WIDTH, 24)).columns))
+    print_lines(draw_curve(curve.points, width, ascii_only=not encodes(sys.stdout, CHARACTERS)))
     if curve.provisional_from_step is not None:
-        print(f"provisional from step {curve.provisional_from_step:,}: the run plans its decay while it trains")
+        print_line(f"provisional from step {curve.provisional_from_step:,}: the run plans its decay while it trains")

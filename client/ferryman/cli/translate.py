@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 import typer
 
 from ferryman import EarlyStopping, Sampling, SentenceError, StreamSentence, TranslateOptions, Translation
-from ferryman.cli.common import connect
-from ferryman.errors import FerrymanError, InvalidSentence
+from ferryman.cli import output
+from ferryman.cli.common import connect, failure_text
+from ferryman.cli.ending import CALLERS_MISTAKE
+from ferryman.cli.lines import Line, read_lines, standard_input
+from ferryman.errors import FerrymanError, InvalidSentence, reason_of
+
+_INVALID: Final = reason_of(InvalidSentence)
 
 
 def _option(text: str, *names: str) -> Any:  # noqa: ANN401 (typer's own)
@@ -50,7 +53,12 @@ def translate(
     alignment: Annotated[bool, _option("Subwords and what they look at, with --json.", "--alignment")] = False,
     as_json: Annotated[bool, _option("Print one JSON object a sentence, and one if the call fails.", "--json")] = False,
 ) -> None:
-    """Translate sentences, one a line. A line of standard input that cannot be translated gives an empty one."""
+    """Translate sentences, one a line: arguments, or standard input as UTF-8, to UTF-8.
+
+    A line of standard input that cannot be translated (too long, not UTF-8, control characters) gives an empty line and
+    a message with its number on standard error. The others are translated; the exit status is 2 then.
+    """
+    output.write_utf8()
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     options = TranslateOptions(
         beam_size=beam_size,
@@ -91,30 +99,25 @@ class _Job:
 
     def show(self, number: int, source: str, translation: Translation, model: str) -> None:
         if self.as_json:
-            _print_json({"source": source, "model": model, **_lean(translation)})
+            output.print_json({"source": source, "model": model, **_lean(translation)})
         elif self.numbered:
             for hypothesis in translation.hypotheses:
-                print(f"{number}\t{hypothesis.score:.4f}\t{hypothesis.text}", flush=True)
+                output.print_row((number, f"{hypothesis.score:.4f}", hypothesis.text), flush=True)
         else:
-            # A text that was split may have line breaks; what is printed has one line for each.
-            print(" ".join(translation.text.splitlines()), flush=True)
+            output.print_translation(translation.text)
 
     def show_error(self, number: int, source: str, error: SentenceError, model: str) -> None:
         if self.as_json:
-            _print_json({"source": source, "model": model, "error": _lean(error)})
+            output.print_json({"source": source, "model": model, "error": _lean(error)})
         elif not self.numbered:
-            print(flush=True)
-        print(f"line {number + 1}: {error.reason}: {error.message}", file=sys.stderr)
+            output.print_line(flush=True)
+        output.print_message(f"line {number + 1}: {error.reason}: {error.message}")
 
     def show_failure(self, error: FerrymanError) -> None:
         """The call has failed, and no sentence has a result any more: an object without a source."""
         if self.as_json:
-            named = {"reason": error.reason, "message": str(error), "request_id": error.request_id}
-            _print_json({"error": named})
-
-
-def _print_json(line: dict[str, Any]) -> None:
-    print(json.dumps(line, ensure_ascii=False), flush=True)
+            named = {"reason": error.reason, "message": failure_text(error), "request_id": error.request_id}
+            output.print_json({"error": named})
 
 
 def _lean(value: Translation | SentenceError) -> dict[str, Any]:
@@ -134,30 +137,34 @@ def _translate_arguments(context: typer.Context, job: _Job, sentences: Sequence[
 
 def _translate_lines(context: typer.Context, job: _Job) -> None:
     """Translate standard input as a stream: any number of lines in bounded memory, in order."""
-    sources: deque[str] = deque()
+    sources: deque[Line] = deque()
     failed = False
+    lines = read_lines(standard_input())
     with connect(context) as client:
         stream = client.translate_stream(
-            job.model, _lines(sources, job.prefix), in_order=True, split_sentences=job.split, **job.options
+            job.model, _sentences(lines, sources, job.prefix), in_order=True, split_sentences=job.split, **job.options
         )
         with closing(stream) as results:
             for number, result in enumerate(results):
                 source = sources.popleft()
-                if result.translation is not None:
-                    job.show(number, source, result.translation, result.model)
-                elif result.error is not None:
-                    job.show_error(number, source, result.error, result.model)
+                error = SentenceError(reason=_INVALID, message=source.problem) if source.problem else result.error
+                if error is not None:
+                    job.show_error(number, source.text, error, result.model)
                     failed = True
+                elif result.translation is not None:
+                    job.show(number, source.text, result.translation, result.model)
     if failed:
-        raise typer.Exit(2)
+        raise typer.Exit(CALLERS_MISTAKE)
 
 
-def _lines(sources: deque[str], prefix: str) -> Iterator[StreamSentence]:
-    """Yield the lines of standard input, and remember them in `sources`."""
-    for number, line in enumerate(sys.stdin.buffer, start=1):
-        try:
-            source = line.decode().rstrip("\r\n")
-        except UnicodeDecodeError as error:
-            raise InvalidSentence(f"standard input, line {number}: not UTF-8 ({error.reason})") from error
-        sources.append(source)
-        yield StreamSentence(id="", sentence=source, target_prefix=prefix)
+def _sentences(lines: Iterable[Line], sources: deque[Line], prefix: str) -> Iterator[StreamSentence]:
+    """Yield the lines as sentences, and remember them in `sources`.
+
+    A line that is no text goes as an empty sentence: its result comes in its turn, and soon.
+    """
+    for line in lines:
+        sources.append(line)
+        if line.problem:
+            yield StreamSentence(id="", sentence="")
+        else:
+            yield StreamSentence(id="", sentence=line.text, target_prefix=prefix)

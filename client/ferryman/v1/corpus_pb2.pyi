@@ -82,6 +82,7 @@ class Corpus(_message.Message):
     VALIDATION_FIELD_NUMBER: _builtins.int
     DIGEST_FIELD_NUMBER: _builtins.int
     CREATE_TIME_FIELD_NUMBER: _builtins.int
+    WARNINGS_FIELD_NUMBER: _builtins.int
     corpus_id: _builtins.str
     """Output only. Server-made id, such as "cor_01jd…"."""
     display_name: _builtins.str
@@ -104,6 +105,10 @@ class Corpus(_message.Message):
     def create_time(self) -> _timestamp_pb2.Timestamp:
         """Output only. When it was stored, UTC."""
 
+    @_builtins.property
+    def warnings(self) -> _containers.RepeatedCompositeFieldContainer[Global___CorpusWarning]:
+        """Output only. What was probably not meant: look at it before you train."""
+
     def __init__(
         self,
         *,
@@ -115,14 +120,60 @@ class Corpus(_message.Message):
         validation: Global___SplitStatistics | None = ...,
         digest: _builtins.str = ...,
         create_time: _timestamp_pb2.Timestamp | None = ...,
+        warnings: _abc.Iterable[Global___CorpusWarning] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "train", b"train", "validation", b"validation"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["corpus_id", b"corpus_id", "create_time", b"create_time", "digest", b"digest", "display_name", b"display_name", "source_language", b"source_language", "target_language", b"target_language", "train", b"train", "validation", b"validation"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["corpus_id", b"corpus_id", "create_time", b"create_time", "digest", b"digest", "display_name", b"display_name", "source_language", b"source_language", "target_language", b"target_language", "train", b"train", "validation", b"validation", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Corpus: _TypeAlias = Corpus  # noqa: Y015
+
+@_typing.final
+class CorpusWarning(_message.Message):
+    """Something in a corpus that was probably not meant."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CODE_FIELD_NUMBER: _builtins.int
+    FIELD_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    COUNT_FIELD_NUMBER: _builtins.int
+    TOTAL_FIELD_NUMBER: _builtins.int
+    EXAMPLE_FIELD_NUMBER: _builtins.int
+    code: _builtins.str
+    """Output only. A stable name, UPPER_SNAKE_CASE: SAME_ON_BOTH_SIDES (in most pairs source and target are equal), TABS,
+    MARKUP (most lines of a file hold tabs; look like XML or JSON), VALIDATION_IN_TRAINING (at least a fifth of the
+    first 10,000 validation pairs are training pairs too). Clients must accept codes that they do not know.
+    """
+    field: _builtins.str
+    """Output only. What it is about: a split, such as "train", or a file, such as "train.source"."""
+    message: _builtins.str
+    """Output only. What is wrong and what to do, for people."""
+    count: _builtins.int
+    """Output only. The lines or pairs that are so."""
+    total: _builtins.int
+    """Output only. The lines or pairs that were looked at; those without text are not."""
+    example: _builtins.str
+    """Output only. The first of them, at most 200 characters."""
+    def __init__(
+        self,
+        *,
+        code: _builtins.str = ...,
+        field: _builtins.str = ...,
+        message: _builtins.str = ...,
+        count: _builtins.int = ...,
+        total: _builtins.int = ...,
+        example: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["code", b"code", "count", b"count", "example", b"example", "field", b"field", "message", b"message", "total", b"total"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CorpusWarning: _TypeAlias = CorpusWarning  # noqa: Y015
 
 @_typing.final
 class SplitStatistics(_message.Message):
@@ -243,9 +294,12 @@ class UploadHeader(_message.Message):
     display_name: _builtins.str
     """Optional. A name for people, at most 200 characters."""
     source_language: _builtins.str
-    """Required. Language of the source side: a BCP 47 tag such as "en" or "pt-BR"."""
+    """Required. Language of the source side: a BCP 47 tag such as "en", "pt-BR" or "zh-Hans", or private ("x-elvish").
+    Well-formed by RFC 5646, section 2.1, with a language of two or three letters: longer ones, which the syntax
+    reserves, are nobody's ("english" is refused, "en" is meant), nor are grandfathered tags ("i-klingon") accepted.
+    """
     target_language: _builtins.str
-    """Required. Language of the target side: a BCP 47 tag."""
+    """Required. Language of the target side: as `source_language`."""
     def __init__(
         self,
         *,
@@ -274,7 +328,7 @@ class PairBatch(_message.Message):
     """Required. Which split they belong to."""
     @_builtins.property
     def pairs(self) -> _containers.RepeatedCompositeFieldContainer[Global___SentencePair]:
-        """Required. The pairs. A line break inside a sentence is a violation."""
+        """Required. The pairs. A line feed inside a sentence is a violation; other line breaks count as white space."""
 
     def __init__(
         self,
@@ -292,7 +346,10 @@ Global___PairBatch: _TypeAlias = PairBatch  # noqa: Y015
 
 @_typing.final
 class FileChunk(_message.Message):
-    """A piece of a text file: UTF-8, one sentence a line. Pieces of one file come in order and may end anywhere."""
+    """A piece of a text file: UTF-8, one sentence a line. Pieces of one file come in order and may end anywhere. A byte
+    order mark at the file's start is dropped. A line ends with a line feed, or a carriage return and a line feed; in a
+    file without any line feed, with a carriage return. Other line breaks inside a line count as white space.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 

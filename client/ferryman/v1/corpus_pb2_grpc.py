@@ -59,8 +59,9 @@ class CorpusServiceServicer:
     def UploadCorpus(self, request_iterator, context):
         """Uploads a corpus: first a header, then its text, as sentence pairs or as chunks of files; at the end it is checked
         and stored whole, or not at all. INVALID_ARGUMENT with all violations (up to 20): INVALID_REQUEST (no header, bad
-        languages) or INVALID_CORPUS (empty, different line counts, not UTF-8, a line over the limit);
-        RESOURCE_EXHAUSTED (CORPUS_TOO_LARGE, DISK_FULL); ALREADY_EXISTS (REQUEST_ID_REUSED).
+        languages) or INVALID_CORPUS (empty, different line counts, not UTF-8, a line over the limit, too many combining
+        marks in a row); RESOURCE_EXHAUSTED (CORPUS_TOO_LARGE, DISK_FULL); ALREADY_EXISTS (REQUEST_ID_REUSED). What was
+        probably not meant is stored all the same, with `Corpus.warnings`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

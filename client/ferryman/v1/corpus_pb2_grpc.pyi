@@ -36,8 +36,9 @@ class CorpusServiceStub:
     UploadCorpus: _grpc.StreamUnaryMultiCallable[_corpus_pb2.UploadCorpusRequest, _corpus_pb2.UploadCorpusResponse]
     """Uploads a corpus: first a header, then its text, as sentence pairs or as chunks of files; at the end it is checked
     and stored whole, or not at all. INVALID_ARGUMENT with all violations (up to 20): INVALID_REQUEST (no header, bad
-    languages) or INVALID_CORPUS (empty, different line counts, not UTF-8, a line over the limit);
-    RESOURCE_EXHAUSTED (CORPUS_TOO_LARGE, DISK_FULL); ALREADY_EXISTS (REQUEST_ID_REUSED).
+    languages) or INVALID_CORPUS (empty, different line counts, not UTF-8, a line over the limit, too many combining
+    marks in a row); RESOURCE_EXHAUSTED (CORPUS_TOO_LARGE, DISK_FULL); ALREADY_EXISTS (REQUEST_ID_REUSED). What was
+    probably not meant is stored all the same, with `Corpus.warnings`.
     """
     GetCorpus: _grpc.UnaryUnaryMultiCallable[_corpus_pb2.GetCorpusRequest, _corpus_pb2.GetCorpusResponse]
     """One corpus. NOT_FOUND (CORPUS_NOT_FOUND)."""
@@ -52,8 +53,9 @@ class CorpusServiceAsyncStub(CorpusServiceStub):
     UploadCorpus: _aio.StreamUnaryMultiCallable[_corpus_pb2.UploadCorpusRequest, _corpus_pb2.UploadCorpusResponse]  # type: ignore[assignment]
     """Uploads a corpus: first a header, then its text, as sentence pairs or as chunks of files; at the end it is checked
     and stored whole, or not at all. INVALID_ARGUMENT with all violations (up to 20): INVALID_REQUEST (no header, bad
-    languages) or INVALID_CORPUS (empty, different line counts, not UTF-8, a line over the limit);
-    RESOURCE_EXHAUSTED (CORPUS_TOO_LARGE, DISK_FULL); ALREADY_EXISTS (REQUEST_ID_REUSED).
+    languages) or INVALID_CORPUS (empty, different line counts, not UTF-8, a line over the limit, too many combining
+    marks in a row); RESOURCE_EXHAUSTED (CORPUS_TOO_LARGE, DISK_FULL); ALREADY_EXISTS (REQUEST_ID_REUSED). What was
+    probably not meant is stored all the same, with `Corpus.warnings`.
     """
     GetCorpus: _aio.UnaryUnaryMultiCallable[_corpus_pb2.GetCorpusRequest, _corpus_pb2.GetCorpusResponse]  # type: ignore[assignment]
     """One corpus. NOT_FOUND (CORPUS_NOT_FOUND)."""
@@ -71,8 +73,9 @@ class CorpusServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_corpus_pb2.UploadCorpusResponse, _abc.Awaitable[_corpus_pb2.UploadCorpusResponse]]:
         """Uploads a corpus: first a header, then its text, as sentence pairs or as chunks of files; at the end it is checked
         and stored whole, or not at all. INVALID_ARGUMENT with all violations (up to 20): INVALID_REQUEST (no header, bad
-        languages) or INVALID_CORPUS (empty, different line counts, not UTF-8, a line over the limit);
-        RESOURCE_EXHAUSTED (CORPUS_TOO_LARGE, DISK_FULL); ALREADY_EXISTS (REQUEST_ID_REUSED).
+        languages) or INVALID_CORPUS (empty, different line counts, not UTF-8, a line over the limit, too many combining
+        marks in a row); RESOURCE_EXHAUSTED (CORPUS_TOO_LARGE, DISK_FULL); ALREADY_EXISTS (REQUEST_ID_REUSED). What was
+        probably not meant is stored all the same, with `Corpus.warnings`.
         """
 
     @_abc_1.abstractmethod

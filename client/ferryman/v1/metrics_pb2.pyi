@@ -287,6 +287,7 @@ class ValidationMetrics(_message.Message):
     TRANSLATED_PAIRS_FIELD_NUMBER: _builtins.int
     SECONDS_FIELD_NUMBER: _builtins.int
     BEST_FIELD_NUMBER: _builtins.int
+    BLEU_SIGNATURE_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     """Output only. Updates done before it."""
     epoch: _builtins.int
@@ -298,7 +299,9 @@ class ValidationMetrics(_message.Message):
     perplexity: _builtins.float
     """Output only. exp(nll_per_token)."""
     bleu: _builtins.float
-    """Output only. sacreBLEU (cased, 13a) of greedy translations, 0 to 100."""
+    """Output only. sacreBLEU of greedy translations against the references, both in Unicode NFC with single spaces, 0 to
+    100; cased, with the tokenizer that bleu_signature names.
+    """
     chrf: _builtins.float
     """Output only. chrF2 of greedy translations, 0 to 100."""
     translated_pairs: _builtins.int
@@ -307,6 +310,10 @@ class ValidationMetrics(_message.Message):
     """Output only. Wall time, seconds."""
     best: _builtins.bool
     """Output only. Whether it is the best so far by the recipe's metric."""
+    bleu_signature: _builtins.str
+    """Output only. sacreBLEU's signature of bleu, with the tokenizer ("tok:13a"), which the target language decides.
+    Empty in records of earlier releases: 13a.
+    """
     def __init__(
         self,
         *,
@@ -320,10 +327,11 @@ class ValidationMetrics(_message.Message):
         translated_pairs: _builtins.int = ...,
         seconds: _builtins.float = ...,
         best: _builtins.bool = ...,
+        bleu_signature: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["best", b"best", "bleu", b"bleu", "chrf", b"chrf", "epoch", b"epoch", "loss", b"loss", "nll_per_token", b"nll_per_token", "perplexity", b"perplexity", "seconds", b"seconds", "step", b"step", "translated_pairs", b"translated_pairs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["best", b"best", "bleu", b"bleu", "bleu_signature", b"bleu_signature", "chrf", b"chrf", "epoch", b"epoch", "loss", b"loss", "nll_per_token", b"nll_per_token", "perplexity", b"perplexity", "seconds", b"seconds", "step", b"step", "translated_pairs", b"translated_pairs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

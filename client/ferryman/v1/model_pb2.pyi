@@ -188,7 +188,7 @@ class Int8Outcome(_message.Message):
     pairs: _builtins.int
     """Output only. Held-out pairs that both arithmetics translated, greedily. 0: there were none, nothing was measured."""
     fp32_bleu: _builtins.float
-    """Output only. sacreBLEU (cased, 13a) of these pairs in float32, 0 to 100; unset without pairs."""
+    """Output only. sacreBLEU of these pairs in float32, as in ValidationMetrics, 0 to 100; unset without pairs."""
     int8_bleu: _builtins.float
     """Output only. The same in int8."""
     kept: _builtins.bool
@@ -229,8 +229,9 @@ class ModelScores(_message.Message):
     NLL_PER_TOKEN_FIELD_NUMBER: _builtins.int
     WEIGHTS_FIELD_NUMBER: _builtins.int
     STEP_FIELD_NUMBER: _builtins.int
+    TRANSLATED_PAIRS_FIELD_NUMBER: _builtins.int
     bleu: _builtins.float
-    """Output only. sacreBLEU (cased, 13a), greedy, 0 to 100."""
+    """Output only. sacreBLEU, greedy, as in ValidationMetrics, 0 to 100."""
     chrf: _builtins.float
     """Output only. chrF2, greedy, 0 to 100."""
     nll_per_token: _builtins.float
@@ -239,6 +240,10 @@ class ModelScores(_message.Message):
     """Output only. Which weights: "best" or "average"."""
     step: _builtins.int
     """Output only. The step of the best checkpoint, or the last step of the average."""
+    translated_pairs: _builtins.int
+    """Output only. Validation pairs that were translated for bleu and chrf. 0: not known, the version was published by an
+    earlier release.
+    """
     def __init__(
         self,
         *,
@@ -247,10 +252,11 @@ class ModelScores(_message.Message):
         nll_per_token: _builtins.float = ...,
         weights: _builtins.str = ...,
         step: _builtins.int = ...,
+        translated_pairs: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bleu", b"bleu", "chrf", b"chrf", "nll_per_token", b"nll_per_token", "step", b"step", "weights", b"weights"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bleu", b"bleu", "chrf", b"chrf", "nll_per_token", b"nll_per_token", "step", b"step", "translated_pairs", b"translated_pairs", "weights", b"weights"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

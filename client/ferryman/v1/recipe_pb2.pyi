@@ -304,7 +304,9 @@ class _SelectionMetricEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Selec
     SELECTION_METRIC_LOSS: _SelectionMetric.ValueType  # 1
     """Validation negative log-likelihood per target token; lower is better."""
     SELECTION_METRIC_BLEU: _SelectionMetric.ValueType  # 2
-    """sacreBLEU (cased, 13a) of greedy translations of the validation pairs; higher is better."""
+    """sacreBLEU of greedy translations of the validation pairs, as in ValidationMetrics; higher is better. For Japanese
+    and Korean targets, chrF2 decides instead where MeCab is not installed; `stop.target_score` is still one of BLEU.
+    """
     SELECTION_METRIC_CHRF: _SelectionMetric.ValueType  # 3
     """chrF2 of greedy translations of the validation pairs; higher is better."""
 
@@ -316,7 +318,9 @@ SELECTION_METRIC_UNSPECIFIED: SelectionMetric.ValueType  # 0
 SELECTION_METRIC_LOSS: SelectionMetric.ValueType  # 1
 """Validation negative log-likelihood per target token; lower is better."""
 SELECTION_METRIC_BLEU: SelectionMetric.ValueType  # 2
-"""sacreBLEU (cased, 13a) of greedy translations of the validation pairs; higher is better."""
+"""sacreBLEU of greedy translations of the validation pairs, as in ValidationMetrics; higher is better. For Japanese
+and Korean targets, chrF2 decides instead where MeCab is not installed; `stop.target_score` is still one of BLEU.
+"""
 SELECTION_METRIC_CHRF: SelectionMetric.ValueType  # 3
 """chrF2 of greedy translations of the validation pairs; higher is better."""
 Global___SelectionMetric: _TypeAlias = SelectionMetric  # noqa: Y015
@@ -505,10 +509,10 @@ class DataRecipe(_message.Message):
     SAMPLING_ALPHA_FIELD_NUMBER: _builtins.int
     BPE_DROPOUT_FIELD_NUMBER: _builtins.int
     SPLIT_DIGITS_FIELD_NUMBER: _builtins.int
+    REDUCE_VOCABULARY_FIELD_NUMBER: _builtins.int
     vocabulary_size: _builtins.int
-    """Optional. Subwords in the joint vocabulary, special symbols included, 32 to 256000. The corpus must be able to
-    fill it, else the run fails with reason VOCABULARY_TOO_LARGE. Default: 8000 (tiny), 16000 (small), 32000
-    (base, big, deep_shallow).
+    """Optional. Subwords in the joint vocabulary, special symbols included, 6 to 256000. If the corpus yields fewer, see
+    `reduce_vocabulary`. Default: 8000 (tiny), 16000 (small), 32000 (base, big, deep_shallow).
     """
     subword_algorithm: Global___SubwordAlgorithm.ValueType
     """Optional. How subwords are learnt. Default: SUBWORD_ALGORITHM_UNIGRAM."""
@@ -530,6 +534,12 @@ class DataRecipe(_message.Message):
     """
     split_digits: _builtins.bool
     """Optional. Every digit is a subword of its own, so that numbers are read and written digit by digit. Default: false."""
+    reduce_vocabulary: _builtins.bool
+    """Optional. True: if the corpus yields fewer subwords than `vocabulary_size`, all of them are used, the event
+    VOCABULARY_REDUCED says how many, and the recipe of the published version has their number as its
+    `vocabulary_size`. False: such a run fails with reason VOCABULARY_TOO_LARGE, which names the largest size that
+    works. Default: true if `vocabulary_size` is not set, else false.
+    """
     def __init__(
         self,
         *,
@@ -541,10 +551,11 @@ class DataRecipe(_message.Message):
         sampling_alpha: _builtins.float | None = ...,
         bpe_dropout: _builtins.float | None = ...,
         split_digits: _builtins.bool | None = ...,
+        reduce_vocabulary: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_bpe_dropout", b"_bpe_dropout", "_character_coverage", b"_character_coverage", "_max_length_ratio", b"_max_length_ratio", "_max_sentence_tokens", b"_max_sentence_tokens", "_sampling_alpha", b"_sampling_alpha", "_split_digits", b"_split_digits", "_vocabulary_size", b"_vocabulary_size", "bpe_dropout", b"bpe_dropout", "character_coverage", b"character_coverage", "max_length_ratio", b"max_length_ratio", "max_sentence_tokens", b"max_sentence_tokens", "sampling_alpha", b"sampling_alpha", "split_digits", b"split_digits", "vocabulary_size", b"vocabulary_size"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_bpe_dropout", b"_bpe_dropout", "_character_coverage", b"_character_coverage", "_max_length_ratio", b"_max_length_ratio", "_max_sentence_tokens", b"_max_sentence_tokens", "_reduce_vocabulary", b"_reduce_vocabulary", "_sampling_alpha", b"_sampling_alpha", "_split_digits", b"_split_digits", "_vocabulary_size", b"_vocabulary_size", "bpe_dropout", b"bpe_dropout", "character_coverage", b"character_coverage", "max_length_ratio", b"max_length_ratio", "max_sentence_tokens", b"max_sentence_tokens", "reduce_vocabulary", b"reduce_vocabulary", "sampling_alpha", b"sampling_alpha", "split_digits", b"split_digits", "vocabulary_size", b"vocabulary_size"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_bpe_dropout", b"_bpe_dropout", "_character_coverage", b"_character_coverage", "_max_length_ratio", b"_max_length_ratio", "_max_sentence_tokens", b"_max_sentence_tokens", "_sampling_alpha", b"_sampling_alpha", "_split_digits", b"_split_digits", "_vocabulary_size", b"_vocabulary_size", "bpe_dropout", b"bpe_dropout", "character_coverage", b"character_coverage", "max_length_ratio", b"max_length_ratio", "max_sentence_tokens", b"max_sentence_tokens", "sampling_alpha", b"sampling_alpha", "split_digits", b"split_digits", "subword_algorithm", b"subword_algorithm", "vocabulary_size", b"vocabulary_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_bpe_dropout", b"_bpe_dropout", "_character_coverage", b"_character_coverage", "_max_length_ratio", b"_max_length_ratio", "_max_sentence_tokens", b"_max_sentence_tokens", "_reduce_vocabulary", b"_reduce_vocabulary", "_sampling_alpha", b"_sampling_alpha", "_split_digits", b"_split_digits", "_vocabulary_size", b"_vocabulary_size", "bpe_dropout", b"bpe_dropout", "character_coverage", b"character_coverage", "max_length_ratio", b"max_length_ratio", "max_sentence_tokens", b"max_sentence_tokens", "reduce_vocabulary", b"reduce_vocabulary", "sampling_alpha", b"sampling_alpha", "split_digits", b"split_digits", "subword_algorithm", b"subword_algorithm", "vocabulary_size", b"vocabulary_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__bpe_dropout: _TypeAlias = _typing.Literal["bpe_dropout"]  # noqa: Y015
     _WhichOneofArgType__bpe_dropout: _TypeAlias = _typing.Literal["_bpe_dropout", b"_bpe_dropout"]  # noqa: Y015
@@ -554,6 +565,8 @@ class DataRecipe(_message.Message):
     _WhichOneofArgType__max_length_ratio: _TypeAlias = _typing.Literal["_max_length_ratio", b"_max_length_ratio"]  # noqa: Y015
     _WhichOneofReturnType__max_sentence_tokens: _TypeAlias = _typing.Literal["max_sentence_tokens"]  # noqa: Y015
     _WhichOneofArgType__max_sentence_tokens: _TypeAlias = _typing.Literal["_max_sentence_tokens", b"_max_sentence_tokens"]  # noqa: Y015
+    _WhichOneofReturnType__reduce_vocabulary: _TypeAlias = _typing.Literal["reduce_vocabulary"]  # noqa: Y015
+    _WhichOneofArgType__reduce_vocabulary: _TypeAlias = _typing.Literal["_reduce_vocabulary", b"_reduce_vocabulary"]  # noqa: Y015
     _WhichOneofReturnType__sampling_alpha: _TypeAlias = _typing.Literal["sampling_alpha"]  # noqa: Y015
     _WhichOneofArgType__sampling_alpha: _TypeAlias = _typing.Literal["_sampling_alpha", b"_sampling_alpha"]  # noqa: Y015
     _WhichOneofReturnType__split_digits: _TypeAlias = _typing.Literal["split_digits"]  # noqa: Y015
@@ -568,6 +581,8 @@ class DataRecipe(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_length_ratio) -> _WhichOneofReturnType__max_length_ratio | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_sentence_tokens) -> _WhichOneofReturnType__max_sentence_tokens | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__reduce_vocabulary) -> _WhichOneofReturnType__reduce_vocabulary | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__sampling_alpha) -> _WhichOneofReturnType__sampling_alpha | None: ...
     @_typing.overload

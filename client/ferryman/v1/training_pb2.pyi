@@ -784,6 +784,7 @@ class Checkpoint(_message.Message):
     BLEU_FIELD_NUMBER: _builtins.int
     CHRF_FIELD_NUMBER: _builtins.int
     NLL_PER_TOKEN_FIELD_NUMBER: _builtins.int
+    TRANSLATED_PAIRS_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     """Output only. Updates done."""
     epoch: _builtins.int
@@ -798,6 +799,8 @@ class Checkpoint(_message.Message):
     """Output only. chrF2 of its validation; unset if it was not validated."""
     nll_per_token: _builtins.float
     """Output only. Negative log-likelihood per target token of its validation, nats; unset if it was not validated."""
+    translated_pairs: _builtins.int
+    """Output only. Pairs that were translated for bleu and chrf; unset if it was not validated."""
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
         """Output only. When it was written, UTC."""
@@ -813,10 +816,11 @@ class Checkpoint(_message.Message):
         bleu: _builtins.float | None = ...,
         chrf: _builtins.float | None = ...,
         nll_per_token: _builtins.float | None = ...,
+        translated_pairs: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_bleu", b"_bleu", "_chrf", b"_chrf", "_nll_per_token", b"_nll_per_token", "bleu", b"bleu", "chrf", b"chrf", "create_time", b"create_time", "nll_per_token", b"nll_per_token"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_bleu", b"_bleu", "_chrf", b"_chrf", "_nll_per_token", b"_nll_per_token", "_translated_pairs", b"_translated_pairs", "bleu", b"bleu", "chrf", b"chrf", "create_time", b"create_time", "nll_per_token", b"nll_per_token", "translated_pairs", b"translated_pairs"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_bleu", b"_bleu", "_chrf", b"_chrf", "_nll_per_token", b"_nll_per_token", "best", b"best", "bleu", b"bleu", "chrf", b"chrf", "create_time", b"create_time", "epoch", b"epoch", "nll_per_token", b"nll_per_token", "size_bytes", b"size_bytes", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_bleu", b"_bleu", "_chrf", b"_chrf", "_nll_per_token", b"_nll_per_token", "_translated_pairs", b"_translated_pairs", "best", b"best", "bleu", b"bleu", "chrf", b"chrf", "create_time", b"create_time", "epoch", b"epoch", "nll_per_token", b"nll_per_token", "size_bytes", b"size_bytes", "step", b"step", "translated_pairs", b"translated_pairs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__bleu: _TypeAlias = _typing.Literal["bleu"]  # noqa: Y015
     _WhichOneofArgType__bleu: _TypeAlias = _typing.Literal["_bleu", b"_bleu"]  # noqa: Y015
@@ -824,12 +828,16 @@ class Checkpoint(_message.Message):
     _WhichOneofArgType__chrf: _TypeAlias = _typing.Literal["_chrf", b"_chrf"]  # noqa: Y015
     _WhichOneofReturnType__nll_per_token: _TypeAlias = _typing.Literal["nll_per_token"]  # noqa: Y015
     _WhichOneofArgType__nll_per_token: _TypeAlias = _typing.Literal["_nll_per_token", b"_nll_per_token"]  # noqa: Y015
+    _WhichOneofReturnType__translated_pairs: _TypeAlias = _typing.Literal["translated_pairs"]  # noqa: Y015
+    _WhichOneofArgType__translated_pairs: _TypeAlias = _typing.Literal["_translated_pairs", b"_translated_pairs"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__bleu) -> _WhichOneofReturnType__bleu | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__chrf) -> _WhichOneofReturnType__chrf | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__nll_per_token) -> _WhichOneofReturnType__nll_per_token | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__translated_pairs) -> _WhichOneofReturnType__translated_pairs | None: ...
 
 Global___Checkpoint: _TypeAlias = Checkpoint  # noqa: Y015
 

@@ -62,16 +62,18 @@ class TranslateRequest(_message.Message):
     split_sentences: _builtins.bool
     """Optional. Split each entry of `sentences`, a text in the model's source language, into sentences first, translate
     them one by one and join their translations: by the white space of the text where it holds a line break, as between
-    paragraphs, else by a space. Each sentence is bounded by max_sentence_tokens by itself; all entries of a request
-    may have 16,384 sentences together, in a stream each entry. Scores and counts are those of all sentences together.
+    paragraphs, else by a space, or in Chinese and Japanese by nothing. Each sentence is bounded by max_sentence_tokens
+    by itself; all entries of a request may have 16,384 sentences together, in a stream each entry. A sentence of more
+    than 8,192 characters may be cut there. Scores and counts are those of all sentences together.
     Needs n_best 1, no target prefixes, no token scores and no alignment. Default: false.
     """
     @_builtins.property
     def sentences(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Required. The sentences, 1 to 1,024 (the server may be set to another limit). Leading, trailing and repeated white
-        space does not matter, a line break counts as white space; other control characters are a violation. A sentence
-        over the model's max_sentence_tokens is a violation. An empty sentence has the empty translation, or the target
-        prefix.
+        space does not matter, a line break counts as white space, a byte order mark (U+FEFF) at the start is dropped; other
+        control characters are a violation. A sentence over the model's max_sentence_tokens or 65,536 bytes is a violation,
+        and so are more than 30 combining marks in a row (UAX #15, Stream-Safe Text Format). An empty sentence has the empty
+        translation, or the target prefix.
         """
 
     @_builtins.property
@@ -81,7 +83,9 @@ class TranslateRequest(_message.Message):
     @_builtins.property
     def target_prefixes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Optional. Words that each translation must begin with, one entry per sentence, empty for none; either no entry or
-        as many as sentences. They are part of the hypothesis's text, tokens, length and score.
+        as many as sentences. They are part of the hypothesis's text, tokens, length and score. The text begins with them
+        as they are, but for white space as in sentences and the form of Unicode (NFC); a prefix with characters that the
+        model's vocabulary does not have is a violation.
         """
 
     def __init__(
@@ -658,8 +662,8 @@ class SentenceError(_message.Message):
     REASON_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
     reason: _builtins.str
-    """What Translate would give as the violation's reason: SENTENCE_TOO_LONG, CONTROL_CHARACTER, TOO_MANY_SENTENCES and
-    so on; of several the first.
+    """What Translate would give as the violation's reason: SENTENCE_TOO_LONG, CONTROL_CHARACTER, TOO_MANY_MARKS and so
+    on; of several the first.
     """
     message: _builtins.str
     """A text for people: what is wrong, what is legal, how to mend it."""

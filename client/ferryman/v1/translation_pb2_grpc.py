@@ -55,10 +55,10 @@ class TranslationServiceServicer:
         """Translates sentences. A sentence's translation does not depend on the others. The caller's deadline and
         cancellation end the work. NOT_FOUND (MODEL_NOT_FOUND); INVALID_ARGUMENT with all violations: INVALID_REQUEST
         (options out of range or in conflict, no sentences, too many sentences, or more subwords in one call than the server
-        ever admits) or INVALID_SENTENCE (too long, control characters, a target prefix without room); RESOURCE_EXHAUSTED
-        (QUEUE_FULL: more waits than the server admits, call again after RetryInfo's delay; MODEL_TOO_LARGE);
-        DEADLINE_EXCEEDED; DATA_LOSS (MODEL_DAMAGED: a stored file is not what was published); FAILED_PRECONDITION
-        (ROLE_NOT_SERVED: this server does not translate).
+        ever admits) or INVALID_SENTENCE (too long, control characters, too many combining marks in a row, a target prefix
+        without room or with characters that the model does not have); RESOURCE_EXHAUSTED (QUEUE_FULL: more waits than the
+        server admits, call again after RetryInfo's delay; MODEL_TOO_LARGE); DEADLINE_EXCEEDED; DATA_LOSS (MODEL_DAMAGED: a
+        stored file is not what was published); FAILED_PRECONDITION (ROLE_NOT_SERVED: this server does not translate).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

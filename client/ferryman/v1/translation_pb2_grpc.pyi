@@ -37,10 +37,10 @@ class TranslationServiceStub:
     """Translates sentences. A sentence's translation does not depend on the others. The caller's deadline and
     cancellation end the work. NOT_FOUND (MODEL_NOT_FOUND); INVALID_ARGUMENT with all violations: INVALID_REQUEST
     (options out of range or in conflict, no sentences, too many sentences, or more subwords in one call than the server
-    ever admits) or INVALID_SENTENCE (too long, control characters, a target prefix without room); RESOURCE_EXHAUSTED
-    (QUEUE_FULL: more waits than the server admits, call again after RetryInfo's delay; MODEL_TOO_LARGE);
-    DEADLINE_EXCEEDED; DATA_LOSS (MODEL_DAMAGED: a stored file is not what was published); FAILED_PRECONDITION
-    (ROLE_NOT_SERVED: this server does not translate).
+    ever admits) or INVALID_SENTENCE (too long, control characters, too many combining marks in a row, a target prefix
+    without room or with characters that the model does not have); RESOURCE_EXHAUSTED (QUEUE_FULL: more waits than the
+    server admits, call again after RetryInfo's delay; MODEL_TOO_LARGE); DEADLINE_EXCEEDED; DATA_LOSS (MODEL_DAMAGED: a
+    stored file is not what was published); FAILED_PRECONDITION (ROLE_NOT_SERVED: this server does not translate).
     """
     StreamTranslate: _grpc.StreamStreamMultiCallable[_translation_pb2.StreamTranslateRequest, _translation_pb2.StreamTranslateResponse]
     """Translates a stream of sentences, for documents and pipelines. The first message holds the configuration, all
@@ -65,10 +65,10 @@ class TranslationServiceAsyncStub(TranslationServiceStub):
     """Translates sentences. A sentence's translation does not depend on the others. The caller's deadline and
     cancellation end the work. NOT_FOUND (MODEL_NOT_FOUND); INVALID_ARGUMENT with all violations: INVALID_REQUEST
     (options out of range or in conflict, no sentences, too many sentences, or more subwords in one call than the server
-    ever admits) or INVALID_SENTENCE (too long, control characters, a target prefix without room); RESOURCE_EXHAUSTED
-    (QUEUE_FULL: more waits than the server admits, call again after RetryInfo's delay; MODEL_TOO_LARGE);
-    DEADLINE_EXCEEDED; DATA_LOSS (MODEL_DAMAGED: a stored file is not what was published); FAILED_PRECONDITION
-    (ROLE_NOT_SERVED: this server does not translate).
+    ever admits) or INVALID_SENTENCE (too long, control characters, too many combining marks in a row, a target prefix
+    without room or with characters that the model does not have); RESOURCE_EXHAUSTED (QUEUE_FULL: more waits than the
+    server admits, call again after RetryInfo's delay; MODEL_TOO_LARGE); DEADLINE_EXCEEDED; DATA_LOSS (MODEL_DAMAGED: a
+    stored file is not what was published); FAILED_PRECONDITION (ROLE_NOT_SERVED: this server does not translate).
     """
     StreamTranslate: _aio.StreamStreamMultiCallable[_translation_pb2.StreamTranslateRequest, _translation_pb2.StreamTranslateResponse]  # type: ignore[assignment]
     """Translates a stream of sentences, for documents and pipelines. The first message holds the configuration, all
@@ -96,10 +96,10 @@ class TranslationServiceServicer(metaclass=_abc_1.ABCMeta):
         """Translates sentences. A sentence's translation does not depend on the others. The caller's deadline and
         cancellation end the work. NOT_FOUND (MODEL_NOT_FOUND); INVALID_ARGUMENT with all violations: INVALID_REQUEST
         (options out of range or in conflict, no sentences, too many sentences, or more subwords in one call than the server
-        ever admits) or INVALID_SENTENCE (too long, control characters, a target prefix without room); RESOURCE_EXHAUSTED
-        (QUEUE_FULL: more waits than the server admits, call again after RetryInfo's delay; MODEL_TOO_LARGE);
-        DEADLINE_EXCEEDED; DATA_LOSS (MODEL_DAMAGED: a stored file is not what was published); FAILED_PRECONDITION
-        (ROLE_NOT_SERVED: this server does not translate).
+        ever admits) or INVALID_SENTENCE (too long, control characters, too many combining marks in a row, a target prefix
+        without room or with characters that the model does not have); RESOURCE_EXHAUSTED (QUEUE_FULL: more waits than the
+        server admits, call again after RetryInfo's delay; MODEL_TOO_LARGE); DEADLINE_EXCEEDED; DATA_LOSS (MODEL_DAMAGED: a
+        stored file is not what was published); FAILED_PRECONDITION (ROLE_NOT_SERVED: this server does not translate).
         """
 
     @_abc_1.abstractmethod

@@ -5,8 +5,9 @@ from __future__ import annotations
 from ferryman_service.application.paging import Page, Pager
 from ferryman_service.application.ports import CorpusStore, CorpusUpload
 from ferryman_service.application.requests import request_id_violations, required
-from ferryman_service.domain.corpora import LANGUAGE_TAG, Corpus, CorpusHeader
+from ferryman_service.domain.corpora import Corpus, CorpusHeader
 from ferryman_service.domain.errors import InvalidRequest, Violation
+from ferryman_service.domain.language_tags import language_tag_violation
 
 _MAX_DISPLAY_NAME = 200
 
@@ -26,9 +27,8 @@ class CorpusUseCases:
             text = f"has {len(header.display_name)} characters, at most {_MAX_DISPLAY_NAME} are allowed"
             violations.append(Violation(field="header.display_name", description=text, reason="TOO_LONG"))
         for field, tag in (("source_language", header.source_language), ("target_language", header.target_language)):
-            if not LANGUAGE_TAG.fullmatch(tag):
-                text = f'is {tag[:40]!r}, must be a BCP 47 language tag such as "en" or "pt-BR"'
-                violations.append(Violation(field=f"header.{field}", description=text, reason="INVALID_LANGUAGE"))
+            if (wrong := language_tag_violation(tag)) is not None:
+                violations.append(Violation(field=f"header.{field}", description=wrong, reason="INVALID_LANGUAGE"))
         if violations:
             raise InvalidRequest(violations)
         return self._corpora.begin_upload(header, request_id.lower())

@@ -1,7 +1,7 @@
 """What is asked for as one translation: a sentence, or a text whose sentences are translated one by one.
 
 The sentences of a text are joined again by what stood between them if that held a line break, as between paragraphs,
-and by a space otherwise.
+and otherwise by a space, or by nothing in a language whose sentences have none between them.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Final
 
 from ferryman_service.application.ports import SentenceSplitter, TranslationEngine
 from ferryman_service.domain.errors import InvalidSentence, Violation
+from ferryman_service.domain.scripts import sentence_space
 from ferryman_service.domain.translation import (
     Hypothesis,
     PreparedSentence,
@@ -20,6 +21,7 @@ from ferryman_service.domain.translation import (
     Timings,
     Translation,
 )
+from ferryman_service.text.normalise import mark_violations
 
 MAX_SPLIT_SENTENCES: Final = 16_384
 """Sentences that the texts of one request may have together."""
@@ -74,11 +76,12 @@ class Entry:
 @dataclass(frozen=True, kw_only=True)
 class Preparation:
     """How a caller's entries become sentences of a model. Without a splitter every entry is one sentence. `language` is
-    the BCP 47 tag of the source. Safe to use from every thread."""
+    the BCP 47 tag of the source, `target_language` that of the translation. Safe to use from every thread."""
 
     engine: TranslationEngine
     options: SearchOptions
     language: str = ""
+    target_language: str = ""
     splitter: SentenceSplitter | None = None
 
     def is_quick(self, texts: Sequence[str], prefixes: Sequence[str]) -> bool:
@@ -109,7 +112,9 @@ class Preparation:
         """Prepare one text of at most so many sentences; raises InvalidSentence, fields "sentence" and "prefix"."""
         if self.splitter is None:
             return Entry([self.engine.prepare(text, prefix, self.options)], (), self.options)
-        sentences, gaps = split_text(text, self.language, self.splitter)
+        if violations := mark_violations("sentence", text):
+            raise InvalidSentence(violations)
+        sentences, gaps = split_text(text, self.language, self.splitter, sentence_space(self.target_language))
         if len(sentences) > most:
             description = (
                 f"has {len(sentences):,} sentences, the texts of a request may have {MAX_SPLIT_SENTENCES:,} together: "
@@ -117,7 +122,6 @@ class Preparation:
             )
             raise InvalidSentence([Violation(field="sentence", description=description, reason="TOO_MANY_SENTENCES")])
         prepared: list[PreparedSentence] = []
-        violations: list[Violation] = []
         for number, sentence in enumerate(sentences, start=1):
             try:
                 prepared.append(self.engine.prepare(sentence, "", self.options))
@@ -128,8 +132,9 @@ class Preparation:
         return Entry(prepared, gaps, self.options)
 
 
-def split_text(text: str, language: str, splitter: SentenceSplitter) -> tuple[list[str], list[str]]:
-    """Return the sentences of a text, at least one, and what will stand between their translations."""
+def split_text(text: str, language: str, splitter: SentenceSplitter, between: str = " ") -> tuple[list[str], list[str]]:
+    """Return the sentences of a text, at least one, and what will stand between their translations: `between`, or the
+    white space of the text if that holds a line break."""
     sentences: list[str] = []
     gaps: list[str] = []
     space = ""
@@ -140,14 +145,11 @@ def split_text(text: str, language: str, splitter: SentenceSplitter) -> tuple[li
             continue
         begin = piece.index(sentence)
         if sentences:
-            gaps.append(_gap(space + piece[:begin]))
+            gap = space + piece[:begin]
+            gaps.append(between if _LINE_BREAKS.isdisjoint(gap) else gap)
         sentences.append(sentence)
         space = piece[begin + len(sentence) :]
     return sentences or [""], gaps
-
-
-def _gap(space: str) -> str:
-    return " " if _LINE_BREAKS.isdisjoint(space) else space
 
 
 def _of_entry(index: int, violation: Violation) -> Violation:

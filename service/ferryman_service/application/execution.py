@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -29,6 +30,7 @@ from ferryman_service.application.verification import (
     FP16_PAIRS,
     MAX_FP16_LOSS,
     MAX_INT8_LOSS,
+    NothingTranslated,
     check_export,
     translate_held_out,
 )
@@ -171,7 +173,10 @@ def _conclude(ports: WorkerPorts, run: TrainingRun, error: Exception) -> None:
     """
     if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT):
         raise error
-    if not isinstance(error, RunCancelled | PauseRequested | StopRequested):
+    if isinstance(error, TrainingFailed) and not _quotes_sentences(error):
+        # What is wrong is known, and where in the code it was found tells the caller nothing.
+        _log.error("the attempt failed: %s: %s", error.reason, error.message)
+    elif not isinstance(error, RunCancelled | PauseRequested | StopRequested):
         _log.error("the attempt failed", exc_info=error, extra={MAY_HOLD_TEXT: _quotes_sentences(error)})
     while True:
         try:
@@ -212,11 +217,13 @@ def _write_end(ports: WorkerPorts, run: TrainingRun, error: Exception) -> None:
 
 
 def _job(ports: WorkerPorts, run: TrainingRun, run_dir: Path) -> TrainingJob:
+    corpus = ports.corpora.get(run.corpus_id)
     return TrainingJob(
         run_id=run.run_id,
         recipe=run.recipe,
         corpus=ports.corpora.files(run.corpus_id),
-        corpus_digest=ports.corpora.get(run.corpus_id).digest,
+        corpus_digest=corpus.digest,
+        target_language=corpus.header.target_language,
         run_dir=run_dir,
         prepared_dir=ports.prepared_dir,
         reported_step=run.progress.step,
@@ -274,7 +281,7 @@ def _export(ports: WorkerPorts, run: TrainingRun, trained: TrainedModel, reporte
         corpus_digest=corpus.digest,
         source_language=corpus.header.source_language,
         target_language=corpus.header.target_language,
-        recipe=run.recipe,
+        recipe=trained.recipe,
     )
     staged = ports.models.staging_dir(run.run_id)
     ports.exporter.export(trained, lineage, staged)
@@ -288,14 +295,21 @@ def _export(ports: WorkerPorts, run: TrainingRun, trained: TrainedModel, reporte
         )
         reporter.event(EventLevel.INFO, "EXPORT_CHECKED", verdict)
         reporter.check()
-        _judge_arithmetics(ports, trained, staged, exported, reporter)
+        bleu = partial(ports.exporter.bleu, target_language=lineage.target_language)
+        _judge_arithmetics(ports, trained, staged, exported, reporter, bleu)
     return staged
 
 
 def _judge_arithmetics(
-    ports: WorkerPorts, trained: TrainedModel, staged: Path, exported: Translator, reporter: StoreReporter
+    ports: WorkerPorts,
+    trained: TrainedModel,
+    staged: Path,
+    exported: Translator,
+    reporter: StoreReporter,
+    bleu: Callable[[Sequence[str], Sequence[str]], float],
 ) -> None:
-    """Measure on held-out pairs what int8 and fp16 cost; without pairs, say that nobody has."""
+    """Measure on held-out pairs what int8 and fp16 cost; without pairs, say that nobody has. `bleu` scores translations
+    against references."""
     if not trained.held_out:
         ports.exporter.settle_int8(staged, Int8Scores(pairs=0), keep=True)
         text = "there are no held-out pairs: what int8 and fp16 cost is not known, the model has both all the same"
@@ -303,12 +317,17 @@ def _judge_arithmetics(
         return
     sources = [source for source, _ in trained.held_out]
     exact = translate_held_out(exported, sources, reporter.check)
-    _report_fp16(ports, trained, staged, exact, reporter)
-    _judge_int8(ports, trained, staged, exact, reporter)
+    _report_fp16(ports, trained, staged, exact, reporter, bleu)
+    _judge_int8(ports, trained, staged, exact, reporter, bleu)
 
 
 def _report_fp16(
-    ports: WorkerPorts, trained: TrainedModel, staged: Path, exact: Sequence[str], reporter: StoreReporter
+    ports: WorkerPorts,
+    trained: TrainedModel,
+    staged: Path,
+    exact: Sequence[str],
+    reporter: StoreReporter,
+    bleu: Callable[[Sequence[str], Sequence[str]], float],
 ) -> None:
     """Measure what the graphs for GPUs cost, on the CPU, and say so. A CPU that cannot run them fails no run."""
     pairs = trained.held_out[:FP16_PAIRS]
@@ -316,13 +335,20 @@ def _report_fp16(
     try:
         with contextlib.closing(ports.loader.load(staged, ComputeType.FP16)) as fp16:
             texts = translate_held_out(fp16, [source for source, _ in pairs], reporter.check)
+    except NothingTranslated:
+        text = (
+            "the graphs for GPUs give no translation: numbers of the model are too large for 16 bits. Do not serve it "
+            "on a GPU, or train it again with a lower learning rate"
+        )
+        reporter.event(EventLevel.WARNING, "FP16_LOSES", text)
+        return
     except Exception as error:  # noqa: BLE001 (it is a report, and what ends the work goes its way)
         reporter.check()
         _log.warning("fp16 was not measured", exc_info=error, extra={MAY_HOLD_TEXT: True})
         text = f"the graphs for GPUs could not be tried on this CPU: {type(error).__name__}"
         reporter.event(EventLevel.WARNING, "FP16_NOT_MEASURED", text)
         return
-    fp32_bleu, fp16_bleu = ports.exporter.bleu(exact[: len(pairs)], references), ports.exporter.bleu(texts, references)
+    fp32_bleu, fp16_bleu = bleu(exact[: len(pairs)], references), bleu(texts, references)
     text = f"BLEU of {len(pairs)} held-out pairs, greedy, on a CPU: {fp32_bleu:.2f} in fp32, {fp16_bleu:.2f} in fp16"
     if fp32_bleu - fp16_bleu <= MAX_FP16_LOSS:
         reporter.event(EventLevel.INFO, "FP16_CHECKED", text)
@@ -331,13 +357,24 @@ def _report_fp16(
 
 
 def _judge_int8(
-    ports: WorkerPorts, trained: TrainedModel, staged: Path, exact: Sequence[str], reporter: StoreReporter
+    ports: WorkerPorts,
+    trained: TrainedModel,
+    staged: Path,
+    exact: Sequence[str],
+    reporter: StoreReporter,
+    bleu: Callable[[Sequence[str], Sequence[str]], float],
 ) -> None:
     """Measure what int8 costs, and leave it out of the bundle if that is too much."""
     sources, references = [source for source, _ in trained.held_out], [reference for _, reference in trained.held_out]
-    with contextlib.closing(ports.loader.load(staged, ComputeType.INT8)) as int8:
-        texts = translate_held_out(int8, sources, reporter.check)
-    fp32_bleu, int8_bleu = ports.exporter.bleu(exact, references), ports.exporter.bleu(texts, references)
+    try:
+        with contextlib.closing(ports.loader.load(staged, ComputeType.INT8)) as int8:
+            texts = translate_held_out(int8, sources, reporter.check)
+    except NothingTranslated:
+        ports.exporter.settle_int8(staged, Int8Scores(pairs=0), keep=False)
+        text = "the int8 graphs give no translation, so the model has no int8"
+        reporter.event(EventLevel.WARNING, "INT8_LEFT_OUT", text)
+        return
+    fp32_bleu, int8_bleu = bleu(exact, references), bleu(texts, references)
     keep = fp32_bleu - int8_bleu <= MAX_INT8_LOSS
     scores = Int8Scores(pairs=len(references), fp32_bleu=fp32_bleu, int8_bleu=int8_bleu)
     ports.exporter.settle_int8(staged, scores, keep=keep)

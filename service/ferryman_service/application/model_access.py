@@ -91,6 +91,13 @@ class ModelAccess:
             self._served[reference.name] = lease.version
         return lease
 
+    async def lease_in_memory(self, reference: ModelReference) -> Lease | None:
+        """Return a lease of the version that the reference names now, None if that is not in memory: nothing is loaded.
+
+        Raises ModelNotFound, StoreUnavailable.
+        """
+        return self._loaded.try_acquire(await self._resolve(reference))
+
     def _forget(self) -> None:
         """Forget what is not sure any more, and what serves nobody: names and versions come and go for years."""
         self._versions.clear()

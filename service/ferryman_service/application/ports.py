@@ -489,8 +489,8 @@ class ModelExporter(Protocol):
         """Write the bundle's files and manifest into the empty folder `bundle`, every file fsynced."""
         ...
 
-    def bleu(self, translations: Sequence[str], references: Sequence[str]) -> float:
-        """Return sacreBLEU (cased, 13a) of the translations, 0 to 100."""
+    def bleu(self, translations: Sequence[str], references: Sequence[str], target_language: str) -> float:
+        """Return sacreBLEU (cased, with the language's tokenizer) of the translations, 0 to 100."""
         ...
 
     def settle_int8(self, bundle: Path, scores: Int8Scores, *, keep: bool) -> None:
@@ -523,6 +523,22 @@ class LaunchObserver(Protocol):
 
     def failed_to_start(self) -> None:
         """Take note of a worker whose program could not be started."""
+        ...
+
+    def failed_to_supervise(self) -> None:
+        """Take note of a look at the runs that ended with an unexpected error."""
+        ...
+
+
+class FolderOwnership(Protocol):
+    """Tells whether this process is the one that may change the runs of the data folder. Raises nothing."""
+
+    def is_held(self) -> bool:
+        """Return False while the path does not lead to the folder that this process owns."""
+        ...
+
+    def is_lost(self) -> bool:
+        """Return True once another folder has taken its place."""
         ...
 
 

@@ -1,6 +1,7 @@
 """What a process can do now, by what it finds in its data folder and in memory.
 
-* Training and uploads need a database that can be written, models one that can be read.
+* Training and uploads need a database that can be written, models one that can be read. Training needs a supervisor
+  that works, too.
 * Translating needs a database that can be read, or a model in memory: that one translates on. That no model has been
   published yet is no reason to be unready, or a new installation would never become ready; a call that names a model
   which is not there learns so.
@@ -8,6 +9,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import astuple, dataclass
 
 from ferryman_service.application.loaded_models import LoadedModels
@@ -33,12 +35,19 @@ class Abilities:
 class Readiness:
     """Tells what the process can do."""
 
-    def __init__(self, probe: StoreProbe, loaded: LoadedModels | None, thread: Threads) -> None:
+    def __init__(
+        self,
+        probe: StoreProbe,
+        loaded: LoadedModels | None,
+        thread: Threads,
+        supervises: Callable[[], bool] = lambda: True,
+    ) -> None:
         """Store the ports; without loaded models this process does not translate. A look must begin at once: `thread`
-        is for nothing else."""
+        is for nothing else. `supervises` tells whether queued runs would start."""
         self._probe = probe
         self._loaded = loaded
         self._thread = thread
+        self._supervises = supervises
 
     async def look(self) -> Abilities:
         """Look once, in a thread; takes as long as a transaction may wait."""
@@ -48,4 +57,5 @@ class Readiness:
         """Return what can be done with such a store, and with what is in memory."""
         writes, reads = store >= StoreState.USABLE, store >= StoreState.READ_ONLY
         has_model = self._loaded is not None and bool(self._loaded.loaded())
-        return Abilities(trains=writes, writes=writes, reads=reads, translates=reads or has_model)
+        trains = writes and self._supervises()
+        return Abilities(trains=trains, writes=writes, reads=reads, translates=reads or has_model)

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from ferryman_service.application.ports import Launcher, LaunchObserver, RunStore
+from ferryman_service.application.ports import FolderOwnership, Launcher, LaunchObserver, RunStore
 from ferryman_service.domain.errors import AttemptFenced, DiskFull, RunNotFound, StoreUnavailable
 from ferryman_service.domain.log_context import logging_with
 from ferryman_service.domain.records import ACTIVE_STATES, EventLevel, RunEvent, RunState
@@ -24,6 +24,10 @@ from ferryman_service.domain.runs import FailureReason, Handover, RunFailure, Tr
 from ferryman_service.domain.threads import Threads
 
 _log = logging.getLogger(__name__)
+
+
+class FolderNotHeld(Exception):
+    """The data folder's path does not lead to the folder that this process owns: nothing may be done there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +38,7 @@ class SupervisorConfig:
     them double from `backoff_s` to `max_backoff_s`. One that does not heed a cancellation or a pause is killed
     `cancel_grace_s` or `pause_grace_s` later: a pause may have to wait for a large checkpoint. What is left of an
     attempt that is over is killed `exit_grace_s` after it was found; it is looked for every `leftovers_interval_s`.
+    After a tick with an unexpected error the pause before the next one doubles, from `backoff_s` to `max_backoff_s`.
     """
 
     max_concurrent_runs: int = 1
@@ -58,13 +63,19 @@ class Supervisor:
         config: SupervisorConfig,
         thread: Threads,
         observer: LaunchObserver | None = None,
+        ownership: FolderOwnership | None = None,
     ) -> None:
-        """Store the ports and the thread for `run`; `observer` is told of every start of a worker."""
+        """Store the ports and the thread for `run`; `observer` is told of every start of a worker. Nothing is done to
+        runs and workers while `ownership` is not held."""
         self._runs = runs
         self._launcher = launcher
         self._config = config
         self._thread = thread
         self._observer = observer
+        self._ownership = ownership
+        self._trouble = ""
+        self._failures = 0
+        self._lost = asyncio.Event()
         self._launched_at_s: dict[tuple[str, int], float] = {}
         self._asked_at_s: dict[tuple[str, str], float] = {}
         self._leftovers_since_s: dict[tuple[str, int], float] = {}
@@ -78,10 +89,27 @@ class Supervisor:
                 await self._thread.run(self.tick)
             except (StoreUnavailable, DiskFull) as error:
                 _log.warning("cannot look after the runs, trying again: %s", error)
-            await asyncio.sleep(self._config.interval_s)
+            except FolderNotHeld as error:
+                self._note_trouble(str(error))
+                if self._ownership is not None and self._ownership.is_lost():
+                    self._lost.set()
+            except Exception as error:  # noqa: BLE001
+                self._note_failure(error)
+            else:
+                self._note_success()
+            await asyncio.sleep(self._pause_s())
+
+    def works(self) -> bool:
+        """Tell whether the last tick has not failed unexpectedly; safe to call from every thread."""
+        return not self._trouble
+
+    async def folder_lost(self) -> None:
+        """Return once another folder is in the place of the one that this process owns; in most lives, never."""
+        await self._lost.wait()
 
     def tick(self) -> None:
-        """Look at every run that is not terminal, once."""
+        """Look at every run that is not terminal, once. Raises FolderNotHeld, StoreUnavailable, DiskFull."""
+        self._check_ownership()
         unfinished = self._runs.unfinished()
         active = [run for run in unfinished if run.state in ACTIVE_STATES]
         for run in active:
@@ -91,6 +119,35 @@ class Supervisor:
         leftovers = self._end_leftovers(active, at_once=bool(queued) and len(active) < self._config.max_concurrent_runs)
         self._start_waiting(queued, {run.run_id for run in active} | leftovers)
         self._forget(unfinished)
+
+    def _check_ownership(self) -> None:
+        """Raise FolderNotHeld where another service may be in charge: what is killed or started could be its own."""
+        if self._ownership is not None and not self._ownership.is_held():
+            raise FolderNotHeld("the data folder was moved, removed or replaced while this service was using it")
+
+    def _note_trouble(self, why: str) -> None:
+        if self._trouble != why:
+            _log.error("training is not ready: %s", why)
+        self._trouble = why
+
+    def _note_failure(self, error: Exception) -> None:
+        self._failures += 1
+        if self._observer is not None:
+            self._observer.failed_to_supervise()
+        why = f"the supervisor cannot work: {error!r}"
+        if self._trouble != why:
+            _log.error("a bug in looking after the runs", exc_info=error)
+        self._note_trouble(why)
+
+    def _note_success(self) -> None:
+        if self._trouble:
+            _log.info("the supervisor works again")
+        self._trouble, self._failures = "", 0
+
+    def _pause_s(self) -> float:
+        if not self._failures:
+            return self._config.interval_s
+        return min(self._config.backoff_s * 2.0 ** (self._failures - 1), self._config.max_backoff_s)
 
     def _start_waiting(self, queued: Sequence[TrainingRun], holding: Set[str]) -> None:
         """Start queued runs as long as there are places; `holding` are the runs that have one."""
@@ -129,6 +186,7 @@ class Supervisor:
         """Record the attempt, then start its worker. Should this process die in between, nobody claims the attempt, and
         the next supervisor makes a new one; should a worker of the old attempt turn up after all, its claim is
         refused."""
+        self._check_ownership()
         if run.attempt and not self._launcher.kill(run.run_id, run.attempt, run.worker):
             return  # two attempts must not write into one folder: the next look finds the old one gone
         started = self._runs.begin_attempt(run.run_id, run.attempt)
@@ -152,6 +210,7 @@ class Supervisor:
     def _end(self, run: TrainingRun, why: str) -> None:
         """See to it that the attempt's processes are gone, all of them, then say how it went and what comes now, unless
         the worker has said it first."""
+        self._check_ownership()
         if not self._launcher.kill(run.run_id, run.attempt, run.worker):
             return  # the next look finds them gone
         run = self._runs.get(run.run_id)
@@ -168,6 +227,7 @@ class Supervisor:
             self._leftovers_since_s = {key: self._leftovers_since_s.get(key, now_s) for key in over}
             for (run_id, attempt), since_s in self._leftovers_since_s.items():
                 if now_s - since_s > self._config.exit_grace_s:
+                    self._check_ownership()
                     _log.warning("attempt %d of %s is over, but has not ended; killing it", attempt, run_id)
                     self._launcher.kill(run_id, attempt, None)
         return {run_id for run_id, _ in self._leftovers_since_s}
@@ -223,6 +283,8 @@ class Supervisor:
             _log.info("%s was deleted in the meantime", run.run_id)
         except (StoreUnavailable, DiskFull) as error:
             _log.warning("cannot look after %s, trying again: %s", run.run_id, error)
+        except FolderNotHeld:
+            raise
         except Exception as error:  # noqa: BLE001
             # The same bug several times a second would fill the log.
             if self._last_bugs.get(run.run_id) != repr(error):

@@ -11,7 +11,7 @@ import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from ferryman_service.application.admission import Admission, Held, cost_tokens, expected_tokens
@@ -22,7 +22,16 @@ from ferryman_service.application.model_access import ModelAccess
 from ferryman_service.application.ports import ModelStore, SentenceSplitter
 from ferryman_service.application.text_threads import TextThreads
 from ferryman_service.application.translation_stream import TranslationStream
-from ferryman_service.domain.errors import DeadlineExceeded, InvalidRequest, RoleNotServed, Violation
+from ferryman_service.domain.errors import (
+    DeadlineExceeded,
+    InvalidRequest,
+    InvalidSentence,
+    ModelNotFound,
+    QueueFull,
+    RoleNotServed,
+    StoreUnavailable,
+    Violation,
+)
 from ferryman_service.domain.models import ModelReference, ModelVersion, parse_model_reference
 from ferryman_service.domain.tracing import NULL_TRACER, Tracer
 from ferryman_service.domain.translation import (
@@ -124,12 +133,16 @@ class TranslationUseCases:
     async def translate(self, request: TranslateRequest) -> TranslateResult:
         """Translate; cancelling the awaiting task frees its rows at the engine's next step.
 
+        A request that is refused for its options is told of its sentences too, if the model is in memory.
+
         Whether there is room for it is decided before anything is waited for. Raises RoleNotServed, InvalidRequest,
         ModelNotFound, InvalidSentence, ModelDamaged, ModelTooLarge, QueueFull, DeadlineExceeded, ServerShuttingDown.
         """
         arrived_ns = time.monotonic_ns()
         access = self._served()
-        reference = self._checked(request)
+        reference, violations = self._checked(request)
+        if violations:
+            raise InvalidRequest([*violations, *await self._sentence_violations(request, access, reference)])
         held = self._admission.admit(expected_tokens(request.sentences, request.target_prefixes, request.options))
         try:
             version, entries = await self._translated(request, access, reference, held)
@@ -201,8 +214,9 @@ class TranslationUseCases:
             )
         return self._access
 
-    def _checked(self, request: TranslateRequest) -> ModelReference:
-        """Return the model that is named; raises InvalidRequest with every violation."""
+    def _checked(self, request: TranslateRequest) -> tuple[ModelReference, list[Violation]]:
+        """Return the model that is named, and what is wrong with the rest but the sentences' words; raises
+        InvalidRequest with every violation if no model can be told."""
         count, limit, prefixes = len(request.sentences), self._limits.max_sentences, len(request.target_prefixes)
         violations = [*request.unknown, *option_violations(request.options)]
         if not 1 <= count <= limit:
@@ -216,7 +230,37 @@ class TranslationUseCases:
             if any(request.target_prefixes):
                 text = "must be empty with split_sentences: a text's sentences cannot all begin with the same words"
                 violations.append(Violation(field="target_prefixes", description=text, reason="CONFLICT"))
-        return _reference(request.model, "model", violations)
+        return _reference(request.model, "model", violations), violations
+
+    async def _sentence_violations(
+        self, request: TranslateRequest, access: ModelAccess, reference: ModelReference
+    ) -> Sequence[Violation]:
+        """Return what is wrong with the sentences of a request that is refused anyway; nothing where that would need
+        a load, or room that is not there."""
+        if not 1 <= len(request.sentences) <= self._limits.max_sentences:
+            return ()
+        complete = len(request.target_prefixes) == len(request.sentences)
+        # The options are what is wrong: sentences are measured against the default ones.
+        checked = replace(request, options=SearchOptions(), target_prefixes=request.target_prefixes if complete else ())
+        try:
+            lease = await access.lease_in_memory(reference)
+        except (ModelNotFound, StoreUnavailable):
+            return ()
+        if lease is None:
+            return ()
+        try:
+            held = self._admission.admit(expected_tokens(checked.sentences, checked.target_prefixes, checked.options))
+            try:
+                await self._entries(checked, lease, self._caller(checked, _CALL_WEIGHT).token)
+            finally:
+                held.release()
+        except InvalidSentence as error:
+            return error.violations
+        except (QueueFull, DeadlineExceeded):
+            return ()
+        finally:
+            lease.release(self._waiting)
+        return ()
 
     def _checked_stream(self, request: StreamRequest) -> ModelReference:
         violations = [*request.unknown, *option_violations(request.options, "config.options")]
@@ -225,7 +269,10 @@ class TranslationUseCases:
             violations.append(Violation(field="config.window", description=text, reason="OUT_OF_RANGE"))
         if request.split_sentences:
             violations += _split_conflicts(request.options, "config.options")
-        return _reference(request.model, "config.model", violations)
+        reference = _reference(request.model, "config.model", violations)
+        if violations:
+            raise InvalidRequest(violations)
+        return reference
 
     def _caller(self, request: TranslateRequest | StreamRequest, weight: float) -> Caller:
         deadline_s = None if request.timeout_s is None else time.monotonic() + request.timeout_s
@@ -242,6 +289,7 @@ class TranslationUseCases:
             engine=lease.engine,
             options=request.options,
             language=lease.version.lineage.source_language,
+            target_language=lease.version.lineage.target_language,
             splitter=self._splitter if request.split_sentences else None,
         )
 
@@ -301,13 +349,12 @@ def _result(version: ModelVersion, entries: Sequence[Entry], arrived_ns: int) ->
     )
 
 
-def _reference(model: str, field: str, violations: list[Violation]) -> ModelReference:
+def _reference(model: str, field: str, violations: Sequence[Violation]) -> ModelReference:
+    """Return the model that is named; raises InvalidRequest, with the other violations too, if none is."""
     try:
         reference = parse_model_reference(model, field)
     except InvalidRequest as error:
-        violations = [*error.violations, *violations]
-    if violations:
-        raise InvalidRequest(violations)
+        raise InvalidRequest([*error.violations, *violations]) from None
     return reference
 
 

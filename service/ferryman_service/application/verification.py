@@ -22,13 +22,24 @@ _TIE: Final = 1e-3
 """Two different translations whose scores differ by less are a tie that float32 rounding may break either way."""
 
 
+class NothingTranslated(TrainingFailed):
+    """A model gave no translation of a sentence: its numbers are not finite."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            FailureReason.NON_FINITE_LOSS,
+            "training has diverged: the model gives numbers that are not finite, and nothing was published. Lower the "
+            "learning rate, warm up longer, or clip the gradient",
+        )
+
+
 def check_export(
     *, reference: Translator, exported: Translator, sentences: Sequence[str], check: Callable[[], None]
 ) -> str:
     """Translate the sentences with both, greedily and with beam 5, and return a sentence saying how many are the same.
 
     `check` is called again and again; it raises what ends the work. Raises TrainingFailed(EXPORT_MISMATCH) if any
-    translation differs by more than a tie.
+    translation differs by more than a tie, NothingTranslated.
     """
     same = total = 0
     for options in _SEARCHES:
@@ -48,7 +59,10 @@ def check_export(
 
 
 def translate_held_out(translator: Translator, sources: Sequence[str], check: Callable[[], None]) -> list[str]:
-    """Translate held-out sources greedily, to be scored; `check` is called again and again, and may end it."""
+    """Translate held-out sources greedily, to be scored; `check` is called again and again, and may end it.
+
+    Raises NothingTranslated.
+    """
     return [hypothesis.text for hypothesis in _translate(translator, sources, _GREEDY, check)]
 
 
@@ -60,7 +74,10 @@ def _translate(
     for first in range(0, len(sentences), _PORTION):
         check()
         translations, _ = translator.translate(sentences[first : first + _PORTION], options, CancelToken())
-        found += [translation.hypotheses[0] for translation in translations]
+        for translation in translations:
+            if not translation.hypotheses:
+                raise NothingTranslated
+            found.append(translation.hypotheses[0])
     check()
     return found
 

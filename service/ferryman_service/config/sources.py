@@ -173,7 +173,7 @@ def _given(
 
 def _file(source: str, path: str, mistakes: list[Mistake]) -> Mapping[str, object]:
     try:
-        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        return tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or error
         mistakes.append(Mistake(options=(), text=f"{source}: {path} cannot be read: {why}"))
@@ -194,7 +194,7 @@ def _from_environment(
         path = environment[by_file]
         try:
             # Editors and `echo` end a file with a line feed, which is not meant.
-            value = Path(path).read_text(encoding="utf-8").removesuffix("\n").removesuffix("\r")
+            value = Path(path).read_text(encoding="utf-8-sig").removesuffix("\n").removesuffix("\r")
         except (OSError, ValueError) as error:
             why = getattr(error, "strerror", None) or error
             mistakes.append(Mistake(options=(option,), text=f"{by_file}: {path} cannot be read: {why}"))

@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 import enum
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
-
-LANGUAGE_TAG: Final = re.compile(r"[A-Za-z]{2,8}(-[A-Za-z0-9]{1,8})*")
-"""The form of a BCP 47 language tag."""
 
 
 class Split(enum.StrEnum):
@@ -36,6 +31,21 @@ class SentencePair:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CorpusWarning:
+    """Something that was probably not meant: `count` of `total` lines or pairs are so, the first of them is `example`.
+
+    `field` is a split or a file ("train.source"); `code` is a stable UPPER_SNAKE_CASE name.
+    """
+
+    code: str
+    field: str
+    message: str
+    count: int
+    total: int
+    example: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class SplitStatistics:
     """What a part of a corpus holds. Words are separated by white space; empty pairs have an empty side."""
 
@@ -44,6 +54,7 @@ class SplitStatistics:
     target_words: int
     empty_pairs: int
     samples: Sequence[SentencePair]
+    warnings: Sequence[CorpusWarning] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +76,11 @@ class Corpus:
     validation: SplitStatistics
     digest: str
     create_time_ns: int
+
+    @property
+    def warnings(self) -> Sequence[CorpusWarning]:
+        """What was probably not meant, of both splits."""
+        return (*self.train.warnings, *self.validation.warnings)
 
 
 @dataclass(frozen=True, kw_only=True)

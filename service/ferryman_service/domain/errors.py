@@ -76,13 +76,16 @@ class FerrymanError(Exception):
 
 
 class InvalidArgument(FerrymanError):
-    """The request is wrong, and will be however often it is sent."""
+    """The request is wrong, and will be however often it is sent. `total` counts violations, which may name fewer."""
 
-    def __init__(self, violations: Sequence[Violation]) -> None:
+    def __init__(self, violations: Sequence[Violation], total: int = 0) -> None:
+        """Store; `total` 0: the violations are all there are."""
         assert violations, "an InvalidArgument names at least one violation"
+        self.total = total or len(violations)
         first = violations[0]
-        more = f" (and {len(violations) - 1} more)" if len(violations) > 1 else ""
-        super().__init__(f"{first.field}: {first.description}{more}")
+        # The total comes first: a message that is cut keeps it.
+        count = f"{self.total:,} violations, the first: " if self.total > 1 else ""
+        super().__init__(f"{count}{first.field}: {first.description}")
         self.violations = tuple(violations)
 
 

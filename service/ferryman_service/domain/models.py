@@ -13,13 +13,15 @@ from ferryman_service.domain.translation import ComputeType
 
 @dataclass(frozen=True, kw_only=True)
 class ModelScores:
-    """Scores of the published weights on the validation pairs (greedy); `weights` is "best" or "average"."""
+    """Scores of the published weights on the validation pairs (greedy); `weights` is "best" or "average". BLEU and chrF
+    are those of `translated_pairs`, 0 if that is not known, as of versions of an earlier release."""
 
     bleu: float
     chrf: float
     nll_per_token: float
     weights: str
     step: int
+    translated_pairs: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

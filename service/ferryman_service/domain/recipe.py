@@ -100,7 +100,8 @@ class DataRecipe:
     """Subwords, and which training pairs are used.
 
     `sampling_alpha` (unigram) and `bpe_dropout` (BPE) segment the training pairs anew in each epoch; 0 is off.
-    `split_digits`: every digit is a subword of its own.
+    `split_digits`: every digit is a subword of its own. `reduce_vocabulary`: a corpus that yields fewer subwords than
+    `vocabulary_size` gets all of them; otherwise it cannot be trained on.
     """
 
     vocabulary_size: int
@@ -111,6 +112,7 @@ class DataRecipe:
     sampling_alpha: float = 0.0
     bpe_dropout: float = 0.0
     split_digits: bool = False
+    reduce_vocabulary: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -319,7 +321,8 @@ _RANGES: Final[Mapping[str, _Range]] = {
     "model.dropout": _DROPOUT,
     "model.attention_dropout": _DROPOUT,
     "model.activation_dropout": _DROPOUT,
-    "data.vocabulary_size": _Range(32, 256_000),
+    # Four special symbols, the mark of a word's beginning and one character.
+    "data.vocabulary_size": _Range(6, 256_000),
     "data.character_coverage": _Range(0.9, 1),
     "data.max_sentence_tokens": _Range(4, 4096),
     "data.max_length_ratio": _Range(1, 1000),
@@ -383,6 +386,8 @@ def resolve_recipe(overrides: Overrides, path: str = "recipe") -> Recipe:
     """
     preset = overrides.get("preset", Preset.TINY)
     values = _merge(PRESETS[preset], overrides)
+    is_default = "vocabulary_size" not in overrides.get("data", {})
+    values["data"] = {"reduce_vocabulary": is_default, **values["data"]}
     if "max_steps" not in overrides.get("stop", {}) and _has_other_limit(overrides.get("stop", {})):
         values["stop"]["max_steps"] = 0
     if _is_limited_by_time_alone(values["stop"]) and _NOAM_FIELDS.isdisjoint(wanted := overrides.get("schedule", {})):

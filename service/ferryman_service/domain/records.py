@@ -84,7 +84,7 @@ class StepMetrics:
 @dataclass(frozen=True, kw_only=True)
 class ValidationMetrics:
     """One validation: losses over all validation pairs, BLEU and chrF (0 to 100) of greedy translations of the first
-    ones."""
+    ones. `bleu_signature` is sacreBLEU's, with the tokenizer; empty in records of earlier releases."""
 
     step: int
     epoch: int
@@ -96,6 +96,7 @@ class ValidationMetrics:
     translated_pairs: int
     seconds: float
     best: bool
+    bleu_signature: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -188,3 +188,4 @@ class CheckpointInfo:
     bleu: float | None = None
     chrf: float | None = None
     nll_per_token: float | None = None
+    translated_pairs: int | None = None

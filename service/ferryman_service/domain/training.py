@@ -45,7 +45,7 @@ class TrainingJob:
 
     `run_dir` is its own; it exists and may hold an earlier attempt's files. `prepared_dir` is shared by all runs and
     keeps tokenised corpora. `reported_step` is the last step that an earlier attempt made durable, and `decays` are the
-    decays that earlier attempts planned. `corpus_digest` names the corpus's content.
+    decays that earlier attempts planned. `corpus_digest` names the corpus's content, `target_language` is a BCP 47 tag.
     """
 
     run_id: str
@@ -54,6 +54,7 @@ class TrainingJob:
     run_dir: Path
     prepared_dir: Path
     corpus_digest: str = ""
+    target_language: str = ""
     reported_step: int = 0
     decays: tuple[DecayPlan, ...] = ()
     initial: InitialWeights | None = None

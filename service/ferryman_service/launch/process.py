@@ -149,7 +149,7 @@ def _open_if(pid: int, wanted: bytes, opened: ExitStack) -> list[int]:
 
 
 def _joined(arguments: Sequence[str]) -> bytes:
-    return b"\0".join([b"", *(argument.encode() for argument in arguments), b""])
+    return b"\0".join([b"", *(os.fsencode(argument) for argument in arguments), b""])
 
 
 def _command_line(pid: int) -> bytes:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
@@ -37,6 +38,8 @@ _ALLOCATOR: Final = {
     "MALLOC_TOP_PAD_": str(2**26),
 }
 SPIN_COUNT: Final = "100"
+TEMPORARY_FOLDER: Final = "tmp"
+"""In the data folder; made only where nothing else takes temporary files."""
 _STOP_TIMEOUT_S: Final = 45
 """How long torchrun's agent waits for workers that were told to end; they take at most 30 s."""
 
@@ -45,9 +48,11 @@ def torchrun_command(processes_per_node: int = 1) -> tuple[str, ...]:
     """Return the command line of a worker program under torchrun, on this machine alone; no restart, since the service
     decides about attempts."""
     # By default the workers look for the agent under the host's name, which need not resolve: in a pod on the host's
-    # network it does not, and no worker begins.
-    agent = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nnodes=1", "--local-addr=localhost")
-    return (*agent, f"--nproc-per-node={processes_per_node}", "--max-restarts=0", "-m", "ferryman_service.worker")
+    # network it does not, and no worker begins. -P: a module in the service's working folder is not for the agent, nor
+    # for the workers (worker_environment).
+    agent = (sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", "--local-addr=localhost")
+    size = ("--nnodes=1", f"--nproc-per-node={processes_per_node}")
+    return (*agent, *size, "--max-restarts=0", "-m", "ferryman_service.worker")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,13 +86,17 @@ class TorchrunLauncher:
         """Start a worker of so many processes; raises OSError if the program cannot be started at all."""
         log_path = self._log_path(run_id, attempt)
         log_path.parent.mkdir(parents=True, exist_ok=True)
+        environment = worker_environment(self._config, processes)
+        own_folder = self._config.data_dir.resolve() / TEMPORARY_FOLDER
+        if environment.get("TMPDIR") == str(own_folder):
+            own_folder.mkdir(exist_ok=True)
         with log_path.open("ab") as log:
             agent = subprocess.Popen(  # noqa: S603
                 [*self._config.command(processes), *self._task(run_id, attempt)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=worker_environment(self._config, processes),
+                env=environment,
                 close_fds=True,
                 start_new_session=True,
             )
@@ -152,12 +161,17 @@ class TorchrunLauncher:
 
 def worker_environment(config: LaunchConfig, processes: int, root: Path = Path("/")) -> dict[str, str]:
     """Return the environment of each of so many processes of a worker; `root` holds /proc and the cgroup mounts."""
-    environment = {**os.environ, **config.environment, "PYTHONUNBUFFERED": "1"}
+    environment = {**os.environ, **config.environment, "PYTHONUNBUFFERED": "1", "PYTHONSAFEPATH": "1"}
     if config.threads_per_worker is not None:
         environment["OMP_NUM_THREADS"] = str(config.threads_per_worker)
     # torchrun would choose one thread for several workers.
     environment.setdefault("OMP_NUM_THREADS", str(max(1, usable_cpus(root).value // processes)))
+    if not _has_temporary_folder():
+        # torchrun makes one for the workers' errors, and ends if it cannot.
+        environment["TMPDIR"] = str(config.data_dir.resolve() / TEMPORARY_FOLDER)
     environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(_STOP_TIMEOUT_S)
+    # All processes are on this machine. Without it gloo looks up the host's name, which need not resolve.
+    environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
     # OpenMP's threads spin while they wait for each other, also for one that has no core because another process is
     # busy. Left alone they spin so long that this makes training 45 times slower; this bound costs nothing on a quiet
     # machine (docs/lab-log.md; make bench-neighbour).
@@ -166,6 +180,15 @@ def worker_environment(config: LaunchConfig, processes: int, root: Path = Path("
     for name, value in _ALLOCATOR.items():
         environment.setdefault(name, value)
     return environment
+
+
+def _has_temporary_folder() -> bool:
+    """Tell whether Python finds a folder for temporary files that can be written."""
+    try:
+        with tempfile.TemporaryFile():
+            return True
+    except OSError:
+        return False
 
 
 def read_log_tail(path: Path) -> str:

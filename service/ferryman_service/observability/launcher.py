@@ -13,7 +13,12 @@ ATTEMPTS: Final = counter(
     "Workers that were to be started: `started`, or `failed_to_start` where the program could not be run at all.",
     ("outcome",),
 )
-METRICS: Final = (ATTEMPTS,)
+FAILURES: Final = counter(
+    "ferryman_supervisor_failures_total",
+    "Looks of the supervisor at the runs that ended with an unexpected error. Training is not ready until one "
+    "succeeds; the log says what is wrong.",
+)
+METRICS: Final = (ATTEMPTS, FAILURES)
 
 
 class LaunchMetrics:
@@ -22,6 +27,7 @@ class LaunchMetrics:
     def __init__(self, registry: CollectorRegistry) -> None:
         attempts = ATTEMPTS.counter(registry)
         self._started, self._failed = (attempts.labels(outcome) for outcome in ("started", "failed_to_start"))
+        self._failures = FAILURES.counter(registry)
 
     def started(self) -> None:
         """Take note of a worker that was started."""
@@ -30,3 +36,7 @@ class LaunchMetrics:
     def failed_to_start(self) -> None:
         """Take note of a worker that could not be started."""
         self._failed.inc()
+
+    def failed_to_supervise(self) -> None:
+        """Take note of a look at the runs that failed."""
+        self._failures.inc()

@@ -5,13 +5,23 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from typing import Final
 
 from ferryman_service.domain.errors import InvalidSentence, Violation
-from ferryman_service.domain.tokens import EOS
+from ferryman_service.domain.tokens import EOS, UNK
 from ferryman_service.domain.translation import Hypothesis, PreparedSentence, SearchOptions, Translation
 from ferryman_service.search.sentence import RawHypothesis
-from ferryman_service.text.normalise import has_control_characters, normalise
+from ferryman_service.text.normalise import (
+    MAX_SENTENCE_BYTES,
+    has_control_characters,
+    is_too_large,
+    mark_violations,
+    normalise,
+)
 from ferryman_service.text.subwords import Subwords
+
+_MAX_NAMED: Final = 10
+"""Unknown characters of a prefix that a violation names."""
 
 
 class SentenceText:
@@ -58,11 +68,10 @@ class SentenceText:
         self, sentences: Sequence[str], prefixes: Sequence[str], options: SearchOptions, fields: tuple[str, str]
     ) -> tuple[list[PreparedSentence], list[Violation]]:
         started_ns = time.perf_counter_ns()
-        normalised = [normalise(sentence) for sentence in sentences]
+        normalised, bad_sentences = _normalised(sentences, fields[0], "SENTENCE_TOO_LONG")
         sources = self._subwords.encode(normalised)
-        forced = (
-            self._subwords.encode([normalise(prefix) for prefix in prefixes]) if any(prefixes) else [()] * len(sources)
-        )
+        normalised_prefixes, bad_prefixes = _normalised(prefixes, fields[1], "PREFIX_TOO_LONG")
+        forced = self._subwords.encode(normalised_prefixes) if any(prefixes) else [[]] * len(sources)
         text_ns = (time.perf_counter_ns() - started_ns) // max(1, len(sentences))
         prepared: list[PreparedSentence] = []
         violations: list[Violation] = []
@@ -70,10 +79,10 @@ class SentenceText:
             source = (*ids, EOS) if text else ()
             max_length = self._max_length(max(1, len(source)), options)
             sentence_field, prefix_field = (field.format(index) for field in fields)
-            violations += _control_characters(sentence_field, sentences[index])
-            violations += _control_characters(prefix_field, prefixes[index])
+            violations += bad_sentences[index] + bad_prefixes[index]
             violations += self._too_long(sentence_field, len(source))
             violations += _no_room(prefix_field, len(prefix), max_length)
+            violations += self._unknown_characters(prefix_field, normalised_prefixes[index], prefix)
             prepared.append(
                 PreparedSentence(
                     source=source,
@@ -99,6 +108,29 @@ class SentenceText:
             "split the sentence, or ask for split_sentences"
         )
         return [Violation(field=field, description=text, reason="SENTENCE_TOO_LONG")]
+
+    def _unknown_characters(self, field: str, prefix: str, tokens: Sequence[int]) -> list[Violation]:
+        """Name the characters for which the prefix would not come back as it is."""
+        if not prefix or (UNK not in tokens and self._subwords.decode(tokens) == prefix):
+            return []
+        characters = [character for character in dict.fromkeys(prefix) if not self._is_known(character)]
+        if not characters:  # what it holds besides is no text, and is named for that
+            return []
+        named = ", ".join(f"{character!r} (U+{ord(character):04X})" for character in characters[:_MAX_NAMED])
+        more = f" and {len(characters) - _MAX_NAMED} more" if len(characters) > _MAX_NAMED else ""
+        text = (
+            f"holds {named}{more}, which the model's vocabulary does not have, so that no translation can begin with "
+            "this prefix: remove or replace what is named"
+        )
+        return [Violation(field=field, description=text, reason="UNKNOWN_CHARACTER")]
+
+    def _is_known(self, character: str) -> bool:
+        [tokens] = self._subwords.encode([character])
+        return (
+            character == " "
+            or has_control_characters(character)
+            or (UNK not in tokens and self._subwords.decode(tokens) == character)
+        )
 
     def _nothing(self, prefix: tuple[int, ...], options: SearchOptions, *, with_pieces: bool) -> Hypothesis:
         """Return the translation of an empty sentence: the words that it must begin with, which cost no probability."""
@@ -130,10 +162,30 @@ class SentenceText:
         return [self._subwords.piece(token) for token in tokens]
 
 
+def _normalised(texts: Sequence[str], field: str, too_long: str) -> tuple[list[str], list[list[Violation]]]:
+    """Return each text, normalised, and what is wrong with it before that: "" for one that must not be looked at any
+    further. `too_long` is the reason for a text over the bound in bytes."""
+    normalised: list[str] = []
+    violations: list[list[Violation]] = []
+    for index, text in enumerate(texts):
+        found = _over_bounds(field.format(index), text, too_long)
+        normalised.append("" if found else normalise(text))
+        violations.append(found or _control_characters(field.format(index), text))
+    return normalised, violations
+
+
+def _over_bounds(field: str, text: str, too_long: str) -> list[Violation]:
+    if is_too_large(text):
+        cure = "shorten it" if too_long == "PREFIX_TOO_LONG" else "split the sentence, or ask for split_sentences"
+        description = f"has more than {MAX_SENTENCE_BYTES:,} bytes of UTF-8: {cure}"
+        return [Violation(field=field, description=description, reason=too_long)]
+    return mark_violations(field, text)
+
+
 def _control_characters(field: str, text: str) -> list[Violation]:
     if not has_control_characters(text):
         return []
-    description = "holds control characters other than tab, line feed and carriage return: remove them"
+    description = "holds control characters other than tab and line breaks: remove them"
     return [Violation(field=field, description=description, reason="CONTROL_CHARACTER")]
 
 

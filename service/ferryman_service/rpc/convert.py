@@ -253,6 +253,7 @@ def checkpoint_to_wire(checkpoint: CheckpointInfo) -> training_pb2.Checkpoint:
         bleu=checkpoint.bleu,
         chrf=checkpoint.chrf,
         nll_per_token=checkpoint.nll_per_token,
+        translated_pairs=checkpoint.translated_pairs,
     )
 
 
@@ -279,6 +280,7 @@ def corpus_to_wire(corpus: Corpus) -> corpus_pb2.Corpus:
         validation=_statistics_to_wire(corpus.validation),
         digest=corpus.digest,
         create_time=_timestamp(corpus.create_time_ns),
+        warnings=[corpus_pb2.CorpusWarning(**_plain(warning)) for warning in corpus.warnings],
     )
 
 

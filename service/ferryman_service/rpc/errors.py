@@ -18,7 +18,8 @@ _RETRY_S: Final = 5.0
 # message takes three times its size there (percent-encoding) and the details four thirds of theirs (base64).
 _MAX_MESSAGE_BYTES: Final = 512
 _MAX_METADATA_BYTES: Final = 256
-_MAX_VIOLATIONS_BYTES: Final = 2560
+_MAX_VIOLATIONS_BYTES: Final = 3584
+_MAX_VIOLATIONS: Final = 20
 
 STATUS_CODES: Final[Mapping[type[errors.FerrymanError], grpc.StatusCode]] = {
     errors.InvalidArgument: grpc.StatusCode.INVALID_ARGUMENT,
@@ -84,9 +85,10 @@ def _retry_info(delay_s: float) -> error_details_pb2.RetryInfo:
 
 
 def _bad_request(error: errors.InvalidArgument, info: error_details_pb2.ErrorInfo) -> error_details_pb2.BadRequest:
-    """Return all violations, or as many as fit; the ErrorInfo then says how many there are."""
+    """Return the first 20 violations, or as many of them as fit; where some are left out, the ErrorInfo says how many
+    there are and how many are shown."""
     details = error_details_pb2.BadRequest()
-    for violation in error.violations:
+    for violation in error.violations[:_MAX_VIOLATIONS]:
         details.field_violations.add(
             field=_cut(violation.field, _MAX_METADATA_BYTES),
             description=_cut(violation.description, _MAX_MESSAGE_BYTES),
@@ -94,9 +96,11 @@ def _bad_request(error: errors.InvalidArgument, info: error_details_pb2.ErrorInf
         )
         if details.ByteSize() > _MAX_VIOLATIONS_BYTES:
             del details.field_violations[-1]
-            info.metadata["violations_total"] = str(len(error.violations))
-            info.metadata["violations_shown"] = str(len(details.field_violations))
             break
+    shown = len(details.field_violations)
+    if shown < error.total:
+        info.metadata["violations_total"] = str(error.total)
+        info.metadata["violations_shown"] = str(shown)
     return details
 
 

@@ -9,7 +9,6 @@ from typing import Final
 
 import grpc
 from grpc_health.v1 import health, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
 
 from ferryman.v1 import (
     corpus_pb2_grpc,
@@ -21,6 +20,7 @@ from ferryman_service.rpc.corpora import CorpusServicer
 from ferryman_service.rpc.health import ALL_SERVICES, HealthServicer, listen
 from ferryman_service.rpc.interceptors import CallInterceptor
 from ferryman_service.rpc.models import ModelServicer
+from ferryman_service.rpc.reflection import add_reflection
 from ferryman_service.rpc.shutdown import Shutdown
 from ferryman_service.rpc.training import TrainingServicer
 from ferryman_service.rpc.translation import TranslationServicer
@@ -101,8 +101,7 @@ class RpcServer:
         translation_pb2_grpc.add_TranslationServiceServicer_to_server(servicers.translation, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(health_servicer, self._server)
         if config.reflection:
-            names = (*ALL_SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
-            reflection.enable_server_reflection(names, self._server)
+            add_reflection(self._server, (*ALL_SERVICES, health.SERVICE_NAME))
 
     async def start(self) -> int:
         """Listen, and return the port; raises OSError if it cannot be had."""

@@ -13,6 +13,7 @@ from ferryman_service.domain.corpora import (
     Corpus,
     CorpusFiles,
     CorpusHeader,
+    CorpusWarning,
     SentencePair,
     Side,
     Split,
@@ -24,7 +25,7 @@ from ferryman_service.stores import tables
 from ferryman_service.stores.corpus_text import CorpusLimits as CorpusLimits
 from ferryman_service.stores.corpus_upload import FileCorpusUpload
 from ferryman_service.stores.database import disk_errors, reading, writing
-from ferryman_service.stores.folders import HeldFolder, move_folder, remove_abandoned, remove_folder
+from ferryman_service.stores.folders import HeldFolder, move_folder, own_folders, remove_abandoned, remove_folder
 from ferryman_service.stores.layout import DataFolder
 
 _CORPORA: Final = tables.corpora
@@ -44,8 +45,8 @@ class FileCorpusStore:
         # Under the writers' lock nobody is between moving a folder and inserting its row.
         with writing(self._engine) as connection:
             known = set(connection.execute(select(_CORPORA.c.corpus_id)).scalars())
-            for path in self._folder.corpora.iterdir():
-                if is_id(path.name, CORPUS_PREFIX) and path.name not in known:
+            for path in own_folders(self._folder.corpora, lambda name: is_id(name, CORPUS_PREFIX)):
+                if path.name not in known:
                     remove_folder(path)
 
     def begin_upload(self, header: CorpusHeader, request_id: str) -> FileCorpusUpload:
@@ -130,4 +131,6 @@ def _corpus_from_row(row: Row[Any]) -> Corpus:
 
 
 def _statistics_from_value(value: Mapping[str, Any]) -> SplitStatistics:
-    return SplitStatistics(**{**value, "samples": tuple(SentencePair(**pair) for pair in value["samples"])})
+    samples = tuple(SentencePair(**pair) for pair in value["samples"])
+    warnings = tuple(CorpusWarning(**warning) for warning in value.get("warnings", ()))  # none of earlier releases
+    return SplitStatistics(**{**value, "samples": samples, "warnings": warnings})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import time
@@ -10,9 +11,10 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import IO, Final
 
-from ferryman_service.domain.corpora import Corpus, CorpusHeader, SentencePair, Side, Split
+from ferryman_service.domain.corpora import Corpus, CorpusHeader, CorpusWarning, SentencePair, Side, Split
 from ferryman_service.domain.errors import CorpusTooLarge, InvalidCorpus, Violation
 from ferryman_service.domain.ids import CORPUS_PREFIX, new_id
+from ferryman_service.stores.corpus_signs import CorpusSigns
 from ferryman_service.stores.corpus_text import CheckedSplit, CorpusLimits, check_split
 from ferryman_service.stores.database import disk_errors
 from ferryman_service.stores.folders import HeldFolder, sync_folder
@@ -35,6 +37,7 @@ class FileCorpusUpload:
         self._forms: dict[Split, str] = {}
         self._pairs: dict[Split, int] = dict.fromkeys(Split, 0)
         self._line_breaks: list[Violation] = []
+        self._line_break_count = 0
         self._size_bytes = 0
 
     def add_pairs(self, split: Split, pairs: Sequence[SentencePair]) -> None:
@@ -59,10 +62,14 @@ class FileCorpusUpload:
                 self._close_files()
                 checked_dir = self._held.path / _CHECKED
                 checked_dir.mkdir()
-                checked = {split: check_split(split, self._held.path, checked_dir, self._limits) for split in Split}
+                signs = CorpusSigns()
+                checked = {
+                    split: check_split(split, self._held.path, checked_dir, self._limits, signs)
+                    for split in (Split.VALIDATION, Split.TRAIN)  # the order that the signs want
+                }
                 self._refuse_violations(checked)
                 sync_folder(checked_dir)
-                return self._keep(self._describe(checked), checked_dir)
+                return self._keep(self._describe(checked, tuple(signs.warnings())), checked_dir)
         finally:
             self.abort()
 
@@ -78,6 +85,7 @@ class FileCorpusUpload:
             raise InvalidCorpus([Violation(field=split.value, description=text, reason="MIXED_FORMS")])
 
     def _refuse_line_break(self, split: Split, side: Side) -> None:
+        self._line_break_count += 1
         if len(self._line_breaks) < self._limits.max_violations:
             text = f"sentence {self._pairs[split]} holds a line break: a sentence is one line"
             self._line_breaks.append(Violation(field=f"{split}.{side}", description=text, reason="LINE_BREAK"))
@@ -102,18 +110,22 @@ class FileCorpusUpload:
     def _refuse_violations(self, checked: Mapping[Split, CheckedSplit]) -> None:
         # What concerns a whole split comes first, then each file in turn: bad lines of one never crowd out the others.
         violations = [violation for split in Split for violation in checked[split].split_violations]
+        whole = len(violations)
         by_file = [self._line_breaks, *(lines for split in Split for lines in checked[split].line_violations)]
         violations += [violation for turn in zip_longest(*by_file) for violation in turn if violation is not None]
         if violations:
-            raise InvalidCorpus(violations[: self._limits.max_violations])
+            total = whole + self._line_break_count + sum(checked[split].bad_lines for split in Split)
+            raise InvalidCorpus(violations[: self._limits.max_violations], total)
 
-    def _describe(self, checked: Mapping[Split, CheckedSplit]) -> Corpus:
+    def _describe(self, checked: Mapping[Split, CheckedSplit], warnings: Sequence[CorpusWarning]) -> Corpus:
+        """Return the corpus; the warnings are those about both splits."""
+        validation = checked[Split.VALIDATION].statistics
         languages = [self._header.source_language, self._header.target_language]
         return Corpus(
             corpus_id=new_id(CORPUS_PREFIX),
             header=self._header,
             train=checked[Split.TRAIN].statistics,
-            validation=checked[Split.VALIDATION].statistics,
+            validation=dataclasses.replace(validation, warnings=(*validation.warnings, *warnings)),
             digest=corpus_digest(languages, checked),
             create_time_ns=time.time_ns(),
         )

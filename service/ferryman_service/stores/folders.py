@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import logging
 import os
+import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Final
+
+_log = logging.getLogger(__name__)
+_NAME_BYTES: Final = 16
+_NAME: Final = re.compile(rf"[0-9a-f]{{{2 * _NAME_BYTES}}}")
 
 
 class HeldFolder:
@@ -20,7 +27,7 @@ class HeldFolder:
 
     def __init__(self, parent: Path) -> None:
         """Create the folder below `parent` and lock it."""
-        self.path = parent / secrets.token_hex(16)
+        self.path = parent / secrets.token_hex(_NAME_BYTES)
         with _locked(parent):  # nobody takes the folder for abandoned before it is locked
             self.path.mkdir()
             self._descriptor = _open_folder(self.path)
@@ -35,10 +42,26 @@ class HeldFolder:
             self._descriptor = -1
 
 
+def own_folders(parent: Path, is_own_name: Callable[[str], object]) -> list[Path]:
+    """Return the folders in `parent` whose names this program gives, and log what else is there but hidden folders.
+
+    What a file manager, an editor, a file server or a person has left is nobody's to remove here.
+    """
+    own, foreign = [], []
+    for path in sorted(parent.iterdir()):
+        if is_own_name(path.name) and path.is_dir():
+            own.append(path)
+        elif not (path.name.startswith(".") and path.is_dir()):
+            foreign.append(path.name)
+    if foreign:
+        _log.warning("%s holds files that are not Ferryman's, they are left alone: %s", parent, ", ".join(foreign))
+    return own
+
+
 def remove_abandoned(parent: Path) -> None:
-    """Remove the folders below `parent` that no living process holds."""
+    """Remove the folders below `parent` that were made by a HeldFolder and that no living process holds."""
     with _locked(parent):
-        for path in parent.iterdir():
+        for path in own_folders(parent, _NAME.fullmatch):
             descriptor = _open_folder(path)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -35,6 +35,7 @@ class DataFolder:
 
     def create(self) -> None:
         """Create the folders that are missing; raises OSError, which tells the cure, if they cannot be used."""
+        self._refuse_other_encodings()
         try:
             for folder in (self.incoming, self.runs, self.staging, self.imports):
                 folder.mkdir(parents=True, exist_ok=True)
@@ -44,6 +45,17 @@ class DataFolder:
             raise OSError(
                 f"the data folder {self.root.absolute()} cannot be used: {error.filename}: {error.strerror}; give "
                 "--data-dir a folder that can be made and written, or let this user write there"
+            ) from error
+
+    def _refuse_other_encodings(self) -> None:
+        path = str(self.root.resolve())
+        try:
+            path.encode()
+        except UnicodeEncodeError as error:
+            # The libraries that read models and corpora take paths as UTF-8 text.
+            raise OSError(
+                f"the data folder {path!a} cannot be used: its path is not UTF-8; rename the folder, or give "
+                "--data-dir another one"
             ) from error
 
     @property
@@ -121,7 +133,7 @@ class DataFolder:
         """Yield name, version and folder of every bundle that lies in its place, published or not."""
         for model in self.models.iterdir():
             for bundle in model.iterdir() if is_model_name(model.name) and model.is_dir() else ():
-                if bundle.name.isascii() and bundle.name.isdigit():
+                if bundle.name.isascii() and bundle.name.isdigit() and bundle.is_dir():
                     yield model.name, int(bundle.name), bundle
 
     def page_token_key(self) -> bytes:

@@ -12,7 +12,11 @@ class FolderInUse(OSError):
 
 
 class FolderLock:
-    """An advisory lock on a file; the kernel releases it when the process ends, however it ends."""
+    """An advisory lock on a file; the kernel releases it when the process ends, however it ends.
+
+    It locks the file, not its name: whoever removes the folder and makes it anew makes another file, which another
+    process can lock. `is_held` and `is_lost` compare the two; both are safe to call from every thread.
+    """
 
     def __init__(self, path: Path) -> None:
         """Store the path; nothing is locked yet."""
@@ -32,6 +36,32 @@ class FolderLock:
                 "or serve with --roles translation"
             ) from error
         self._descriptor = descriptor
+
+    def is_held(self) -> bool:
+        """Tell whether the path leads to the file that this process has locked; not so while the folder is away."""
+        locked, found = self._locked(), self._found()
+        return locked is not None and found is not None and os.path.samestat(locked, found)
+
+    def is_lost(self) -> bool:
+        """Tell whether the locked file was deleted or another one is in its place. One that is away may return."""
+        locked, found = self._locked(), self._found()
+        if locked is None:
+            return False
+        return locked.st_nlink == 0 or (found is not None and not os.path.samestat(locked, found))
+
+    def _locked(self) -> os.stat_result | None:
+        if self._descriptor is None:
+            return None
+        try:
+            return os.fstat(self._descriptor)
+        except OSError:  # the file server that has it does not answer for it any more
+            return None
+
+    def _found(self) -> os.stat_result | None:
+        try:
+            return os.stat(self._path)
+        except OSError:
+            return None
 
     def release(self) -> None:
         """Give the lock back; harmless without it."""

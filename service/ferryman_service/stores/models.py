@@ -23,14 +23,14 @@ from ferryman_service.bundle.manifest import (
     verify,
 )
 from ferryman_service.domain.errors import AttemptFenced, InvalidRequest, ModelDamaged, ModelInUse, Violation
-from ferryman_service.domain.ids import is_model_name
+from ferryman_service.domain.ids import RUN_PREFIX, is_id, is_model_name
 from ferryman_service.domain.models import Model, ModelReference, ModelVersion
 from ferryman_service.domain.records import RunState
 from ferryman_service.domain.training import RunCancelled
 from ferryman_service.stores import tables
 from ferryman_service.stores.bundle_reader import BundleReader
 from ferryman_service.stores.database import disk_errors, reading, writing
-from ferryman_service.stores.folders import HeldFolder, remove_abandoned, remove_folder, sync_folder
+from ferryman_service.stores.folders import HeldFolder, own_folders, remove_abandoned, remove_folder, sync_folder
 from ferryman_service.stores.layout import DataFolder
 from ferryman_service.stores.model_rows import (
     aliases_of,
@@ -65,7 +65,7 @@ class FileModelStore:
         with writing(self._engine) as connection:
             query = select(tables.runs.c.run_id).where(tables.runs.c.state.in_(_UNFINISHED))
             unfinished = set(connection.execute(query).scalars())
-            for path in self._folder.staging.iterdir():
+            for path in own_folders(self._folder.staging, lambda name: is_id(name, RUN_PREFIX)):
                 if path.name not in unfinished:
                     remove_folder(path)
             for name, number, path in self._folder.bundles():

@@ -15,6 +15,7 @@ from typing import Any, Final
 
 from ferryman_service.domain.ids import RUN_PREFIX, is_id
 from ferryman_service.domain.runs import CheckpointInfo
+from ferryman_service.stores.folders import own_folders
 from ferryman_service.stores.layout import DataFolder
 
 _log = logging.getLogger(__name__)
@@ -47,15 +48,16 @@ class FileRunFolders:
     def delete_orphans(self, run_ids: Iterable[str]) -> None:
         """Remove the folders of all runs but these: what a crash in the middle of a deletion leaves."""
         known = set(run_ids)
-        for path in self._folder.runs.iterdir():
-            if is_id(path.name, RUN_PREFIX) and path.name not in known:
+        for path in own_folders(self._folder.runs, lambda name: is_id(name, RUN_PREFIX)):
+            if path.name not in known:
                 _log.info("removing %s: its run was deleted", path)
                 _remove(path)
 
     def _paths(self, run_id: str) -> list[Path]:
         if not is_id(run_id, RUN_PREFIX):
             return []  # the lineage of a model from elsewhere may name anything
-        return sorted((self._folder.run_dir(run_id) / "checkpoints").glob(f"{_PREFIX}*"))
+        found = (self._folder.run_dir(run_id) / "checkpoints").glob(f"{_PREFIX}*")
+        return sorted(path for path in found if path.name.removeprefix(_PREFIX).isdigit() and path.is_dir())
 
 
 def _remove(folder: Path) -> None:
@@ -91,4 +93,5 @@ def _info(position: Mapping[str, Any], size_bytes: int, create_time_ns: int) -> 
         size_bytes=size_bytes,
         is_best=False,
         **{name: float(scores[name]) for name in _SCORES if name in scores},
+        translated_pairs=int(scores["translated_pairs"]) if "translated_pairs" in scores else None,
     )

@@ -86,14 +86,16 @@ def train_subwords(
     character_coverage: float,
     seed: int,
     split_digits: bool = False,
+    reduce_vocabulary: bool = False,
     max_lines: int = MAX_TRAINING_LINES,
     max_characters: int = MAX_TRAINING_CHARACTERS,
 ) -> Subwords:
     """Learn subwords from normalised lines (both sides of the corpus), write the model file, and return the model.
 
-    With `split_digits` every digit is a subword of its own. Of more than `max_lines` lines or `max_characters` a random
-    sample is used. The model file is a function of the lines and the other arguments. Raises TrainingFailed:
-    VOCABULARY_TOO_LARGE or VOCABULARY_TOO_SMALL, naming a size that works.
+    With `split_digits` every digit is a subword of its own. With `reduce_vocabulary` lines that yield fewer subwords
+    than `vocabulary_size` give the model of the largest size that they can fill. Of more than `max_lines` lines or
+    `max_characters` a random sample is used. The model file is a function of the lines and the other arguments. Raises
+    TrainingFailed: VOCABULARY_TOO_LARGE or VOCABULARY_TOO_SMALL, naming a size that works.
     """
     model = io.BytesIO()
     try:
@@ -104,6 +106,7 @@ def train_subwords(
             model_type=algorithm.value,
             character_coverage=character_coverage,
             split_digits=split_digits,
+            hard_vocab_limit=not reduce_vocabulary,
             normalization_rule_name="identity",
             pad_id=PAD,
             unk_id=UNK,
@@ -138,7 +141,8 @@ def _sample(lines: Iterable[str], max_lines: int, max_characters: int, seed: int
 def _training_failed(message: str, vocabulary_size: int) -> TrainingFailed:
     asked = f"recipe.data.vocabulary_size is {vocabulary_size}, but"
     if match := _TOO_LARGE.search(message):
-        text = f"{asked} the corpus yields only {match[1]} subwords: ask for at most {match[1]}, or give more text"
+        text = f"{asked} the corpus yields only {match[1]} subwords: leave it out, ask for at most {match[1]}, or "
+        text += "give more text"
         return TrainingFailed(FailureReason.VOCABULARY_TOO_LARGE, text)
     if match := _TOO_SMALL.search(message):
         text = f"{asked} the corpus's characters alone need {match[1]}: ask for more, or lower data.character_coverage"

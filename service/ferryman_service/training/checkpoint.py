@@ -140,7 +140,8 @@ def load_weights(path: Path) -> dict[str, Tensor]:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Return the complete checkpoints of the folder, oldest first."""
-    return sorted(path for path in folder.iterdir() if path.name.startswith(_PREFIX))
+    found = (path for path in folder.glob(f"{_PREFIX}*") if path.name.removeprefix(_PREFIX).isdigit())
+    return sorted(path for path in found if path.is_dir())
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from ferryman_service.domain.corpora import CorpusFiles, Side, Split
 from ferryman_service.domain.runs import FailureReason, TrainingFailed
-from ferryman_service.text.normalise import has_control_characters, normalise
+from ferryman_service.text.normalise import find_marks, has_control_characters, normalise
 
 _CHUNK_PAIRS: Final = 16_384
 
@@ -29,6 +29,7 @@ class DropReason(enum.StrEnum):
 
     EMPTY = "EMPTY"
     CONTROL_CHARACTERS = "CONTROL_CHARACTERS"
+    TOO_MANY_MARKS = "TOO_MANY_MARKS"
     DUPLICATE = "DUPLICATE"
     TOO_LONG = "TOO_LONG"
     LENGTH_RATIO = "LENGTH_RATIO"
@@ -36,11 +37,10 @@ class DropReason(enum.StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class TextPair:
-    """A usable pair: both sides normalised, and the target as it stands in the file, trimmed."""
+    """A usable pair: both sides normalised."""
 
     source: str
     target: str
-    raw_target: str
 
 
 def read_pairs(corpus: CorpusFiles, split: Split) -> Iterator[tuple[str, str]]:
@@ -124,13 +124,16 @@ def _read_lines(path: Path) -> Iterator[str]:
 def _usable(chunk: list[tuple[str, str]], dropped: Counter[DropReason]) -> Iterator[TextPair]:
     """Yield the pairs that hold text and nothing else, counting the others."""
     for raw_source, raw_target in chunk:
+        if find_marks(raw_source) is not None or find_marks(raw_target) is not None:
+            dropped[DropReason.TOO_MANY_MARKS] += 1  # of a corpus of an earlier release: uploads refuse them
+            continue
         source, target = normalise(raw_source), normalise(raw_target)
         if not source or not target:
             dropped[DropReason.EMPTY] += 1
         elif has_control_characters(raw_source) or has_control_characters(raw_target):
             dropped[DropReason.CONTROL_CHARACTERS] += 1
         else:
-            yield TextPair(source=source, target=target, raw_target=raw_target.strip())
+            yield TextPair(source=source, target=target)
 
 
 def _key(pair: TextPair) -> int:

@@ -21,8 +21,8 @@ _CHUNK_PAIRS: Final = 4096
 
 @dataclass(frozen=True)
 class ValidationPairs:
-    """The usable validation pairs: normalised sources, references as they stand in the corpus, tokens of both sides.
-    `dropped` describes the others; it is empty if there are none."""
+    """The usable validation pairs: sources and references, both normalised as the model sees them, and the tokens of
+    both sides. `dropped` describes the others; it is empty if there are none."""
 
     sources: list[str]
     references: list[str]
@@ -42,6 +42,7 @@ def learn_subwords(
         character_coverage=recipe.character_coverage,
         seed=seed,
         split_digits=recipe.split_digits,
+        reduce_vocabulary=recipe.reduce_vocabulary,
     )
 
 
@@ -88,7 +89,7 @@ def tokenise_validation_pairs(
         raise TrainingFailed(FailureReason.NO_VALIDATION_PAIRS, message)
     return ValidationPairs(
         sources=[pair.text.source for pair in pairs],
-        references=[pair.text.raw_target for pair in pairs],
+        references=[pair.text.target for pair in pairs],
         tokens=TokenPairs(
             TokenSide.from_sentences([pair.source_tokens for pair in pairs]),
             TokenSide.from_sentences([pair.target_tokens for pair in pairs]),

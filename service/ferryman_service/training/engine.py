@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import time
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 
 from ferryman_service.config.resources import usable_cpus
 from ferryman_service.domain.models import ModelScores
+from ferryman_service.domain.recipe import Recipe
 from ferryman_service.domain.records import EventLevel
 from ferryman_service.domain.runs import FailureReason, TrainingFailed
 from ferryman_service.domain.tracing import NULL_TRACER, Tracer
@@ -43,6 +45,7 @@ from ferryman_service.training.ranks import Ranks, Verdict, join_ranks
 from ferryman_service.training.reporting import Reporter, Series
 from ferryman_service.training.resume import newest_usable
 from ferryman_service.training.sampling import epoch_source
+from ferryman_service.training.scoring import scoring_of
 from ferryman_service.training.step import Trainee, new_trainee
 from ferryman_service.training.validate import Validator
 
@@ -145,7 +148,15 @@ class _Run:
         pairs = epoch_source(self._job, prepared, subwords, epochs, check)
         validation = tokenise_validation_pairs(self._job.corpus, subwords, self._recipe.data, threads=cpus)
         model = self._new_model(subwords.size)
-        validator = Validator(validation, subwords, self._recipe, self._ranks.device, self._series.check, self._tracer)
+        validator = Validator(
+            validation,
+            subwords,
+            self._recipe,
+            self._ranks.device,
+            self._series.check,
+            self._tracer,
+            scoring_of(self._job.target_language),
+        )
         trainee, position = self._start(model) if step == _BEGINNING else self._go_back_to(step, model)
         if self._ranks.is_first:
             self._report_start(model, prepared.pairs(), validation, position)
@@ -155,7 +166,7 @@ class _Run:
         return TrainedModel(
             weights=self._files.weights,
             subwords=prepared.subwords,
-            recipe=self._recipe,
+            recipe=_with_vocabulary_of(subwords.size, self._recipe),
             scores=scores,
             parameters=count_parameters(model),
             check_sentences=validation.sources[:_CHECK_SENTENCES],
@@ -236,10 +247,11 @@ class _Run:
         if validation.dropped and position == Position():
             message = f"dropped validation pairs: {validation.dropped}"
             self._series.event(EventLevel.WARNING, "VALIDATION_PAIRS_DROPPED", message, repeats=True)
+        scoring = scoring_of(self._job.target_language).describe(self._recipe.validation.metric)
         processes = f" in {self._ranks.world_size} processes" if self._ranks.world_size > 1 else ""
         message = (
             f"{count_parameters(model):,} parameters, {len(pairs):,} training pairs, "
-            f"{len(validation.sources):,} validation pairs; on {self._ranks.device}{processes}"
+            f"{len(validation.sources):,} validation pairs; on {self._ranks.device}{processes}; {scoring}"
         )
         self._series.event(EventLevel.INFO, "TRAINING_STARTED", message)
         remark = compilation_remark(self._compiled, self._compilation, self._ranks.device)
@@ -279,12 +291,27 @@ class _Run:
 
     def _share_scores(self, chosen: ModelScores | None) -> ModelScores:
         """Return rank 0's scores on every rank."""
-        numbers = [0.0] * 5
+        numbers = [0.0] * 6
         if chosen is not None:
-            numbers = [chosen.bleu, chosen.chrf, chosen.nll_per_token, float(chosen.weights == "best"), chosen.step]
-        bleu, chrf, nll_per_token, is_best, step = self._ranks.share(numbers)
-        weights = "best" if is_best else "average"
-        return ModelScores(bleu=bleu, chrf=chrf, nll_per_token=nll_per_token, weights=weights, step=int(step))
+            scores = (chosen.bleu, chosen.chrf, chosen.nll_per_token)
+            numbers = [*scores, float(chosen.weights == "best"), chosen.step, chosen.translated_pairs]
+        bleu, chrf, nll_per_token, is_best, step, pairs = self._ranks.share(numbers)
+        return ModelScores(
+            bleu=bleu,
+            chrf=chrf,
+            nll_per_token=nll_per_token,
+            weights="best" if is_best else "average",
+            step=int(step),
+            translated_pairs=int(pairs),
+        )
+
+
+def _with_vocabulary_of(size: int, recipe: Recipe) -> Recipe:
+    """Return the recipe that leads to the same model and names the vocabulary's size."""
+    if not recipe.data.reduce_vocabulary or size == recipe.data.vocabulary_size:
+        return recipe
+    data = dataclasses.replace(recipe.data, vocabulary_size=size, reduce_vocabulary=False)
+    return dataclasses.replace(recipe, data=data)
 
 
 def count_parameters(model: Transformer) -> int:

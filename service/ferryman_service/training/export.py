@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Final
 
 import onnx
-from sacrebleu.metrics.bleu import BLEU
 from safetensors.torch import load_file
 
 from ferryman_service.bundle.embedding import write_embedding, write_int8_embedding
@@ -38,6 +37,7 @@ from ferryman_service.text.subwords import Subwords
 from ferryman_service.training.fp16 import Float16Products, device_decoder_graph, device_encoder_graph, reorder_graph
 from ferryman_service.training.graphs import Float32Products, Weights, decoder_graph, encoder_graph, graph_weights
 from ferryman_service.training.int8 import Int8Products, Ranges, measure_ranges
+from ferryman_service.training.scoring import scoring_of
 
 
 class OnnxExporter:
@@ -72,9 +72,9 @@ class OnnxExporter:
         )
         seal(bundle, header)
 
-    def bleu(self, translations: Sequence[str], references: Sequence[str]) -> float:
-        """Return sacreBLEU (cased, 13a), 0 to 100."""
-        return float(BLEU().corpus_score(list(translations), [list(references)]).score)
+    def bleu(self, translations: Sequence[str], references: Sequence[str], target_language: str) -> float:
+        """Return sacreBLEU (cased, with the language's tokenizer), 0 to 100."""
+        return scoring_of(target_language).bleu_score(translations, references)
 
     def settle_int8(self, bundle: Path, scores: Int8Scores, *, keep: bool) -> None:
         """Write into an exported bundle what its int8 graphs cost, and remove them unless they are kept."""

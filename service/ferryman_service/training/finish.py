@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from torch import Tensor
 from ferryman_service.domain.models import ModelScores
 from ferryman_service.domain.recipe import Averaging, Recipe
 from ferryman_service.domain.records import EventLevel
+from ferryman_service.domain.runs import FailureReason, TrainingFailed
 from ferryman_service.model.transformer import Transformer
 from ferryman_service.training.average import average_checkpoints
 from ferryman_service.training.checkpoint import (
@@ -39,8 +41,8 @@ class _Candidate:
 
     def __str__(self) -> str:
         scores = self.scores
-        numbers = f"BLEU {scores.bleu:.2f}, chrF {scores.chrf:.2f}, {scores.nll_per_token:.4f} nats per token"
-        return f"{self.name} ({numbers})"
+        quality = f"BLEU {scores.bleu:.2f}, chrF {scores.chrf:.2f} of {scores.translated_pairs:,} pairs"
+        return f"{self.name} ({quality}, {scores.nll_per_token:.4f} nats per token)"
 
 
 def choose_weights(
@@ -56,22 +58,28 @@ def choose_weights(
 
     The best checkpoint, the last one and the average compete; a difference in the metric counts if a paired bootstrap
     supports it, and the loss decides otherwise. Nothing else is changed, so it can be done again. A damaged checkpoint
-    is left out, and an event tells of it.
+    is left out, and an event tells of it; so are weights whose loss is not finite.
+
+    Raises TrainingFailed (NON_FINITE_LOSS) if no other weights are left, or some of those chosen are not finite.
     """
     wanted = [step for step, _ in position.candidates]
     singles = {position.best_step, position.step}
     damaged = {step for step in {*wanted, *singles} if not _is_intact(files.checkpoints, step, reporter)}
     candidates = _single_checkpoints(position, damaged)
-    several = [checkpoint_path(files.checkpoints, each) for each in wanted if each not in damaged]
+    candidates = [each for each in candidates if math.isfinite(each.scores.nll_per_token)]
+    several = [_path(files, each) for each in wanted if each not in damaged]
     average: dict[str, Tensor] | None = None
     if len(several) > 1 and recipe.validation.averaging is not Averaging.NONE:
         average = average_checkpoints(several)
         model.load_state_dict(average)
         name = f"the average of the {recipe.validation.averaging} {len(several)} checkpoints"
-        candidates.append(_Candidate("average", name, validator.score(model), position.step))
+        averaged = _Candidate("average", name, validator.score(model), position.step)
+        candidates += [averaged] if math.isfinite(averaged.scores.nll_per_token) else []
+    if not candidates:
+        raise _diverged(position, "the loss on the validation pairs is")
     chosen, remarks = candidates[0], list[str]()
     for candidate in candidates[1:]:
-        comparison = compare(candidate.scores, chosen.scores, recipe.validation.metric, recipe.seed)
+        comparison = compare(candidate.scores, chosen.scores, validator.metric, recipe.seed)
         kept, left = (candidate, chosen) if comparison.is_better else (chosen, candidate)
         remarks.append(f"{kept}, not {left}, {comparison.rule}")
         chosen = kept
@@ -79,7 +87,9 @@ def choose_weights(
         assert average is not None
         model.load_state_dict(average)
     else:
-        model.load_state_dict(load_weights(checkpoint_path(files.checkpoints, chosen.step)))
+        model.load_state_dict(load_weights(_path(files, chosen.step)))
+    if not all(bool(tensor.isfinite().all()) for tensor in model.state_dict().values()):
+        raise _diverged(position, "weights are")
     disk.write(files.weights, safetensors_chunks(model.state_dict()))
     reporter.event(EventLevel.INFO, "WEIGHTS_CHOSEN", "; ".join(remarks) or str(chosen), repeats=True)
     scores = chosen.scores
@@ -89,6 +99,7 @@ def choose_weights(
         nll_per_token=scores.nll_per_token,
         weights=chosen.weights,
         step=chosen.step,
+        translated_pairs=scores.translated_pairs,
     )
 
 
@@ -100,6 +111,18 @@ def _single_checkpoints(position: Position, damaged: Collection[int]) -> list[_C
     found = {position.best_step: position.best, position.step: position.validated}
     intact = [step for step in found if step not in damaged] or [position.step]
     return [_Candidate("best", f"the checkpoint of step {step}", found[step], step) for step in intact]
+
+
+def _path(files: RunFiles, step: int) -> Path:
+    return checkpoint_path(files.checkpoints, step)
+
+
+def _diverged(position: Position, what: str) -> TrainingFailed:
+    text = (
+        f"training has diverged: {what} not finite at its end, step {position.step}, and nothing was published. Lower "
+        "the learning rate, warm up longer, or clip the gradient"
+    )
+    return TrainingFailed(FailureReason.NON_FINITE_LOSS, text)
 
 
 def _is_intact(checkpoints: Path, step: int, reporter: Reporter) -> bool:

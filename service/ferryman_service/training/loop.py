@@ -383,8 +383,9 @@ class TrainingLoop:
 
     def _report_validation(self, scores: ValidationScores, seconds: float) -> None:
         recipe, best, position = self._parts.recipe.validation, self.position.best, self.position
-        rank = scores.rank(recipe.metric)
-        is_best = best is None or rank > best.rank(recipe.metric)
+        metric = self._parts.validator.metric
+        rank = scores.rank(metric)
+        is_best = best is None or rank > best.rank(metric)
         candidates = with_candidate(position.candidates, position.step, rank, recipe)
         position = replace(position, validated=scores, candidates=candidates)
         if is_best:
@@ -403,6 +404,7 @@ class TrainingLoop:
             translated_pairs=scores.translated_pairs,
             seconds=seconds,
             best=is_best,
+            bleu_signature=self._parts.validator.bleu_signature,
         )
         self._parts.series.validation(metrics)
 

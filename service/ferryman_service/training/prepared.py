@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 import time
@@ -29,12 +30,15 @@ from ferryman_service.training.data import learn_subwords, tokenise_training_pai
 from ferryman_service.training.pairs import TokenPairs, open_pairs
 from ferryman_service.training.reporting import Reporter
 
-_FORMAT: Final = 2
+_FORMAT: Final = 3
 _MANIFEST: Final = "prepared.json"
 _SUBWORDS: Final = "subwords.model"
 _PAIRS: Final = "pairs"
 _KEPT: Final = 16
 _UNUSED_FOR_S: Final = 7 * 24 * 3600.0
+_KEY_DIGITS: Final = 40
+_OWN_NAME: Final = re.compile(rf"[0-9a-f]{{{_KEY_DIGITS}}}|\.[0-9a-f]{{{_KEY_DIGITS}}}-[0-9a-f]{{8}}")
+"""Entries, and those in the making; what else is there is somebody else's."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +124,7 @@ def _key(job: TrainingJob) -> str:
     given = "" if job.initial is None else hashlib.sha256(job.initial.subwords.read_bytes()).hexdigest()
     corpus = job.corpus_digest or job.run_id
     text = json.dumps([_FORMAT, corpus, data, given], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:40]
+    return hashlib.sha256(text.encode()).hexdigest()[:_KEY_DIGITS]
 
 
 _NOT_PREPARED: Final = ("sampling_alpha", "bpe_dropout")
@@ -135,11 +139,15 @@ def _make(folder: Path, job: TrainingJob, reporter: Reporter, *, threads: int) -
     if job.initial is None:
         subwords = learn_subwords(job.corpus, recipe, path, seed=_SAMPLE_SEED, check=reporter.check)
         remark = f"learnt {subwords.size} {recipe.subword_algorithm} subwords"
+        remarks = [(EventLevel.INFO, "SUBWORDS_TRAINED", remark)]
+        if subwords.size < recipe.vocabulary_size:
+            text = f"the corpus yields only {subwords.size} subwords, fewer than the {recipe.vocabulary_size} asked for"
+            remarks.append((EventLevel.INFO, "VOCABULARY_REDUCED", f"{text}: all of them are used"))
     else:
         shutil.copyfile(job.initial.subwords, path)
         subwords = Subwords.load(path)
         remark = f"took the {subwords.size} subwords of the model to start from"
-    remarks = [(EventLevel.INFO, "SUBWORDS_TRAINED", remark)]
+        remarks = [(EventLevel.INFO, "SUBWORDS_TRAINED", remark)]
     dropped = tokenise_training_pairs(job.corpus, subwords, recipe, folder / _PAIRS, reporter.check, threads=threads)
     if dropped:
         remarks.append((EventLevel.WARNING, "PAIRS_DROPPED", f"dropped training pairs: {dropped}"))
@@ -154,7 +162,7 @@ def _make(folder: Path, job: TrainingJob, reporter: Reporter, *, threads: int) -
 def _prune(parent: Path) -> None:
     """Remove the entries that nobody has used for a week, all but the last ones, and what workers that died a week ago
     have left. A run that comes back to one makes the same again."""
-    ages_s = {path: _unused_for_s(path) for path in parent.iterdir()}
+    ages_s = {path: _unused_for_s(path) for path in parent.iterdir() if _OWN_NAME.fullmatch(path.name)}
     entries = sorted((path for path in ages_s if not path.name.startswith(".")), key=ages_s.__getitem__)
     for path in ages_s.keys() - set(entries[:_KEPT]):
         if ages_s[path] > _UNUSED_FOR_S:

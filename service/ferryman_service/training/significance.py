@@ -16,6 +16,7 @@ from sacrebleu.metrics.chrf import CHRF
 
 from ferryman_service.domain.recipe import SelectionMetric
 from ferryman_service.training.scores import ValidationScores
+from ferryman_service.training.scoring import Scoring
 
 RESAMPLES: Final = 1000
 SIGNIFICANCE: Final = 0.05
@@ -30,10 +31,12 @@ class Comparison:
     rule: str
 
 
-def sentence_statistics(metric: SelectionMetric, translations: Sequence[str], references: Sequence[str]) -> list[int]:
+def sentence_statistics(
+    metric: SelectionMetric, scoring: Scoring, translations: Sequence[str], references: Sequence[str]
+) -> list[int]:
     """Return, pair after pair, the counts from which the metric of a set is computed by adding them up: S of them a
     pair. Of the loss there are none."""
-    scorer = _scorer(metric)
+    scorer = scoring.bleu() if metric is SelectionMetric.BLEU else _scorer(metric)
     if scorer is None or not translations:
         return []
     per_pair = scorer._extract_corpus_statistics(translations, [references])

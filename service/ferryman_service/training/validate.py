@@ -11,10 +11,9 @@ from typing import Final, TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.metrics.chrf import CHRF
 
-from ferryman_service.domain.recipe import Recipe
+from ferryman_service.domain.recipe import Recipe, SelectionMetric
 from ferryman_service.domain.runs import FailureReason, TrainingFailed
 from ferryman_service.domain.tracing import NULL_TRACER, Tracer
 from ferryman_service.domain.translation import SearchOptions
@@ -27,6 +26,7 @@ from ferryman_service.training.batches import make_batch
 from ferryman_service.training.data import ValidationPairs
 from ferryman_service.training.packing import Index, batches_by_length
 from ferryman_service.training.scores import ValidationScores
+from ferryman_service.training.scoring import Scoring, scoring_of
 from ferryman_service.training.significance import sentence_statistics
 from ferryman_service.training.step import batch_losses
 
@@ -52,14 +52,26 @@ class Validator:
         device: torch.device,
         check: Callable[[], None],
         tracer: Tracer = NULL_TRACER,
+        scoring: Scoring | None = None,
     ) -> None:
         self._pairs = pairs
+        self._scoring = scoring or scoring_of("")
         self._subwords = subwords
         self._recipe = recipe
         self._device = device
         self._check = check
         self._tracer = tracer
         self.was_split = False
+
+    @property
+    def metric(self) -> SelectionMetric:
+        """The score that decides which weights are better: the recipe's, or chrF where BLEU has no tokenizer."""
+        return self._scoring.metric(self._recipe.validation.metric)
+
+    @property
+    def bleu_signature(self) -> str:
+        """The signature of the BLEU that `score` returns, as sacreBLEU writes it."""
+        return self._scoring.bleu_signature()
 
     def score(self, model: Transformer) -> ValidationScores:
         """Return the model's scores; leaves it in the mode in which it came. Raises what `check` raises, and
@@ -77,14 +89,14 @@ class Validator:
             translations = self._translate(model)
         finally:
             model.train(was_training)
-        references = [self._pairs.references[: len(translations)]]
+        references = self._pairs.references[: len(translations)]
         return ValidationScores(
             loss=loss,
             nll_per_token=nll_per_token,
-            bleu=BLEU().corpus_score(translations, references).score,
-            chrf=CHRF().corpus_score(translations, references).score,
+            bleu=self._scoring.bleu_score(translations, references),
+            chrf=CHRF().corpus_score(translations, [references]).score,
             translated_pairs=len(translations),
-            statistics=tuple(sentence_statistics(self._recipe.validation.metric, translations, references[0])),
+            statistics=tuple(sentence_statistics(self.metric, self._scoring, translations, references)),
         )
 
     @torch.inference_mode()
@@ -123,7 +135,8 @@ class Validator:
         limits = self._max_lengths(source.lengths_P[index_B]).tolist()
         searches = [SentenceSearch(options=_GREEDY, max_length=limit) for limit in limits]
         found = search(decoder, [source.sentence(index) for index in index_B], searches, self._check)
-        return [self._subwords.decode(hypotheses[0].tokens) for hypotheses in found]
+        # Weights that are not finite give no hypothesis: no probability can be compared.
+        return [self._subwords.decode(hypotheses[0].tokens) if hypotheses else "" for hypotheses in found]
 
     def _as_it_fits(self, work: Callable[[Index], _Found], index_B: Index) -> Iterator[tuple[Index, _Found]]:
         """Yield the pairs with what `work` returns for them: all at once, or in parts where memory is short."""

@@ -98,7 +98,7 @@ def test_the_recipe_of_a_run_can_be_trained_again(run, corpus, client, tmp_path)
 
 def test_validate_only_prints_the_recipe(run, corpus, client):
     result = run("train", corpus.corpus_id, "m", "--set", "seed=5", "--validate-only")
-    assert result.stdout.split() == ["valid", "seed", "=", "5"]
+    assert (result.stdout, result.stderr) == ("seed = 5\n", "valid\n")
     assert list(client.list_training_runs()) == []
 
 
@@ -129,12 +129,12 @@ def test_runs_list_show_cancel(run, fake, client, corpus):
     fake.hold_after = 4
     held = client.start_training(corpus.corpus_id, "m").run_id
     lines = run("runs", "list").stdout.splitlines()
-    assert [line.split("\t")[:5] for line in lines] == [
-        [held, "running", "m", "1", "-"],
-        [done, "succeeded", "m", "4", "31.5"],
+    assert [line.split("\t")[:6] for line in lines] == [
+        [held, "running", "m", "1", "-", "-"],
+        [done, "succeeded", "m", "4", "31.5", "2"],
     ]
     assert run("runs", "list", "--state", "running").stdout.splitlines() == lines[:1]
-    assert "31.5" in run("runs", "show", done).stdout
+    assert "best BLEU:     31.5 (2 pairs)\n" in run("runs", "show", done).stdout
     assert run("runs", "cancel", held).stdout == "cancelled\n"
     refused = run("runs", "cancel", done)
     assert (refused.exit_code, refused.stdout) == (2, "")
@@ -149,8 +149,8 @@ def test_runs_pause_resume_checkpoints_delete(run, fake, client, corpus):
     assert run("runs", "list", "--state", "paused").stdout.startswith(held)
     assert run("runs", "resume", held).stdout == "queued\n"
     fake.release(held)
-    step, epoch, bleu, best, size, written = run("runs", "checkpoints", held).stdout.rstrip("\n").split("\t")
-    assert (step, epoch, bleu, best, size) == ("4", "1", "31.5", "best", "12.0 MB")
+    step, epoch, bleu, pairs, best, size, written = run("runs", "checkpoints", held).stdout.rstrip("\n").split("\t")
+    assert (step, epoch, bleu, pairs, best, size) == ("4", "1", "31.5", "2", "best", "12.0 MB")
     assert written.endswith("+00:00")
     refused = run("runs", "pause", held)
     assert (refused.exit_code, refused.stdout) == (2, "")
@@ -176,10 +176,11 @@ def test_fine_tuning(run, fake, client, corpus):
 
 def test_models_list_show(run, fake):
     version = fake.add_model("en-de")
-    assert run("models", "list").stdout.startswith("en-de/1\ten-de\t31.5\t1,000,000\t")
+    assert run("models", "list").stdout.startswith("en-de/1\ten-de\t31.5\t2\t1,000,000\t")
     shown = run("models", "show", "en-de").stdout
     assert version.digest in shown
-    assert "int8:          +0.25 BLEU lost on 1,000 pairs\n" in shown
+    assert "BLEU:          31.5 (2 pairs)\n" in shown
+    assert "int8:          -0.25 BLEU against fp32 (1,000 pairs)\n" in shown
     missing = run("models", "show", "xx")
     assert (missing.exit_code, missing.stderr) == (2, "Error: no model 'xx'\n")
 
@@ -189,8 +190,12 @@ def test_models_list_show(run, fake):
     [
         (None, "-"),
         (Int8Outcome(pairs=0, kept=True), "not measured"),
-        (Int8Outcome(pairs=9, kept=True, fp32_bleu=30.0, int8_bleu=30.1), "-0.10 BLEU lost on 9 pairs"),
-        (Int8Outcome(pairs=9, kept=False, fp32_bleu=30.0, int8_bleu=29.0), "+1.00 BLEU lost on 9 pairs, left out"),
+        (Int8Outcome(pairs=9, kept=True, fp32_bleu=30.0, int8_bleu=30.1), "+0.10 BLEU against fp32 (9 pairs)"),
+        (
+            Int8Outcome(pairs=9, kept=False, fp32_bleu=30.0, int8_bleu=29.0),
+            "-1.00 BLEU against fp32 (9 pairs), left out",
+        ),
+        (Int8Outcome(pairs=9, kept=True, fp32_bleu=30.001, int8_bleu=30.0), "+0.00 BLEU against fp32 (9 pairs)"),
     ],
 )
 def test_models_show_says_what_int8_costs(outcome, shown):
@@ -307,10 +312,30 @@ def test_a_line_that_cannot_be_translated_leaves_its_place_empty(run, fake):
     assert json.loads(result.stdout) == {"source": "bad", "model": "m/1", "error": error}
 
 
-def test_input_that_is_not_utf8_is_named(run, fake):
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        (b"\xff", "is not UTF-8: invalid start byte (byte 1); convert the text, for instance with iconv"),
+        (b"caf\xe9", "is not UTF-8: unexpected end of data (byte 4); convert the text, for instance with iconv"),
+        (b"x" * 2_000_000, "has 2,000,000 bytes, at most 1,048,576 are allowed: split the line"),
+    ],
+)
+def test_a_line_that_is_no_text_spoils_none_of_the_others(run, fake, line, problem):
     fake.add_model("m")
-    result = run("translate", "m", stdin=b"good\n\xff\n")
-    assert (result.exit_code, result.stderr) == (2, "Error: standard input, line 2: not UTF-8 (invalid start byte)\n")
+    result = run("translate", "m", stdin=b"good\n" + line + b"\nlast\n" + line)
+    assert (result.exit_code, result.stdout) == (2, "GOOD\n\nLAST\n\n")
+    assert result.stderr == f"line 2: INVALID_SENTENCE: {problem}\nline 4: INVALID_SENTENCE: {problem}\n"
+    result = run("translate", "m", "--json", "--prefix", "Der", stdin=line)
+    assert json.loads(result.stdout)["error"] == {"reason": "INVALID_SENTENCE", "message": problem}
+
+
+def test_a_byte_order_mark_at_the_start_is_no_text(run, fake, corpus, tmp_path):
+    fake.add_model("m")
+    translated = run("translate", "m", stdin=b"\xef\xbb\xbfRoom 984\r\n\xef\xbb\xbfb\r\n")
+    assert translated.stdout == "ROOM 984\n\ufeffB\n", "only at the start"
+    (tmp_path / "r.toml").write_bytes(b"\xef\xbb\xbfseed = 5\r\n")
+    checked = run("train", corpus.corpus_id, "m", "--recipe", str(tmp_path / "r.toml"), "--validate-only")
+    assert checked.stdout == "seed = 5\n"
 
 
 def test_all_violations_are_printed_without_a_stack_trace(run, corpus):
@@ -318,9 +343,48 @@ def test_all_violations_are_printed_without_a_stack_trace(run, corpus):
     assert result.exit_code == 2
     assert result.stderr == (
         "Error: 2 violations:\n"
-        "  recipe.model.d_model: is 1.5, must be a whole number of at most 32 bits\n"
-        "  recipe.model.norm: is 'mid', must be one of post, pre, deep\n"
+        "  model.d_model: is 1.5, must be a whole number from -2,147,483,648 to 2,147,483,647\n"
+        "  model.norm: is 'mid', must be one of post, pre, deep\n"
     )
+
+
+def test_mistakes_are_named_as_options(run, fake):
+    fake.add_model("m")
+    result = run("translate", "m", "x", "--seed", "-1", "--beam-size", str(2**40))
+    assert result.exit_code == 2
+    assert result.stderr == (
+        "Error: 2 violations:\n"
+        "  --beam-size: is 1099511627776, must be a whole number from -2,147,483,648 to 2,147,483,647\n"
+        "  --seed: is -1, must be a whole number from 0 to 18,446,744,073,709,551,615\n"
+    )
+    violations = [
+        errors.Violation(field=field, description="is odd")
+        for field in ("config.options.sampling.top_k", "config.window", "recipe.model.heads", "sentences[1]", "run_id")
+    ]
+    fake.fail_next(
+        "Translate", errors.InvalidRequest("x", violations=violations, metadata={"violations_total": "1024"})
+    )
+    told = [line.strip() for line in run("translate", "m", "x").stderr.splitlines()]
+    assert told[0] == "Error: 1,024 violations, the first 5:"
+    assert [line.partition(": ")[0] for line in told[1:]] == ["--top-k", "--window", "model.heads", "sentence 2", "RUN"]
+
+
+def test_all_bad_words_of_a_command_line_are_named_at_once(run):
+    result = run("schedule", "--kind", "foo", "--decay-shape", "bar", "--warmup-steps", "0", "--preset", "base")
+    assert result.exit_code == 2
+    assert all(word in result.stderr for word in ("'--kind'", "'--decay-shape'", "'--warmup-steps'"))
+    assert "3 mistakes" in result.stderr
+    assert "'--preset'" not in result.stderr
+
+
+def test_where_no_server_is_the_command_line_says_what_to_do(run):
+    result = run("--server", "127.0.0.1:1", "models", "list")
+    cure = "start one with `ferryman-service serve`, or pass --server HOST:PORT"
+    message = f"Error: no service answers at 127.0.0.1:1 (connection refused): {cure}\n"
+    assert (result.exit_code, result.stderr) == (1, message)
+    result = run("--server", "http://localhost:50051", "models", "list")
+    message = "--server: is 'http://localhost:50051', must be HOST:PORT, without http://: write localhost:50051"
+    assert (result.exit_code, result.stderr) == (2, f"Error: {message}\n")
 
 
 def test_an_error_names_the_request_by_which_the_log_of_the_server_is_searched(run, fake):

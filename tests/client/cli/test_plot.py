@@ -51,3 +51,17 @@ def test_the_axes_say_the_highest_rate_and_the_steps():
 def test_one_point_and_a_curve_of_zeros_are_drawn():
     assert "┤" in draw_curve(points(0.5), 30, 3)
     assert "0.00e+00" not in draw_curve(points(0.0, 0.0), 30, 3).split("\n")[0]
+
+
+def test_ascii_needs_no_other_character():
+    plot = draw_curve(NOAM, 72, 16, ascii_only=True)
+    assert plot.isascii()
+    lines = plot.split("\n")
+    assert {len(line) for line in lines[:16]} == {72}
+    cells = [line.split("|")[1] for line in lines[:16]]
+    assert cells[0].index("*") / len(cells[0]) == pytest.approx(4000 / 50_000, abs=0.02)
+
+
+def test_the_largest_step_fits_the_narrowest_plot():
+    curve = [LearningRatePoint(step=step, learning_rate=1.0) for step in (999_999_000, 1_000_000_000)]
+    assert max(map(len, draw_curve(curve, 24, 2).split("\n"))) <= 24

@@ -88,7 +88,7 @@ def test_follow_prints_what_happens_and_returns_the_run(client, corpus, terminal
     out = io.StringIO()
     end = follow(client, run.run_id, Console(file=out, force_terminal=terminal, width=100))
     assert end.state is RunState.SUCCEEDED
-    assert "step 4: validation loss 1.600, BLEU 31.5, chrF 55.0, best so far" in out.getvalue()
+    assert "step 4: validation loss 1.600, BLEU 31.5, chrF 55.0 (2 pairs), best so far" in out.getvalue()
     assert "succeeded: published m/1" in out.getvalue()
     assert ("100 %" in out.getvalue()) == terminal
 

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from ferryman import ModelRecipe, Recipe, StopRecipe
-from ferryman.cli.recipes import build_recipe
+from ferryman import DataRecipe, ModelRecipe, OptimizationRecipe, Recipe, StopRecipe
+from ferryman.cli.recipes import build_recipe, to_toml
 from ferryman.errors import InvalidRecipe
 
 
@@ -38,9 +38,41 @@ def test_a_bad_override_is_explained(override, message):
         build_recipe(None, None, ["seed=1", override])
 
 
+def test_all_bad_overrides_are_named_at_once():
+    with pytest.raises(InvalidRecipe) as caught:
+        build_recipe(None, None, ["model.dmodel=1", "odd", "model.heds=2", "modle.d_model=1"])
+    assert [violation.field for violation in caught.value.violations] == [
+        "recipe",
+        "recipe.modle",
+        "recipe.model.dmodel",
+        "recipe.model.heds",
+    ]
+
+
 @pytest.mark.parametrize("content", [b"preset = \n", b"\xff"])
 def test_a_file_that_is_not_toml_is_named(tmp_path, content):
     file = tmp_path / "bad.toml"
     file.write_bytes(content)
     with pytest.raises(InvalidRecipe, match=r"bad\.toml is not TOML"):
         build_recipe(file, None, [])
+
+
+def test_a_recipe_that_is_printed_reads_back(tmp_path):
+    """Every kind of value: text, whole numbers, fractions of every size, true and false."""
+    recipe = Recipe(
+        preset="tiny",
+        seed=-1,
+        model=ModelRecipe(d_model=64, dropout=0.0, norm="pre"),
+        data=DataRecipe(split_digits=True, character_coverage=0.9995),
+        optimization=OptimizationRecipe(adam_epsilon=1e-09, clip_norm=float("inf")),
+        stop=StopRecipe(max_time_seconds=1e16),
+    )
+    file = tmp_path / "recipe.toml"
+    file.write_text(to_toml(recipe))
+    assert build_recipe(file, None, []) == recipe
+
+
+@pytest.mark.parametrize("text", ["x = " + "[" * 5000, "x = \udcff"])
+def test_an_override_that_is_no_value_is_refused(text):
+    with pytest.raises(InvalidRecipe):
+        build_recipe(None, None, [f"model.{text.replace(' ', '')}"])

@@ -1,5 +1,6 @@
 """Texts become sentences, and their translations texts again."""
 
+import dataclasses
 import itertools
 
 import pytest
@@ -54,6 +55,17 @@ def test_a_text_keeps_its_paragraphs(engine, preparation, text, translation):
     assert translated(engine, preparation.entry(text, ""), preparation.options).hypotheses[0].text == translation
 
 
+@pytest.mark.parametrize(
+    ("language", "joined"),
+    [("zh", "A DOG.TWO CATS!\n\nEND."), ("ja-JP", "A DOG.TWO CATS!\n\nEND."), ("th", "A DOG. TWO CATS!\n\nEND.")],
+)
+def test_sentences_are_joined_as_the_target_language_writes_them(engine, preparation, language, joined):
+    """Thai has no space between words, but one between sentences."""
+    preparation = dataclasses.replace(preparation, target_language=language)
+    entry = preparation.entry("A dog. Two cats!\n\nEnd.", "")
+    assert translated(engine, entry, preparation.options).hypotheses[0].text == joined
+
+
 def test_a_text_with_a_sentence_for_which_nothing_was_found_is_not_finished(engine, preparation):
     entry = preparation.entry("A dog. Two cats!", "")
     [found], _ = engine.translate([entry.sentences[0].text], preparation.options, TOKEN)
@@ -88,6 +100,14 @@ def test_a_sentence_that_is_too_long_is_named_with_its_entry(preparation):
         ("sentences[1]", "CONTROL_CHARACTER"),
     ]
     assert caught.value.violations[0].description.startswith("sentence 2 of 4 has ")
+
+
+def test_runs_of_marks_are_named_once_by_their_place_in_the_text(preparation):
+    with pytest.raises(InvalidSentence) as caught:
+        preparation.entries(["Fine.", "Fine. Bad" + "\u0301" * 20_000 + ". Bad" + "\u0301" * 20_000], ())
+    [violation] = caught.value.violations
+    assert (violation.field, violation.reason) == ("sentences[1]", "TOO_MANY_MARKS")
+    assert "from character 10 on" in violation.description
 
 
 def test_the_sentences_of_a_request_are_bounded(preparation):

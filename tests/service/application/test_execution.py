@@ -114,7 +114,7 @@ class PlayedExporter:
         assert bundle.exists()
         return self.loads[compute_type]
 
-    def bleu(self, translations, references):
+    def bleu(self, translations, references, target_language):
         assert references == ["y"] * len(translations)
         return float(translations[0])
 
@@ -554,6 +554,30 @@ def test_fp16_that_cannot_be_tried_fails_no_run(house, new_run, failure):
     assert fp16.closed or failure == "load"
 
 
+class Mute(Echo):
+    """A model whose numbers are not finite: it has no hypothesis."""
+
+    def translate(self, sentences, options, token):
+        translations, timings = super().translate(sentences, options, token)
+        return [dataclasses.replace(translation, hypotheses=[]) for translation in translations], timings
+
+
+def test_graphs_that_give_no_translation_are_named_or_left_out(house, new_run):
+    succeeded, run = house.work(new_run, exported=Echo(text="30"), int8=Mute(), fp16=Mute(), held_out=PAIRS)
+    assert succeeded
+    events = {payload.code: payload for payload in house.payloads(run.run_id) if isinstance(payload, RunEvent)}
+    assert "too large for 16 bits" in events["FP16_LOSES"].message
+    assert events["INT8_LEFT_OUT"].level is EventLevel.WARNING
+    assert not manifest_of_the_only_model(house).has_int8
+
+
+def test_a_model_that_gives_no_translation_fails_the_run(house, new_run):
+    succeeded, run = house.work(new_run, exported=Mute(), int8=Mute(), held_out=PAIRS)
+    assert not succeeded
+    assert run.failure.reason is FailureReason.NON_FINITE_LOSS
+    assert "Lower the learning rate" in run.failure.message
+
+
 def test_a_score_that_is_no_number_is_too_low(house, new_run):
     succeeded, _ = house.work(new_run, exported=Echo(text="30"), int8=Echo(text="nan"), held_out=PAIRS)
     assert succeeded
@@ -730,9 +754,15 @@ def test_an_attempt_that_fails_says_so_in_its_span_and_one_that_was_told_to_end_
 
 def test_the_sentences_of_an_export_that_is_not_the_same_are_marked_in_the_log(house, new_run, caplog):
     house.work(new_run, exported=Echo(tokens=(5,)), reference=Echo(tokens=(6,), score=-9.0))
-    house.work(new_run, lambda reporter: fail_for_memory())
     marks = [getattr(record, MAY_HOLD_TEXT) for record in caplog.records if record.exc_info]
-    assert marks == [True, False]
+    assert marks == [True]
+
+
+def test_a_failure_whose_cause_is_known_is_one_line_in_the_log(house, new_run, caplog):
+    house.work(new_run, lambda reporter: fail_for_memory())
+    [record] = [record for record in caplog.records if "the attempt failed" in record.getMessage()]
+    assert "no room" in record.getMessage()
+    assert record.exc_info is None, "the last lines of the log are shown to the caller"
 
 
 def fail_for_memory():

@@ -37,6 +37,11 @@ async def test_without_a_model_in_memory_everything_depends_on_the_store(state, 
     assert await Readiness(FakeStoreProbe(state), None, Threads(1, "probe")).look() == found
 
 
+async def test_a_supervisor_that_does_not_work_concerns_training_alone():
+    readiness = Readiness(FakeStoreProbe(StoreState.USABLE), None, Threads(1, "probe"), lambda: False)
+    assert await readiness.look() == Abilities(trains=False)
+
+
 async def test_a_model_in_memory_translates_on_without_the_store(models, tmp_path):
     loaded = LoadedModels(models, FakeBundleLoader(), LoadingLimits())
     loaded.load(models.import_bundle(write_bundle(tmp_path / "bundle"), "en-de"))

@@ -1,16 +1,19 @@
 """The supervisor, over the real store, with workers that live and die at the test's word."""
 
+import asyncio
 import errno
 import time
 
 import pytest
+from sqlalchemy import text
 
-from ferryman_service.application.supervisor import Supervisor, SupervisorConfig
+from ferryman_service.application.supervisor import FolderNotHeld, Supervisor, SupervisorConfig
 from ferryman_service.domain.errors import AttemptFenced
 from ferryman_service.domain.log_context import log_fields
 from ferryman_service.domain.records import EventLevel, RunEvent, RunState, StepMetrics
 from ferryman_service.domain.runs import FailureReason, Handover
 from ferryman_service.domain.threads import Threads
+from ferryman_service.stores.database import writing
 from tests.fakes.launcher import FakeLauncher
 from tests.fakes.observers import FakeLaunchObserver
 
@@ -419,3 +422,74 @@ def test_starts_of_workers_are_observed(runs, launcher, queue_run):
     supervisor.tick()
     supervisor.tick()
     assert observer.outcomes == ["failed_to_start", "started"]
+
+
+class Ownership:
+    """Implements ports.FolderOwnership."""
+
+    def __init__(self):
+        self.held, self.lost = True, False
+
+    def is_held(self):
+        return self.held
+
+    def is_lost(self):
+        return self.lost
+
+
+async def until(condition):
+    async with asyncio.timeout(60):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+async def test_supervisor_that_fails_is_not_well_until_it_works_again(runs, launcher, queue_run):
+    """A row of the database that cannot be read keeps all runs from being looked after."""
+    run, observer = queue_run(), FakeLaunchObserver()
+    with writing(runs._engine) as connection:
+        recipe = connection.execute(text("SELECT recipe FROM runs")).scalar_one()
+        connection.execute(text("UPDATE runs SET recipe = '{}'"))
+    config = SupervisorConfig(interval_s=0.01, backoff_s=0.01, max_backoff_s=0.02)
+    supervisor = Supervisor(runs, launcher, config, Threads(1, "supervisor"), observer)
+    running = asyncio.create_task(supervisor.run())
+    await until(lambda: not supervisor.works())
+    assert launcher.started == []
+    with writing(runs._engine) as connection:
+        connection.execute(text("UPDATE runs SET recipe = :recipe"), {"recipe": recipe})
+    await until(supervisor.works)
+    running.cancel()
+    assert launcher.started == [(run.run_id, 1)]
+    assert observer.outcomes[0] == "failed_to_supervise"
+    assert observer.outcomes[-1] == "started"
+
+
+def test_pauses_after_failures_double_up_to_a_limit(runs, launcher):
+    supervisor = make_supervisor(runs, launcher, interval_s=0.25, backoff_s=1, max_backoff_s=60)
+    pauses = [supervisor._pause_s()]
+    for _ in range(8):
+        supervisor._note_failure(ValueError("a bug"))
+        pauses.append(supervisor._pause_s())
+    assert pauses == [0.25, 1, 2, 4, 8, 16, 32, 60, 60]
+    supervisor._note_success()
+    assert supervisor._pause_s() == 0.25
+
+
+async def test_nothing_is_done_in_a_folder_that_is_not_held(runs, launcher, queue_run, worker):
+    run, ownership = queue_run(), Ownership()
+    config = SupervisorConfig(interval_s=0.01, exit_grace_s=-1, leftovers_interval_s=-1)
+    supervisor = Supervisor(runs, launcher, config, Threads(1, "supervisor"), None, ownership)
+    supervisor.tick()
+    runs.claim_attempt(run.run_id, 1, worker)
+    launcher.alive.clear()
+    ownership.held = False
+    with pytest.raises(FolderNotHeld):
+        supervisor.tick()
+    assert runs.get(run.run_id).state is RunState.RUNNING, "another service may look after it"
+    running = asyncio.create_task(supervisor.run())
+    await until(lambda: not supervisor.works())
+    ownership.lost = True
+    async with asyncio.timeout(60):
+        await supervisor.folder_lost()
+    ownership.held = True
+    await until(supervisor.works)
+    running.cancel()

@@ -149,6 +149,13 @@ def test_a_configuration_file_that_is_not_there_or_no_toml(mistakes_of):
     assert "line 1" in text
 
 
+def test_a_byte_order_mark_before_a_file_is_no_text(settings_of, tmp_path):
+    path = tmp_path / "host"
+    path.write_bytes(b"\xef\xbb\xbf127.0.0.9\r\n")
+    config = settings_of(file="\ufeffgrace_s = 7", FERRYMAN_HOST_FILE=str(path)).config
+    assert (config.grace_s, config.host) == (7, "127.0.0.9")
+
+
 def test_what_kubernetes_sets_for_a_service_called_ferryman_is_explained(mistakes_of):
     [text] = mistakes_of(FERRYMAN_PORT="tcp://10.0.0.1:50051")
     assert "enableServiceLinks: false" in text

@@ -63,6 +63,13 @@ def test_any_field_overrides_the_preset():
     assert (recipe.validation.metric, recipe.seed) == (SelectionMetric.LOSS, 9)
 
 
+def test_only_a_default_vocabulary_is_reduced():
+    assert resolve_recipe({"data": {"split_digits": True}}).data.reduce_vocabulary
+    assert not resolve_recipe({"data": {"vocabulary_size": 8000}}).data.reduce_vocabulary
+    assert resolve_recipe({"data": {"vocabulary_size": 8000, "reduce_vocabulary": True}}).data.reduce_vocabulary
+    assert not resolve_recipe({"data": {"reduce_vocabulary": False}}).data.reduce_vocabulary
+
+
 def test_another_limit_lifts_the_presets_step_limit():
     assert resolve_recipe({"stop": {"max_time_seconds": 60}}).stop.max_steps == 0
     assert resolve_recipe({"stop": {"max_time_seconds": 60, "max_steps": 5}}).stop.max_steps == 5
@@ -75,7 +82,7 @@ OUT_OF_RANGE = [
     ("model", "dropout", -0.1),
     ("model", "dropout", 1.0),
     ("model", "attention_dropout", float("nan")),
-    ("data", "vocabulary_size", 31),
+    ("data", "vocabulary_size", 5),
     ("data", "character_coverage", 1.01),
     ("data", "sampling_alpha", 1.01),
     ("schedule", "warmup_steps", 0),

@@ -20,6 +20,7 @@ from ferryman_service.launch.torchrun import (
     worker_environment,
 )
 from tests.fakes.cgroup_tree import CgroupTree
+from tests.fakes.namespaces import UNKNOWN_HOST, namespace
 
 TELL = """
 import json, os, sys
@@ -59,6 +60,30 @@ if sys.argv[-1] == "2":
     raise SystemExit("this attempt is meant to fail")
 import signal
 signal.pause()
+"""
+BARE_MACHINE = """
+import os, sys
+from pathlib import Path
+from ferryman_service.launch.torchrun import LaunchConfig, TorchrunLauncher, torchrun_command
+folder, processes = Path(sys.argv[1]), int(sys.argv[2])
+os.chdir("/proc")
+config = LaunchConfig(
+    data_dir=folder,
+    command=lambda processes: (*torchrun_command(processes)[:-1], "stand_in_worker"),
+    environment={"PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])},
+)
+launcher = TorchrunLauncher(config, lambda run_id, attempt: folder / "log")
+launcher.start("run_x", 1, processes)
+launcher._agents["run_x", 1].wait()
+sys.exit(launcher.exit_description("run_x", 1))
+"""
+ADDING_WORKER = """
+import os, torch, torch.distributed as dist
+dist.init_process_group("gloo")
+ones = torch.ones(1)
+dist.all_reduce(ones)
+print(f"together {int(ones)}, in {os.environ['TMPDIR']}", flush=True)
+dist.destroy_process_group()
 """
 
 
@@ -277,6 +302,24 @@ def test_the_tail_of_a_log(tmp_path, content, expected):
 
 def test_no_log_has_no_tail(tmp_path):
     assert read_log_tail(tmp_path / "missing") == ""
+
+
+@pytest.mark.system
+@pytest.mark.parametrize("processes", [1, 2])
+def test_torchrun_needs_neither_name_of_machine_nor_temporary_folder(tmp_path, processes):
+    """The data folder is the only one that can be written, and the machine's name does not resolve."""
+    (tmp_path / "stand_in_worker.py").write_text(ADDING_WORKER)
+    read_only = [f"mount -t tmpfs -o ro none {folder}" for folder in ("/tmp", "/var/tmp") if os.path.isdir(folder)]
+    prefix = namespace(UNKNOWN_HOST, f"mount --bind '{tmp_path}' /mnt", *read_only)
+    if prefix is None:
+        pytest.skip("the kernel allows no namespaces here")
+    environment = {key: value for key, value in os.environ.items() if key not in ("TMPDIR", "TEMP", "TMP")}
+    command = [*prefix, sys.executable, "-P", "-c", BARE_MACHINE, "/mnt", str(processes)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
+    log = (tmp_path / "log").read_text()
+    assert done.stderr == "exit status 0\n", log
+    assert log.count(f"together {processes}, in /mnt/tmp") == processes
+    assert "Unable to resolve" not in log, "gloo has looked the name up"
 
 
 @pytest.mark.system

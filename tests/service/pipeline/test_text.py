@@ -31,7 +31,7 @@ def test_a_sentence_is_normalised_split_and_ended(text, subwords):
     assert found.text_ns > 0
 
 
-@pytest.mark.parametrize("empty", ["", " ", "\t\n", "\u00a0"])
+@pytest.mark.parametrize("empty", ["", " ", "\t\n", "\u00a0", "\u2581\u2581", "\u200b \ufeff"])
 def test_an_empty_sentence_has_no_tokens(text, empty):
     assert text.prepare(empty, "", PLAIN).source == ()
 
@@ -69,6 +69,39 @@ def test_every_violation_of_many_is_named_under_its_field(text):
         ("target_prefixes[2]", "CONTROL_CHARACTER"),
         ("target_prefixes[3]", "PREFIX_TOO_LONG"),
     ]
+
+
+def test_what_would_take_long_to_normalise_is_refused_before(text):
+    """The time of normalisation is quadratic in a run of marks, and `normalise` asserts that there is none too long."""
+    marks = "e" + "\u0301" * 100_000
+    found = violations(text.prepare_all, ["fine", marks, "two " + "\u0301" * 31, "x" * 65_537], ["", marks] * 2, PLAIN)
+    assert sorted(found) == [
+        ("sentences[1]", "SENTENCE_TOO_LONG"),
+        ("sentences[2]", "TOO_MANY_MARKS"),
+        ("sentences[3]", "SENTENCE_TOO_LONG"),
+        ("target_prefixes[1]", "PREFIX_TOO_LONG"),
+        ("target_prefixes[3]", "PREFIX_TOO_LONG"),
+    ]
+    with pytest.raises(InvalidSentence) as caught:
+        text.prepare("one two" + "\u0301" * 31, "", PLAIN)
+    [violation] = caught.value.violations
+    assert "more than 30 combining marks in a row, from character 8 on: remove" in violation.description
+
+
+@pytest.mark.parametrize("prefix", ["«one»", "one ⁇ two", "one\u2581two", "one (two"])
+def test_prefix_that_would_not_come_back_is_refused(text, prefix):
+    with pytest.raises(InvalidSentence) as caught:
+        text.prepare("one", prefix, SearchOptions(max_length=25))
+    [violation] = caught.value.violations
+    assert (violation.field, violation.reason) == ("prefix", "UNKNOWN_CHARACTER")
+    for character in set(prefix) - set("one two"):
+        assert f"{character!r} (U+{ord(character):04X})" in violation.description
+    assert "'o'" not in violation.description
+
+
+def test_prefix_comes_back_as_it_is(text, subwords):
+    prepared = text.prepare("one", " six\u00a0seven ten", SearchOptions(max_length=25))
+    assert subwords.decode(prepared.prefix) == "six seven ten"
 
 
 def test_a_violation_says_how_long_and_what_to_do(text, subwords):

@@ -6,7 +6,7 @@ import pytest
 
 from ferryman.v1 import corpus_pb2, metrics_pb2, model_pb2, recipe_pb2, training_pb2, translation_pb2
 from ferryman_service.domain import recipe as recipes
-from ferryman_service.domain.corpora import Side, Split
+from ferryman_service.domain.corpora import CorpusWarning, Side, Split
 from ferryman_service.domain.models import Int8Outcome, Int8Scores, ModelLineage, ModelScores, ModelVersion
 from ferryman_service.domain.recipe import resolve_recipe, resolve_schedule
 from ferryman_service.domain.records import EventLevel, RunEvent, RunState, StateChange, StepMetrics, ValidationMetrics
@@ -38,6 +38,7 @@ SAME_FIELDS = [
     (recipes.StopRecipe, recipe_pb2.StopRecipe),
     (recipes.ValidationRecipe, recipe_pb2.ValidationRecipe),
     (LearningRateSchedule, recipe_pb2.LearningRateSchedule),
+    (CorpusWarning, corpus_pb2.CorpusWarning),
     (StepMetrics, metrics_pb2.StepMetrics),
     (ValidationMetrics, metrics_pb2.ValidationMetrics),
     (StateChange, metrics_pb2.StateChange),

@@ -108,6 +108,7 @@ def test_all_violations_that_fit_are_told():
         for violation in bad.field_violations
     ]
     assert told == wanted
+    assert "violations_total" not in unpack(to_status(errors.InvalidRecipe(wanted)))["ErrorInfo"].metadata
 
 
 @pytest.mark.parametrize("text", ["x" * 100_000, "\N{DOG FACE}" * 50_000, "%" * 1000, "\udcff" * 1000])
@@ -123,6 +124,6 @@ def test_a_cut_list_says_how_long_it_was(text):
     assert trailer_bytes(status) < HEADER_LIMIT_BYTES
     found = unpack(status)
     shown = len(found["BadRequest"].field_violations)
-    assert 1 <= shown < 1000
+    assert shown == 20 if text == "short" else 1 <= shown < 20
     assert found["ErrorInfo"].metadata == {"violations_total": "1000", "violations_shown": str(shown)}
-    assert "999 more" in status.message or status.message.endswith("…")
+    assert status.message.startswith("1,000 violations, the first: sentences[0]: ")

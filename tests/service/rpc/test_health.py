@@ -176,6 +176,17 @@ async def test_the_probe_port_serves_health_alone(servicer):
     assert await asyncio.to_thread(check_health, address, "", 5) == "no answer (UNAVAILABLE)"
 
 
+async def test_no_proxy_is_asked_for_health(servicer, monkeypatch):
+    """The proxy that the environment names does not exist: whoever asks it gets no answer."""
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    server = ProbeServer(servicer, (), "127.0.0.1", 0)
+    address = address_of("127.0.0.1", await server.start())
+    servicer.show(Abilities())
+    assert await asyncio.to_thread(check_health, address, "", 5) == "SERVING"
+    await server.stop()
+
+
 def test_addresses():
     assert (address_of("::1", 5), address_of("host", 5)) == ("[::1]:5", "host:5")
 

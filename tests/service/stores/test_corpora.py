@@ -1,6 +1,8 @@
 """Corpora: checked, normalised, stored whole or not at all."""
 
+import gzip
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -146,6 +148,101 @@ def test_text_that_is_not_utf8_is_named_by_line_and_byte(store):
     assert "line 1, byte 3 of the file" in text
 
 
+MARK = b"\xef\xbb\xbf"
+
+
+def test_a_byte_order_mark_at_a_files_start_is_no_text(store):
+    whole = upload(store)
+    assert upload(store, {key: MARK + data for key, data in GOOD.items()}).digest == whole.digest
+    going = store.begin_upload(HEADER, "")
+    for (split, side), data in GOOD.items():
+        for byte in MARK + data:
+            going.add_chunk(split, side, bytes([byte]))
+    assert going.finish().digest == whole.digest
+    going = store.begin_upload(HEADER, "")
+    going.add_pairs(Split.TRAIN, [SentencePair(source="\ufeffone two", target="\ufeffeins zwei")])
+    going.add_pairs(Split.TRAIN, [SentencePair(source="three", target="drei")])
+    going.add_pairs(Split.VALIDATION, [SentencePair(source="four", target="\ufeffvier")])
+    assert going.finish().digest == whole.digest
+
+
+SENTENCES = "Ein Hund bellt.\nEine Katze schläft.\n"
+OTHER_FORMS = {
+    "UTF-16 with the mark FF FE": (b"\xff\xfe" + SENTENCES.encode("utf-16-le"), "NOT_UTF8", "UTF-16.*FF FE.*iconv"),
+    "UTF-16 with the mark FE FF": (b"\xfe\xff" + SENTENCES.encode("utf-16-be"), "NOT_UTF8", "UTF-16.*FE FF.*iconv"),
+    "UTF-16 little-endian": (SENTENCES.encode("utf-16-le"), "NOT_UTF8", "UTF-16LE.*iconv"),
+    "UTF-16 big-endian": (SENTENCES.encode("utf-16-be"), "NOT_UTF8", "UTF-16BE.*iconv"),
+    "UTF-32": (SENTENCES.encode("utf-32"), "NOT_UTF8", "UTF-32.*iconv"),
+    "gzip": (gzip.compress(SENTENCES.encode()), "COMPRESSED", "gzip.*gunzip"),
+}
+
+
+@pytest.mark.parametrize("form", OTHER_FORMS)
+def test_a_file_in_another_form_is_recognised_and_told_once(store, form):
+    data, wanted_reason, cure = OTHER_FORMS[form]
+    ((field, reason, text),) = refused(store, {(Split.TRAIN, Side.SOURCE): data})
+    assert (field, reason) == ("train.source", wanted_reason)
+    assert re.search(cure, text)
+
+
+def test_carriage_returns_end_the_lines_of_a_file_without_line_feeds(store):
+    old = {key: data.replace(b"\n", b"\r") for key, data in GOOD.items()}
+    assert upload(store, old).digest == upload(store).digest
+    source = MARK + b"one\rtwo\xc2\x85\r\rx\xff"
+    ((field, _, text),) = refused(
+        store, {(Split.TRAIN, Side.SOURCE): source, (Split.TRAIN, Side.TARGET): b"a\rb\rc\rd"}
+    )
+    assert field == "train.source"
+    assert "line 4, byte 15 of the file" in text
+
+
+def warned(corpus):
+    return [(warning.code, warning.field, warning.count, warning.total) for warning in corpus.warnings]
+
+
+def test_one_table_as_both_sides_is_warned_of(store):
+    table = b"one\teins\ntwo\tzwei\n\nthree\tdrei\n"
+    corpus = upload(store, {(Split.TRAIN, side): table for side in Side})
+    assert warned(corpus) == [
+        ("SAME_ON_BOTH_SIDES", "train", 3, 3),
+        ("TABS", "train.source", 3, 3),
+        ("TABS", "train.target", 3, 3),
+    ]
+    assert corpus.warnings[0].example == "one\teins"
+    assert store.get(corpus.corpus_id) == corpus
+
+
+def test_markup_is_warned_of(store):
+    tmx = b'<tu>\n  <tuv xml:lang="en"><seg>One</seg></tuv>\n</tu>\n'
+    lines = b'{"translation": "eins"},\n{"translation": "zwei"}\ndrei\n'
+    corpus = upload(store, {(Split.TRAIN, Side.SOURCE): tmx, (Split.TRAIN, Side.TARGET): lines})
+    assert warned(corpus) == [("MARKUP", "train.source", 3, 3), ("MARKUP", "train.target", 2, 3)]
+
+
+@pytest.mark.parametrize(("common", "is_warned"), [(40, True), (8, True), (7, False), (0, False)])
+def test_validation_pairs_that_are_trained_on_are_warned_of(store, common, is_warned):
+    going = store.begin_upload(HEADER, "")
+    going.add_pairs(Split.TRAIN, [SentencePair(source=f"s {number}", target=f"t {number}") for number in range(100)])
+    first = 100 - common
+    pairs = [SentencePair(source=f"s {number}", target=f"t {number}") for number in range(first, first + 40)]
+    going.add_pairs(Split.VALIDATION, pairs)
+    corpus = going.finish()
+    assert warned(corpus) == [("VALIDATION_IN_TRAINING", "validation", common, 40)] * is_warned
+    assert store.get(corpus.corpus_id).warnings == corpus.warnings
+
+
+def test_what_is_probably_meant_is_not_warned_of(store):
+    changes = {
+        (Split.TRAIN, Side.SOURCE): b"one\ntwo\tthree\n<b>\n,\nOK\n",
+        (Split.TRAIN, Side.TARGET): b"eins\nzwei\tdrei\nb\n,\nOK\n",
+    }
+    corpus = upload(store, changes)
+    assert warned(corpus) == []
+    long = "x" * 300
+    corpus = upload(store, {(Split.VALIDATION, side): long.encode() for side in Side})
+    assert len(corpus.warnings[0].example) == 200
+
+
 @pytest.mark.parametrize("end", [b"", b"\n", b"\r\n"])
 def test_long_lines(make_store, end):
     store = make_store(max_line_bytes=10)
@@ -164,6 +261,15 @@ def test_a_long_line_does_not_shift_what_follows(make_store):
     (long, bad) = refused(make_store(max_line_bytes=10), changes)
     assert long[1] == "LINE_TOO_LONG"
     assert "line 2, byte 501" in bad[2]
+
+
+def test_line_with_a_long_run_of_combining_marks_is_named(store):
+    lines = "ok\nde\u0301ja" + "\u0301" * 31 + " vu\nfine" + "\u0301" * 30 + "\n"
+    target = b"a\nb\nc\n"
+    found = refused(store, {(Split.VALIDATION, Side.SOURCE): lines.encode(), (Split.VALIDATION, Side.TARGET): target})
+    ((field, reason, text),) = found
+    assert (field, reason) == ("validation.source", "TOO_MANY_MARKS")
+    assert text == "line 2, from character 6 on: more than 30 combining marks in a row: remove them"
 
 
 @pytest.mark.parametrize("lines", [None, b"", b"\n\n", b" \n\t\n"])

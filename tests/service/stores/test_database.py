@@ -316,7 +316,7 @@ def test_rows_of_the_release_before_are_read_after_the_migration(earlier_databas
     assert (queued.run_id, queued.state, queued.progress) == (EARLIER_QUEUED, RunState.QUEUED, RunProgress())
     assert (run.run_id, run.state, run.attempt, run.last_sequence) == (EARLIER_RUN, RunState.RUNNING, 1, 11)
     assert (run.processes, run.initial_model, run.keep_optimizer, run.restarts) == (1, "", False, 0)
-    assert run.recipe == resolve_recipe({"seed": 7})
+    assert run.recipe == resolve_recipe({"seed": 7, "data": {"reduce_vocabulary": False}})
     assert (run.progress.step, run.progress.last_step.loss, run.progress.fraction) == (3, 5.0, 0.5)
     assert [record.sequence for record in runs.records_after(EARLIER_RUN, 0, 100)] == list(range(1, 12))
     folder = DataFolder(tmp_path)

@@ -70,9 +70,13 @@ def test_the_key_is_made_once_whoever_comes_first_and_is_secret(folder):
 def test_only_folders_that_nobody_holds_are_abandoned(tmp_path):
     held = HeldFolder(tmp_path)
     (held.path / "file").write_text("in use")
-    (tmp_path / "left-behind").mkdir()
+    (tmp_path / ("0" * 32)).mkdir()
+    foreign = [tmp_path / "backup", tmp_path / ".nfs0001", tmp_path / ("1" * 32)]
+    foreign[0].mkdir()
+    for path in foreign[1:]:
+        path.touch()
     remove_abandoned(tmp_path)
-    assert list(tmp_path.iterdir()) == [held.path]
+    assert set(tmp_path.iterdir()) == {held.path, *foreign}
     held.release()
     held.release()
-    assert list(tmp_path.iterdir()) == []
+    assert set(tmp_path.iterdir()) == set(foreign)

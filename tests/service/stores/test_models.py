@@ -189,7 +189,7 @@ def test_at_start_only_unfinished_runs_keep_their_staging(models, runs, exportin
     stage(ended)
     kept = stage(going)
     runs.change_state(ended.run_id, 1, RunState.CANCELLED)
-    (folder.imports / "left-behind").mkdir()
+    (folder.imports / ("0" * 32)).mkdir()
     models.recover()
     assert list(folder.staging.iterdir()) == [kept]
     assert list(folder.imports.iterdir()) == []

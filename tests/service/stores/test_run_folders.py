@@ -41,7 +41,7 @@ def test_checkpoints_by_rising_step(folders, leave):
     leave(run_id, 10, {"best_step": 10, "validated": SCORES})
     best, other = folders.checkpoints(run_id)
     assert (best.step, best.epoch, best.is_best) == (10, 2, True)
-    assert (best.bleu, best.chrf, best.nll_per_token) == (31.5, 55.25, 1.5)
+    assert (best.bleu, best.chrf, best.nll_per_token, best.translated_pairs) == (31.5, 55.25, 1.5, 3)
     assert best.size_bytes > 1000
     assert (other.step, other.is_best, other.bleu) == (30, False, None)
     assert folders.last_checkpoint(run_id) == newest
@@ -52,7 +52,7 @@ def test_a_checkpoint_of_the_release_before_has_no_scores(folders, leave):
     leave(run_id, 10, {"updates_in_epoch": 1, "best": SCORES, "best_step": 10, "validations_since_best": 0})
     [found] = folders.checkpoints(run_id)
     assert (found.step, found.epoch, found.is_best) == (10, 2, True)
-    assert (found.bleu, found.chrf, found.nll_per_token) == (None, None, None)
+    assert (found.bleu, found.chrf, found.nll_per_token, found.translated_pairs) == (None, None, None, None)
 
 
 @pytest.mark.parametrize(

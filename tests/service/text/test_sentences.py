@@ -66,6 +66,34 @@ def test_white_space_that_the_library_panics_at(space):
     assert len(SentencexSplitter().split(f"Say A{space}. Now! Well?", "en")) == 3
 
 
+def test_long_text_is_cut_in_windows(monkeypatch):
+    """The library's time is quadratic in the length of a text without spaces, and it loses line breaks of long ones."""
+    seen = []
+    segment = sentencex.segment
+    monkeypatch.setattr(sentencex, "segment", lambda language, text: seen.append(len(text)) or segment(language, text))
+    for text, count in (
+        ("中文句子。" * 6000, 6000),
+        ("One “A. B.” two.\n\n" * 1500, None),
+        ("a" + "\n" * 12_000, None),
+    ):
+        pieces = SentencexSplitter().split(text, "zh")
+        assert "".join(pieces) == text
+        assert count in (None, len(pieces))
+        assert max(seen) <= 8192
+        assert sum(seen) < 3 * len(text), "a portion of each window is looked at again"
+        seen.clear()
+
+
+def test_windows_cut_as_the_library_does():
+    text = "Dr. Smith left. He came at 3.15 p.m. on Jan. 5th! Yes (he. was). “Quoted. Text.” End. " * 100
+    assert SentencexSplitter().split(text, "en") == list(sentencex.segment("en", text))
+
+
+def test_sentence_longer_than_every_window_is_cut():
+    pieces = SentencexSplitter().split("a" * 20_000 + ". End.", "en")
+    assert [len(piece) for piece in pieces] == [8192, 8192, 3618, 4]
+
+
 def test_a_panic_of_the_library_leaves_the_text_whole(monkeypatch):
     class PanicException(BaseException):
         pass

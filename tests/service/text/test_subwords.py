@@ -28,6 +28,10 @@ def train(path, lines=LINES, **changes):
     return train_subwords(lines, path, **options | changes)
 
 
+def pieces(subwords):
+    return [(subwords.piece(token), subwords.score(token)) for token in range(subwords.size)]
+
+
 @pytest.mark.parametrize("algorithm", SubwordAlgorithm)
 def test_every_line_survives_the_round_trip(tmp_path, algorithm):
     subwords = train(tmp_path / "m", algorithm=algorithm)
@@ -101,7 +105,17 @@ def test_a_vocabulary_that_the_corpus_cannot_fill_names_the_largest_that_it_can(
         train(tmp_path / "m", vocabulary_size=9000, algorithm=algorithm)
     assert caught.value.reason is FailureReason.VOCABULARY_TOO_LARGE
     largest = int(re.search(r"at most (\d+)", caught.value.message)[1])
-    assert train(tmp_path / "m", vocabulary_size=largest, algorithm=algorithm).size == largest
+    subwords = train(tmp_path / "m", vocabulary_size=largest, algorithm=algorithm)
+    assert subwords.size == largest
+    reduced = train(tmp_path / "reduced", vocabulary_size=9000, algorithm=algorithm, reduce_vocabulary=True)
+    assert pieces(reduced) == pieces(subwords)
+
+
+@pytest.mark.parametrize("algorithm", SubwordAlgorithm)
+def test_the_smallest_text_can_be_learnt(tmp_path, algorithm):
+    assert train(tmp_path / "m", lines=["a"], vocabulary_size=6, algorithm=algorithm).size == 6
+    reduced = train(tmp_path / "m", lines=["a"], vocabulary_size=8000, algorithm=algorithm, reduce_vocabulary=True)
+    assert reduced.decode(reduced.encode(["a"])[0]) == "a"
 
 
 def test_a_vocabulary_smaller_than_the_alphabet_names_the_need(tmp_path):

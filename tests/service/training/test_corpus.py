@@ -24,15 +24,25 @@ def test_pairs_are_normalised_and_the_others_counted(write_corpus):
         ("", "Nichts"),
         ("Nothing", " \u00a0"),
         ("be\x07ll", "Glocke"),
+        ("many", "viele" + "\u0301" * 31),
     ]
     dropped = Counter()
     pairs = list(clean_pairs(write_corpus(train, train[:2]), Split.TRAIN, dropped))
-    assert [(pair.source, pair.target, pair.raw_target) for pair in pairs] == [
-        ("A dog barks.", "Ein Hund bellt.", "Ein Hund  bellt."),
-        ("A dog barks.", "Der Hund bellt.", "Der Hund bellt."),
+    assert [(pair.source, pair.target) for pair in pairs] == [
+        ("A dog barks.", "Ein Hund bellt."),
+        ("A dog barks.", "Der Hund bellt."),
     ]
-    assert dropped == {DropReason.DUPLICATE: 1, DropReason.EMPTY: 2, DropReason.CONTROL_CHARACTERS: 1}
-    assert describe_drops(dropped, 6) == "4 of 6 (2 EMPTY, 1 CONTROL_CHARACTERS, 1 DUPLICATE)"
+    reasons = DropReason.CONTROL_CHARACTERS, DropReason.TOO_MANY_MARKS, DropReason.DUPLICATE
+    assert dropped == {DropReason.EMPTY: 2, **dict.fromkeys(reasons, 1)}
+    assert describe_drops(dropped, 7) == "5 of 7 (2 EMPTY, 1 CONTROL_CHARACTERS, 1 TOO_MANY_MARKS, 1 DUPLICATE)"
+
+
+def test_line_breaks_inside_a_line_are_white_space_and_a_byte_order_mark_is_dropped(write_corpus):
+    dropped = Counter()
+    corpus = write_corpus([("\ufeffone\x85two", "eins\vzwei\f"), ("three\rfour", "\ufeffdrei\u2028vier")], [])
+    pairs = list(clean_pairs(corpus, Split.TRAIN, dropped))
+    assert [(pair.source, pair.target) for pair in pairs] == [("one two", "eins zwei"), ("three four", "drei vier")]
+    assert not dropped
 
 
 def test_duplicates_stay_where_they_are_wanted(write_corpus):

@@ -1,6 +1,8 @@
 import shutil
+import unicodedata
 
 import pytest
+import sacrebleu
 
 from ferryman_service.domain.runs import FailureReason, TrainingFailed
 from ferryman_service.training.data import learn_subwords, tokenise_training_pairs, tokenise_validation_pairs
@@ -32,10 +34,29 @@ def test_usable_pairs_keep_their_order_and_text(tokenise, write_corpus, reporter
         for i in range(len(pairs))
     ] == GOOD
     assert validation.sources == [GOOD[0][0], GOOD[1][0], "ila alo"]
-    assert validation.references == [GOOD[0][1], GOOD[1][1], "alo\u00a0ila"]
+    assert validation.references == [GOOD[0][1], GOOD[1][1], "alo ila"]
     assert len(validation.tokens) == 3
     assert reporter.events == []
     assert validation.dropped == ""
+
+
+WORDS_WITH_MARKS = [
+    *["été", "café", "forêt", "Noël", "où", "garçon", "élève", "hôtel", "sûr", "goût", "maïs", "pêche"],
+    *["ज़मीन", "सड़क", "पढ़ना", "क़लम", "फ़िल्म", "घर", "पानी", "किताब", "शहर"],
+]
+
+
+@pytest.mark.parametrize("form", ["", "NFD"])
+def test_perfect_translations_score_100_in_every_form_of_unicode(tokenise, write_corpus, form):
+    """A model writes what it was taught: normalised text. Hindi's letters with a nukta are two characters there."""
+    words = [unicodedata.normalize(form, word) if form else word for word in WORDS_WITH_MARKS]
+    lines = [f" {one}  {other} {one} {other}" for one in words for other in words]
+    pairs = list(zip(lines, lines, strict=True))
+    _, validation, subwords = tokenise(write_corpus(pairs, pairs), vocabulary_size=64)
+    target = validation.tokens.target
+    perfect = [subwords.decode(target.sentence(index)) for index in range(len(pairs))]
+    assert sacrebleu.corpus_bleu(perfect, [validation.references]).score == pytest.approx(100)
+    assert sacrebleu.corpus_chrf(perfect, [validation.references]).score == pytest.approx(100)
 
 
 def test_long_and_unlike_pairs_are_dropped_and_counted(tokenise, write_corpus, reporter):

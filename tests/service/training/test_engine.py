@@ -8,6 +8,7 @@ import safetensors.torch
 import torch
 
 from ferryman_service.domain.corpora import Side, Split
+from ferryman_service.domain.recipe import SelectionMetric
 from ferryman_service.domain.runs import FailureReason, TrainingFailed
 from ferryman_service.domain.schedule import learning_rate
 from ferryman_service.domain.training import DiskIsFull, RunCancelled
@@ -15,6 +16,7 @@ from ferryman_service.model.config import TransformerConfig
 from ferryman_service.model.transformer import Transformer
 from ferryman_service.text.subwords import Subwords
 from ferryman_service.training.engine import EngineConfig, TorchTrainingEngine
+from ferryman_service.training.scoring import scoring_of
 
 ENGINE = TorchTrainingEngine(EngineConfig(device="cpu", threads=1))
 
@@ -43,6 +45,19 @@ def test_what_is_left_loads_into_a_model(job, small_recipe, reporter):
     assert len(trained.check_sentences) == 40
     assert trained.scores.weights in ("best", "average")
     assert f"{trained.parameters:,} parameters" in reporter.messages("TRAINING_STARTED")[0]
+
+
+@pytest.mark.parametrize(("language", "tokenizer"), [("zh", "zh"), ("ja", scoring_of("ja").tokenizer), ("de", "13a")])
+def test_run_names_how_it_is_scored(job, small_recipe, reporter, language, tokenizer):
+    trained = ENGINE.train(dataclasses.replace(job(small_recipe()), target_language=language), reporter)
+    decides = {"BLEU": "BLEU", "CHRF": "chrF"}[scoring_of(language).metric(SelectionMetric.BLEU).name]
+    [started] = reporter.messages("TRAINING_STARTED")
+    assert f"; {decides} decides" in started
+    assert f"BLEU is nrefs:1|case:mixed|eff:no|tok:{tokenizer}|" in started
+    [chosen] = reporter.messages("WEIGHTS_CHOSEN")
+    assert f"by {decides} (paired" in chosen or f"difference in {decides} may be" in chosen
+    assert all(f"|tok:{tokenizer}|" in validation.bleu_signature for validation in reporter.validations)
+    assert trained.recipe.validation.metric is SelectionMetric.BLEU
 
 
 def test_weights_are_a_function_of_recipe_corpus_and_seed(job, small_recipe, reporter):
@@ -105,6 +120,14 @@ def test_too_large_a_vocabulary_fails_the_run(job, small_recipe, reporter):
     with pytest.raises(TrainingFailed, match="ask for at most") as caught:
         ENGINE.train(job(small_recipe(data={"vocabulary_size": 5000})), reporter)
     assert caught.value.reason is FailureReason.VOCABULARY_TOO_LARGE
+
+
+def test_a_reduced_vocabulary_is_told_and_the_result_names_its_size(job, small_recipe, reporter):
+    trained = ENGINE.train(job(small_recipe(data={"vocabulary_size": 5000, "reduce_vocabulary": True})), reporter)
+    size = Subwords.load(trained.subwords).size
+    assert trained.recipe == small_recipe(data={"vocabulary_size": size})
+    (told,) = reporter.messages("VOCABULARY_REDUCED")
+    assert f"yields only {size} subwords" in told
 
 
 def test_a_damaged_corpus_fails_the_run(job, small_recipe, reporter, reverse_corpus):

@@ -144,8 +144,8 @@ def test_what_int8_costs_is_written_down_and_it_may_be_left_out(bundle_dir, tmp_
 
 def test_bleu_is_sacrebleus():
     lines = ["the ferry leaves at ten today .", "it is late ."]
-    assert OnnxExporter().bleu(lines, lines) == pytest.approx(100.0)
-    assert OnnxExporter().bleu(["nothing of it all here", "no"], lines) < 10.0
+    assert OnnxExporter().bleu(lines, lines, "en") == pytest.approx(100.0)
+    assert OnnxExporter().bleu(["nothing of it all here", "no"], lines, "en") < 10.0
 
 
 @pytest.mark.parametrize("sentences", [(), ("", " "), ("ba",)])

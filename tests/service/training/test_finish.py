@@ -7,9 +7,12 @@ import safetensors.torch
 import torch
 
 from ferryman_service.domain.recipe import Averaging, SelectionMetric
+from ferryman_service.domain.runs import FailureReason, TrainingFailed
+from ferryman_service.domain.training import InitialWeights
 from ferryman_service.training.average import average_checkpoints
-from ferryman_service.training.checkpoint import checkpoint_path, load_checkpoint, load_weights
+from ferryman_service.training.checkpoint import checkpoint_path, load_checkpoint, load_weights, save_checkpoint
 from ferryman_service.training.engine import EngineConfig, TorchTrainingEngine
+from ferryman_service.training.files import Disk
 
 ENGINE = TorchTrainingEngine(EngineConfig(device="cpu", threads=1))
 
@@ -120,3 +123,42 @@ def test_in_place_of_a_damaged_best_checkpoint_the_last_one_is_taken(job, small_
     last = reporter.validations[2]
     assert (trained.scores.step, trained.scores.nll_per_token) == (last.step, last.nll_per_token)
     assert len(reporter.messages("CHECKPOINT_DAMAGED")) == 1
+
+
+def test_weights_that_are_not_finite_fail_the_run(job, small_recipe, reporter):
+    """Every update is skipped, and training may skip as many as it makes: it ends as if all were well."""
+    work = job(small_recipe(stop={"max_steps": 2}))
+    trained = ENGINE.train(work, reporter)
+    weights = safetensors.torch.load_file(trained.weights)
+    weights["embedding.weight"][:] = torch.nan
+    initial = work.run_dir / "not-finite.safetensors"
+    safetensors.torch.save_file(weights, initial)
+    recipe = small_recipe(stop={"max_steps": 4}, optimization={"max_skipped_updates": 100})
+    again = dataclasses.replace(
+        work,
+        recipe=recipe,
+        run_dir=work.run_dir.parent / "again",
+        initial=InitialWeights(weights=initial, subwords=trained.subwords, keep_optimizer=False, checkpoint=None),
+    )
+    again.run_dir.mkdir()
+    with pytest.raises(TrainingFailed, match="Lower the learning rate") as caught:
+        ENGINE.train(again, reporter)
+    assert caught.value.reason is FailureReason.NON_FINITE_LOSS
+    assert not (again.run_dir / "weights.safetensors").exists()
+
+
+def test_last_weights_that_are_not_finite_give_way_to_an_earlier_checkpoint(job, make_recipe, reporter):
+    """The end of training is done again, and finds the loss of the last step not finite."""
+    work = job(make_recipe(averaging=Averaging.NONE))
+    ENGINE.train(work, reporter)
+    path = checkpoint_of(work, 60)
+    end = load_checkpoint(path)
+    scores = dataclasses.replace(end.position.validated, nll_per_token=float("nan"))
+    best = checkpoint_of(work, 50)
+    position = dataclasses.replace(
+        end.position, validated=scores, best=load_checkpoint(best).position.validated, best_step=50
+    )
+    save_checkpoint(path.parent, dataclasses.replace(end, position=position), Disk())
+    trained = ENGINE.train(dataclasses.replace(work, reported_step=60), reporter)
+    assert trained.scores.step == 50
+    assert_weights_are(trained, load_weights(best))

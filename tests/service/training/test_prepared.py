@@ -60,6 +60,7 @@ OTHER_DATA = {
     "max_sentence_tokens": 41,
     "max_length_ratio": 5.0,
     "split_digits": True,
+    "reduce_vocabulary": True,
 }
 SAMPLING = {"sampling_alpha": 0.5, "bpe_dropout": 0.1}
 
@@ -218,14 +219,17 @@ def aged(path, seconds):
 
 def test_what_nobody_uses_is_removed_after_a_week(work, reporter):
     parent = work.prepared_dir
-    old = [aged(parent / f"old-{number:02}", 2 * WEEK_S + number) for number in range(20)]
-    recent = [aged(parent / f"recent-{number}", WEEK_S / 2) for number in range(3)]
-    left, in_the_making = aged(parent / ".left-by-a-death", 2 * WEEK_S), aged(parent / ".in-the-making", WEEK_S / 2)
+    old = [aged(parent / f"{number:040x}", 2 * WEEK_S + number) for number in range(20)]
+    recent = [aged(parent / f"{number:040x}", WEEK_S / 2) for number in range(20, 23)]
+    left, in_the_making = (
+        aged(parent / f".{0:040x}-{number:08x}", weeks * WEEK_S) for number, weeks in enumerate((2, 0.5))
+    )
+    foreign = [aged(parent / name, 2 * WEEK_S) for name in ("backup", ".snapshot")]
     made = prepare(work, reporter).folder
     kept = {path.name for path in parent.iterdir()}
     still_there = [path for path in old if path.name in kept]
     assert still_there == old[: prepared_module._KEPT - len(recent)]
-    assert kept == {path.name for path in (*still_there, *recent, in_the_making, made)}
+    assert kept == {path.name for path in (*still_there, *recent, *foreign, in_the_making, made)}
     assert left.name not in kept
 
 

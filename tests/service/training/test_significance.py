@@ -8,8 +8,10 @@ from sacrebleu.metrics.chrf import CHRF
 
 from ferryman_service.domain.recipe import SelectionMetric
 from ferryman_service.training.scores import ValidationScores
+from ferryman_service.training.scoring import scoring_of
 from ferryman_service.training.significance import compare, sentence_statistics
 
+PLAIN = scoring_of("")
 REFERENCES = [" ".join(random.Random(seed).choices("abcdefghij", k=8)) for seed in range(100)]
 
 
@@ -28,14 +30,14 @@ def scores(metric, translations, nll):
         bleu=score,
         chrf=score,
         translated_pairs=len(translations),
-        statistics=tuple(sentence_statistics(metric, translations, REFERENCES)),
+        statistics=tuple(sentence_statistics(metric, PLAIN, translations, REFERENCES)),
     )
 
 
 @pytest.mark.parametrize(("metric", "scorer"), [(SelectionMetric.BLEU, BLEU()), (SelectionMetric.CHRF, CHRF())])
 def test_statistics_add_up_to_the_public_score(metric, scorer):
     translations = damaged(0.4, seed=1)
-    statistics = sentence_statistics(metric, translations, REFERENCES)
+    statistics = sentence_statistics(metric, PLAIN, translations, REFERENCES)
     width = len(statistics) // len(REFERENCES)
     sums = [sum(statistics[column::width]) for column in range(width)]
     expected = scorer.corpus_score(translations, [REFERENCES]).score
@@ -87,3 +89,23 @@ def test_scores_without_statistics_are_decided_by_the_loss():
         for nll, bleu in ((0.1, 10.0), (0.2, 90.0))
     ]
     assert compare(plain[0], plain[1], SelectionMetric.BLEU, seed=1).is_better
+
+
+@pytest.mark.parametrize(("language", "line"), [("zh-Hans", "一只狗在公园里跑步{}。"), ("th", "สุนัขวิ่งในสวน{}")])
+def test_languages_without_spaces_are_compared_by_their_own_tokens(language, line):
+    """With the tokens of 13a both have BLEU 0, and the difference is always chance."""
+    scoring, metric = scoring_of(language), SelectionMetric.BLEU
+    references = [line.format(number) for number in range(40)]
+
+    def scored(wrong, nll):
+        translations = [text[3:] + text[:3] if index < wrong else text for index, text in enumerate(references)]
+        bleu = scoring.bleu_score(translations, references)
+        statistics = tuple(sentence_statistics(metric, scoring, translations, references))
+        return ValidationScores(
+            loss=nll, nll_per_token=nll, bleu=bleu, chrf=0.0, translated_pairs=40, statistics=statistics
+        )
+
+    good, bad = scored(wrong=4, nll=2.0), scored(wrong=30, nll=1.0)
+    assert 0 < bad.bleu < good.bleu < 100
+    assert compare(good, bad, metric, seed=1).rule.startswith("by BLEU")
+    assert compare(good, bad, metric, seed=1).is_better
