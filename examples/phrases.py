@@ -3,16 +3,22 @@
 How numbers, dates and units are written comes from CLDR (through Babel), how they are spelled out from num2words; the
 sentences around them are the table `TEMPLATES`. A template names slots; filling a slot yields the English and the
 German form of one thing, so that the target is a function of the source. Everything follows from the seed.
+
+`python -m examples.phrases FOLDER` writes the corpus to files for `ferryman corpus upload`; with `--small`, one that
+trains in a minute.
 """
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import functools
 import string
+import sys
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from random import Random
 from typing import Final, Literal
 
@@ -572,12 +578,22 @@ def fill(template: Pair, rng: Random) -> Pair:
     return Pair(_plain(source), _plain(target))
 
 
-def generate(*, seed: int, train: int = 30_000, validation: int = 500, test: int = 300) -> PhraseCorpus:
-    """Return a corpus of that many pairs; the same arguments always give the same corpus."""
+def generate(
+    *,
+    seed: int,
+    train: int = 30_000,
+    validation: int = 500,
+    test: int = 300,
+    templates: Sequence[Pair] = TEMPLATES,
+) -> PhraseCorpus:
+    """Return a corpus of that many pairs; the same arguments always give the same corpus.
+
+    The templates must have that many different sentences.
+    """
     rng = Random(seed)
     target_of: dict[str, str] = {}
     while len(target_of) < train + validation + test:
-        pair = fill(rng.choice(TEMPLATES), rng)
+        pair = fill(rng.choice(templates), rng)
         known = target_of.setdefault(pair.source, pair.target)
         assert known == pair.target, f"two translations of {pair.source!r}"
     pairs = [Pair(source, target) for source, target in target_of.items()]
@@ -591,3 +607,35 @@ def generate(*, seed: int, train: int = 30_000, validation: int = 500, test: int
 def _plain(text: str) -> str:
     """Return the text in NFC with plain spaces: CLDR puts no-break spaces before units."""
     return unicodedata.normalize("NFC", text).replace("\u00a0", " ").replace("\u202f", " ")
+
+
+def small_corpus() -> PhraseCorpus:
+    """Return sentences about birthdays alone: 3,360 exist, so that the test split holds new combinations."""
+    [birthdays] = [template for template in TEMPLATES if "birthday is on" in template.source]
+    return generate(seed=1, train=2_000, validation=100, test=100, templates=[birthdays])
+
+
+def write(corpus: PhraseCorpus, folder: Path) -> None:
+    """Write train.en, train.de, val.en, val.de, test.en and test.de, one sentence a line."""
+    folder.mkdir(parents=True, exist_ok=True)
+    splits = {"train": corpus.train, "val": corpus.validation, "test": corpus.test}
+    for name, pairs in splits.items():
+        for language, side in (("en", "source"), ("de", "target")):
+            text = "".join(f"{getattr(pair, side)}\n" for pair in pairs)
+            (folder / f"{name}.{language}").write_text(text, encoding="utf-8")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write the corpus to files."""
+    parser = argparse.ArgumentParser(prog="python -m examples.phrases", description="Write the corpus to files.")
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="where train.en, train.de and so on are written")
+    parser.add_argument("--small", action="store_true", help="write 2,200 pairs about birthdays, which train fast")
+    arguments = parser.parse_args(argv)
+    corpus = small_corpus() if arguments.small else generate(seed=1)
+    write(corpus, arguments.folder)
+    print(f"{len(corpus.train):,} training, {len(corpus.validation)} validation and {len(corpus.test)} test pairs")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,6 +1,5 @@
-"""The README is true: its Python runs, its commands exist, its tree is the tree, its links lead somewhere."""
+"""The README and CONTRIBUTING name commands, folders and extras that exist."""
 
-import gzip
 import re
 import subprocess
 import sys
@@ -9,37 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from ferryman.testing import FakeFerryman
+from tests.docs.markdown import blocks_of
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-
-
-def blocks(language):
-    """Return the fenced blocks of a language ("" for none)."""
-    found, opened, current = [], "", None
-    for line in README.splitlines(keepends=True):
-        if not line.startswith("```"):
-            if current is not None:
-                current.append(line)
-        elif current is not None:
-            found.append((opened, "".join(current)))
-            current = None
-        else:
-            opened, current = line[3:].strip(), []
-    return [text for kind, text in found if kind == language]
-
-
-def test_the_python_runs(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    for name in ("train.en", "train.de", "val.en", "val.de"):
-        (tmp_path / f"{name}.gz").write_bytes(gzip.compress(b"a line\nanother\n"))
-    [program] = blocks("python")
-    with FakeFerryman() as fake:
-        exec(compile(program.replace("localhost:50051", fake.target), "README.md", "exec"), {"__name__": "readme"})
-    printed = capsys.readouterr().out.splitlines()
-    assert printed[0].startswith("1 StateChange")
-    assert printed[-1] == "TWO DOGS PLAY IN THE SNOW."
 
 
 @pytest.mark.parametrize("target", sorted(set(re.findall(r"\bmake ([a-z]+(?:-[a-z]+)*)\b", README))))
@@ -47,28 +19,27 @@ def test_every_make_target_exists(target):
     assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE), target
 
 
-@pytest.mark.parametrize("command", sorted(set(re.findall(r"`ferryman ([a-z]+(?: [a-z]+)?)[ `]", README))))
-def test_every_command_exists(command):
+@pytest.mark.parametrize(
+    "command", sorted(set(re.findall(r"`ferryman ([a-z]+(?: [a-z]+)?)[ `]", (ROOT / "docs/api.md").read_text())))
+)
+def test_every_command_of_the_api_guide_exists(command):
     program = [sys.executable, "-m", "ferryman.cli", *command.split(), "--help"]
     done = subprocess.run(program, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"ferryman {command}: {done.stderr}"
 
 
-def test_every_link_leads_somewhere():
-    links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if "://" not in link]
-    assert links
-    assert [link for link in links if not leads_somewhere(*link.partition("#")[::2])] == []
+def test_readme_fits_on_a_few_screens():
+    assert len(README.splitlines()) <= 125
 
 
-def leads_somewhere(path, anchor):
-    if not anchor:
-        return (ROOT / path).exists()
-    headings = re.findall(r"^#+ (.+)$", (ROOT / path).read_text(encoding="utf-8"), re.MULTILINE)
-    return anchor in [re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings]
+def test_pictures_for_light_and_dark_say_the_same():
+    light, dark = ((ROOT / f"docs/images/overview{name}.svg").read_text() for name in ("", "-dark"))
+    assert light != dark
+    assert re.sub(r"#[0-9a-f]{6}\b", "", light) == re.sub(r"#[0-9a-f]{6}\b", "", dark)
 
 
-def test_the_tree_is_the_tree():
-    [tree] = [block for block in blocks("") if block.startswith("protos/")]
+def test_repository_layout_is_that_of_the_repository():
+    [tree] = [block.text for block in blocks_of("CONTRIBUTING.md") if block.text.startswith("protos/")]
     missing = []
     for line in tree.splitlines():
         inside = line.startswith("  ")
@@ -80,5 +51,6 @@ def test_the_tree_is_the_tree():
 
 def test_every_extra_is_described():
     extras = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"])
-    described = set(re.findall(r"`([a-z]+)`", "".join(line for line in README.splitlines() if line.startswith("| `"))))
+    operations = (ROOT / "docs/operations.md").read_text(encoding="utf-8")
+    described = set(re.findall(r"`([a-z]+)`", "".join(re.findall(r"^\| `.*", operations, re.MULTILINE))))
     assert extras - {"demo", "dev", "ops"} <= described

@@ -187,3 +187,16 @@ def test_corpus_of_the_demo_is_pinned(corpus):
     assert hashlib.sha256(text.encode()).hexdigest() == (
         "90688650c895c86d1b318f0efffe67b560d97c1c82eb694cde83fbeb26a14566"
     )
+
+
+def test_program_writes_files_that_an_upload_takes(tmp_path, capsys):
+    assert phrases.main([str(tmp_path), "--small"]) == 0
+    assert capsys.readouterr().out == "2,000 training, 100 validation and 100 test pairs\n"
+    lines = {path.name: path.read_text(encoding="utf-8").splitlines() for path in tmp_path.iterdir()}
+    assert {name: len(text) for name, text in lines.items()} == {
+        f"{split}.{language}": count
+        for split, count in (("train", 2000), ("val", 100), ("test", 100))
+        for language in ("en", "de")
+    }
+    assert all("birthday is on the" in line for line in lines["train.en"])
+    assert not set(lines["train.en"]) & set(lines["test.en"])

@@ -19,8 +19,8 @@ import pytest
 
 from examples.demo import phrases_task
 from ferryman import Client, StopRecipe
-from ferryman.testing import FakeFerryman
 from ferryman.v1 import training_pb2
+from tests.docs.markdown import marked
 from tests.ops.conftest import need_program, run
 from tests.system.conftest import Stubs, small_recipe
 from tests.system.service_process import ServiceProcess
@@ -71,29 +71,23 @@ def test_the_readme_says_how_it_is_started(built_relay):
     assert commands.splitlines() == ["npm ci && npm run build", "npm start"]
 
 
-def guide_block(language: str, word: str) -> str:
-    """Return the block of the page about clients that has the word."""
-    guide = (ROOT / "docs" / "clients.md").read_text(encoding="utf-8")
-    [block] = [
-        block for block in re.findall(rf"^```{language}\n(.*?)^```$", guide, re.DOTALL | re.MULTILINE) if word in block
-    ]
-    return block
-
-
-def test_the_typescript_of_the_clients_page_follows_a_run_across_a_restart(built_relay, tmp_path):
+def test_typescript_of_the_clients_page_follows_a_run_across_a_restart(built_relay, tmp_path):
+    """The page's block is the program; the service that it follows a run of is killed and started again meanwhile."""
     (tmp_path / "protos").symlink_to(ROOT / "protos")
     for name in ("node_modules", "package.json", "tsconfig.json"):
         (tmp_path / name).symlink_to(built_relay / name)
+    generate, follow = marked("docs/clients.md", "run by", "ops")
+    assert (generate.language, follow.language) == ("shell", "ts")
     tools = built_relay / "node_modules" / ".bin"
     environment = {**os.environ, "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}"}
-    generate = guide_block("shell", "protoc-gen-es")
-    subprocess.run(["bash", "-ec", generate], cwd=tmp_path, env=environment, check=True)
+    subprocess.run(["bash", "-ec", generate.text], cwd=tmp_path, env=environment, check=True)
     (tmp_path / "src").mkdir()
     (tmp_path / "gen").rename(tmp_path / "src" / "gen")
-    with FakeFerryman(hold_after=5) as fake, Client(fake.target) as client:
-        corpus = client.upload_corpus("toy", "en", "de", train=[("a", "b")], validation=[("c", "d")])
-        run_id = client.start_training(corpus.corpus_id, "en-de").run_id
-        program = guide_block("ts", "streamMetrics").replace("localhost:50051", fake.target)
+    with contextlib.ExitStack() as world:
+        service = start_service(world, tmp_path / "data")
+        stubs = Stubs(service.address)
+        run_id = stubs.start(stubs.upload().corpus_id, small_recipe(max_steps=300)).run_id
+        program = follow.text.replace("localhost:50051", service.address)
         (tmp_path / "src" / "follow.ts").write_text(program)
         run([tools / "tsc", "--project", tmp_path / "tsconfig.json", "--preserveSymlinks"], cwd=tmp_path)
         bundle = ("--bundle", "--platform=node", "--format=esm", "--packages=external", "--outfile=follow.mjs")
@@ -101,13 +95,14 @@ def test_the_typescript_of_the_clients_page_follows_a_run_across_a_restart(built
         command = ["node", "follow.mjs", run_id]
         with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as following:
             lines = [following.stdout.readline() for _ in range(5)]
-            fake.stop()
-            fake.start()
-            fake.release(run_id)
+            service.kill()
+            start_service(world, tmp_path / "data", service.port)
             lines += following.stdout.readlines()
         assert following.returncode == 0
-    assert [int(line.split()[0]) for line in lines] == list(range(1, 11))
-    assert lines[3] == "4 step\n"
+        records = list(stubs.stream(run_id))
+    numbers = [int(line.split()[0]) for line in lines]
+    assert numbers == [record.sequence for record in records] == list(range(1, len(records) + 1))
+    assert lines[-1].split()[1] == "stateChange"
 
 
 class Relay:
