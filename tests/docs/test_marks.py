@@ -76,7 +76,7 @@ def test_every_mark_is_one_of_a_block():
 
 
 def test_recorded_output_is_that_of_the_recorded_run():
-    """The file begins with its command. To record it anew: `make demo | tee` on a machine with nothing else to do."""
+    """The file begins with its command. To record it anew, in a fresh clone: `make demo | tee FILE`."""
     recorded = [block for block in all_blocks() if block.mark and block.mark.kind == "recorded in"]
     assert recorded
     for block in recorded:
