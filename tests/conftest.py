@@ -4,6 +4,7 @@ import os
 import sys
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 import ferryman_service  # noqa: F401 (it turns ONNX Runtime's telemetry off, before a test imports that)
 
@@ -12,7 +13,11 @@ import ferryman_service  # noqa: F401 (it turns ONNX Runtime's telemetry off, be
 # test starts inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-_FIRST = ("tests/system/", "tests/service/training/", "tests/service/search/")
+# An example may take long on a slow or busy machine.
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
+
+_FIRST = ("tests/docs/", "tests/system/", "tests/service/training/", "tests/service/search/")
 """What takes longest, so that no process is left with it at the end."""
 
 
