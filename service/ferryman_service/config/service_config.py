@@ -85,7 +85,7 @@ class ServiceConfig:
     pause_grace_s: float = 600.0
     processes_per_run: int = 1
     max_processes_per_run: int = 8
-    worker_nice: int = 10
+    worker_nice: int = 0
     max_corpus_bytes: int = 4 * 2**30
     translation_threads: int = 0
     compute_type: ComputeChoice = ComputeChoice.AUTO

@@ -23,6 +23,8 @@ _STATE_FIELD: Final = 0
 _START_TIME_FIELD: Final = 19
 """Fields of /proc/<pid>/stat, counted from the one after the program's name, which may itself hold spaces."""
 _HIGHEST_NICE: Final = 19
+_SESSION_TRIES: Final = 5
+_SESSION_RETRY_S: Final = 0.1
 
 
 def process_identity(pid: int) -> ProcessIdentity | None:
@@ -51,15 +53,31 @@ def is_alive(identity: ProcessIdentity) -> bool:
 
 
 def lower_priority(pid: int, nice: int) -> None:
-    """Raise the nice value of a program that has just been started, and of all that it will start, by `nice` over this
-    process's; 19 is the limit.
+    """Raise the nice value of a program that has just begun a session of its own, and of all that it will start, by
+    `nice` over this process's; 19 is the limit.
 
-    Where the kernel shares the processor among sessions or cgroups (sched(7), autogroup), the value counts within this
-    process's own: the program yields to this process, and to other sessions and cgroups no more than before.
+    Where the kernel shares the processor among sessions (sched(7), autogroup), a nice value counts only within one: the
+    session's own is raised as well.
     """
     value = min(_HIGHEST_NICE, os.getpriority(os.PRIO_PROCESS, 0) + nice)
     with contextlib.suppress(ProcessLookupError):
         os.setpriority(os.PRIO_PROCESS, pid, value)
+        _lower_session(pid, value)
+
+
+def _lower_session(pid: int, nice: int) -> None:
+    for _ in range(_SESSION_TRIES):
+        try:
+            Path(f"/proc/{pid}/autogroup").write_text(str(nice), encoding="ascii")
+        except BlockingIOError:  # the kernel takes ten of these a second, of all processes together
+            time.sleep(_SESSION_RETRY_S)
+        except OSError as error:
+            if not isinstance(error, FileNotFoundError):  # this kernel has no such groups
+                _log.debug("the priority of session %d cannot be lowered: %s", pid, error)
+            return
+        else:
+            return
+    _log.warning("the priority of session %d could not be lowered; training may slow translation down", pid)
 
 
 def kill_all_with(arguments: Sequence[str], timeout_s: float) -> bool:

@@ -98,9 +98,7 @@ class TorchrunLauncher:
                 stderr=subprocess.STDOUT,
                 env=environment,
                 close_fds=True,
-                # Ctrl-C at a terminal is for the service alone. Not a session of its own: where the kernel shares the
-                # processor among sessions, the nice value must count between training and translation.
-                process_group=0,
+                start_new_session=True,
             )
         if self._config.nice:
             # The agent takes seconds until it starts a worker, which inherits it.

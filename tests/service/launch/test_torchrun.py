@@ -24,8 +24,7 @@ from tests.fakes.namespaces import UNKNOWN_HOST, namespace
 
 TELL = """
 import json, os, sys
-told = {"arguments": sys.argv[1:], "stdin": sys.stdin.read(), "group": os.getpgid(0) == os.getpid(),
-        "session": os.getsid(0),
+told = {"arguments": sys.argv[1:], "stdin": sys.stdin.read(), "session": os.getsid(0) == os.getpid(),
         "threads": os.environ["OMP_NUM_THREADS"], "extra": os.environ.get("EXTRA"),
         "allocator": os.environ["MALLOC_TRIM_THRESHOLD_"], "spin": os.environ.get("GOMP_SPINCOUNT"),
         "stop_timeout": os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]}
@@ -135,8 +134,7 @@ def test_a_worker_is_a_program_of_its_own(launch, tmp_path, monkeypatch):
     assert json.loads(told) == {
         "arguments": ["--data-dir", str(tmp_path), "--run-id", "run_x", "--attempt", "2"],
         "stdin": "",
-        "group": True,
-        "session": os.getsid(0),
+        "session": True,
         "threads": str(max(1, usable_cpus().value // 2)),
         "stop_timeout": "45",
         "extra": "more",
