@@ -44,11 +44,11 @@ class AsyncClient:
         options: ChannelOptions = (),
     ) -> None:
         """See `ferryman.Client`."""
-        _checks.check_connection(target, credentials, timeout_s, options)
+        given = _checks.check_connection(target, credentials, timeout_s, options)
         self._target = target
         self._timeout_s = float(timeout_s)
         self._is_closed = False
-        all_options = channel_options(options, target)
+        all_options = channel_options(given, target)
         self._channel = (
             grpc.aio.insecure_channel(target, all_options)
             if credentials is None

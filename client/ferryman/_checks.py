@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import ipaddress
 import math
+import numbers
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import grpc
@@ -23,9 +24,12 @@ LARGEST_REQUEST_BYTES: Final = 16 * 1024 * 1024
 LONGEST_TIMEOUT_S: Final = 1e9
 """About 31 years. gRPC counts nanoseconds since 1970 in 64 bits, and takes a later deadline for one that has passed."""
 
-_GRPC_SCHEMES: Final = ("dns", "ipv4", "ipv6", "unix", "unix-abstract", "vsock", "xds", "google-c2p")
+_GRPC_SCHEMES: Final = (
+    *("dns", "ipv4", "ipv6", "unix", "unix-abstract", "vsock", "xds"),
+    *("google-c2p", "google-c2p-experimental"),
+)
 _URL: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
-_HOST_AND_PORT: Final = re.compile(r"(\[[0-9A-Fa-f:.%a-z]+\]|[^][/:,\s]+)(?::([A-Za-z0-9-]+))?")
+_HOST_AND_PORT: Final = re.compile(r"(\[[0-9A-Fa-f:.]+(?:%[\w.-]+)?\]|[^][/:,\s]+)(?::([A-Za-z0-9-]+))?")
 _DEFAULT_PORT: Final = 50051
 
 
@@ -37,16 +41,23 @@ def raise_any(violations: Sequence[Violation], error: type[InvalidArgument] = In
         raise error(f"{first.field}: {first.description}{more}", violations=violations)
 
 
-def check_connection(target: object, credentials: object, timeout_s: object, options: object) -> None:
-    """Check the arguments of a client; raises InvalidRequest with every violation."""
+def check_connection(
+    target: object,
+    credentials: object,
+    timeout_s: object,
+    options: Any,  # noqa: ANN401 (it is what is checked)
+) -> list[tuple[str, Any]]:
+    """Check the arguments of a client; return its options. Raises InvalidRequest with every violation."""
     violations = [*_target_violations(target, has_credentials=credentials is not None)]
     if credentials is not None and not isinstance(credentials, grpc.ChannelCredentials):
         violations.append(wrong("credentials", credentials, "None or, such as, grpc.ssl_channel_credentials()"))
     violations += _timeout_violations("timeout_s", timeout_s)
-    pairs = isinstance(options, Iterable) and not isinstance(options, str | bytes | Mapping)
-    if not pairs or not all(isinstance(pair, tuple) and len(pair) == 2 for pair in options):  # type: ignore[attr-defined]
+    is_many = is_iterable(options) and not isinstance(options, str | bytes | Mapping)
+    pairs = list(options) if is_many else []  # once: they may come from a generator
+    if not is_many or not all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in pairs):
         violations.append(wrong("options", options, 'a list of pairs, such as [("grpc.keepalive_time_ms", 60_000)]'))
     raise_any(violations)
+    return [(name, value) for name, value in pairs]
 
 
 def check_open(*, is_closed: bool) -> None:
@@ -84,8 +95,17 @@ def check_sentences(sentences: object, *, may_be_async: bool) -> None:
     """Raise InvalidRequest for what is no source of a stream's sentences."""
     if isinstance(sentences, str | bytes | Mapping):
         raise_any([wrong("sentences", sentences, "an iterable of sentences: write [sentence], or call translate")])
-    if not isinstance(sentences, Iterable) and not (may_be_async and hasattr(sentences, "__aiter__")):
+    if not is_iterable(sentences) and not (may_be_async and hasattr(sentences, "__aiter__")):
         raise_any([wrong("sentences", sentences, "an iterable of sentences")])
+
+
+def is_iterable(value: Any) -> bool:  # noqa: ANN401 (it is what is checked)
+    """Tell whether a loop can go over the value; nothing is taken from it."""
+    try:
+        iter(value)
+    except TypeError:
+        return False
+    return True
 
 
 def is_loopback(target: str) -> bool:
@@ -115,7 +135,7 @@ def _timeout_violations(name: str, timeout_s: Any) -> Sequence[Violation]:  # no
 
 
 def _is_number(value: Any) -> bool:  # noqa: ANN401
-    return isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and not math.isnan(value)
 
 
 def _target_violations(target: Any, *, has_credentials: bool) -> Sequence[Violation]:  # noqa: ANN401

@@ -50,11 +50,11 @@ class Client:
         options, which replace the client's of the same name. No proxy is asked for this machine's own addresses.
         Raises InvalidRequest for a target that is no address, and for a deadline that is not over 0 to 1e9 seconds.
         """
-        _checks.check_connection(target, credentials, timeout_s, options)
+        given = _checks.check_connection(target, credentials, timeout_s, options)
         self._target = target
         self._timeout_s = float(timeout_s)
         self._is_closed = False
-        all_options = channel_options(options, target)
+        all_options = channel_options(given, target)
         self._channel = (
             grpc.insecure_channel(target, all_options)
             if credentials is None

@@ -167,7 +167,7 @@ def list_training_runs(
             field = f"states[{index}]"
             filled.states.append(_number(metrics_pb2.RunState.DESCRIPTOR, types.RunState, state, field, violations))
     filled.order = _number(training_pb2.RunOrder.DESCRIPTOR, types.RunOrder, order, "order", violations)
-    raise_any(violations + fill_fields(filled, {"model_name": model_name}))
+    raise_any(violations + fill_fields(filled, _given(model_name=model_name)))
 
     def page(token: str) -> Call[Page[types.TrainingRun]]:
         request = training_pb2.ListTrainingRunsRequest()
@@ -416,11 +416,11 @@ def translate(
 ) -> Call[types.TranslationResult]:
     """Translate; a single string is one sentence. Raises InvalidRequest."""
     request = translation_pb2.TranslateRequest()
+    prefixes = [target_prefixes] if isinstance(target_prefixes, str) else target_prefixes
     fields = {
         "model": model,
         "sentences": [sentences] if isinstance(sentences, str) else sentences,
-        "target_prefixes": [target_prefixes] if isinstance(target_prefixes, str) else target_prefixes,
-        "split_sentences": split_sentences,
+        **_given(target_prefixes=prefixes, split_sentences=split_sentences),
     }
     violations = fill_fields(request, fields)
     violations += fill_message(_search_options(options), request.options, "options")
@@ -467,10 +467,7 @@ def translate_stream(
     """StreamTranslate; the call's request is the configuration. Raises InvalidRequest."""
     request = translation_pb2.StreamTranslateRequest()
     config = request.config
-    fields = {"model": model, "split_sentences": split_sentences, "window": window}
-    violations = fill_fields(
-        config, {name: value for name, value in fields.items() if name != "window" or value is not None}
-    )
+    violations = fill_fields(config, {"model": model, **_given(split_sentences=split_sentences, window=window)})
     violations += fill_message(_search_options(options), config.options, "options")
     # On the wire they are below "config", of which the caller knows nothing.
     raise_any(violations)
@@ -545,6 +542,11 @@ _PAYLOADS: Final[dict[str, type[types.MetricPayload]]] = {
     "event": types.RunEvent,
     "decay_plan": types.DecayPlan,
 }
+
+
+def _given(**fields: object) -> dict[str, object]:
+    """Return the optional fields that are not None, which means the same as their default."""
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 def _request(cls: type[M], **fields: object) -> M:

@@ -99,7 +99,7 @@ def _own_words(code: grpc.StatusCode, message: str, target: str) -> tuple[str, d
         text = unreachable_text(where, cause, "give the client the address of a running one, HOST:PORT")
         return text, {"target": where, "cause": cause}
     if code is grpc.StatusCode.DEADLINE_EXCEEDED and target:
-        return f"{target} has not answered before the call's deadline: is a service there, or give it more time", {}
+        return f"{target} has not ended the call before its deadline: is a service there, or give it more time", {}
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED and _TOO_LARGE in message:
         return f"{message}: send less in one call, such as fewer sentences", {}
     return message, {}

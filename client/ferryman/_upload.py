@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal, TypeAlias, cast
 
-from ferryman._checks import LARGEST_REQUEST_BYTES, raise_any
+from ferryman._checks import LARGEST_REQUEST_BYTES, is_iterable, raise_any
 from ferryman._mapping import wrong
 from ferryman.errors import Violation
 
@@ -53,7 +53,7 @@ def text_violations(train: object, validation: object) -> list[Violation]:
 
 
 def _shape_violations(split: SplitName, text: object) -> Iterator[Violation]:
-    is_many = isinstance(text, Iterable) and not isinstance(text, str | bytes | os.PathLike | Mapping)
+    is_many = is_iterable(text) and not isinstance(text, str | bytes | os.PathLike | Mapping)
     are_paths = isinstance(text, tuple | list) and bool(text) and isinstance(text[0], str | bytes | os.PathLike)
     if not is_many or (are_paths and not _are_files(text)):
         wanted = "a tuple (source_file, target_file), or an iterable of (source, target) sentence pairs"
@@ -100,8 +100,7 @@ def _pair_pieces(split: SplitName, pairs: Iterable[tuple[str, str]]) -> Iterator
     batch: list[tuple[str, str]] = []
     batch_bytes = 0
     for number, pair in enumerate(pairs):
-        size = _pair_bytes(f"{split}[{number}]", pair)
-        source, target = pair
+        source, target, size = _checked_pair(f"{split}[{number}]", pair)
         batch.append((source, target))
         batch_bytes += size
         if batch_bytes >= CHUNK_BYTES:
@@ -111,8 +110,8 @@ def _pair_pieces(split: SplitName, pairs: Iterable[tuple[str, str]]) -> Iterator
         yield Piece(split=split, pairs=tuple(batch))
 
 
-def _pair_bytes(place: str, pair: Any) -> int:  # noqa: ANN401 (it is what is checked)
-    """Return what a pair takes in a request; raises InvalidRequest for what is no pair of UTF-8 texts."""
+def _checked_pair(place: str, pair: Any) -> tuple[str, str, int]:  # noqa: ANN401 (it is what is checked)
+    """Return source, target and what they take in a request; raises InvalidRequest for no pair of UTF-8 texts."""
     try:
         source, target = pair
         if isinstance(pair, str):
@@ -124,4 +123,4 @@ def _pair_bytes(place: str, pair: Any) -> int:  # noqa: ANN401 (it is what is ch
     if size > _LARGEST_PAIR_BYTES:
         text = f"has {size:,} bytes, a pair may have {_LARGEST_PAIR_BYTES:,}: split it into sentences"
         raise_any([Violation(field=place, description=text, reason="REQUEST_TOO_LARGE")])
-    return size
+    return source, target, size

@@ -8,9 +8,20 @@ import itertools
 import re
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 
-from ferryman import AsyncClient, Client, LearningRateSchedule, ModelRecipe, Recipe, StopRecipe, StreamSentence, errors
+from ferryman import (
+    AsyncClient,
+    Client,
+    LearningRateSchedule,
+    ModelRecipe,
+    Recipe,
+    StopRecipe,
+    StreamSentence,
+    _checks,
+    errors,
+)
 
 Refused = Callable[..., errors.FerrymanError]
 FILES = ("a.en", "a.de")
@@ -263,8 +274,30 @@ def test_an_address_of_another_form_is_refused_with_the_right_one(client, target
 
 def test_every_form_of_grpcs_addresses_is_taken():
     forms = ["localhost:1", "[::1]:1", "dns:///a.b:1", "dns://9.9.9.9/a:1", "ipv4:1.2.3.4:5,6.7.8.9:1", "unix:/tmp/x"]
-    for target in [*forms, "ipv6:[::1]:5", "dns:a"]:
+    for target in [*forms, "ipv6:[::1]:5", "dns:a", "[fe80::1%br-5F2c]:1"]:
         Client(target).close()
+
+
+class Rows:
+    """As data sets are that have no __iter__."""
+
+    def __getitem__(self, index):
+        return PAIRS[index]
+
+
+def test_whatever_loops_and_numbers_can_be_is_taken(fake):
+    fake.add_model("m")
+    options = (pair for pair in [["grpc.mine", 1], ("grpc.other", 2)])
+    with Client(fake.target, timeout_s=np.float32(60), options=options) as client:
+        corpus = client.upload_corpus("toy", "en", "de", train=map(iter, PAIRS), validation=Rows())
+        assert fake.pairs[corpus.corpus_id] == {"train": PAIRS, "validation": PAIRS}
+        client.translate("m", ["x"], target_prefixes=None, split_sentences=None)
+        assert list(client.list_training_runs(model_name=None)) == []
+
+
+def test_options_from_a_generator_are_kept():
+    pairs = [("grpc.mine", 1)]
+    assert _checks.check_connection("localhost:1", None, 1, iter(pairs)) == pairs
 
 
 def test_reading_an_endless_source_stops_with_the_mistake(fake, client):

@@ -267,7 +267,7 @@ async def test_where_no_server_is_the_error_says_what_to_do():
 def test_a_server_that_does_not_answer_is_named(silent_server):
     with (
         Client(silent_server, timeout_s=0.1) as client,
-        pytest.raises(errors.DeadlineExceeded, match=f"{silent_server} has not answered before the call's deadline"),
+        pytest.raises(errors.DeadlineExceeded, match=f"{silent_server} has not ended the call before its deadline"),
     ):
         client.get_corpus("cor_x")
 

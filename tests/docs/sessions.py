@@ -90,7 +90,7 @@ class DocumentedService:
     def stop(self) -> int:
         self._process.terminate()
         try:
-            return self._process.wait(timeout=60)
+            return self._process.wait(timeout=LIMIT_S)
         except subprocess.TimeoutExpired:
             self._process.kill()
             raise
@@ -152,7 +152,7 @@ class Shell(_Program):
     """One bash: variables, functions and the working folder stay from block to block."""
 
     def __init__(self, service: DocumentedService):
-        super().__init__(["bash"], service)
+        super().__init__(["bash", "-o", "pipefail"], service)
         self._script = service.clone / "block.sh"
 
     def run(self, script: str, *, strict: bool = False) -> tuple[str, int]:

@@ -69,7 +69,9 @@ def option_of(field: str) -> str:
     if counted := re.fullmatch(r"(sentences|target_prefixes|states)\[(\d+)\]", field):
         place = int(counted[2]) + 1
         return f"sentence {place}" if counted[1] == "sentences" else f"{_NAMES[counted[1]]} {place}"
-    if field == "sentences" or re.match(r"(train|validation)\b", field):
-        return field if field == "sentences" else f"--{field}"
+    if file := re.fullmatch(r"(train|validation)(?:\.(source|target))?(.*)", field):
+        return f"--{file[1]}{file[3]} ({file[2]} file)" if file[2] else f"--{file[1]}{file[3]}"
+    if field == "sentences":
+        return field
     name = _WITHIN.sub("", field)
     return _NAMES.get(name) or f"--{name.replace('_', '-')}"

@@ -113,7 +113,7 @@ def follow(
             if (line := describe(record)) is not None:
                 progress.console.print(line, soft_wrap=True)
             if view.state is RunState.PAUSED and isinstance(record.payload, StateChange):
-                progress.console.print(styled(f"to let it go on: ferryman runs resume {run_id}"), soft_wrap=True)
+                progress.console.print(styled(f"to resume: ferryman runs resume {run_id}"), soft_wrap=True)
             _update(progress, task, view, stop)
             if on_record is not None:
                 on_record(record)

@@ -72,7 +72,7 @@ def _watch(client: Client, run_id: str) -> None:
     try:
         run = follow(client, run_id, Terminal())
     except KeyboardInterrupt:
-        print_message(f"{run_id} goes on; see it again with: ferryman watch {run_id}")
+        print_message(f"{run_id} continues; see it again with: ferryman watch {run_id}")
         raise typer.Exit(INTERRUPTED) from None
     if run.state is RunState.FAILED:
         raise typer.Exit(FAILED)

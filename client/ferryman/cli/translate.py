@@ -13,7 +13,7 @@ import typer
 from ferryman import EarlyStopping, Sampling, SentenceError, StreamSentence, TranslateOptions, Translation
 from ferryman.cli import output
 from ferryman.cli.common import connect, failure_text
-from ferryman.cli.ending import CALLERS_MISTAKE
+from ferryman.cli.ending import CALLERS_MISTAKE, was_interrupted
 from ferryman.cli.lines import Line, read_lines, standard_input
 from ferryman.errors import FerrymanError, InvalidSentence, reason_of
 
@@ -82,7 +82,8 @@ def translate(
         else:
             _translate_lines(context, job)
     except FerrymanError as error:
-        job.show_failure(error)
+        if not was_interrupted():
+            job.show_failure(error)
         raise
 
 

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Final
 
 from ferryman_service.application.ports import FolderOwnership, Launcher, LaunchObserver, RunStore
 from ferryman_service.domain.errors import AttemptFenced, DiskFull, RunNotFound, StoreUnavailable
@@ -24,6 +25,7 @@ from ferryman_service.domain.runs import FailureReason, Handover, RunFailure, Tr
 from ferryman_service.domain.threads import Threads
 
 _log = logging.getLogger(__name__)
+_MAX_DOUBLINGS: Final = 16
 
 
 class FolderNotHeld(Exception):
@@ -91,7 +93,7 @@ class Supervisor:
                 _log.warning("cannot look after the runs, trying again: %s", error)
             except FolderNotHeld as error:
                 self._note_trouble(str(error))
-                if self._ownership is not None and self._ownership.is_lost():
+                if self._ownership is not None and await self._thread.run(self._ownership.is_lost):
                     self._lost.set()
             except Exception as error:  # noqa: BLE001
                 self._note_failure(error)
@@ -147,7 +149,10 @@ class Supervisor:
     def _pause_s(self) -> float:
         if not self._failures:
             return self._config.interval_s
-        return min(self._config.backoff_s * 2.0 ** (self._failures - 1), self._config.max_backoff_s)
+        doubled_s = max(self._config.backoff_s, self._config.interval_s) * 2.0 ** min(
+            self._failures - 1, _MAX_DOUBLINGS
+        )
+        return min(doubled_s, max(self._config.max_backoff_s, self._config.interval_s))
 
     def _start_waiting(self, queued: Sequence[TrainingRun], holding: Set[str]) -> None:
         """Start queued runs as long as there are places; `holding` are the runs that have one."""

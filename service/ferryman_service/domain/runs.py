@@ -35,6 +35,7 @@ class FailureReason(enum.StrEnum):
     CORPUS_DAMAGED = "CORPUS_DAMAGED"
     OUT_OF_MEMORY = "OUT_OF_MEMORY"
     INITIAL_MODEL_UNUSABLE = "INITIAL_MODEL_UNUSABLE"
+    CHECKPOINT_UNUSABLE = "CHECKPOINT_UNUSABLE"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -81,8 +81,8 @@ class SentenceText:
             sentence_field, prefix_field = (field.format(index) for field in fields)
             violations += bad_sentences[index] + bad_prefixes[index]
             violations += self._too_long(sentence_field, len(source))
-            violations += _no_room(prefix_field, len(prefix), max_length)
-            violations += self._unknown_characters(prefix_field, normalised_prefixes[index], prefix)
+            too_long = _no_room(prefix_field, len(prefix), max_length)
+            violations += too_long or self._unknown_characters(prefix_field, normalised_prefixes[index], prefix)
             prepared.append(
                 PreparedSentence(
                     source=source,
@@ -113,7 +113,9 @@ class SentenceText:
         """Name the characters for which the prefix would not come back as it is."""
         if not prefix or (UNK not in tokens and self._subwords.decode(tokens) == prefix):
             return []
-        characters = [character for character in dict.fromkeys(prefix) if not self._is_known(character)]
+        different = list(dict.fromkeys(prefix))
+        encoded = zip(different, self._subwords.encode(different), strict=True)
+        characters = [character for character, tokens in encoded if not self._is_known(character, tokens)]
         if not characters:  # what it holds besides is no text, and is named for that
             return []
         named = ", ".join(f"{character!r} (U+{ord(character):04X})" for character in characters[:_MAX_NAMED])
@@ -124,8 +126,7 @@ class SentenceText:
         )
         return [Violation(field=field, description=text, reason="UNKNOWN_CHARACTER")]
 
-    def _is_known(self, character: str) -> bool:
-        [tokens] = self._subwords.encode([character])
+    def _is_known(self, character: str, tokens: Sequence[int]) -> bool:
         return (
             character == " "
             or has_control_characters(character)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 from pathlib import Path
@@ -44,9 +45,13 @@ class FolderLock:
 
     def is_lost(self) -> bool:
         """Tell whether the locked file was deleted or another one is in its place. One that is away may return."""
-        locked, found = self._locked(), self._found()
-        if locked is None:
+        if self._descriptor is None:
             return False
+        found = self._found()
+        try:
+            locked = os.fstat(self._descriptor)
+        except OSError as error:  # a file server whose export was made anew does not know the file any more
+            return error.errno == errno.ESTALE and found is not None
         return locked.st_nlink == 0 or (found is not None and not os.path.samestat(locked, found))
 
     def _locked(self) -> os.stat_result | None:

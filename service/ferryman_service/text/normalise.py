@@ -20,6 +20,8 @@ _ALLOWED_CONTROLS: Final = frozenset("\t\n\v\f\r\x85")
 _MAX_CHARACTER_BYTES: Final = 4
 # The vowel signs of Tibetan have combining class 0, and decompose into marks that have another.
 _MARKS: Final = frozenset("\u0f73\u0f75\u0f81").union(filter(unicodedata.combining, map(chr, range(0x300, 0x20000))))
+_LENGTHENED: Final = frozenset(c for c in map(chr, range(0x300, 0x20000)) if len(unicodedata.normalize("NFC", c)) > 1)
+"""Characters of which NFC makes several, such as U+0344: the run that they are in grows."""
 # White space, what Unicode lets a reader ignore (Default_Ignorable_Code_Point: zero-width characters, joiners, fillers,
 # variation selectors), and U+2581, by which SentencePiece stands for a space.
 _INVISIBLE: Final = re.compile(
@@ -46,10 +48,20 @@ def normalise(sentence: str) -> str:
 def find_marks(text: str) -> int | None:
     """Return where the first run of more than MAX_MARKS combining marks begins, an index; None if there is no such run.
 
-    A mark is a character whose canonical decomposition begins with a combining class other than 0. The time is linear
-    in the length of the text: every run that is too long covers one of the positions that are looked at.
+    A mark is a character whose canonical decomposition begins with a combining class other than 0. Runs of the text in
+    NFC count too; the index is then one of NFC. The time is linear in the length of the text: every run that is too
+    long covers one of the positions that are looked at.
     """
-    if text.isascii() or _MARKS.isdisjoint(text[MAX_MARKS :: MAX_MARKS + 1]):
+    if text.isascii():
+        return None
+    begin = _first_long_run(text)
+    if begin is None and not _LENGTHENED.isdisjoint(text):
+        return _first_long_run(unicodedata.normalize("NFC", text))
+    return begin
+
+
+def _first_long_run(text: str) -> int | None:
+    if _MARKS.isdisjoint(text[MAX_MARKS :: MAX_MARKS + 1]):
         return None
     for middle in range(MAX_MARKS, len(text), MAX_MARKS + 1):
         if text[middle] not in _MARKS:

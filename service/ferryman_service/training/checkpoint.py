@@ -53,7 +53,8 @@ class Position:
     their ranks; how many reports of the series were made; seconds spent, and those that a validation takes; returns
     after a divergence, and skipped updates in a row; the step of the last checkpoint that was not left by a pause, to
     which a divergence leads back; the limit that was reached, as (code, message); seconds that an update takes; the
-    decays of the learning rate that were planned.
+    decays of the learning rate that were planned; the key of the prepared corpus (prepared.py), whose subwords and
+    order of pairs all the rest means.
     """
 
     step: int = 0
@@ -73,6 +74,12 @@ class Position:
     ending: tuple[str, str] | None = None
     update_s: float | None = None
     decays: tuple[DecayPlan, ...] = ()
+    prepared: str = ""
+
+    @property
+    def is_beginning(self) -> bool:
+        """Whether nothing was done yet."""
+        return dataclasses.replace(self, prepared="") == Position()
 
 
 @dataclass(frozen=True)

@@ -204,7 +204,7 @@ class _Run:
         """Begin at step 0: with random weights, or with those of a published model."""
         initial = self._job.initial
         if initial is None:
-            return self._new_trainee(model), Position()
+            return self._new_trainee(model), self._beginning()
         try:
             model.load_state_dict(load_file(initial.weights))
             trainee = self._new_trainee(model)
@@ -216,13 +216,22 @@ class _Run:
         except (CheckpointDamaged, OSError, SafetensorError, RuntimeError, KeyError) as error:
             text = f"the model to start from does not fit the recipe, or its files are damaged: {error}"
             raise TrainingFailed(FailureReason.INITIAL_MODEL_UNUSABLE, text) from error
-        return trainee, Position()
+        return trainee, self._beginning()
+
+    def _beginning(self) -> Position:
+        return Position(prepared=prepared_folder(self._job).name)
 
     def _go_back_to(self, step: int, model: Transformer) -> tuple[Trainee, Position]:
         checkpoint = load_checkpoint(checkpoint_path(self._files.checkpoints, step))
+        position = checkpoint.position
+        if position.prepared != self._beginning().prepared:
+            text = (
+                "this release makes other subwords or other pairs of the corpus than the one that began the run, which "
+                "therefore cannot go on exactly: start it anew, or resume it with that release"
+            )
+            raise TrainingFailed(FailureReason.CHECKPOINT_UNUSABLE, text)
         trainee = self._new_trainee(model)
         trainee.load(checkpoint.tensors, checkpoint.counters)
-        position = checkpoint.position
         self._budget.resume(position.elapsed_s, position.validation_s, position.update_s)
         self._series.resume(position.reports)
         again = max(0, self._job.reported_step - step)
@@ -244,7 +253,7 @@ class _Run:
     def _report_start(
         self, model: Transformer, pairs: TokenPairs, validation: ValidationPairs, position: Position
     ) -> None:
-        if validation.dropped and position == Position():
+        if validation.dropped and position.is_beginning:
             message = f"dropped validation pairs: {validation.dropped}"
             self._series.event(EventLevel.WARNING, "VALIDATION_PAIRS_DROPPED", message, repeats=True)
         scoring = scoring_of(self._job.target_language).describe(self._recipe.validation.metric)

@@ -89,7 +89,7 @@ class TrainingLoop:
         Before PauseRequested and StopRequested are passed on, a checkpoint of the last step is left.
         """
         with self._writer:
-            if self.position == Position():
+            if self.position.is_beginning:
                 self._save()  # a run that diverges or rests before its first validation has something to go back to
             self._validate_if_due()
             while self._go_on():

@@ -120,7 +120,7 @@ def test_ctrl_c_leaves_the_run_on(fake, client, corpus):
     watch.send_signal(signal.SIGINT)
     _, stderr = watch.communicate(timeout=20)
     assert watch.returncode == 130
-    assert stderr == f"{run_id} goes on; see it again with: ferryman watch {run_id}\n"
+    assert stderr == f"{run_id} continues; see it again with: ferryman watch {run_id}\n"
     assert client.get_training_run(run_id).state is RunState.RUNNING
 
 

@@ -62,7 +62,7 @@ def test_a_resting_run_says_how_it_goes_on(fake, client, corpus):
     run = client.start_training(corpus.corpus_id, "m")
     out = io.StringIO()
     follow(client, run.run_id, Console(file=out))
-    assert f"paused: the disk is full\nto let it go on: ferryman runs resume {run.run_id}\n" in out.getvalue()
+    assert f"paused: the disk is full\nto resume: ferryman runs resume {run.run_id}\n" in out.getvalue()
 
 
 def test_before_the_first_step_there_is_a_state_and_no_eta():

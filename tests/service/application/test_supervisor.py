@@ -470,7 +470,16 @@ def test_pauses_after_failures_double_up_to_a_limit(runs, launcher):
         supervisor._note_failure(ValueError("a bug"))
         pauses.append(supervisor._pause_s())
     assert pauses == [0.25, 1, 2, 4, 8, 16, 32, 60, 60]
+    for _ in range(2000):
+        supervisor._note_failure(ValueError("a bug"))
+    assert supervisor._pause_s() == 60
     supervisor._note_success()
+    assert supervisor._pause_s() == 0.25
+
+
+def test_without_a_back_off_there_is_still_a_pause_after_a_failure(runs, launcher):
+    supervisor = make_supervisor(runs, launcher, interval_s=0.25, backoff_s=0, max_backoff_s=60)
+    supervisor._note_failure(ValueError("a bug"))
     assert supervisor._pause_s() == 0.25
 
 

@@ -1,5 +1,7 @@
 """The lock on the data folder is on a file, whatever its path leads to later."""
 
+import errno
+import os
 import shutil
 
 import pytest
@@ -27,6 +29,16 @@ def test_folder_that_is_away_is_not_held_and_not_lost(lock, tmp_path):
     assert (lock.is_held(), lock.is_lost()) == (True, False)
     with pytest.raises(FolderInUse):
         FolderLock(tmp_path / "data" / "lock").acquire()
+
+
+def test_folder_of_a_file_server_that_has_made_it_anew_is_lost(lock, monkeypatch):
+    def stale(descriptor):
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fstat", stale)
+        answers = lock.is_held(), lock.is_lost()
+    assert answers == (False, True)
 
 
 def test_folder_that_is_removed_is_lost(lock, tmp_path):

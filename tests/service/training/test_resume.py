@@ -5,6 +5,7 @@ import dataclasses
 import errno
 import itertools
 import os
+import shutil
 
 import pytest
 import safetensors.torch
@@ -14,7 +15,7 @@ from ferryman_service.domain.recipe import Precision, resolve_schedule
 from ferryman_service.domain.runs import FailureReason, TrainingFailed
 from ferryman_service.domain.schedule import DecayPlan, ScheduleKind
 from ferryman_service.domain.training import DiskIsFull, InitialWeights, PauseRequested, StopRequested
-from ferryman_service.training.checkpoint import load_checkpoint
+from ferryman_service.training.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from ferryman_service.training.engine import EngineConfig, TorchTrainingEngine
 from ferryman_service.training.files import Disk
 from ferryman_service.training.optimizer import MOMENTS
@@ -204,6 +205,25 @@ def test_a_pause_leaves_a_checkpoint_of_the_last_step(make_job, recipe, unbroken
     assert (work.run_dir / "checkpoints" / "step-0000000005").is_dir()
     assert outcome(dataclasses.replace(work, reported_step=5), reporter) == unbroken
     assert reporter.remarks.count("RESUMED") == 1
+
+
+@pytest.mark.parametrize("prepared", ["", "another"])
+def test_a_checkpoint_of_other_subwords_is_refused_and_kept(make_job, recipe, prepared):
+    work, reporter = make_job(recipe), DurableReporter()
+    first = next(number for number in itertools.count(1) if _steps_before(make_job(recipe), number) == 5)
+    reporter.raise_at = {first: PauseRequested()}
+    with pytest.raises(PauseRequested):
+        outcome(work, reporter)
+    folder = work.run_dir / "checkpoints"
+    path = max(list_checkpoints(folder))
+    checkpoint = load_checkpoint(path)
+    shutil.rmtree(path)
+    position = dataclasses.replace(checkpoint.position, prepared=prepared)
+    save_checkpoint(folder, dataclasses.replace(checkpoint, position=position), Disk())
+    with pytest.raises(TrainingFailed) as caught:
+        outcome(dataclasses.replace(work, reported_step=5), reporter)
+    assert caught.value.reason is FailureReason.CHECKPOINT_UNUSABLE
+    assert path.is_dir()
 
 
 def _steps_before(work, number):
