@@ -126,7 +126,8 @@ def contestant(folder: Path, job: PlainJob) -> Contestant:
     (folder / JOB).write_text(json.dumps(asdict(job)))
     (folder / OUTCOME).unlink(missing_ok=True)
     command = [sys.executable, "-m", "bench.plain_quality", "--folder", str(folder)]
-    environment = worker_environment(LaunchConfig(data_dir=folder), processes=1)
+    # Workers import nothing from the working folder, where the plain loop is.
+    environment = {**worker_environment(LaunchConfig(data_dir=folder), processes=1), "PYTHONSAFEPATH": ""}
     return Contestant("plain loop", command, environment, folder / "plain-loop.log")
 
 

@@ -115,7 +115,8 @@ def neighbours(count: int) -> Iterator[None]:
 def run_side_by_side(row: Row, data: Path, processors: Sequence[int]) -> dict[str, dict[str, Any]]:
     """Train with both schedules at the same time; raises RunFailed."""
     folder = Path(tempfile.mkdtemp(prefix="schedules-"))
-    environment = worker_environment(LaunchConfig(data_dir=folder, threads_per_worker=1), 1)
+    # Workers import nothing from the working folder, where this program is.
+    environment = worker_environment(LaunchConfig(data_dir=folder, threads_per_worker=1), 1) | {"PYTHONSAFEPATH": ""}
     programs = {}
     try:
         with neighbours(len(processors) if row.busy else 0):
