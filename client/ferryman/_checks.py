@@ -12,11 +12,11 @@ import numbers
 import os
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, TypeGuard
 
 import grpc
 
-from ferryman._mapping import wrong
+from ferryman._mapping import is_iterable, wrong
 from ferryman.errors import ClientClosed, InvalidArgument, InvalidRequest, Violation
 
 LARGEST_REQUEST_BYTES: Final = 16 * 1024 * 1024
@@ -51,7 +51,7 @@ def check_connection(
     violations = [*_target_violations(target, has_credentials=credentials is not None)]
     if credentials is not None and not isinstance(credentials, grpc.ChannelCredentials):
         violations.append(wrong("credentials", credentials, "None or, such as, grpc.ssl_channel_credentials()"))
-    violations += _timeout_violations("timeout_s", timeout_s)
+    violations += _timeout_violations(timeout_s)
     is_many = is_iterable(options) and not isinstance(options, str | bytes | Mapping)
     pairs = list(options) if is_many else []  # once: they may come from a generator
     if not is_many or not all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in pairs):
@@ -66,13 +66,13 @@ def check_open(*, is_closed: bool) -> None:
         raise ClientClosed("the client is closed: make a new one, or call inside its `with` block")
 
 
-def checked_timeout_s(timeout_s: Any, name: str = "timeout_s") -> float:  # noqa: ANN401 (it is what is checked)
+def checked_timeout_s(timeout_s: float) -> float:
     """Return the deadline of a call; raises InvalidRequest for one that gRPC cannot keep."""
-    raise_any(_timeout_violations(name, timeout_s))
+    raise_any(_timeout_violations(timeout_s))
     return float(timeout_s)
 
 
-def checked_reconnect_timeout_s(timeout_s: Any) -> float:  # noqa: ANN401
+def checked_reconnect_timeout_s(timeout_s: float) -> float:
     """Return for how long a server may be away, which may be for ever (inf) or not at all (0)."""
     if not _is_number(timeout_s) or not timeout_s >= 0:
         raise_any([wrong("reconnect_timeout_s", timeout_s, "a number of seconds, at least 0")])
@@ -99,15 +99,6 @@ def check_sentences(sentences: object, *, may_be_async: bool) -> None:
         raise_any([wrong("sentences", sentences, "an iterable of sentences")])
 
 
-def is_iterable(value: Any) -> bool:  # noqa: ANN401 (it is what is checked)
-    """Tell whether a loop can go over the value; nothing is taken from it."""
-    try:
-        iter(value)
-    except TypeError:
-        return False
-    return True
-
-
 def is_loopback(target: str) -> bool:
     """Tell whether every address of the target is this machine's own, which no proxy can reach."""
     if target.startswith(("unix:", "unix-abstract:")):
@@ -127,18 +118,18 @@ def _is_own(host: str) -> bool:
     return address.is_loopback or address.is_unspecified
 
 
-def _timeout_violations(name: str, timeout_s: Any) -> Sequence[Violation]:  # noqa: ANN401
+def _timeout_violations(timeout_s: object) -> Sequence[Violation]:
     if _is_number(timeout_s) and 0 < timeout_s <= LONGEST_TIMEOUT_S:
         return ()
     wanted = f"over 0 and at most {LONGEST_TIMEOUT_S:,.0f}: it is the deadline of a call, in seconds"
-    return [wrong(name, timeout_s, wanted)]
+    return [wrong("timeout_s", timeout_s, wanted)]
 
 
-def _is_number(value: Any) -> bool:  # noqa: ANN401
+def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, numbers.Real) and not isinstance(value, bool) and not math.isnan(value)
 
 
-def _target_violations(target: Any, *, has_credentials: bool) -> Sequence[Violation]:  # noqa: ANN401
+def _target_violations(target: object, *, has_credentials: bool) -> Sequence[Violation]:
     form = f"HOST:PORT, such as localhost:{_DEFAULT_PORT}"
     if not isinstance(target, str) or not target.strip():
         return [wrong("target", target, form)]

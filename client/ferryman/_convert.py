@@ -18,7 +18,7 @@ from google.protobuf.message import Message
 
 from ferryman import types
 from ferryman._checks import LARGEST_REQUEST_BYTES, raise_any
-from ferryman._mapping import enum_number, fill_fields, fill_message, fill_part, from_message, wrong
+from ferryman._mapping import enum_number, fill_fields, fill_message, fill_part, from_message, is_iterable, wrong
 from ferryman._upload import CorpusText, Piece, text_violations
 from ferryman.errors import InvalidRecipe, InvalidRequest, InvalidSentence, UnknownOption, Violation
 from ferryman.v1 import corpus_pb2, metrics_pb2, model_pb2, training_pb2, translation_pb2
@@ -160,7 +160,7 @@ def list_training_runs(
     """ListTrainingRuns. Raises InvalidRequest for a word that is no state or order."""
     filled = training_pb2.ListTrainingRunsRequest()
     violations: list[Violation] = []
-    if isinstance(states, str | bytes | Mapping) or not isinstance(states, Iterable):
+    if isinstance(states, str | bytes | Mapping) or not is_iterable(states):
         violations.append(wrong("states", states, 'a list of states, such as ["queued"]'))
     else:
         for index, state in enumerate(states):
@@ -196,8 +196,9 @@ def get_lr_schedule(
     if [schedule, recipe, run_id].count(None) != 2:
         description = "exactly one of schedule, recipe and run_id must be given"
         violations.append(Violation(field="subject", description=description, reason="REQUIRED"))
-    numbers = {"first_step": steps[0], "last_step": steps[1], "max_points": max_points, "run_id": run_id}
-    violations += fill_fields(request, {name: value for name, value in numbers.items() if value is not None})
+    first, last = steps
+    given = _given(first_step=first, last_step=last, max_points=max_points, run_id=run_id)
+    violations += fill_fields(request, given)
     in_recipe: list[Violation] = []
     if schedule is not None:
         in_recipe += fill_part(types.LearningRateSchedule, schedule, request.schedule, "schedule")

@@ -14,7 +14,7 @@ import functools
 import re
 import types
 import typing
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from datetime import UTC, datetime
 from typing import Any, Final, TypeVar
 
@@ -69,14 +69,14 @@ def fill_message(value: object, message: Message, path: str = "") -> list[Violat
         field_path = f"{path}.{field.wire_name}" if path else field.wire_name
         if field.repeated:
             violations += _fill_repeated(field, item, message, field_path)
-        elif dataclasses.is_dataclass(field.kind):
+        elif isinstance(field.kind, type) and dataclasses.is_dataclass(field.kind):
             violations += fill_part(field.kind, item, getattr(message, field.wire_name), field_path)
         else:
             violations += _fill_value(field, item, message, field_path)
     return violations
 
 
-def fill_part(cls: Any, value: object, message: Message, path: str) -> list[Violation]:  # noqa: ANN401
+def fill_part(cls: type[object], value: object, message: Message, path: str) -> list[Violation]:
     """Set the message, and every field of it that is not None in `value`, which must be an instance of `cls`; returns
     what is wrong, as `fill_message` does."""
     if not isinstance(value, cls):
@@ -96,6 +96,15 @@ def fill_fields(message: Message, fields: Mapping[str, object]) -> list[Violatio
         else:
             violations += _set(message, descriptor, value, name)
     return violations
+
+
+def is_iterable(value: Any) -> bool:  # noqa: ANN401 (it is what is checked)
+    """Tell whether a loop can go over the value; nothing is taken from it."""
+    try:
+        iter(value)
+    except TypeError:
+        return False
+    return True
 
 
 def wrong(path: str, value: object, wanted: str) -> Violation:
@@ -195,7 +204,7 @@ def _set(message: Message, descriptor: Any, value: object, path: str) -> list[Vi
 
 
 def _fill_texts(container: Any, items: Any, path: str) -> list[Violation]:  # noqa: ANN401
-    if isinstance(items, str | bytes | Mapping) or not isinstance(items, Iterable):
+    if isinstance(items, str | bytes | Mapping) or not is_iterable(items):
         return [wrong(path, items, "a list of texts")]
     violations: list[Violation] = []
     for index, item in enumerate(items):

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal, TypeAlias, cast
 
-from ferryman._checks import LARGEST_REQUEST_BYTES, is_iterable, raise_any
-from ferryman._mapping import wrong
+from ferryman._checks import LARGEST_REQUEST_BYTES, raise_any
+from ferryman._mapping import is_iterable, wrong
 from ferryman.errors import Violation
 
 CHUNK_BYTES: Final = 512 * 1024

@@ -82,8 +82,7 @@ def translate(
         else:
             _translate_lines(context, job)
     except FerrymanError as error:
-        if not was_interrupted():
-            job.show_failure(error)
+        job.show_failure(error)
         raise
 
 
@@ -116,7 +115,7 @@ class _Job:
 
     def show_failure(self, error: FerrymanError) -> None:
         """The call has failed, and no sentence has a result any more: an object without a source."""
-        if self.as_json:
+        if self.as_json and not was_interrupted():
             named = {"reason": error.reason, "message": failure_text(error), "request_id": error.request_id}
             output.print_json({"error": named})
 

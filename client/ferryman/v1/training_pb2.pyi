@@ -220,9 +220,9 @@ class RunError(_message.Message):
     LOG_TAIL_FIELD_NUMBER: _builtins.int
     reason: _builtins.str
     """Output only. A stable name, UPPER_SNAKE_CASE: WORKER_DIED, VOCABULARY_TOO_LARGE, VOCABULARY_TOO_SMALL,
-    NO_TRAINING_PAIRS, NO_VALIDATION_PAIRS, EXPORT_MISMATCH, NON_FINITE_LOSS, CORPUS_DAMAGED, OUT_OF_MEMORY or
-    INITIAL_MODEL_UNUSABLE; docs/api.md says what each means. DISK_FULL is that of runs of an earlier release: now a
-    full disk pauses a run.
+    NO_TRAINING_PAIRS, NO_VALIDATION_PAIRS, EXPORT_MISMATCH, NON_FINITE_LOSS, CORPUS_DAMAGED, OUT_OF_MEMORY,
+    INITIAL_MODEL_UNUSABLE, CHECKPOINT_UNUSABLE; docs/api.md says what each means. DISK_FULL is that of runs of an
+    earlier release: now a full disk pauses a run.
     """
     message: _builtins.str
     """Output only. What happened, and what to do about it."""
