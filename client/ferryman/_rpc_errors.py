@@ -17,6 +17,7 @@ ACCEPTED_KEY: Final = "ferryman-model"
 """In the initial metadata of a stream whose configuration the server has accepted."""
 _STATUS_FORGOTTEN: Final = "Internal error from Core"
 """What grpc.aio says when it could not send: the status that the server ended the call with is lost by then."""
+_STATUS_LOST: Final = "the server ended the call while a message was on its way to it"
 _BROKEN_OFF: Final = (
     (grpc.StatusCode.INTERNAL, "RST_STREAM"),
     (grpc.StatusCode.UNKNOWN, "Stream removed"),
@@ -54,7 +55,7 @@ def error_from_rpc(error: Any, target: str = "") -> FerrymanError:  # noqa: ANN4
     code: grpc.StatusCode = error.code()
     message = error.details() or code.name
     if code is grpc.StatusCode.INTERNAL and message == _STATUS_FORGOTTEN:
-        code, message = grpc.StatusCode.UNAVAILABLE, "the server ended the call while a message was on its way to it"
+        code, message = grpc.StatusCode.UNAVAILABLE, _STATUS_LOST
     info, violations, retry_delay_s = ErrorInfo(), [], None
     for detail in _details(error):
         if detail.Is(ErrorInfo.DESCRIPTOR):
@@ -84,6 +85,11 @@ def error_from_rpc(error: Any, target: str = "") -> FerrymanError:  # noqa: ANN4
         retry_delay_s=retry_delay_s,
         request_id=str(dict(error.trailing_metadata() or ()).get(REQUEST_ID_KEY, "")),
     )
+
+
+def has_lost_status(error: FerrymanError) -> bool:
+    """Whether the server gave another status than this error's, which the asynchronous gRPC library has dropped."""
+    return error.message == _STATUS_LOST
 
 
 def unreachable_text(target: str, cause: str, cure: str) -> str:

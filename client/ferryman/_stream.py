@@ -17,7 +17,7 @@ from ferryman._checks import checked_reconnect_timeout_s, checked_timeout_s, rai
 from ferryman._convert import Call, WireSentence, stream_of_version, stream_sentence, stream_sentences
 from ferryman._mapping import wrong
 from ferryman._reconnect import Reconnection
-from ferryman._rpc_errors import ACCEPTED_KEY
+from ferryman._rpc_errors import ACCEPTED_KEY, has_lost_status
 from ferryman.errors import FerrymanError, InvalidSentence, Unavailable
 from ferryman.types import SentenceError, StreamSentence, StreamTranslateResponse, StreamTranslation
 
@@ -29,6 +29,10 @@ _DEFAULT_WINDOW: Final = 256
 _MESSAGE_SENTENCES: Final = 64
 _MESSAGE_BYTES: Final = 1 << 20
 """A message holds no more than this, but for a single sentence that is larger."""
+
+
+_LOST_STATUSES: Final = 5
+"""How often a call is repeated that was refused in words that were lost. Each loses them only by a race."""
 
 
 class StreamBook:
@@ -134,8 +138,8 @@ def _checked(item: Any, number: int) -> StreamSentence:  # noqa: ANN401 (it is w
 class StreamRoad:
     """The calls of one `translate_stream`: one, and a further one whenever a server goes away half-way.
 
-    Only a call that a server had accepted is taken up again. Its first version is that of all of them, so that one
-    stream never mixes two.
+    Only a call that a server had accepted is taken up again, or a refused one whose status was lost on the way. Its
+    first version is that of all of them, so that one stream never mixes two.
     """
 
     def __init__(
@@ -148,6 +152,7 @@ class StreamRoad:
         self.call = call
         self._ends_s = None if timeout_s is None else time.monotonic() + checked_timeout_s(timeout_s)
         self._accepted = False
+        self._lost_statuses = 0
         self._reconnection = Reconnection(checked_reconnect_timeout_s(reconnect_timeout_s))
 
     def remaining_s(self) -> float | None:
@@ -166,8 +171,12 @@ class StreamRoad:
             self.call = stream_of_version(self.call, str(version))
             # A source may be quiet for hours, and so is its stream: that the server took it up is word enough.
             self._reconnection.accepted()
-        if not (self._accepted and isinstance(error, Unavailable)):
+        if not isinstance(error, Unavailable):
             raise error
+        if not self._accepted:
+            if not has_lost_status(error) or self._lost_statuses == _LOST_STATUSES:
+                raise error
+            self._lost_statuses += 1
         return self._reconnection.pause_s(error)
 
 

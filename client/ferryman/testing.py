@@ -804,8 +804,9 @@ class _Translations(_Servicer, translation_pb2_grpc.TranslationServiceServicer):
     ) -> Iterator[translation_pb2.StreamTranslateResponse]:
         """Answer each message with one, its last sentence first: as from any server, order is not to be relied on."""
         try:
-            self.fake.arrive("StreamTranslate")
+            # A refusal before the message is read may reach grpc.aio while it sends, which then drops the status.
             config = next(request_iterator).config
+            self.fake.arrive("StreamTranslate")
             version = self.backend.version(config.model)
             self.backend.load(version)
             self.fake.translate_options.append(_set_options(config.options))

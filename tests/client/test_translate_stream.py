@@ -9,12 +9,14 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 
+import grpc
 import pytest
 
 from ferryman import AsyncClient, Client, Sampling, StreamSentence, StreamTranslation, errors, types
-from ferryman._convert import SearchOptions
+from ferryman._convert import SearchOptions, translate_stream
 from ferryman._reconnect import Reconnection
-from ferryman._stream import StreamBook
+from ferryman._rpc_errors import error_from_rpc
+from ferryman._stream import StreamBook, StreamRoad
 from ferryman.testing import FakeFerryman
 
 Collect = Callable[..., list[StreamTranslation]]
@@ -82,17 +84,43 @@ def test_nothing_to_translate(collect):
 
 
 def test_errors_are_those_of_the_tree(fake, collect):
-    fake.fail_next("StreamTranslate", errors.ModelTooLarge("too large"))
+    fake.fail_next("StreamTranslate", errors.ModelTooLarge("too large"), times=9)
     with pytest.raises(errors.ModelTooLarge):
         collect(["x"])
-    assert fake.calls == ["StreamTranslate"]
+    # Once, unless the race was lost that test_a_lost_status_is_asked_for_again describes.
+    assert 1 <= fake.calls.count("StreamTranslate") <= 6
 
 
 def test_who_is_not_accepted_is_repeated_only_as_any_call(fake, collect):
     fake.fail_next("StreamTranslate", errors.ServerShuttingDown("stopping"), times=9)
     with pytest.raises(errors.ServerShuttingDown):
         collect(["x"])
-    assert fake.calls == ["StreamTranslate"] * 4
+    assert fake.calls.count("StreamTranslate") >= 4
+
+
+class _LostStatus(grpc.RpcError):
+    """What grpc.aio raises when the server has ended the call while it was sending."""
+
+    def code(self) -> grpc.StatusCode:
+        return grpc.StatusCode.INTERNAL
+
+    def details(self) -> str:
+        return "Internal error from Core"
+
+    def trailing_metadata(self) -> None:
+        return None
+
+
+def test_a_lost_status_is_asked_for_again():
+    """The call was not accepted, so nothing was done; its refusal is worth more to the caller than "unavailable"."""
+    road = StreamRoad(translate_stream("m", False, None, {}), timeout_s=None, reconnect_timeout_s=60.0)
+    lost = error_from_rpc(_LostStatus())
+    for _ in range(5):
+        assert road.pause_s(lost, {}) < 10
+    with pytest.raises(errors.ModelTooLarge):
+        road.pause_s(errors.ModelTooLarge("too large"), {})
+    with pytest.raises(errors.Unavailable):
+        road.pause_s(lost, {})
 
 
 @pytest.mark.parametrize("in_order", [False, True])
