@@ -46,7 +46,7 @@ SERVED = $(if $(DATA),--data "$(DATA)") $(if $(SOURCE),--source "$(SOURCE)") $(i
 .PHONY: help setup demo test check full images quick system ops protos protos-drift metrics-docs dashboards buf-lint lint types layers \
   dockerfile image-contents chart wheel-smoke bench-quality bench-quality-tok bench-schedules bench-export bench-training-cpu bench-training-gpu bench-overhead bench-corpora \
   bench-serving-cpu bench-serving-gpu bench-load bench-decode-step bench-search-overhead bench-invariance \
-  bench-serving-profile bench-neighbour soak rehearse clean
+  bench-serving-profile bench-neighbour dearest soak rehearse clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -190,8 +190,13 @@ bench-search-overhead: $(READY) ## what the search takes of a decoding step, out
 bench-neighbour: $(READY) ## what a busy process costs training and serving, and these two each other: [DATA= QUICK=1]
 	@$(BIN)/python -m bench.neighbour $(if $(DATA),--data "$(DATA)") $(if $(QUICK),--quick)
 
-soak: $(READY) ## training that dies everywhere, and a translation service under load: [MINUTES= PROCESSES= MODEL= RATE=]
+dearest: $(READY) ## a search for the request that costs the service most: [MINUTES=]
+	@$(BIN)/python -m bench.dearest $(if $(MINUTES),--minutes "$(MINUTES)")
+
+soak: $(READY) ## training that dies everywhere, random and dear requests, a translation service under load: [MINUTES= PROCESSES= MODEL= RATE=]
 	FERRYMAN_SOAK=1 $(BIN)/python -m pytest tests/service/training/test_resume.py tests/service/training/test_compile.py
+	FERRYMAN_SOAK=1 $(BIN)/python -m pytest $(PARALLEL) tests/contract/test_any_message.py
+	$(BIN)/python -m bench.dearest $(if $(MINUTES),--minutes "$(MINUTES)")
 	$(BIN)/python -m bench.kill $(if $(MINUTES),--minutes "$(MINUTES)") $(if $(PROCESSES),--processes "$(PROCESSES)")
 	$(BIN)/python -m bench.load --soak $(or $(MINUTES),10) $(SERVED) $(if $(RATE),--rate "$(RATE)")
 
