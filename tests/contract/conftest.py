@@ -1,7 +1,9 @@
 """A service on loopback, called with the generated stubs, and what its refusals say."""
 
+import os
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import grpc
 import pytest
@@ -26,7 +28,11 @@ class Refusal:
 
 @pytest.fixture(scope="session")
 def refusal_of():
-    """A reader of a grpc.RpcError; every refusal of ours must carry an ErrorInfo."""
+    """A reader of a grpc.RpcError; every refusal of ours must carry an ErrorInfo.
+
+    FERRYMAN_GOLDEN_REFUSALS names a file for all that were read: a change of the inside must not change it.
+    """
+    seen = set()
 
     def read(error):
         details = {}
@@ -37,15 +43,22 @@ def refusal_of():
         assert details["ErrorInfo"].domain == "ferryman.v1"
         violations = details.get("BadRequest", BadRequest()).field_violations
         assert all(violation.description for violation in violations)
-        return Refusal(
+        refusal = Refusal(
             code=error.code(),
             message=error.details(),
             reason=details["ErrorInfo"].reason,
             violations=[(violation.field, violation.reason) for violation in violations],
             details=details,
         )
+        seen.update(
+            f"{refusal.code.name} {refusal.reason} {field} {reason}".strip()
+            for field, reason in refusal.violations or [("", "")]
+        )
+        return refusal
 
-    return read
+    yield read
+    if path := os.environ.get("FERRYMAN_GOLDEN_REFUSALS"):
+        Path(path).write_text("".join(f"{line}\n" for line in sorted(seen)))
 
 
 @pytest.fixture(scope="session")
