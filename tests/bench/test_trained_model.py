@@ -120,7 +120,7 @@ def test_the_digest_depends_on_text_and_languages(tmp_path):
     assert len(digests) == 4
 
 
-@pytest.mark.system
+@pytest.mark.full
 def test_a_missing_model_is_trained_once(tmp_path, monkeypatch, capfd):
     data = tmp_path / "data"
     data.mkdir()

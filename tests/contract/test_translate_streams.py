@@ -221,11 +221,15 @@ def test_who_does_not_read_is_not_read_from_and_holds_up_nobody(make_service, ev
     endless = Sender(config(window=8), *[message] * 2000)
     call = service.translation_stub.StreamTranslate(iter(endless))
     eventually(lambda: engine.submitted > 0)
-    time.sleep(0.5)
-    submitted, taken = engine.submitted, endless.taken
-    time.sleep(0.3)
-    assert (engine.submitted, endless.taken) == (submitted, taken), "nothing moves"
-    assert taken < 1000
+
+    def nothing_moves():
+        before = engine.submitted, endless.taken
+        time.sleep(0.5)
+        return (engine.submitted, endless.taken) == before
+
+    eventually(nothing_moves, timeout_s=60)
+    submitted = engine.submitted
+    assert endless.taken < 1000
     request = translation_pb2.TranslateRequest(model="en-de", sentences=["a dog"])
     assert service.translation_stub.Translate(request, timeout=5).translations[0].hypotheses[0].text == "A DOG"
     for _ in range(50):
