@@ -33,7 +33,7 @@ from ferryman_service.domain.models import ModelVersion
 from ferryman_service.domain.threads import Threads
 from ferryman_service.domain.tracing import Tracer
 from ferryman_service.domain.translation import ComputeType
-from ferryman_service.launch.torchrun import LaunchConfig, TorchrunLauncher, torchrun_command
+from ferryman_service.launch.launcher import LaunchConfig, ProcessLauncher, worker_command
 from ferryman_service.observability.engine import EngineCollector
 from ferryman_service.observability.gpu import GpuCollector, open_nvml
 from ferryman_service.observability.http import MetricsEndpoint, new_registry
@@ -434,15 +434,16 @@ def _build_supervisor(
     flags = _worker_flags(config)
 
     def command(processes: int) -> tuple[str, ...]:
-        return (*torchrun_command(processes), *flags)
+        return (*worker_command(processes), *flags)
 
     launch = LaunchConfig(data_dir=stores.folder.root, command=command, nice=config.worker_nice)
-    launcher = TorchrunLauncher(launch, stores.folder.worker_log)
+    launcher = ProcessLauncher(launch, stores.folder.worker_log, stores.folder.scratch_dir)
     supervisor = SupervisorConfig(
         max_concurrent_runs=config.max_concurrent_runs,
         max_restarts=config.max_restarts,
         backoff_s=config.restart_backoff_s,
         pause_grace_s=config.pause_grace_s,
+        silence_s=config.worker_silence_s,
     )
     return Supervisor(stores.runs, launcher, supervisor, thread, launches, lock)
 

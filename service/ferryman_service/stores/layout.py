@@ -7,6 +7,7 @@ corpora/<corpus_id>/          the four files of a corpus
 corpora/.incoming/            uploads in progress
 prepared/<key>/               subwords and tokens of a corpus, for every run that wants them so
 runs/<run_id>/                a run's checkpoints and logs
+runs/<run_id>/attempt-<n>/    temporary files of a worker, removed at its end
 models/<name>/<version>/      published bundles
 models/.staging/              bundles in the making
 models/.imports/              bundles on their way in or out
@@ -117,6 +118,11 @@ class DataFolder:
         """Return the file that takes the output of an attempt's worker."""
         assert attempt >= 1, "attempts count from 1"
         return self.run_dir(run_id) / f"worker-{attempt}.log"
+
+    def scratch_dir(self, run_id: str, attempt: int) -> Path:
+        """Return the folder of an attempt's temporary files."""
+        assert attempt >= 1, "attempts count from 1"
+        return self.run_dir(run_id) / f"attempt-{attempt}"
 
     def staging_dir(self, run_id: str) -> Path:
         """Return the folder where a run's bundle is made."""
