@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import importlib.util
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -240,6 +241,7 @@ def build_service(config: ServiceConfig) -> Service:
     trains = Role.TRAINING in config.roles
     folder = DataFolder(config.data_dir)
     folder.create()
+    os.umask(folder.umask())  # of this process and its workers
     lock = FolderLock(folder.root / "training-service.lock") if trains else None
     if lock is not None:
         lock.acquire()
@@ -282,6 +284,7 @@ def import_model(config: ServiceConfig, bundle: Path, name: str) -> ModelVersion
     """Publish a bundle that was trained elsewhere."""
     folder = DataFolder(config.data_dir)
     folder.create()
+    os.umask(folder.umask())  # of this process and its workers
     return _open_stores(folder, config).models.import_bundle(bundle, name)
 
 

@@ -15,6 +15,7 @@ models/.imports/              bundles on their way in or out
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import secrets
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Final
 
 from ferryman_service.domain.ids import CORPUS_PREFIX, RUN_PREFIX, is_id, is_model_name
+from ferryman_service.stores.modes import WorldWritable, close_to_others, umask_for
 
 _KEY_BYTES: Final = 32
 
@@ -35,18 +37,33 @@ class DataFolder:
     root: Path
 
     def create(self) -> None:
-        """Create the folders that are missing; raises OSError, which tells the cure, if they cannot be used."""
+        """Create the folders that are missing; raises OSError, which tells the cure, if they cannot be used.
+
+        Other users of the machine may do nothing in the data folder (stores/modes.py).
+        """
         self._refuse_other_encodings()
         try:
-            for folder in (self.incoming, self.runs, self.staging, self.imports):
-                folder.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileExistsError):
+                self.root.mkdir(mode=0o700, parents=True)
+            if not self.root.is_dir():
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(self.root))
+            close_to_others(self.root)
+            mode = 0o777 & ~self.umask()
+            for folder in (self.corpora, self.incoming, self.runs, self.models, self.staging, self.imports):
+                folder.mkdir(mode=mode, exist_ok=True)
                 if not os.access(folder, os.W_OK | os.X_OK):
                     raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+        except WorldWritable:
+            raise
         except OSError as error:
             raise OSError(
                 f"the data folder {self.root.absolute()} cannot be used: {error.filename}: {error.strerror}; give "
                 "--data-dir a folder that can be made and written, or let this user write there"
             ) from error
+
+    def umask(self) -> int:
+        """Return the umask for processes that write into the folder, which must be there."""
+        return umask_for(self.root)
 
     def _refuse_other_encodings(self) -> None:
         path = str(self.root.resolve())
