@@ -29,7 +29,7 @@ from bench.result import Result, publish, watched_machine
 from ferryman_service.domain.corpora import CorpusFiles, Side, Split
 from ferryman_service.domain.recipe import Recipe, resolve_recipe
 from ferryman_service.domain.training import StopRequested
-from ferryman_service.launch.torchrun import SPIN_COUNT
+from ferryman_service.launch.environment import SPIN_COUNT
 from ferryman_service.training.engine import EngineConfig, TorchTrainingEngine
 
 FOLDER: Final = Path("bench-output/corpora")

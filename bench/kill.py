@@ -29,7 +29,7 @@ from ferryman_service.domain.recipe import resolve_recipe
 from ferryman_service.domain.records import Payload, RunEvent, RunState, StateChange, StepMetrics, ValidationMetrics
 from ferryman_service.domain.runs import Handover, TrainingRun
 from ferryman_service.domain.schedule import DecayPlan
-from ferryman_service.launch.torchrun import LaunchConfig, TorchrunLauncher, torchrun_command
+from ferryman_service.launch.launcher import LaunchConfig, ProcessLauncher
 from ferryman_service.stores.corpora import CorpusLimits, FileCorpusStore
 from ferryman_service.stores.database import open_database, upgrade
 from ferryman_service.stores.layout import DataFolder
@@ -126,24 +126,18 @@ class Trial:
 
 @dataclass
 class Arena:
-    """A data folder, and what starts workers in it. One process: without torchrun's agent, which takes longer to start
-    than the training."""
+    """A data folder, and what starts workers in it."""
 
     folder: DataFolder
     runs: SqlRunStore
     corpus_id: str
     processes: int
-    launcher: TorchrunLauncher = field(init=False)
+    launcher: ProcessLauncher = field(init=False)
 
     def __post_init__(self) -> None:
         """Make the launcher."""
-        worker = (sys.executable, "-m", "ferryman_service.worker")
-        config = LaunchConfig(
-            data_dir=self.folder.root,
-            command=lambda processes: worker if processes == 1 else torchrun_command(processes),
-            threads_per_worker=1,
-        )
-        self.launcher = TorchrunLauncher(config, self.folder.worker_log)
+        config = LaunchConfig(data_dir=self.folder.root, threads_per_worker=1)
+        self.launcher = ProcessLauncher(config, self.folder.worker_log, self.folder.scratch_dir)
 
     def train(self, points: Sequence[KillPoint], number: int = signal.SIGKILL) -> Trial:
         """Let a new run be trained to its end, and its worker die at each of the points, one after the other."""

@@ -279,7 +279,7 @@ def scene(folder: Path, task: Task, effort: Effort) -> Iterator[Scene]:
     import_served_model(data_dir, train, validation.source, task.vocabulary_size)
     command = [sys.executable, "-m", "bench.neighbour_client"]
     with (
-        local_service(data_dir, folder / "service.log", ["--device", "cpu"]) as address,
+        local_service(data_dir, folder / "service.log", ["--device", "cpu", "--worker-silence-s", "86400"]) as address,
         Client(address) as calls,
         ServingProcess("client", command, {"PYTHONPATH": os.getcwd()}, folder / "client.log") as client,
     ):

@@ -67,9 +67,8 @@ class HaltableRun:
             time.sleep(_LOOK_EVERY_S)
 
     def workers(self) -> list[int]:
-        """Return the pids of the processes that train; torchrun's agent is not among them."""
-        pids = what_follows(self._arguments)
-        return [pid for pid in pids if b"torch.distributed.run" not in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        """Return the pids of the processes that train."""
+        return list(what_follows(self._arguments))
 
     def halt(self) -> None:
         """Stop the worker where it is."""

@@ -19,7 +19,7 @@ from bench.peer_task import PeerTask, task_of, write_ids
 from bench.turns import Contestant
 from examples.parallel_text import ParallelLines
 from ferryman_service.domain.recipe import Recipe
-from ferryman_service.launch.torchrun import LaunchConfig, worker_environment
+from ferryman_service.launch.launcher import LaunchConfig, worker_environment
 from ferryman_service.text.subwords import Subwords
 from ferryman_service.training.data import tokenise_validation_pairs
 from ferryman_service.training.prepared import prepare_corpus

@@ -43,7 +43,7 @@ from ferryman_service.domain.records import ValidationMetrics
 from ferryman_service.domain.schedule import ScheduleKind
 from ferryman_service.domain.training import StopRequested, TrainedModel
 from ferryman_service.domain.translation import CancelToken, SearchOptions
-from ferryman_service.launch.torchrun import SPIN_COUNT
+from ferryman_service.launch.environment import SPIN_COUNT
 from ferryman_service.model.session import TorchDecoder
 from ferryman_service.pipeline.translator import MicroBatchLimit, TextTranslator
 from ferryman_service.text.subwords import Subwords

@@ -30,7 +30,7 @@ from examples import demo, phrases
 from examples.parallel_text import ParallelLines, TextMissing, find_files, read_lines
 from ferryman_service.domain.recipe import Recipe, resolve_recipe
 from ferryman_service.domain.schedule import ScheduleKind
-from ferryman_service.launch.torchrun import LaunchConfig, worker_environment
+from ferryman_service.launch.launcher import LaunchConfig, worker_environment
 
 SCHEDULES: Final = (ScheduleKind.WSD, ScheduleKind.NOAM)
 ROWS: Final = ("phrases 2", "multi30k 5", "multi30k 15", "multi30k 5 busy")

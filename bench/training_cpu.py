@@ -33,7 +33,7 @@ from bench.turns import Contestant, ContestantFailed, alternate, median_ratio, s
 from examples.parallel_text import TextMissing, find_files, read_lines
 from ferryman_service.domain.recipe import Precision, Preset, Recipe
 from ferryman_service.domain.tokens import EOS
-from ferryman_service.launch.torchrun import LaunchConfig, worker_environment
+from ferryman_service.launch.launcher import LaunchConfig, worker_environment
 from ferryman_service.training.packing import plan_epoch
 from ferryman_service.training.pairs import TokenPairs
 from ferryman_service.training.prepared import prepare_corpus

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import importlib.util
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -33,7 +34,7 @@ from ferryman_service.domain.models import ModelVersion
 from ferryman_service.domain.threads import Threads
 from ferryman_service.domain.tracing import Tracer
 from ferryman_service.domain.translation import ComputeType
-from ferryman_service.launch.torchrun import LaunchConfig, TorchrunLauncher, torchrun_command
+from ferryman_service.launch.launcher import LaunchConfig, ProcessLauncher, worker_command
 from ferryman_service.observability.engine import EngineCollector
 from ferryman_service.observability.gpu import GpuCollector, open_nvml
 from ferryman_service.observability.http import MetricsEndpoint, new_registry
@@ -240,6 +241,7 @@ def build_service(config: ServiceConfig) -> Service:
     trains = Role.TRAINING in config.roles
     folder = DataFolder(config.data_dir)
     folder.create()
+    os.umask(folder.umask())  # of this process and its workers
     lock = FolderLock(folder.root / "training-service.lock") if trains else None
     if lock is not None:
         lock.acquire()
@@ -282,6 +284,7 @@ def import_model(config: ServiceConfig, bundle: Path, name: str) -> ModelVersion
     """Publish a bundle that was trained elsewhere."""
     folder = DataFolder(config.data_dir)
     folder.create()
+    os.umask(folder.umask())  # of this process and its workers
     return _open_stores(folder, config).models.import_bundle(bundle, name)
 
 
@@ -434,15 +437,16 @@ def _build_supervisor(
     flags = _worker_flags(config)
 
     def command(processes: int) -> tuple[str, ...]:
-        return (*torchrun_command(processes), *flags)
+        return (*worker_command(processes), *flags)
 
     launch = LaunchConfig(data_dir=stores.folder.root, command=command, nice=config.worker_nice)
-    launcher = TorchrunLauncher(launch, stores.folder.worker_log)
+    launcher = ProcessLauncher(launch, stores.folder.worker_log, stores.folder.scratch_dir)
     supervisor = SupervisorConfig(
         max_concurrent_runs=config.max_concurrent_runs,
         max_restarts=config.max_restarts,
         backoff_s=config.restart_backoff_s,
         pause_grace_s=config.pause_grace_s,
+        silence_s=config.worker_silence_s,
     )
     return Supervisor(stores.runs, launcher, supervisor, thread, launches, lock)
 

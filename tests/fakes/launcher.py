@@ -5,7 +5,8 @@ from __future__ import annotations
 
 class FakeLauncher:
     """Implements ports.Launcher. `alive` holds (run_id, attempt); `fail_with` is raised by the next start; while
-    `unkillable`, what was killed is not gone; `broken` runs cannot be looked at."""
+    `unkillable`, what was killed is not gone; `broken` runs cannot be looked at. Each look at a beat finds a new one,
+    unless it is `stopped`."""
 
     def __init__(self):
         self.started = []
@@ -14,6 +15,8 @@ class FakeLauncher:
         self.alive = set()
         self.broken = set()
         self.unkillable = False
+        self.stopped = False
+        self.beats = 0
         self.how = "exit status 1"
         self.fail_with = None
 
@@ -27,6 +30,10 @@ class FakeLauncher:
         if run_id in self.broken:
             raise KeyError("a bug")
         return (run_id, attempt) in self.alive
+
+    def last_beat(self, run_id, attempt):
+        self.beats += not self.stopped
+        return self.beats
 
     def living(self):
         return set(self.alive)

@@ -13,6 +13,8 @@ class Collector(trace_service_pb2_grpc.TraceServiceServicer):
 
     def __init__(self):
         self._spans = []
+        self.tokens = {}
+        """The header x-token of the last spans of each service."""
         self._server = grpc.server(futures.ThreadPoolExecutor(2))
         trace_service_pb2_grpc.add_TraceServiceServicer_to_server(self, self._server)
         self.endpoint = f"http://127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
@@ -21,6 +23,7 @@ class Collector(trace_service_pb2_grpc.TraceServiceServicer):
     def Export(self, request, context):
         for resource in request.resource_spans:
             names = {each.key: each.value.string_value for each in resource.resource.attributes}
+            self.tokens[names["service.name"]] = dict(context.invocation_metadata()).get("x-token", "")
             for scope in resource.scope_spans:
                 self._spans += [(names["service.name"], span) for span in scope.spans]
         return trace_service_pb2.ExportTraceServiceResponse()

@@ -148,6 +148,12 @@ def test_one_cpu_is_what_the_pods_use(pod):
     assert pod.usable_cpus() == 1
 
 
+def test_files_of_the_volume_give_nothing_to_other_users(pod, published):
+    """The group may have what the fsGroup of the pods gives it."""
+    found = pod.execute("find", "/data", "-mindepth", "1", "-perm", "/0007", "!", "-type", "l")
+    assert (found.returncode, found.stdout) == (0, "")
+
+
 def test_promoted_model_translates_in_the_serving_pod(pods, published):
     with Client(pods["controlPlane"].address) as control, Client(pods["serving"].address) as serving:
         control.set_model_alias(MODEL, "production", 1)

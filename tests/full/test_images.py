@@ -185,6 +185,11 @@ def changes(engine, container):
     return {(kind, path) for kind, path in entries if not f"{path}/".startswith(tuple(f"{each}/" for each in WRITABLE))}
 
 
+def test_nobody_but_the_service_can_read_its_data(container):
+    found = container.execute("find", "/data", "-perm", "/0007", "!", "-type", "l")
+    assert (found.returncode, found.stdout) == (0, "")
+
+
 def test_sigterm_ends_the_service_with_exit_code_0(container):
     begin_s = time.monotonic()
     assert container.stop() == 0

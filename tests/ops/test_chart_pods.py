@@ -33,6 +33,7 @@ class LocalPod:
         self.pod = pod
         self.data = folder / "data"
         self.data.mkdir()
+        self.data.chmod(0o2777)  # as an emptyDir of a pod with an fsGroup
         (folder / "ferryman.toml").write_text(config_file(manifests, pod))
         self._paths = {"/data": self.data, "/models": bundles, "/etc/ferryman/config": folder}
         # The host differs too: an address of IPv6 need not be there.
@@ -91,7 +92,7 @@ def pod(manifests, bundle_dir, tmp_path_factory):
 
 
 def test_its_folder_holds_what_was_imported_and_nothing_older(pod):
-    assert sorted(path.name for path in (pod.data / "models" / "en-de").iterdir()) == ["1", "2"]
+    assert sorted(path.name for path in (pod.data / "own" / "models" / "en-de").iterdir()) == ["1", "2"]
 
 
 def test_it_starts_is_probed_translates_and_ends_in_order(pod, manifests):

@@ -33,15 +33,9 @@ def test_the_error_that_it_dies_of_quotes_no_line_of_a_corpus_unless_it_may(tmp_
 
 
 @pytest.mark.parametrize(
-    ("environment", "threads"),
-    [
-        ({}, 6),
-        ({"LOCAL_WORLD_SIZE": "2"}, 3),
-        ({"LOCAL_WORLD_SIZE": "8"}, 1),
-        ({"OMP_NUM_THREADS": ""}, 6),
-        ({"OMP_NUM_THREADS": "9"}, None),
-    ],
+    ("environment", "processes", "threads"),
+    [({}, 1, 6), ({}, 2, 3), ({}, 8, 1), ({"OMP_NUM_THREADS": ""}, 1, 6), ({"OMP_NUM_THREADS": "9"}, 2, None)],
 )
-def test_worker_started_by_hand_takes_its_share_of_the_usable_cpus(environment, threads):
+def test_worker_started_by_hand_takes_its_share_of_the_usable_cpus(environment, processes, threads):
     machine = Machine(cpus=Usable(value=6, source="affinity"), memory=None)
-    assert torch_threads(machine, environment) == threads
+    assert torch_threads(machine, environment, processes) == threads

@@ -20,7 +20,7 @@ LONG = 1_000_000
 
 
 def worker_pids(run_id):
-    """The processes whose command line names the run: torchrun and the worker."""
+    """The processes whose command line names the run; the first one has started the others."""
     found = []
     for name in os.listdir("/proc"):
         if name.isdigit():
@@ -122,7 +122,7 @@ def test_a_run_that_loses_one_of_its_processes_goes_on_by_itself(start_service):
     records = list(stubs.stream(run.run_id))
     assert states_of(records)[-1] == "SUCCEEDED", stubs.run(run.run_id)
     assert steps_of(records) == list(range(1, SHORT + 1))
-    # The other process may notice by itself, or torchrun may tell it to end before.
+    # The first process may notice by itself, or be told to end before.
     codes = [record.event.code for record in records if record.HasField("event")]
     assert codes.count("RESTARTED") + codes.count("HANDED_OVER") == 1
     ended = stubs.run(run.run_id)
@@ -132,13 +132,30 @@ def test_a_run_that_loses_one_of_its_processes_goes_on_by_itself(start_service):
     assert series_of(records) == series_of(stubs.stream(undisturbed.run_id))
 
 
+def test_a_process_that_is_stopped_is_replaced(start_service):
+    """Of two processes the second: then the first waits for it. After that the first, which then says nothing."""
+    stubs = Stubs(start_service("--worker-silence-s", "6", "--restart-backoff-s", "0").address)
+    run = stubs.start(stubs.upload().corpus_id, small_recipe(LONG), processes=2)
+    for choose in (max, min):
+        stubs.wait_for_step(run.run_id, stubs.run(run.run_id).progress.step + 5)
+        attempt, stopped = stubs.run(run.run_id).attempt, choose(worker_pids(run.run_id))
+        os.kill(stopped, signal.SIGSTOP)
+        wait_until(lambda attempt=attempt: stubs.run(run.run_id).attempt > attempt, timeout_s=60)
+        assert stopped not in worker_pids(run.run_id)
+    stubs.training.CancelTraining(training_pb2.CancelTrainingRequest(run_id=run.run_id))
+    events = [record.event for record in stubs.stream(run.run_id) if record.HasField("event")]
+    ends = [event.message for event in events if event.code in ("RESTARTED", "HANDED_OVER")]
+    assert len(ends) == 2, events
+    assert all("no sign of life for 6 s" in message for message in ends), events
+
+
 def test_a_worker_that_is_told_to_stop_leaves_its_run_to_another(start_service):
     stubs = Stubs(start_service().address)
     run = stubs.start(stubs.upload().corpus_id, short_recipe())
     stubs.wait_for_step(run.run_id, 30)
     began_s = time.monotonic()
     pids = worker_pids(run.run_id)
-    os.kill(min(pids), signal.SIGTERM)  # torchrun's agent
+    os.kill(min(pids), signal.SIGTERM)
     wait_until(lambda: not set(pids) & set(worker_pids(run.run_id)))
     assert time.monotonic() - began_s < 30
     records = list(stubs.stream(run.run_id))

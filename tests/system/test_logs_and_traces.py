@@ -36,6 +36,7 @@ RECIPE = Recipe(
     stop=StopRecipe(max_steps=40),
     validation=ValidationRecipe(interval_steps=20, max_translated_pairs=20),
 )
+TOKEN = "a-token-of-the-collector"
 TOO_LONG = " ".join(WORDS * 20)
 
 
@@ -74,6 +75,7 @@ def observed(tmp_path_factory):
     spans = KeptSpans()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trace, "_TRACER_PROVIDER", spans.provider)  # the API cannot put the global one back
+        patch.setenv("OTEL_EXPORTER_OTLP_HEADERS", f"x-token={TOKEN}")
         yield Observed(tmp_path_factory.mktemp("observed") / "data", spans)
 
 
@@ -145,6 +147,11 @@ def test_a_trace_leads_from_the_client_to_the_worker(observed):
     assert len([span for span in validations if span.parent_span_id == train.span_id]) == 2
     logged = json.loads(observed.worker_log.splitlines()[-1])
     assert logged["trace_id"] == attempt.trace_id.hex()
+
+
+def test_headers_of_traces_reach_the_collector_and_no_log(observed):
+    assert observed.collector.tokens == {"ferryman-service": TOKEN, WORKER: TOKEN}
+    assert TOKEN not in observed.log + observed.worker_log
 
 
 def test_no_sentence_is_in_a_log_or_a_trace(observed):

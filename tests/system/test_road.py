@@ -160,6 +160,13 @@ def test_road_leaves_home_and_working_folder_alone(road, home, working_folder):
     assert sorted(path.suffix for path in working_folder.iterdir()) == [".py"] * 5
 
 
+def test_nobody_else_can_read_what_the_service_keeps(road):
+    service, _, _, _ = road
+    modes = {path: path.lstat().st_mode & 0o077 for path in (service.data_dir, *service.data_dir.rglob("*"))}
+    assert len(modes) > 20
+    assert {path: oct(mode) for path, mode in modes.items() if mode} == {}
+
+
 def test_a_client_that_knows_only_reflection_can_translate(road):
     """Everything about the contract comes over the wire; no generated module of ours is used."""
     service, _, _, _ = road

@@ -1,4 +1,4 @@
-"""Two processes that train one run, of which one speaks."""
+"""Processes that train one run, of which one speaks."""
 
 import time
 
@@ -9,16 +9,18 @@ from ferryman_service.domain.ids import RUN_PREFIX, new_id
 from ferryman_service.domain.recipe import resolve_recipe
 from ferryman_service.domain.records import RunState, StepMetrics
 from ferryman_service.domain.runs import TrainingRun
-from ferryman_service.launch.torchrun import LaunchConfig, TorchrunLauncher, torchrun_command
+from ferryman_service.launch.launcher import LaunchConfig, ProcessLauncher, worker_command
 from ferryman_service.stores.corpora import CorpusLimits, FileCorpusStore
 from ferryman_service.stores.layout import DataFolder
 from ferryman_service.stores.runs import SqlRunStore
 from tests.fakes.databases import open_migrated
 from tests.fakes.namespaces import UNKNOWN_HOST, namespace
+from tests.fakes.sockets import group_of, listening
 from tests.system.conftest import reversal_corpus
 
 pytestmark = pytest.mark.system
 
+STEPS = list(range(1, 21))
 RECIPE = {
     "model": {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "heads": 2, "ffn_dim": 64},
     "data": {"vocabulary_size": 50, "max_sentence_tokens": 64},
@@ -28,11 +30,27 @@ RECIPE = {
 }
 
 
-def test_two_processes_train_one_run(tmp_path):
+@pytest.fixture
+def folder(tmp_path):
     folder = DataFolder(tmp_path / "data")
     folder.create()
-    database = open_migrated(folder.database)
-    runs, corpora = SqlRunStore(database), FileCorpusStore(database, folder, CorpusLimits())
+    return folder
+
+
+@pytest.fixture
+def database(folder):
+    return open_migrated(folder.database)
+
+
+@pytest.fixture
+def runs(database):
+    return SqlRunStore(database)
+
+
+@pytest.fixture
+def run(folder, database, runs):
+    """A run whose first attempt waits for its worker."""
+    corpora = FileCorpusStore(database, folder, CorpusLimits())
     upload = corpora.begin_upload(CorpusHeader(display_name="", source_language="xx", target_language="yy"), "")
     for split, count in ((Split.TRAIN, 500), (Split.VALIDATION, 20)):
         pairs = reversal_corpus(count, seed=count)
@@ -47,20 +65,38 @@ def test_two_processes_train_one_run(tmp_path):
     )
     runs.create(run, None, 1)
     runs.begin_attempt(run.run_id, 0)
+    return run
+
+
+@pytest.mark.parametrize(("processes", "to_the_end"), [(1, False), (2, True), (4, False)])
+def test_processes_train_one_run_and_nobody_else_can_reach_them(folder, runs, run, processes, to_the_end):
     # Where the kernel allows it, the machine's name does not resolve, as in a pod without a DNS entry.
     nameless = namespace(UNKNOWN_HOST) or ()
     config = LaunchConfig(
-        data_dir=folder.root, command=lambda count: (*nameless, *torchrun_command(count)), threads_per_worker=1
+        data_dir=folder.root, command=lambda count: (*nameless, *worker_command(count)), threads_per_worker=1
     )
-    launcher = TorchrunLauncher(config, folder.worker_log)
-    launcher.start(run.run_id, 1, 2)
-    deadline_s = time.monotonic() + 90
+    launcher = ProcessLauncher(config, folder.worker_log, folder.scratch_dir)
+    launcher.start(run.run_id, 1, processes)
+    found = {}
+    deadline_s = time.monotonic() + 180
     while launcher.is_running(run.run_id, 1, None) and time.monotonic() < deadline_s:
-        time.sleep(0.1)
-    assert launcher.kill(run.run_id, 1, None)  # harmless after the end
+        pids = group_of(launcher._workers[run.run_id, 1].pid)
+        found |= {pid: found.get(pid, set()) | listening(pid) for pid in pids}
+        if not to_the_end and runs.get(run.run_id).progress.step >= 2:
+            break
+        time.sleep(0.02)
     log = launcher.log_tail(run.run_id, 1)
-    assert launcher.exit_description(run.run_id, 1) == "exit status 0", log
-    assert runs.get(run.run_id).state is RunState.SUCCEEDED, log
-    records = runs.records_after(run.run_id, 0, 1000)
-    steps = [record.payload.step for record in records if isinstance(record.payload, StepMetrics)]
-    assert steps == list(range(1, 21))
+    assert len(found) >= processes, log
+    # Programs that the first process has called for a moment are among them.
+    assert sum(map(bool, found.values())) == (processes if processes > 1 else 0), "gloo listens, and nothing else"
+    assert all(kind in ("tcp", "tcp6") and address.is_loopback for kind, address in set.union(*found.values()))
+    if to_the_end:
+        assert launcher.exit_description(run.run_id, 1) == "exit status 0", log
+        assert runs.get(run.run_id).state is RunState.SUCCEEDED, log
+        records = runs.records_after(run.run_id, 0, 1000)
+        assert [record.payload.step for record in records if isinstance(record.payload, StepMetrics)] == STEPS
+        assert not folder.scratch_dir(run.run_id, 1).exists(), "temporary files go with the attempt"
+        assert "Unable to resolve" not in log, "gloo has looked the machine's name up"
+    assert launcher.kill(run.run_id, 1, None)  # harmless after the end
+    assert launcher.living() == set()
+    assert not folder.scratch_dir(run.run_id, 1).exists()

@@ -127,8 +127,8 @@ def follow_attempt(ports: WorkerPorts, run_id: str, attempt: int, run_dir: Path)
     """Train beside rank 0, which alone claims, reports and publishes; return at once if the attempt is over.
 
     Return whether rank 0 has said that it is the end. If not, it may still wait for this process, which must then end
-    with a failure, so that torchrun ends them all. What fails here may fail on this rank alone: it is written down,
-    unless rank 0 was faster.
+    with a failure, so that the first one ends them all. What fails here may fail on this rank alone: it is written
+    down, unless rank 0 was faster.
     """
     while (run := ports.runs.get(run_id)).state is RunState.STARTING and run.attempt == attempt:
         time.sleep(_CLAIM_POLL_S)
@@ -147,7 +147,7 @@ def follow_attempt(ports: WorkerPorts, run_id: str, attempt: int, run_dir: Path)
 def leave_attempt(ports: WorkerPorts, run_id: str, attempt: int) -> None:
     """Leave the run to another attempt, from its last checkpoint; harmless if it was left or has ended already.
 
-    Who tells the worker to end may be torchrun, because another of its processes died. So an attempt that got no
+    The worker may have told itself to end, because another of its processes died. So an attempt that got no
     further than those before it counts as if it had died.
     """
     text = "the worker was told to end"

@@ -332,6 +332,11 @@ class Launcher(Protocol):
         process started is known without it."""
         ...
 
+    def last_beat(self, run_id: str, attempt: int) -> int | None:
+        """Return a number that changes at least every few seconds while the attempt's worker is alive, whatever it
+        does; None if nothing is known."""
+        ...
+
     def living(self) -> Set[tuple[str, int]]:
         """Return the (run_id, attempt) of which processes live, whoever started them; the runs may be gone."""
         ...

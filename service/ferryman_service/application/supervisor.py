@@ -26,6 +26,9 @@ from ferryman_service.domain.threads import Threads
 
 _log = logging.getLogger(__name__)
 _MAX_DOUBLINGS: Final = 16
+_LONGEST_LOOK_S: Final = 10.0
+"""What the time between two looks at a worker counts at most: a machine that was suspended, or a container that was
+frozen, has stopped this process too."""
 
 
 class FolderNotHeld(Exception):
@@ -40,6 +43,7 @@ class SupervisorConfig:
     them double from `backoff_s` to `max_backoff_s`. One that does not heed a cancellation or a pause is killed
     `cancel_grace_s` or `pause_grace_s` later: a pause may have to wait for a large checkpoint. What is left of an
     attempt that is over is killed `exit_grace_s` after it was found; it is looked for every `leftovers_interval_s`.
+    A worker that gives no sign of life for `silence_s` is killed and counts as one that died.
     After a tick with an unexpected error the pause before the next one doubles, from `backoff_s` to `max_backoff_s`.
     """
 
@@ -48,11 +52,27 @@ class SupervisorConfig:
     start_timeout_s: float = 180.0
     cancel_grace_s: float = 30.0
     pause_grace_s: float = 600.0
+    silence_s: float = 300.0
     exit_grace_s: float = 30.0
     leftovers_interval_s: float = 2.0
     max_restarts: int = 5
     backoff_s: float = 1.0
     max_backoff_s: float = 60.0
+
+
+@dataclass(frozen=True)
+class Silence:
+    """A worker's last beat, when it was looked at last, and how long it had been silent by then."""
+
+    beat: int
+    seen_at_s: float
+    lasted_s: float = 0.0
+
+    def at(self, beat: int, now_s: float) -> Silence:
+        """Return the silence at a new look."""
+        if beat != self.beat:
+            return Silence(beat, now_s)
+        return Silence(beat, now_s, self.lasted_s + min(now_s - self.seen_at_s, _LONGEST_LOOK_S))
 
 
 class Supervisor:
@@ -82,6 +102,7 @@ class Supervisor:
         self._asked_at_s: dict[tuple[str, str], float] = {}
         self._leftovers_since_s: dict[tuple[str, int], float] = {}
         self._leftovers_seen_at_s = -math.inf
+        self._silences: dict[tuple[str, int], Silence] = {}
         self._last_bugs: dict[str, str] = {}
 
     async def run(self) -> None:
@@ -179,6 +200,8 @@ class Supervisor:
         if alive and self._out_of_patience(run):
             _log.warning("%s does not listen to its cancellation or pause; ending its worker", run.run_id)
             self._end(run, "the worker did not listen and was killed")
+        elif alive and self._is_silent(run):
+            self._end(run, f"the worker gave no sign of life for {self._config.silence_s:g} s and was killed")
         elif run.worker is None and not alive and (run.run_id, run.attempt) not in self._launched_at_s:
             self._launch(run)
         elif not alive:
@@ -266,7 +289,7 @@ class Supervisor:
 
     def _fail_waiting(self, run: TrainingRun) -> None:
         """Fail a run whose workers were told to end too many times in a row: one of them writes that down itself."""
-        message = f"the worker was told to end, by torchrun if one of its processes died; {_no_further(run.restarts)}"
+        message = f"the worker was told to end, or one of its processes died; {_no_further(run.restarts)}"
         with self._unless_overtaken(run):
             self._runs.fail_waiting(run.run_id, run.attempt, self._failure(run, message))
 
@@ -309,6 +332,16 @@ class Supervisor:
         graces_s = {"cancel": self._config.cancel_grace_s, "pause": self._config.pause_grace_s}
         return any(now_s - asked_s > graces_s[name] for name, asked_s in asked.items())
 
+    def _is_silent(self, run: TrainingRun) -> bool:
+        key, now_s = (run.run_id, run.attempt), time.monotonic()
+        beat = self._launcher.last_beat(*key)
+        if beat is None:
+            self._silences.pop(key, None)
+            return False
+        silence = self._silences.get(key, Silence(beat, now_s)).at(beat, now_s)
+        self._silences[key] = silence
+        return silence.lasted_s > self._config.silence_s
+
     def _start_is_overdue(self, run: TrainingRun) -> bool:
         launched_s = self._launched_at_s.get((run.run_id, run.attempt), time.monotonic())
         return time.monotonic() - launched_s > self._config.start_timeout_s
@@ -316,6 +349,7 @@ class Supervisor:
     def _forget(self, unfinished: Sequence[TrainingRun]) -> None:
         known = {run.run_id for run in unfinished}
         self._launched_at_s = {key: at for key, at in self._launched_at_s.items() if key[0] in known}
+        self._silences = {key: silence for key, silence in self._silences.items() if key[0] in known}
         self._last_bugs = {run_id: bug for run_id, bug in self._last_bugs.items() if run_id in known}
         asked = {(run.run_id, name) for run in unfinished for name in _requests(run)}
         self._asked_at_s = {key: at for key, at in self._asked_at_s.items() if key in asked}

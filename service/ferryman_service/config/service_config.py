@@ -83,6 +83,7 @@ class ServiceConfig:
     max_restarts: int = 5
     restart_backoff_s: float = 1.0
     pause_grace_s: float = 600.0
+    worker_silence_s: float = 300.0
     processes_per_run: int = 1
     max_processes_per_run: int = 8
     worker_nice: int = 0
@@ -133,10 +134,11 @@ class ServiceConfig:
         if self.device is Device.CUDA and self.compute_type in (ComputeChoice.FP32, ComputeChoice.INT8):
             text = f"--compute-type is {self.compute_type}, which is for a CPU; on CUDA use fp16"
             yield Mistake(options=("compute_type", "device"), text=text)
-        if self.trace_endpoint and not re.fullmatch(r"https?://[^/\s]+/?", self.trace_endpoint):
-            text = (
-                f"--trace-endpoint is {self.trace_endpoint!r}, must be like http://localhost:4317 or https://host:4317"
-            )
+        if self.trace_endpoint and not re.fullmatch(r"https?://[^/@\s]+/?", self.trace_endpoint):
+            is_like = "must be like http://localhost:4317 or https://host:4317"
+            text = f"--trace-endpoint is {self.trace_endpoint!r}, {is_like}"
+            if "@" in self.trace_endpoint:  # what is before it may be a password
+                text = f"--trace-endpoint holds a user name, {is_like}; give credentials in OTEL_EXPORTER_OTLP_HEADERS"
             yield Mistake(options=("trace_endpoint",), text=text)
 
 
@@ -149,6 +151,7 @@ RANGES: Final[Mapping[str, tuple[float, float]]] = {
     "max_restarts": (0, 1000),
     "restart_backoff_s": (0, 60),
     "pause_grace_s": (1, 86_400),
+    "worker_silence_s": (5, 86_400),
     "processes_per_run": (1, 1024),
     "max_processes_per_run": (1, 1024),
     "worker_nice": (0, 19),
@@ -184,6 +187,8 @@ HELP: Final[Mapping[str, str]] = {
     "max_restarts": "workers of a run that may die one after another without getting further before it fails",
     "restart_backoff_s": "seconds before a worker that died is followed by another; doubles each time, up to 60",
     "pause_grace_s": "seconds that a worker gets to write its checkpoint after PauseTraining before it is killed",
+    "worker_silence_s": "seconds without a sign of life after which a worker is killed and followed by another; a "
+    "worker gives one every second, whatever it does",
     "processes_per_run": "processes that train one run together, unless its caller says otherwise",
     "max_processes_per_run": "most processes that a caller may ask for",
     "worker_nice": "nice value that training adds to the service's own, so that translation goes first where both want "

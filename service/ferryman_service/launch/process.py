@@ -23,8 +23,8 @@ _STATE_FIELD: Final = 0
 _START_TIME_FIELD: Final = 19
 """Fields of /proc/<pid>/stat, counted from the one after the program's name, which may itself hold spaces."""
 _HIGHEST_NICE: Final = 19
-_SESSION_TRIES: Final = 5
-_SESSION_RETRY_S: Final = 0.1
+OOM_SCORE_ADJ: Final = 900
+"""Of at most 1000."""
 
 
 def process_identity(pid: int) -> ProcessIdentity | None:
@@ -53,31 +53,19 @@ def is_alive(identity: ProcessIdentity) -> bool:
 
 
 def lower_priority(pid: int, nice: int) -> None:
-    """Raise the nice value of a program that has just begun a session of its own, and of all that it will start, by
-    `nice` over this process's; 19 is the limit.
-
-    Where the kernel shares the processor among sessions (sched(7), autogroup), a nice value counts only within one: the
-    session's own is raised as well.
+    """Raise the nice value of a program that has just begun, and of all that it will start, by `nice` over this
+    process's; 19 is the limit. Let the kernel end them before others where memory is short (proc(5), oom_score_adj).
     """
     value = min(_HIGHEST_NICE, os.getpriority(os.PRIO_PROCESS, 0) + nice)
     with contextlib.suppress(ProcessLookupError):
         os.setpriority(os.PRIO_PROCESS, pid, value)
-        _lower_session(pid, value)
-
-
-def _lower_session(pid: int, nice: int) -> None:
-    for _ in range(_SESSION_TRIES):
-        try:
-            Path(f"/proc/{pid}/autogroup").write_text(str(nice), encoding="ascii")
-        except BlockingIOError:  # the kernel takes ten of these a second, of all processes together
-            time.sleep(_SESSION_RETRY_S)
-        except OSError as error:
-            if not isinstance(error, FileNotFoundError):  # this kernel has no such groups
-                _log.debug("the priority of session %d cannot be lowered: %s", pid, error)
-            return
-        else:
-            return
-    _log.warning("the priority of session %d could not be lowered; training may slow translation down", pid)
+    try:
+        score = Path(f"/proc/{pid}/oom_score_adj")
+        if int(score.read_text(encoding="ascii")) < OOM_SCORE_ADJ:
+            score.write_text(str(OOM_SCORE_ADJ), encoding="ascii")
+    except OSError as error:
+        if not isinstance(error, FileNotFoundError | ProcessLookupError):  # it has ended already
+            _log.warning("the kernel cannot be told to end worker %d first when memory is short: %s", pid, error)
 
 
 def kill_all_with(arguments: Sequence[str], timeout_s: float) -> bool:
@@ -166,7 +154,7 @@ def _ends_within(descriptor: int, timeout_s: float) -> bool:
 def die_with_parent() -> None:
     """Ask the kernel to kill this process when its parent dies, whatever the parent dies of.
 
-    A worker without its torchrun agent would train on with nobody to end it. Call it from the main thread, early.
+    A process of a run would wait for the first one without end. Call it from the main thread, early.
     """
     parent_pid = os.getppid()
     libc = ctypes.CDLL(None, use_errno=True)

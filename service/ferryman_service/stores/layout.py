@@ -7,6 +7,7 @@ corpora/<corpus_id>/          the four files of a corpus
 corpora/.incoming/            uploads in progress
 prepared/<key>/               subwords and tokens of a corpus, for every run that wants them so
 runs/<run_id>/                a run's checkpoints and logs
+runs/<run_id>/attempt-<n>/    temporary files of a worker, removed at its end
 models/<name>/<version>/      published bundles
 models/.staging/              bundles in the making
 models/.imports/              bundles on their way in or out
@@ -14,6 +15,7 @@ models/.imports/              bundles on their way in or out
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import secrets
@@ -23,6 +25,7 @@ from pathlib import Path
 from typing import Final
 
 from ferryman_service.domain.ids import CORPUS_PREFIX, RUN_PREFIX, is_id, is_model_name
+from ferryman_service.stores.modes import WorldWritable, close_to_others, umask_for
 
 _KEY_BYTES: Final = 32
 
@@ -34,18 +37,33 @@ class DataFolder:
     root: Path
 
     def create(self) -> None:
-        """Create the folders that are missing; raises OSError, which tells the cure, if they cannot be used."""
+        """Create the folders that are missing; raises OSError, which tells the cure, if they cannot be used.
+
+        Other users of the machine may do nothing in the data folder (stores/modes.py).
+        """
         self._refuse_other_encodings()
         try:
-            for folder in (self.incoming, self.runs, self.staging, self.imports):
-                folder.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileExistsError):
+                self.root.mkdir(mode=0o700, parents=True)
+            if not self.root.is_dir():
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(self.root))
+            close_to_others(self.root)
+            mode = 0o777 & ~self.umask()
+            for folder in (self.corpora, self.incoming, self.runs, self.models, self.staging, self.imports):
+                folder.mkdir(mode=mode, exist_ok=True)
                 if not os.access(folder, os.W_OK | os.X_OK):
                     raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+        except WorldWritable:
+            raise
         except OSError as error:
             raise OSError(
                 f"the data folder {self.root.absolute()} cannot be used: {error.filename}: {error.strerror}; give "
                 "--data-dir a folder that can be made and written, or let this user write there"
             ) from error
+
+    def umask(self) -> int:
+        """Return the umask for processes that write into the folder, which must be there."""
+        return umask_for(self.root)
 
     def _refuse_other_encodings(self) -> None:
         path = str(self.root.resolve())
@@ -117,6 +135,11 @@ class DataFolder:
         """Return the file that takes the output of an attempt's worker."""
         assert attempt >= 1, "attempts count from 1"
         return self.run_dir(run_id) / f"worker-{attempt}.log"
+
+    def scratch_dir(self, run_id: str, attempt: int) -> Path:
+        """Return the folder of an attempt's temporary files."""
+        assert attempt >= 1, "attempts count from 1"
+        return self.run_dir(run_id) / f"attempt-{attempt}"
 
     def staging_dir(self, run_id: str) -> Path:
         """Return the folder where a run's bundle is made."""

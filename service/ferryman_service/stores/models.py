@@ -46,7 +46,7 @@ from ferryman_service.stores.sqlite import ChangeCounter
 _VERSIONS: Final = tables.model_versions
 _ALIASES: Final = tables.model_aliases
 _UNFINISHED: Final = [state.value for state in RunState if not state.is_terminal]
-_READ_ONLY: Final = 0o444
+_READ_ONLY: Final = 0o555
 
 
 class FileModelStore:
@@ -259,7 +259,7 @@ def _check_not_in_use(connection: Connection, version: ModelVersion) -> None:
 
 def _make_read_only(bundle: Path) -> None:
     for path in bundle.iterdir():
-        path.chmod(_READ_ONLY)
+        path.chmod(path.stat().st_mode & _READ_ONLY)
 
 
 def _copy_bundle(bundle: Path, names: Sequence[str], staged: Path) -> None:

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ferryman_service.config.resources import usable_cpus
+from ferryman_service.domain.heartbeat import Heartbeat
 from ferryman_service.domain.models import ModelScores
 from ferryman_service.domain.recipe import Recipe
 from ferryman_service.domain.records import EventLevel
@@ -41,7 +42,7 @@ from ferryman_service.training.finish import choose_weights
 from ferryman_service.training.loop import LoopParts, TrainingLoop
 from ferryman_service.training.pairs import TokenPairs
 from ferryman_service.training.prepared import open_prepared, prepare_corpus, prepared_folder
-from ferryman_service.training.ranks import Ranks, Verdict, join_ranks
+from ferryman_service.training.ranks import ALONE, Group, Ranks, Verdict, join_ranks
 from ferryman_service.training.reporting import Reporter, Series
 from ferryman_service.training.resume import newest_usable
 from ferryman_service.training.sampling import epoch_source
@@ -57,12 +58,14 @@ _BEGINNING: Final = -1
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
     """Where and how to train: `device` is "auto" (a GPU if there is one), "cpu" or "cuda"; `threads` None is torch's
-    choice; `compilation` of the layers is "auto" (on a GPU, where Triton and a C compiler are at hand), "on" or "off".
+    choice; `compilation` of the layers is "auto" (on a GPU, where Triton and a C compiler are at hand), "on" or "off";
+    `group` says with which processes.
     """
 
     device: str = "auto"
     threads: int | None = None
     compilation: str = "auto"
+    group: Group = ALONE
 
     def __post_init__(self) -> None:
         if self.device not in ("auto", "cpu", "cuda"):
@@ -82,9 +85,11 @@ class TorchTrainingEngine:
         clock: Callable[[], float] = time.monotonic,
         disk: Disk | None = None,
         tracer: Tracer = NULL_TRACER,
+        heartbeat: Heartbeat | None = None,
     ) -> None:
         self._config = config
         self._tracer = tracer
+        self._heartbeat = heartbeat
         self._clock = clock
         self._disk = disk or Disk()
 
@@ -95,7 +100,8 @@ class TorchTrainingEngine:
         Raises TrainingFailed, DiskIsFull, and what Reporter.check raises.
         """
         budget = TimeBudget(job.recipe.stop.max_time_seconds, self._clock)
-        with disk_full_is_told(job.run_dir), join_ranks(self._device()) as ranks:
+        joined = join_ranks(self._device(), self._config.group, self._heartbeat)
+        with disk_full_is_told(job.run_dir), joined as ranks:
             self._set_up_torch()
             series = Series(reporter)
             return _Run(job, series, ranks, budget, self._disk, self._config.compilation, self._tracer).train()

@@ -248,7 +248,8 @@ class TrainingLoop:
         """Report the updates that were sent, all but the newest `but`, and see to those that were skipped."""
         while len(self._sent) > but:
             sent = self._sent.popleft()
-            outcome = sent.outcome.read()
+            with self._ranks.heartbeat.waiting():  # for a GPU, which may never answer
+                outcome = sent.outcome.read()
             self._report_step(sent, outcome)
             in_a_row = self.position.skipped_in_a_row + 1 if outcome.skipped else 0
             self.position = replace(self.position, skipped_in_a_row=in_a_row)

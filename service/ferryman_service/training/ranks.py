@@ -1,13 +1,13 @@
-"""The processes that train together, as torchrun starts them. A process alone is rank 0 of 1."""
+"""The processes that train together. A process alone is rank 0 of 1."""
 
 from __future__ import annotations
 
 import datetime
 import enum
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Final
 
 import torch
@@ -19,10 +19,11 @@ import torch.distributed as dist
 import torch.distributed.nn
 from torch import Tensor
 
+from ferryman_service.domain.heartbeat import Heartbeat
 from ferryman_service.domain.training import RunCancelled
 
-# The others wait while rank 0 prepares a corpus or validates. If a process dies, or ends with a failure, torchrun ends
-# the group at once.
+# The others wait while rank 0 prepares a corpus or validates. If a process dies, or ends with a failure, the first
+# ends the group at once (launch/group.py).
 _PATIENCE: Final = datetime.timedelta(days=1)
 
 
@@ -36,12 +37,33 @@ class Verdict(enum.IntEnum):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Group:
+    """Which of `size` processes of this machine this one is. They meet at the file `meeting`, which is not there before
+    and lies in a folder that only they can use."""
+
+    rank: int = 0
+    size: int = 1
+    meeting: Path | None = None
+
+    def __post_init__(self) -> None:
+        assert 0 <= self.rank < self.size, "ranks count from 0"
+        assert self.size == 1 or self.meeting is not None, "several processes need a place to meet"
+
+
+ALONE: Final = Group()
+
+
+@dataclass(frozen=True, kw_only=True)
 class Ranks:
-    """This process among those that train together. Every method must be called by all of them, in the same order."""
+    """This process among those that train together. Every method must be called by all of them, in the same order.
+
+    Waiting for the others is no sign of life: `heartbeat` is told.
+    """
 
     rank: int
     world_size: int
     device: torch.device
+    heartbeat: Heartbeat = field(default_factory=Heartbeat)
 
     @property
     def is_first(self) -> bool:
@@ -77,7 +99,8 @@ class Ranks:
     def meet(self) -> None:
         """Wait until all ranks have come here."""
         if self.world_size > 1:
-            dist.all_reduce(torch.zeros(1))
+            with self.heartbeat.waiting():
+                dist.all_reduce(torch.zeros(1))
 
     def share(self, numbers: list[float]) -> list[float]:
         """Return the numbers of rank 0; all ranks must give as many.
@@ -87,7 +110,8 @@ class Ranks:
         if self.world_size == 1:
             return numbers
         shared = torch.tensor(numbers, dtype=torch.float64)
-        dist.broadcast(shared, src=0)
+        with self.heartbeat.waiting():
+            dist.broadcast(shared, src=0)
         values: list[float] = shared.tolist()
         return values
 
@@ -95,27 +119,38 @@ class Ranks:
         """Replace each tensor by its sum over the ranks."""
         if self.world_size == 1:
             return
-        for exchange in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
-            exchange.wait()
+        with self.heartbeat.waiting():
+            for exchange in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
+                exchange.wait()
 
 
 @contextmanager
-def join_ranks(device: torch.device) -> Iterator[Ranks]:
-    """Join the processes that torchrun started, as its environment tells, and leave them at the end.
+def join_ranks(device: torch.device, group: Group = ALONE, heartbeat: Heartbeat | None = None) -> Iterator[Ranks]:
+    """Join the processes of the group, and leave them at the end.
+
+    They find each other by a file, so no process serves a store to the others, and nothing is unpickled: gloo and NCCL
+    exchange tensors over connections of their own, on loopback if GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME say so.
 
     On a GPU, who leaves by an error does not say goodbye: NCCL would wait for the others, who may know nothing of it.
     """
-    world_size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
-    if world_size == 1:
-        yield Ranks(rank=0, world_size=1, device=device)
+    heartbeat = heartbeat or Heartbeat()
+    if group.meeting is None:
+        yield Ranks(rank=0, world_size=1, device=device, heartbeat=heartbeat)
         return
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        device = torch.device("cuda", group.rank)
         torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=_PATIENCE)
+    with heartbeat.waiting():
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+            init_method=group.meeting.absolute().as_uri(),
+            rank=group.rank,
+            world_size=group.size,
+            timeout=_PATIENCE,
+        )
     failed = True
     try:
-        yield Ranks(rank=rank, world_size=world_size, device=device)
+        yield Ranks(rank=group.rank, world_size=group.size, device=device, heartbeat=heartbeat)
         failed = False
     finally:
         if not (failed and device.type == "cuda"):

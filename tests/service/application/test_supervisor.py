@@ -7,7 +7,7 @@ import time
 import pytest
 from sqlalchemy import text
 
-from ferryman_service.application.supervisor import FolderNotHeld, Supervisor, SupervisorConfig
+from ferryman_service.application.supervisor import FolderNotHeld, Silence, Supervisor, SupervisorConfig
 from ferryman_service.domain.errors import AttemptFenced
 from ferryman_service.domain.log_context import log_fields
 from ferryman_service.domain.records import EventLevel, RunEvent, RunState, StepMetrics
@@ -301,6 +301,30 @@ def test_a_worker_that_has_written_its_end_but_does_not_go_is_killed_after_a_gra
     assert launcher.killed == []
     make_supervisor(runs, launcher, exit_grace_s=-1).tick()
     assert launcher.killed == [(run.run_id, 1)]
+
+
+def test_a_silent_worker_is_killed_and_followed_by_another(runs, launcher, running_run):
+    run = running_run()
+    launcher.alive.add((run.run_id, 1))
+    supervisor = make_supervisor(runs, launcher, silence_s=0, backoff_s=0)
+    for _ in range(3):
+        supervisor.tick()
+    assert launcher.killed == []
+    launcher.stopped = True
+    supervisor.tick()
+    supervisor.tick()
+    assert launcher.killed == [(run.run_id, 1)]
+    remarks = [record.payload for record in runs.records_after(run.run_id, 0, 100)]
+    assert "gave no sign of life for 0 s" in next(each.message for each in remarks if isinstance(each, RunEvent))
+    supervisor.tick()
+    assert launcher.started == [(run.run_id, 2)]
+
+
+def test_time_in_which_the_supervisor_itself_did_not_run_counts_little():
+    """A suspended machine, or a frozen container, stops it together with the workers."""
+    silence = Silence(beat=1, seen_at_s=0.0).at(1, 0.25).at(1, 3600.0)
+    assert 10 <= silence.lasted_s < 11
+    assert silence.at(2, 3600.25).lasted_s == 0
 
 
 def test_what_a_finished_run_has_left_holds_its_place(runs, launcher, queue_run):

@@ -1,7 +1,6 @@
-"""Two processes on one machine, started as torchrun starts them."""
+"""Two processes on one machine."""
 
 import os
-import socket
 import subprocess
 import sys
 import textwrap
@@ -28,11 +27,12 @@ from ferryman_service.model.transformer import Transformer
 from ferryman_service.training.batches import make_batch
 from ferryman_service.training.engine import EngineConfig, TorchTrainingEngine
 from ferryman_service.training.pairs import TokenPairs, TokenSide
-from ferryman_service.training.ranks import Ranks, join_ranks
+from ferryman_service.training.ranks import Group, Ranks, join_ranks
 from ferryman_service.training.step import new_trainee
 
 rank = int(os.environ["RANK"])
 run_dir = Path(os.environ["RUN_DIR"])
+group = Group(rank=rank, size=2, meeting=run_dir / "meeting")
 torch.set_num_threads(1)
 """
 
@@ -42,15 +42,12 @@ def two_processes(tmp_path):
     """Runs the code in two processes and returns what they write to stdout."""
 
     def run(code, **environment):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+        common = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
         folders = {"TEST_FOLDER": str(Path(__file__).parent), "RUN_DIR": str(tmp_path)}
         processes = [
             subprocess.Popen(
                 [sys.executable, "-c", PREAMBLE + textwrap.dedent(code)],
-                env=os.environ | common | folders | environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                env=os.environ | common | folders | environment | {"RANK": str(rank)},
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
@@ -78,7 +75,7 @@ def test_an_update_of_two_ranks_is_that_of_one_on_the_whole_batch(two_processes)
 
         alone = trainee_of(Ranks(rank=0, world_size=1, device=torch.device("cpu")))
         tokens = int(pairs.target.lengths_P.sum())
-        with join_ranks(torch.device("cpu")) as ranks:
+        with join_ranks(torch.device("cpu"), group) as ranks:
             together = trainee_of(ranks)
             for parts in ([[0, 1], [2, 3]], [[0, 1, 2, 3], None]):
                 one = alone.step([make_batch(pairs, np.arange(4))], tokens).read()
@@ -111,7 +108,7 @@ RUN_ENGINE = """
     job = TrainingJob(run_id="run_1", recipe=make_small_recipe(stop={"max_steps": 30}), corpus=corpus, run_dir=run_dir,
         prepared_dir=run_dir / "prepared")
     try:
-        trained = TorchTrainingEngine(EngineConfig(device="cpu", threads=1)).train(job, reporter)
+        trained = TorchTrainingEngine(EngineConfig(device="cpu", threads=1, group=group)).train(job, reporter)
         assert "torch._dynamo" not in sys.modules, "the compiler takes seconds to load, and nothing is compiled"
         print(trained.scores, len(reporter.steps), len(reporter.validations))
     except RunCancelled:

@@ -99,8 +99,6 @@ capabilities:
   value: {{ .Values.bindAddress | quote }}
 - name: FERRYMAN_PROBE_PORT
   value: {{ .Values.ports.probe | quote }}
-- name: FERRYMAN_DATA_DIR
-  value: /data
 - name: FERRYMAN_DRAIN_S
   value: {{ .Values.shutdown.drainSeconds | quote }}
 - name: FERRYMAN_GRACE_S

@@ -1,8 +1,8 @@
-"""The launcher, with small programs in the worker's place, and once with the real torchrun."""
+"""The launcher, with small programs in the worker's place."""
 
 import json
 import os
-import signal
+import re
 import subprocess
 import sys
 import time
@@ -11,23 +11,15 @@ from pathlib import Path
 import pytest
 
 from ferryman_service.config.resources import usable_cpus
+from ferryman_service.launch.environment import INHERITED, PRIVATE
+from ferryman_service.launch.launcher import LaunchConfig, ProcessLauncher, read_log_tail, worker_environment
 from ferryman_service.launch.process import is_alive, process_identity
-from ferryman_service.launch.torchrun import (
-    LaunchConfig,
-    TorchrunLauncher,
-    read_log_tail,
-    torchrun_command,
-    worker_environment,
-)
 from tests.fakes.cgroup_tree import CgroupTree
-from tests.fakes.namespaces import UNKNOWN_HOST, namespace
 
 TELL = """
 import json, os, sys
-told = {"arguments": sys.argv[1:], "stdin": sys.stdin.read(), "session": os.getsid(0) == os.getpid(),
-        "threads": os.environ["OMP_NUM_THREADS"], "extra": os.environ.get("EXTRA"),
-        "allocator": os.environ["MALLOC_TRIM_THRESHOLD_"], "spin": os.environ.get("GOMP_SPINCOUNT"),
-        "stop_timeout": os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]}
+told = {"arguments": sys.argv[1:], "stdin": json.load(sys.stdin), "environment": dict(os.environ),
+        "leads_group": os.getpgrp() == os.getpid(), "session": os.getsid(0), "umask": os.umask(0)}
 print(json.dumps(told))
 print("on stderr", file=sys.stderr)
 sys.exit(3)
@@ -35,55 +27,23 @@ sys.exit(3)
 WAIT = "import signal; print('up'); signal.pause()"
 # The child begins after a while, as a worker does.
 FORK = "import os, time; time.sleep(0.3); os.fork() or print(os.getpid(), flush=True); time.sleep(600)"
+COMPILES = """
+import subprocess, sys, time
+compiler = subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()"])
+print(compiler.pid, flush=True)
+time.sleep(600)
+"""
 SERVICE = """
 import sys
 from pathlib import Path
-from ferryman_service.launch.torchrun import LaunchConfig, TorchrunLauncher
+from ferryman_service.launch.launcher import LaunchConfig, ProcessLauncher
 folder = Path(sys.argv[1])
 config = LaunchConfig(data_dir=folder, command=lambda processes: (sys.executable, "-c", sys.argv[2]))
-launcher = TorchrunLauncher(config, lambda run_id, attempt: folder / f"{run_id}-{attempt}.log")
+launcher = ProcessLauncher(config, lambda run_id, attempt: folder / "log", lambda run_id, attempt: folder / "scratch")
 launcher.start("run_x", 1, 1)
 assert "torch" not in sys.modules
-print(launcher._agents["run_x", 1].pid, flush=True)
+print(launcher._workers["run_x", 1].pid, flush=True)
 sys.stdin.readline()
-"""
-TORCH_WORKER = """
-import os, sys
-from pathlib import Path
-import torch.distributed as dist
-from ferryman_service.launch.process import current_process_identity, die_with_parent
-die_with_parent()
-dist.init_process_group("gloo")
-me = current_process_identity()
-Path(sys.argv[2], "worker").write_text(f"{me.pid} {dist.get_world_size()} {os.environ['MASTER_ADDR']}")
-if sys.argv[-1] == "2":
-    raise SystemExit("this attempt is meant to fail")
-import signal
-signal.pause()
-"""
-BARE_MACHINE = """
-import os, sys
-from pathlib import Path
-from ferryman_service.launch.torchrun import LaunchConfig, TorchrunLauncher, torchrun_command
-folder, processes = Path(sys.argv[1]), int(sys.argv[2])
-os.chdir("/proc")
-config = LaunchConfig(
-    data_dir=folder,
-    command=lambda processes: (*torchrun_command(processes)[:-1], "stand_in_worker"),
-    environment={"PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])},
-)
-launcher = TorchrunLauncher(config, lambda run_id, attempt: folder / "log")
-launcher.start("run_x", 1, processes)
-launcher._agents["run_x", 1].wait()
-sys.exit(launcher.exit_description("run_x", 1))
-"""
-ADDING_WORKER = """
-import os, torch, torch.distributed as dist
-dist.init_process_group("gloo")
-ones = torch.ones(1)
-dist.all_reduce(ones)
-print(f"together {int(ones)}, in {os.environ['TMPDIR']}", flush=True)
-dist.destroy_process_group()
 """
 
 
@@ -106,17 +66,19 @@ def launch(tmp_path):
     def make(program=WAIT, **config):
         command = (sys.executable, "-c", program)
         values = {"data_dir": tmp_path, "command": lambda processes: command} | config
-        launcher = TorchrunLauncher(
-            LaunchConfig(**values), lambda run_id, attempt: tmp_path / f"{run_id}-{attempt}.log"
+        launcher = ProcessLauncher(
+            LaunchConfig(**values),
+            lambda run_id, attempt: tmp_path / f"{run_id}-{attempt}.log",
+            lambda run_id, attempt: tmp_path / f"{run_id}-{attempt}",
         )
         started.append(launcher)
         return launcher
 
     yield make
     for launcher in started:
-        for run_id, attempt in launcher._agents:
+        for run_id, attempt in launcher._workers:
             launcher.kill(run_id, attempt, None)
-            launcher._agents[run_id, attempt].wait()
+            launcher._workers[run_id, attempt].wait()
 
 
 def ended(launcher, run_id="run_x", attempt=1):
@@ -124,24 +86,62 @@ def ended(launcher, run_id="run_x", attempt=1):
     return launcher.exit_description(run_id, attempt)
 
 
-def test_a_worker_is_a_program_of_its_own(launch, tmp_path, monkeypatch):
-    for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
-        monkeypatch.delenv(name, raising=False)
-    launcher = launch(TELL, environment={"EXTRA": "more"})
+def told_by(launcher, attempt=1):
+    """What TELL says about itself."""
+    return json.loads(launcher.log_tail("run_x", attempt).splitlines()[0])
+
+
+def test_a_worker_is_a_program_of_its_own(launch, tmp_path):
+    launcher = launch(TELL)
     launcher.start("run_x", 2, 2)
     assert ended(launcher, attempt=2) == "exit status 3"
-    told, on_stderr = launcher.log_tail("run_x", 2).splitlines()
-    assert json.loads(told) == {
-        "arguments": ["--data-dir", str(tmp_path), "--run-id", "run_x", "--attempt", "2"],
-        "stdin": "",
-        "session": True,
-        "threads": str(max(1, usable_cpus().value // 2)),
-        "stop_timeout": "45",
-        "extra": "more",
-        "allocator": str(2**32),
-        "spin": "100",
+    assert launcher.log_tail("run_x", 2).splitlines()[1:] == ["on stderr"]
+    told = told_by(launcher, 2)
+    assert told["arguments"] == ["--data-dir", str(tmp_path), "--run-id", "run_x", "--attempt", "2"]
+    assert told["leads_group"], "a terminal's Ctrl-C goes to the service's group"
+    assert told["session"] == os.getsid(0), "a nice value counts between processes of one session"
+
+
+def test_a_worker_gets_a_chosen_environment_and_what_is_private_by_a_pipe(launch, tmp_path, monkeypatch):
+    for name in os.environ:
+        monkeypatch.delenv(name)
+    chosen = {
+        "PATH": "/bin",
+        "HOME": "/nowhere",
+        "LC_ALL": "C.UTF-8",
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "3",
     }
-    assert on_stderr == "on stderr"
+    secret = {"OTEL_EXPORTER_OTLP_HEADERS": "authorization=Bearer%20geheim", "https_proxy": "http://user:geheim@proxy"}
+    left_out = {"FERRYMAN_TOKEN": "geheim", "AWS_SECRET_ACCESS_KEY": "geheim", "MY_PATH": "x", "PATHS": "x"}
+    for name, value in (chosen | secret | left_out).items():
+        monkeypatch.setenv(name, value)
+    launcher = launch(TELL, environment={"EXTRA": "more"})
+    launcher.start("run_x", 1, 1)
+    ended(launcher)
+    told = told_by(launcher)
+    assert told["stdin"] == secret
+    assert told["environment"] == chosen | {
+        "EXTRA": "more",
+        "TMPDIR": str(tmp_path / "run_x-1"),
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONSAFEPATH": "1",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "NCCL_SOCKET_IFNAME": "=lo",
+        "NCCL_IB_DISABLE": "1",
+        "NCCL_RAS_ENABLE": "0",
+        "GOMP_SPINCOUNT": "100",
+        "MALLOC_MMAP_THRESHOLD_": str(2**30),
+        "MALLOC_TRIM_THRESHOLD_": str(2**32),
+        "MALLOC_TOP_PAD_": str(2**26),
+    }
+
+
+def test_environment_of_a_worker_is_the_list_in_the_documentation():
+    page = (Path(__file__).parents[3] / "docs" / "configuration.md").read_text()
+    _, section = page.split("## Environment of a training process\n")
+    listed = [cell for row in re.findall(r"^\| (`.+?) \|", section.split("\n## ")[0], re.M) for cell in row.split(", ")]
+    assert listed == [f"`{name}`" for name in (*INHERITED, *PRIVATE)]
 
 
 @pytest.mark.parametrize(("threads", "expected"), [(None, "5"), (7, "7")])
@@ -150,7 +150,7 @@ def test_threads_are_those_of_the_config_else_of_the_environment(launch, monkeyp
     launcher = launch(TELL, threads_per_worker=threads)
     launcher.start("run_x", 1, 1)
     ended(launcher)
-    assert json.loads(launcher.log_tail("run_x", 1).splitlines()[0])["threads"] == expected
+    assert told_by(launcher)["environment"]["OMP_NUM_THREADS"] == expected
 
 
 @pytest.mark.parametrize(("quota", "processes", "threads"), [(100_000, 1, 1), (100_000, 2, 1), (1_000_000, 1, None)])
@@ -175,7 +175,7 @@ def test_the_allocator_is_set_up_unless_the_environment_says_how(launch):
     launcher = launch(TELL, environment={"MALLOC_TRIM_THRESHOLD_": "1"})
     launcher.start("run_x", 1, 1)
     ended(launcher)
-    assert json.loads(launcher.log_tail("run_x", 1).splitlines()[0])["allocator"] == "1"
+    assert told_by(launcher)["environment"]["MALLOC_TRIM_THRESHOLD_"] == "1"
 
 
 @pytest.mark.parametrize(
@@ -186,7 +186,7 @@ def test_spinning_is_bounded_unless_the_environment_says_how_to_wait(launch, mon
     launcher = launch(TELL, environment=environment)
     launcher.start("run_x", 1, 1)
     ended(launcher)
-    assert json.loads(launcher.log_tail("run_x", 1).splitlines()[0])["spin"] == expected
+    assert told_by(launcher)["environment"].get("GOMP_SPINCOUNT") == expected
 
 
 @pytest.mark.parametrize("nice", [0, 5, 19])
@@ -194,9 +194,10 @@ def test_nice_lowers_the_worker_and_its_children(launch, nice):
     launcher = launch(FORK, nice=nice)
     launcher.start("run_x", 1, 1)
     wait_until(lambda: launcher.log_tail("run_x", 1).endswith("\n"))
-    pids = [launcher._agents["run_x", 1].pid, int(launcher.log_tail("run_x", 1))]
+    pids = [launcher._workers["run_x", 1].pid, int(launcher.log_tail("run_x", 1))]
     expected = min(19, nice_of(os.getpid()) + nice)
     assert [nice_of(pid) for pid in pids] == [expected, expected]
+    assert [Path(f"/proc/{pid}/oom_score_adj").read_text() for pid in pids] == ["900\n", "900\n"]
 
 
 def test_a_living_worker_runs_until_it_is_killed(launch):
@@ -218,13 +219,19 @@ def test_attempts_are_told_apart(launch):
     assert launcher.is_running("run_x", 1, None)
 
 
-def test_the_whole_group_is_killed(launch):
-    launcher = launch(FORK)
+@pytest.mark.parametrize("program", [FORK, COMPILES])
+def test_all_that_the_worker_has_started_is_killed_and_its_files_are_removed(launch, tmp_path, program):
+    launcher = launch(program)
     launcher.start("run_x", 1, 1)
     wait_until(lambda: launcher.log_tail("run_x", 1).endswith("\n"))
     child = process_identity(int(launcher.log_tail("run_x", 1)))
+    scratch = tmp_path / "run_x-1"
+    assert scratch.stat().st_mode & 0o777 == 0o700
+    assert launcher.last_beat("run_x", 1)
     assert launcher.kill("run_x", 1, None)
-    assert not is_alive(child)
+    wait_until(lambda: not is_alive(child))
+    assert not scratch.exists()
+    assert launcher.last_beat("run_x", 1) is None
 
 
 def test_a_worker_outlives_the_service_and_is_found_again(launch, tmp_path):
@@ -256,7 +263,7 @@ def test_a_worker_with_other_arguments_is_killed_by_its_identity(launch, tmp_pat
     elsewhere = launch(data_dir=tmp_path / "before it was moved")
     elsewhere.start("run_x", 1, 1)
     wait_until(lambda: elsewhere.log_tail("run_x", 1))
-    worker = process_identity(elsewhere._agents["run_x", 1].pid)
+    worker = process_identity(elsewhere._workers["run_x", 1].pid)
     launcher = launch()
     assert launcher.kill("run_x", 1, None)
     assert is_alive(worker)
@@ -267,10 +274,10 @@ def test_a_worker_with_other_arguments_is_killed_by_its_identity(launch, tmp_pat
 def test_workers_that_ended_are_collected_when_the_next_one_starts(launch):
     launcher = launch("pass")
     launcher.start("run_x", 1, 1)
-    agent = launcher._agents["run_x", 1]
-    os.waitid(os.P_PID, agent.pid, os.WEXITED | os.WNOWAIT)
+    worker = launcher._workers["run_x", 1]
+    os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)
     launcher.start("run_x", 2, 1)
-    assert agent.returncode == 0
+    assert worker.returncode == 0
 
 
 def test_a_program_that_cannot_be_started(launch):
@@ -279,6 +286,7 @@ def test_a_program_that_cannot_be_started(launch):
         launcher.start("run_x", 1, 1)
     assert not launcher.is_running("run_x", 1, None)
     assert launcher.log_tail("run_x", 1) == ""
+    assert launcher.last_beat("run_x", 1) is None, "no temporary files are left"
 
 
 @pytest.mark.parametrize(
@@ -302,42 +310,3 @@ def test_the_tail_of_a_log(tmp_path, content, expected):
 
 def test_no_log_has_no_tail(tmp_path):
     assert read_log_tail(tmp_path / "missing") == ""
-
-
-@pytest.mark.system
-@pytest.mark.parametrize("processes", [1, 2])
-def test_torchrun_needs_neither_name_of_machine_nor_temporary_folder(tmp_path, processes):
-    """The data folder is the only one that can be written, and the machine's name does not resolve."""
-    (tmp_path / "stand_in_worker.py").write_text(ADDING_WORKER)
-    read_only = [f"mount -t tmpfs -o ro none {folder}" for folder in ("/tmp", "/var/tmp") if os.path.isdir(folder)]
-    prefix = namespace(UNKNOWN_HOST, f"mount --bind '{tmp_path}' /mnt", *read_only)
-    if prefix is None:
-        pytest.skip("the kernel allows no namespaces here")
-    environment = {key: value for key, value in os.environ.items() if key not in ("TMPDIR", "TEMP", "TMP")}
-    command = [*prefix, sys.executable, "-P", "-c", BARE_MACHINE, "/mnt", str(processes)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
-    log = (tmp_path / "log").read_text()
-    assert done.stderr == "exit status 0\n", log
-    assert log.count(f"together {processes}, in /mnt/tmp") == processes
-    assert "Unable to resolve" not in log, "gloo has looked the name up"
-
-
-@pytest.mark.system
-def test_torchrun_itself(launch, tmp_path, monkeypatch):
-    (tmp_path / "stand_in_worker.py").write_text(TORCH_WORKER)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    command = (*torchrun_command()[:-1], "stand_in_worker")
-    launcher = launch(command=lambda processes: command)
-    launcher.start("run_x", 1, 1)
-    wait_until(lambda: (tmp_path / "worker").exists() and (tmp_path / "worker").read_text())
-    pid, world_size, address = (tmp_path / "worker").read_text().split()
-    worker = process_identity(int(pid))
-    assert world_size == "1"
-    assert address == "localhost", "the host's own name need not resolve"
-    assert launcher.is_running("run_x", 1, worker)
-    os.kill(launcher._agents["run_x", 1].pid, signal.SIGKILL)
-    wait_until(lambda: not is_alive(worker))
-    assert ended(launcher) == "killed by signal 9"
-    launcher.start("run_x", 2, 1)
-    assert ended(launcher, attempt=2) == "exit status 1"
-    assert "this attempt is meant to fail" in (tmp_path / "run_x-2.log").read_text()
