@@ -148,6 +148,7 @@ def read_graph(data: memoryview) -> Graph:
     if _number(model, "ir_version") != _IR_VERSION or versions != OPSET_VERSIONS:
         raise MalformedMessage(f"the model has IR version {_number(model, 'ir_version')} and operators of {versions}")
     graph = read_message(_only(model, "graph"), _GRAPH)
+    _text(model, "producer_name"), _text(graph, "name")
     return Graph(
         nodes=tuple(_node(_bytes(node)) for node in graph["node"]),
         constants=_by_name([_constant(_bytes(tensor)) for tensor in graph["initializer"]]),
@@ -158,6 +159,7 @@ def read_graph(data: memoryview) -> Graph:
 
 def _node(data: memoryview) -> Node:
     values = read_message(data, _NODE)
+    _text(values, "name")
     domain, operator = _text(values, "domain"), _text(values, "op_type")
     return Node(
         operator=f"{domain}.{operator}" if domain else operator,
