@@ -44,7 +44,7 @@ SERVED = $(if $(DATA),--data "$(DATA)") $(if $(SOURCE),--source "$(SOURCE)") $(i
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .PHONY: help setup demo test check full images quick system ops protos protos-drift metrics-docs dashboards buf-lint lint types layers \
-  dockerfile image-contents chart wheel-smoke bench-quality bench-quality-tok bench-schedules bench-export bench-training-cpu bench-training-gpu bench-overhead bench-corpora \
+  dockerfile image-contents locks chart wheel-smoke bench-quality bench-quality-tok bench-schedules bench-export bench-training-cpu bench-training-gpu bench-overhead bench-corpora \
   bench-serving-cpu bench-serving-gpu bench-load bench-decode-step bench-search-overhead bench-invariance \
   bench-serving-profile bench-neighbour soak rehearse clean
 
@@ -121,7 +121,7 @@ lint: $(READY) ## ruff: rules and format
 
 types: $(READY) ## mypy --strict
 	$(BIN)/mypy
-	$(BIN)/mypy examples bench deploy/image_contents.py deploy/helm
+	$(BIN)/mypy examples bench deploy/image_contents.py deploy/lock.py deploy/helm
 
 layers: $(READY) ## the layers of the architecture
 	$(BIN)/lint-imports
@@ -131,6 +131,9 @@ dockerfile: $(READY) ## hadolint
 
 image-contents: $(READY) ## what each target of the Dockerfile would hold, and its budget
 	@$(BIN)/python -m deploy.image_contents --packages
+
+locks: $(READY) ## write deploy/locks, the images' packages with their digests; with Python 3.11 on x86-64
+	$(BIN)/python -m deploy.lock
 
 chart: $(READY) ## write what the Helm chart takes over: schema, table of values, rules, dashboards
 	$(BIN)/python -m deploy.helm.generate
@@ -190,8 +193,9 @@ bench-search-overhead: $(READY) ## what the search takes of a decoding step, out
 bench-neighbour: $(READY) ## what a busy process costs training and serving, and these two each other: [DATA= QUICK=1]
 	@$(BIN)/python -m bench.neighbour $(if $(DATA),--data "$(DATA)") $(if $(QUICK),--quick)
 
-soak: $(READY) ## training that dies everywhere, and a translation service under load: [MINUTES= PROCESSES= MODEL= RATE=]
-	FERRYMAN_SOAK=1 $(BIN)/python -m pytest tests/service/training/test_resume.py tests/service/training/test_compile.py
+soak: $(READY) ## training that dies everywhere, bundles that are mutated, and a translation service under load: [MINUTES= PROCESSES= MODEL= RATE=]
+	FERRYMAN_SOAK=1 $(BIN)/python -m pytest tests/service/training/test_resume.py tests/service/training/test_compile.py \
+	  tests/contract/test_mutated_bundles.py
 	$(BIN)/python -m bench.kill $(if $(MINUTES),--minutes "$(MINUTES)") $(if $(PROCESSES),--processes "$(PROCESSES)")
 	$(BIN)/python -m bench.load --soak $(or $(MINUTES),10) $(SERVED) $(if $(RATE),--rate "$(RATE)")
 
