@@ -4,9 +4,9 @@
 #   docker build --target cpu --build-arg PIP_EXTRA_INDEX_URL=... -t ferryman:cpu .                trains and translates
 #   docker build --target cuda -t ferryman:cuda .                                                  the same on GPUs
 #
-# PYTHON_IMAGE pins the base: pass it with its digest, as name:tag@sha256:... Any image of Debian 12 with Python 3.11 or
-# newer will do. PIP_EXTRA_INDEX_URL names the index of PyTorch's CPU wheels: without it the cpu target works too, but is
-# gigabytes larger, since the default build of torch brings the CUDA libraries along.
+# PYTHON_IMAGE pins the base: pass it with its digest, as name:tag@sha256:... Any image of Debian 12 with Python 3.11 will
+# do: deploy/locks has the digest of every package, for CPython 3.11 on x86-64; `make locks` writes them. The target cpu
+# needs PIP_EXTRA_INDEX_URL, the index of PyTorch's CPU wheels, whose build of torch the lock names.
 ARG PYTHON_IMAGE=python:3.11-slim-bookworm
 
 FROM ${PYTHON_IMAGE} AS builder
@@ -16,29 +16,31 @@ ENV PIP_DISABLE_PIP_VERSION_CHECK=1 \
 RUN python -m venv --without-pip /opt/ferryman
 ENV PIP_PYTHON=/opt/ferryman/bin/python
 WORKDIR /build
+COPY deploy/locks locks
 COPY constraints.txt ./
 
+# Packages come first, each with its digest: a change of the product does not download them again.
 FROM builder AS builder-serving-cpu
+RUN pip install --require-hashes -r locks/serving-cpu.txt
 COPY pyproject.toml README.md LICENSE ./
 COPY client client
 COPY service service
-RUN pip install -c constraints.txt ".[server,cpu,tracing]"
+RUN pip install -c constraints.txt --no-deps ".[server,cpu,tracing]"
 
-# torch comes first and by itself: a change of the product does not download it again.
 FROM builder AS builder-cpu
 ARG PIP_EXTRA_INDEX_URL
-RUN pip install -c constraints.txt torch==2.13.0
+RUN pip install --require-hashes -r locks/cpu.txt
 COPY pyproject.toml README.md LICENSE ./
 COPY client client
 COPY service service
-RUN pip install -c constraints.txt ".[server,cpu,train,tracing]"
+RUN pip install -c constraints.txt --no-deps ".[server,cpu,train,tracing]"
 
 FROM builder AS builder-cuda
-RUN pip install -c constraints.txt torch==2.13.0
+RUN pip install --require-hashes -r locks/cuda.txt
 COPY pyproject.toml README.md LICENSE ./
 COPY client client
 COPY service service
-RUN pip install -c constraints.txt ".[server,gpu,train,tracing]"
+RUN pip install -c constraints.txt --no-deps ".[server,gpu,train,tracing]"
 
 FROM ${PYTHON_IMAGE} AS runtime
 # tini passes signals on and collects what has ended: the service may then be process 1's child, as on any machine.

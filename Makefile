@@ -44,7 +44,7 @@ SERVED = $(if $(DATA),--data "$(DATA)") $(if $(SOURCE),--source "$(SOURCE)") $(i
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .PHONY: help setup demo test check full images quick system ops protos protos-drift metrics-docs dashboards buf-lint lint types layers \
-  dockerfile image-contents chart wheel-smoke bench-quality bench-quality-tok bench-schedules bench-export bench-training-cpu bench-training-gpu bench-overhead bench-corpora \
+  dockerfile image-contents locks chart wheel-smoke bench-quality bench-quality-tok bench-schedules bench-export bench-training-cpu bench-training-gpu bench-overhead bench-corpora \
   bench-serving-cpu bench-serving-gpu bench-load bench-decode-step bench-search-overhead bench-invariance \
   bench-serving-profile bench-neighbour dearest soak rehearse clean
 
@@ -122,7 +122,7 @@ lint: $(READY) ## ruff: rules and format
 
 types: $(READY) ## mypy --strict
 	$(BIN)/mypy
-	$(BIN)/mypy examples bench deploy/image_contents.py deploy/helm
+	$(BIN)/mypy examples bench deploy/image_contents.py deploy/lock.py deploy/helm
 
 layers: $(READY) ## the layers of the architecture
 	$(BIN)/lint-imports
@@ -132,6 +132,9 @@ dockerfile: $(READY) ## hadolint
 
 image-contents: $(READY) ## what each target of the Dockerfile would hold, and its budget
 	@$(BIN)/python -m deploy.image_contents --packages
+
+locks: $(READY) ## write deploy/locks, the images' packages with their digests; with Python 3.11 on x86-64
+	$(BIN)/python -m deploy.lock
 
 chart: $(READY) ## write what the Helm chart takes over: schema, table of values, rules, dashboards
 	$(BIN)/python -m deploy.helm.generate
@@ -194,9 +197,9 @@ bench-neighbour: $(READY) ## what a busy process costs training and serving, and
 dearest: $(READY) ## a search for the request that costs the service most: [MINUTES=]
 	@$(BIN)/python -m bench.dearest $(if $(MINUTES),--minutes "$(MINUTES)")
 
-soak: $(READY) ## training that dies everywhere, random and dear requests, a translation service under load: [MINUTES= PROCESSES= MODEL= RATE=]
+soak: $(READY) ## training that dies everywhere, random and dear requests, mutated bundles, a translation service under load: [MINUTES= PROCESSES= MODEL= RATE=]
 	FERRYMAN_SOAK=1 $(BIN)/python -m pytest tests/service/training/test_resume.py tests/service/training/test_compile.py
-	FERRYMAN_SOAK=1 $(BIN)/python -m pytest $(PARALLEL) tests/contract/test_any_message.py
+	FERRYMAN_SOAK=1 $(BIN)/python -m pytest $(PARALLEL) tests/contract/test_any_message.py tests/contract/test_mutated_bundles.py
 	$(BIN)/python -m bench.dearest $(if $(MINUTES),--minutes "$(MINUTES)")
 	$(BIN)/python -m bench.kill $(if $(MINUTES),--minutes "$(MINUTES)") $(if $(PROCESSES),--processes "$(PROCESSES)")
 	$(BIN)/python -m bench.load --soak $(or $(MINUTES),10) $(SERVED) $(if $(RATE),--rate "$(RATE)")

@@ -35,6 +35,7 @@ from ferryman_service.domain.threads import Threads
 from ferryman_service.domain.tracing import Tracer
 from ferryman_service.domain.translation import ComputeType
 from ferryman_service.launch.launcher import LaunchConfig, ProcessLauncher, worker_command
+from ferryman_service.launch.trial import examine_bundle
 from ferryman_service.observability.engine import EngineCollector
 from ferryman_service.observability.gpu import GpuCollector, open_nvml
 from ferryman_service.observability.http import MetricsEndpoint, new_registry
@@ -338,7 +339,7 @@ def _open_stores(folder: DataFolder, config: ServiceConfig, on_failure: Callable
         runs=SqlRunStore(database),
         folders=FileRunFolders(folder),
         corpora=FileCorpusStore(database, folder, CorpusLimits(max_bytes=config.max_corpus_bytes)),
-        models=FileModelStore(database, folder),
+        models=FileModelStore(database, folder, examine=examine_bundle),
     )
 
 

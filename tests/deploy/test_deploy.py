@@ -2,12 +2,13 @@
 
 import json
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
 import yaml
 
-from deploy.image_contents import all_contents
+from deploy.image_contents import all_contents, read_constraints
 from ferryman_service.__main__ import _parser
 from ferryman_service.config.service_config import ENVIRONMENT_PREFIX, ServiceConfig
 
@@ -57,10 +58,34 @@ def test_the_base_of_every_stage_can_be_pinned_by_one_argument(dockerfile):
     assert {base for base in bases if base not in stages} == {"${PYTHON_IMAGE}"}
 
 
-def test_everything_that_the_image_installs_is_constrained(dockerfile):
+def test_everything_that_the_image_installs_is_locked(dockerfile):
     installs = re.findall(r"pip install (.*)", dockerfile)
-    assert len(installs) == 5
-    assert all(arguments.startswith("-c constraints.txt ") for arguments in installs)
+    locked, product = installs[::2], installs[1::2]
+    assert locked == [f"--require-hashes -r locks/{target}.txt" for target in ("serving-cpu", "cpu", "cuda")]
+    assert len(product) == 3
+    assert all(arguments.startswith("-c constraints.txt --no-deps ") for arguments in product)
+
+
+def test_locks_hold_what_is_computed_for_the_images():
+    for contents in all_contents(ROOT):
+        text = (ROOT / f"deploy/locks/{contents.target}.txt").read_text()
+        lines = [line for line in text.splitlines() if not line.startswith("#")]
+        assert all(re.fullmatch(r"\S+==\S+ --hash=sha256:[0-9a-f]{64}", line) for line in lines)
+        locked = {name: str(version) for name, version in read_constraints(re.sub(r" --hash=.*", "", text)).items()}
+        wanted = {package.name: package.version for package in contents.packages if package.name != "ferryman"}
+        assert wanted.keys() <= locked.keys()
+        assert contents.unknown or wanted.keys() == locked.keys(), "what is installed here tells what it needs"
+        assert {name: version.removesuffix("+cpu") for name, version in locked.items() if name in wanted} == wanted
+        assert locked.get("torch", "+cpu").endswith("+cpu") == (contents.target != "cuda")
+
+
+def test_build_tools_are_pinned_to_the_constraints():
+    constraints = read_constraints((ROOT / "constraints.txt").read_text())
+    tools = read_constraints(
+        "\n".join(tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"])
+    )
+    assert "hatchling" in tools
+    assert tools == {name: constraints[name] for name in tools}
 
 
 def test_the_build_may_read_what_it_copies(dockerfile):
@@ -94,9 +119,8 @@ def test_every_image_is_labelled_with_what_it_was_built_from(dockerfile):
         assert set(re.findall(r"^ARG (\w+)", image, re.MULTILINE)) == set(labels.values())
 
 
-def test_the_image_pins_the_torch_that_the_constraints_pin(dockerfile):
+def test_setup_pins_the_torch_that_the_constraints_pin():
     pinned = re.search(r"^torch==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
-    assert set(re.findall(r"torch==(\S+)", dockerfile)) == {pinned[1]}
     assert f"torch=={pinned[1]}" in (ROOT / "Makefile").read_text()
 
 

@@ -20,7 +20,7 @@ HEADER = bundles.ManifestHeader(
     scores=ModelScores(bleu=30.5, chrf=60.25, nll_per_token=1.25, weights="best", step=100, translated_pairs=40),
     parameters=1000,
     max_sentence_tokens=8,
-    architecture=bundles.Architecture(d_model=8, decoder_layers=1, heads=1, vocabulary_size=32),
+    architecture=bundles.Architecture(d_model=128, decoder_layers=4, heads=4, vocabulary_size=32),
 )
 
 

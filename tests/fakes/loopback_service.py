@@ -69,6 +69,7 @@ class LoopbackService:
         queue_tokens=TranslationLimits.queue_tokens,
         loader=None,
         loading_limits=None,
+        examine=lambda bundle: None,
         tracer=NULL_TRACER,
         log_sentences=False,
         **config,
@@ -78,7 +79,7 @@ class LoopbackService:
         self._database = open_migrated(self.folder.database)
         self.runs = SqlRunStore(self._database)
         self.corpora = FileCorpusStore(self._database, self.folder, CorpusLimits(max_bytes=max_corpus_bytes))
-        self.models = FileModelStore(self._database, self.folder)
+        self.models = FileModelStore(self._database, self.folder, examine=examine)
         self.loader = loader or FakeBundleLoader()
         self.loaded = LoadedModels(self.models, self.loader, loading_limits or LoadingLimits()) if translates else None
         self.registry = new_registry()

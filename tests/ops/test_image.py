@@ -60,17 +60,17 @@ def environment(root):
     build.mkdir()
     for name in ("pyproject.toml", "README.md", "LICENSE", "constraints.txt"):
         shutil.copy(ROOT / name, build)
-    for name in ("client", "service"):
-        shutil.copytree(ROOT / name, build / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name, to in (("client", "client"), ("service", "service"), ("deploy/locks", "locks")):
+        shutil.copytree(ROOT / name, build / to, ignore=shutil.ignore_patterns("__pycache__"))
     target = root / "opt"
     [make] = [line for line in lines("RUN") if line.startswith("python -m venv")]
-    [install] = lines("RUN", stage("builder-serving-cpu"))
     [pip_python] = re.findall(r"^ENV PIP_PYTHON=(\S+)$", DOCKERFILE, re.MULTILINE)
     variables = {**os.environ, "PIP_PYTHON": pip_python.replace("/opt/ferryman", str(target))}
     make_arguments = shlex.split(make.replace("/opt/ferryman", str(target)))[1:]
     subprocess.run([PYTHON, *make_arguments], check=True)
-    pip, *install_arguments = shlex.split(install)
-    subprocess.run([sys.executable, "-m", pip, *install_arguments, "-q"], cwd=build, env=variables, check=True)
+    for install in lines("RUN", stage("builder-serving-cpu")):
+        pip, *install_arguments = shlex.split(install)
+        subprocess.run([sys.executable, "-m", pip, *install_arguments, "-q"], cwd=build, env=variables, check=True)
     return target
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -376,9 +377,11 @@ def _judge_int8(
         return
     fp32_bleu, int8_bleu = bleu(exact, references), bleu(texts, references)
     keep = fp32_bleu - int8_bleu <= MAX_INT8_LOSS
-    scores = Int8Scores(pairs=len(references), fp32_bleu=fp32_bleu, int8_bleu=int8_bleu)
+    scores = Int8Scores(pairs=0)  # a manifest holds no NaN
+    if math.isfinite(fp32_bleu) and math.isfinite(int8_bleu):
+        scores = Int8Scores(pairs=len(references), fp32_bleu=fp32_bleu, int8_bleu=int8_bleu)
     ports.exporter.settle_int8(staged, scores, keep=keep)
-    text = f"BLEU of {scores.pairs} held-out pairs, greedy: {fp32_bleu:.2f} in fp32, {int8_bleu:.2f} in int8"
+    text = f"BLEU of {len(references)} held-out pairs, greedy: {fp32_bleu:.2f} in fp32, {int8_bleu:.2f} in int8"
     if keep:
         reporter.event(EventLevel.INFO, "INT8_CHECKED", text)
     else:

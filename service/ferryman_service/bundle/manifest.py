@@ -1,6 +1,8 @@
 """The manifest of a model bundle: what the bundle is, and the digest of every file in it.
 
 A bundle is a folder that holds exactly the files named here, with fixed names: no name in a manifest becomes a path.
+A manifest may come from anywhere: its values have the types and ranges below, and a file no more bytes than the
+network that the manifest describes can need, or the manifest is refused with the name of the field.
 """
 
 from __future__ import annotations
@@ -9,14 +11,17 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, BinaryIO, Final, NoReturn
 
+from ferryman_service.bundle.files import open_regular, size_of
+from ferryman_service.bundle.sizes import NetworkSize
 from ferryman_service.domain.errors import ModelDamaged
-from ferryman_service.domain.models import Int8Outcome, Int8Scores, ModelLineage, ModelScores
-from ferryman_service.domain.recipe import recipe_from_dict, recipe_to_dict
+from ferryman_service.domain.models import VERSION_LIMITS, Int8Outcome, Int8Scores, ModelLineage, ModelScores
+from ferryman_service.domain.recipe import Positions, out_of_range, recipe_to_dict
+from ferryman_service.domain.schema import Limits, Number, SchemaMismatch, Text, mapping_of, read_fields, shown
 from ferryman_service.domain.translation import ComputeType
 
 FORMAT_VERSION: Final = 3
@@ -47,6 +52,14 @@ WEIGHTS_FILE: Final = "weights.safetensors"
 
 _OPTIONAL_GROUPS: Final = (INT8_FILES, FP16_FILES, (WEIGHTS_FILE,))
 _MAX_MANIFEST_BYTES: Final = 1 << 20
+_MAX_GRAPH_BYTES: Final = 2**31 - 1
+"""A protocol buffer cannot be longer."""
+_MAX_SUBWORDS_BYTES: Final = 64 << 20
+_OVERHEAD_BYTES: Final = 2 << 20
+"""What a file may have beside the numbers of the network: names, nodes, constants, headers."""
+_CHUNK_BYTES: Final = 1 << 20
+_SHOWN_FILES: Final = 5
+_CURE: Final = "restore the file, or train again"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +144,18 @@ class Manifest:
         return sum(self.files[name].size_bytes for name in _needed(compute_type))
 
 
+_LIMITS: Final[Limits] = {
+    **VERSION_LIMITS,
+    (ManifestHeader, "parameters"): Number(1, 10**12),
+    (ManifestHeader, "max_sentence_tokens"): Number(4, 4096),
+    (Architecture, "d_model"): Number(8, 8192),
+    (Architecture, "decoder_layers"): Number(1, 64),
+    (Architecture, "heads"): Number(1, 128),
+    (Architecture, "vocabulary_size"): Number(6, 256_000),
+    (FileDigest, "sha256"): Text(64, "[0-9a-f]{64}", "64 hexadecimal digits"),
+}
+
+
 def seal(bundle: Path, header: ManifestHeader) -> Manifest:
     """Write the manifest of the content files that lie in `bundle`; every file and the folder are fsynced.
 
@@ -143,7 +168,7 @@ def seal(bundle: Path, header: ManifestHeader) -> Manifest:
         files[name] = _digest(bundle / name)
     manifest = Manifest(format_version=FORMAT_VERSION, header=header, files=files)
     with (bundle / MANIFEST_FILE).open("w", encoding="utf-8") as file:
-        json.dump(_to_dict(manifest), file, indent=1, sort_keys=True)
+        json.dump(_to_dict(manifest), file, indent=1, sort_keys=True, allow_nan=False)
         file.write("\n")
     _fsync(bundle / MANIFEST_FILE)
     _fsync(bundle)
@@ -161,21 +186,19 @@ def settle_int8(bundle: Path, scores: Int8Scores, *, keep: bool) -> Manifest:
 
 def read_manifest(bundle: Path) -> Manifest:
     """Return the manifest; raises ModelDamaged if there is none that this version can read. Digests are not checked."""
+    return parse_manifest(_read_manifest_bytes(bundle))
+
+
+def parse_manifest(content: bytes) -> Manifest:
+    """Return the manifest that the file of this content is; raises ModelDamaged with the name of the field that is not
+    what the format says."""
     try:
-        values = json.loads(_read_manifest_bytes(bundle))
-        if values["format_version"] not in _READABLE_VERSIONS:
-            raise ModelDamaged(
-                f"{MANIFEST_FILE} has format version {values['format_version']!r}, this server reads {FORMAT_VERSION}: "
-                "use a server of the version that wrote it, or train the model again",
-                file=MANIFEST_FILE,
-            )
-        manifest = _from_dict(values)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelDamaged(f"{MANIFEST_FILE} is not a manifest: {error!r}", file=MANIFEST_FILE) from error
-    if not _is_whole(manifest.files):
-        found = ", ".join(sorted(manifest.files))
-        raise ModelDamaged(f"{MANIFEST_FILE} names {found}, not {', '.join(CONTENT_FILES)}", file=MANIFEST_FILE)
-    return manifest
+        values = mapping_of(_decode(content), "manifest")
+        _check_version(values.get("format_version"))
+        return _from_values(values)
+    except SchemaMismatch as error:
+        text = f"{MANIFEST_FILE} is not a manifest: {error}"
+        raise ModelDamaged(text, file=MANIFEST_FILE, field=error.field) from error
 
 
 def verify(bundle: Path, *, to_translate: ComputeType | None = None) -> Manifest:
@@ -186,19 +209,52 @@ def verify(bundle: Path, *, to_translate: ComputeType | None = None) -> Manifest
     manifest = read_manifest(bundle)
     wanted = set(manifest.files) if to_translate is None else _needed(to_translate)
     for name, published in manifest.files.items():
-        if name not in wanted:
-            continue
-        try:
-            found = _digest(bundle / name)
-        except OSError as error:
-            raise ModelDamaged(f"{name} cannot be read: {error.strerror}", file=name) from error
-        if found != published:
-            raise ModelDamaged(
-                f"{name} has {found.size_bytes} bytes with SHA-256 {found.sha256}, published were "
-                f"{published.size_bytes} bytes with SHA-256 {published.sha256}: restore the file, or train again",
-                file=name,
-            )
+        if name in wanted:
+            with open_regular(bundle / name) as file:
+                _read_whole(file, name, published, lambda chunk: None)
     return manifest
+
+
+def copy_verified(bundle: Path, target: Path) -> Manifest:
+    """Copy a bundle into a new folder, durably, and return its manifest. Each file is read once, so the bytes of the
+    copy are those that were checked. Raises ModelDamaged, OSError if the copy cannot be written."""
+    content = _read_manifest_bytes(bundle)
+    manifest = parse_manifest(content)
+    target.mkdir()
+    for name, published in manifest.files.items():
+        with open_regular(bundle / name) as source, (target / name).open("xb") as copy:
+            _read_whole(source, name, published, copy.write)
+            copy.flush()
+            os.fsync(copy.fileno())
+    (target / MANIFEST_FILE).write_bytes(content)
+    _fsync(target / MANIFEST_FILE)
+    _fsync(target)
+    return manifest
+
+
+def _read_whole(file: BinaryIO, name: str, published: FileDigest, take: Callable[[bytes], object]) -> None:
+    """Pass all bytes on to `take`; raises ModelDamaged if they are not the published ones, and reads no more of a file
+    that is longer."""
+    sha256, size_bytes = hashlib.sha256(), size_of(file)
+    if size_bytes == published.size_bytes:
+        size_bytes = 0
+        while size_bytes <= published.size_bytes and (chunk := _read_chunk(file, name)):
+            size_bytes += len(chunk)
+            sha256.update(chunk)
+            take(chunk)
+    if size_bytes != published.size_bytes:
+        text = f"{name} has {size_bytes} bytes, published were {published.size_bytes} bytes: {_CURE}"
+        raise ModelDamaged(text, file=name)
+    if sha256.hexdigest() != published.sha256:
+        text = f"{name} has SHA-256 {sha256.hexdigest()}, published was {published.sha256}: {_CURE}"
+        raise ModelDamaged(text, file=name)
+
+
+def _read_chunk(file: BinaryIO, name: str) -> bytes:
+    try:
+        return file.read(_CHUNK_BYTES)
+    except OSError as error:
+        raise ModelDamaged(f"{name} cannot be read: {error.strerror}", file=name) from error
 
 
 def _is_whole(files: Iterable[str]) -> bool:
@@ -228,11 +284,10 @@ def bundle_size_bytes(bundle: Path) -> int:
 
 
 def _read_manifest_bytes(bundle: Path) -> bytes:
-    try:
-        with (bundle / MANIFEST_FILE).open("rb") as file:
-            content = file.read(_MAX_MANIFEST_BYTES + 1)
-    except OSError as error:
-        raise ModelDamaged(f"{MANIFEST_FILE} cannot be read: {error.strerror}", file=MANIFEST_FILE) from error
+    with open_regular(bundle / MANIFEST_FILE) as file:
+        content = b""
+        while len(content) <= _MAX_MANIFEST_BYTES and (chunk := _read_chunk(file, MANIFEST_FILE)):
+            content += chunk
     if len(content) > _MAX_MANIFEST_BYTES:
         raise ModelDamaged(f"{MANIFEST_FILE} is over {_MAX_MANIFEST_BYTES} bytes", file=MANIFEST_FILE)
     return content
@@ -258,18 +313,99 @@ def _to_dict(manifest: Manifest) -> dict[str, Any]:
     return values
 
 
-def _from_dict(values: Mapping[str, Any]) -> Manifest:
-    header = values["header"]
-    lineage = ModelLineage(**{**header["lineage"], "recipe": recipe_from_dict(header["lineage"]["recipe"])})
+def _decode(content: bytes) -> object:
+    """Return what the JSON text says. Names that come twice are refused: readers would not agree which one holds."""
+    try:
+        return json.loads(content.decode("utf-8"), object_pairs_hook=_object, parse_constant=_refuse_constant)
+    except RecursionError as error:
+        raise SchemaMismatch("manifest", "is nested too deeply") from error
+    except SchemaMismatch:
+        raise
+    except ValueError as error:  # no UTF-8, no JSON, or a number of thousands of digits
+        raise SchemaMismatch("manifest", f"is not JSON in UTF-8 ({shown(str(error))})") from error
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        raise SchemaMismatch("manifest", "names a field twice")
+    return values
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise SchemaMismatch("manifest", f"holds {name}, which is not a number of JSON")
+
+
+def _check_version(version: object) -> None:
+    if isinstance(version, bool) or not isinstance(version, int) or version not in _READABLE_VERSIONS:
+        raise ModelDamaged(
+            f"{MANIFEST_FILE} has format version {shown(version)}, this server reads {FORMAT_VERSION}: "
+            "use a server of the version that wrote it, or train the model again",
+            file=MANIFEST_FILE,
+            field="format_version",
+        )
+
+
+def _from_values(values: Mapping[str, Any]) -> Manifest:
+    if unknown := values.keys() - {"format_version", "header", "files"}:
+        raise SchemaMismatch(shown(min(unknown)), "is not a field of this format")
+    header = read_fields(ManifestHeader, values.get("header"), "header", _LIMITS)
+    _check_consistency(header)
+    files = mapping_of(values.get("files"), "files")
+    if not _is_whole(files):
+        found = ", ".join(sorted(files)[:_SHOWN_FILES])
+        text = f"{MANIFEST_FILE} names {shown(found)}, not {', '.join(CONTENT_FILES)}"
+        raise ModelDamaged(text, file=MANIFEST_FILE, field="files")
+    bounds = _most_bytes(header)
     return Manifest(
         format_version=values["format_version"],
-        header=ManifestHeader(
-            lineage=lineage,
-            scores=ModelScores(**header["scores"]),
-            parameters=header["parameters"],
-            max_sentence_tokens=header["max_sentence_tokens"],
-            architecture=Architecture(**header["architecture"]),
-            int8=None if header["int8"] is None else Int8Scores(**header["int8"]),
-        ),
-        files={name: FileDigest(**digest) for name, digest in values["files"].items()},
+        header=header,
+        files={name: _read_digest(digest, f"files.{name}", bounds[name]) for name, digest in files.items()},
     )
+
+
+def _read_digest(values: object, path: str, most_bytes: int) -> FileDigest:
+    limits: Limits = {**_LIMITS, (FileDigest, "size_bytes"): Number(0, most_bytes)}
+    return read_fields(FileDigest, values, path, limits)
+
+
+def _check_consistency(header: ManifestHeader) -> None:
+    """Raise SchemaMismatch if a part of the header contradicts another, or the recipe is out of range."""
+    for violation in out_of_range(header.lineage.recipe, "header.lineage.recipe"):
+        raise SchemaMismatch(violation.field, violation.description)
+    network, architecture = header.lineage.recipe.model, header.architecture
+    for name, wanted in (
+        ("d_model", network.d_model),
+        ("decoder_layers", network.decoder_layers),
+        ("heads", network.heads),
+        ("rotates", network.positions is Positions.ROPE),
+    ):
+        if (found := getattr(architecture, name)) != wanted:
+            raise SchemaMismatch(f"header.architecture.{name}", f"is {found}, but by the recipe it is {wanted}")
+    if architecture.d_model % architecture.heads or architecture.d_model % 2:
+        text = f"is {architecture.heads}, which does not divide d_model, {architecture.d_model}, or that is odd"
+        raise SchemaMismatch("header.architecture.heads", text)
+
+
+def _most_bytes(header: ManifestHeader) -> Mapping[str, int]:
+    """Return how long each file may be."""
+    vocabulary_size = header.architecture.vocabulary_size
+    size = NetworkSize(
+        network=header.lineage.recipe.model,
+        vocabulary_size=vocabulary_size,
+        max_sentence_tokens=header.max_sentence_tokens,
+    )
+    return {
+        **dict.fromkeys((ENCODER_FILE, ENCODER_INT8_FILE, ENCODER_FP16_FILE), _graph_bytes(size.encoder)),
+        **dict.fromkeys((DECODER_FILE, DECODER_INT8_FILE, DECODER_FP16_FILE), _graph_bytes(size.decoder)),
+        EMBEDDING_FILE: 4 * size.embedding + _OVERHEAD_BYTES,
+        EMBEDDING_INT8_FILE: size.embedding + _OVERHEAD_BYTES,
+        EMBEDDING_SCALES_FILE: 4 * vocabulary_size + _OVERHEAD_BYTES,
+        REORDER_FILE: _OVERHEAD_BYTES,
+        SUBWORDS_FILE: _MAX_SUBWORDS_BYTES,
+        WEIGHTS_FILE: 4 * size.weights + _OVERHEAD_BYTES,
+    }
+
+
+def _graph_bytes(numbers: int) -> int:
+    return min(4 * numbers + _OVERHEAD_BYTES, _MAX_GRAPH_BYTES)

@@ -14,7 +14,10 @@ _RANDOM_CHARACTERS: Final = 13
 CORPUS_PREFIX: Final = "cor"
 RUN_PREFIX: Final = "run"
 
-_ID = re.compile(rf"(cor|run)_[{_ALPHABET}]{{{_TIME_CHARACTERS + _RANDOM_CHARACTERS}}}")
+ID_PATTERN: Final = f"[{_ALPHABET}]{{{_TIME_CHARACTERS + _RANDOM_CHARACTERS}}}"
+"""A regular expression for an id behind its prefix."""
+
+_ID = re.compile(rf"(cor|run)_{ID_PATTERN}")
 _MODEL_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from ferryman_service.domain.errors import InvalidRequest, Violation
-from ferryman_service.domain.ids import is_alias, is_model_name
+from ferryman_service.domain.ids import ID_PATTERN, is_alias, is_model_name
 from ferryman_service.domain.recipe import Recipe
+from ferryman_service.domain.schema import Limits, Number, Text
 from ferryman_service.domain.translation import ComputeType
 
 
@@ -82,6 +84,25 @@ class ModelVersion:
     def reference(self) -> str:
         """The exact reference, "name/version"."""
         return f"{self.name}/{self.version}"
+
+
+_SCORE: Final = Number(0, 100.01)
+"""Rounding may bring a score a little over 100."""
+VERSION_LIMITS: Final[Limits] = {
+    (ModelScores, "bleu"): _SCORE,
+    (ModelScores, "chrf"): _SCORE,
+    (ModelScores, "weights"): Text(20),
+    (ModelScores, "translated_pairs"): Number(0, 10**9),
+    (Int8Scores, "pairs"): Number(0, 10**9),
+    (Int8Scores, "fp32_bleu"): _SCORE,
+    (Int8Scores, "int8_bleu"): _SCORE,
+    (ModelLineage, "run_id"): Text(26, f"run_{ID_PATTERN}", "the id of a run"),
+    (ModelLineage, "corpus_id"): Text(26, f"cor_{ID_PATTERN}", "the id of a corpus"),
+    (ModelLineage, "corpus_digest"): Text(64, "[0-9a-f]{64}", "64 hexadecimal digits"),
+    (ModelLineage, "source_language"): Text(100),
+    (ModelLineage, "target_language"): Text(100),
+}
+"""What a version says about itself, wherever it comes from: what is beyond could not be told to a caller."""
 
 
 @dataclass(frozen=True, kw_only=True)

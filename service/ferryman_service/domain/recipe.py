@@ -452,6 +452,17 @@ def recipe_from_dict(values: Mapping[str, Any]) -> Recipe:
     )
 
 
+def out_of_range(recipe: Recipe, path: str) -> Iterator[Violation]:
+    """Yield what of a recipe from elsewhere is out of range; `path` is the prefix of the field names."""
+    values = recipe_to_dict(recipe)
+    yield from _out_of_range(values, path)
+    for name, legal in _SCHEDULE_RANGES.items():
+        value = values["schedule"][name]
+        if value is not None and value not in legal:
+            description = f"is {value:g}, must be {legal}"
+            yield Violation(field=f"{path}.schedule.{name}", description=description, reason="OUT_OF_RANGE")
+
+
 def _schedule_from_dict(values: Mapping[str, Any]) -> LearningRateSchedule:
     shape = values.get("decay_shape")
     enums = {"kind": ScheduleKind(values["kind"]), "decay_shape": None if shape is None else DecayShape(shape)}

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import BinaryIO
 
+from ferryman_service.bundle.files import open_regular, size_of
 from ferryman_service.bundle.manifest import MANIFEST_FILE, manifest_digest, read_manifest
 from ferryman_service.domain.errors import ModelDamaged
 from ferryman_service.domain.models import BundleFile, ModelVersion
@@ -47,11 +47,8 @@ class BundleReader:
 
 
 def _open(bundle: Path, file: BundleFile) -> BinaryIO:
-    try:
-        opened = (bundle / file.name).open("rb")
-    except OSError as error:
-        raise ModelDamaged(f"{file.name} cannot be read: {error.strerror}", file=file.name) from error
-    size_bytes = os.fstat(opened.fileno()).st_size
+    opened = open_regular(bundle / file.name)
+    size_bytes = size_of(opened)
     if size_bytes != file.size_bytes:
         opened.close()
         text = f"{file.name} has {size_bytes} bytes, published were {file.size_bytes}: restore it, or train again"

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Final
@@ -14,10 +12,10 @@ from typing import Final
 from sqlalchemy import Connection, Engine, delete, select
 
 from ferryman_service.bundle.manifest import (
-    MANIFEST_FILE,
     SUBWORDS_FILE,
     WEIGHTS_FILE,
     bundle_size_bytes,
+    copy_verified,
     manifest_digest,
     read_manifest,
     verify,
@@ -54,9 +52,12 @@ class FileModelStore:
     deletes it. A folder without a row is what a crash in between has left: it is not published, gives way to the next
     bundle of its number, and is removed when a service starts."""
 
-    def __init__(self, engine: Engine, folder: DataFolder) -> None:
+    def __init__(self, engine: Engine, folder: DataFolder, *, examine: Callable[[Path], None] | None = None) -> None:
+        """Store the parts. `examine` raises ModelDamaged for an imported bundle that cannot or must not be loaded;
+        without it nothing can be imported."""
         self._engine = engine
         self._folder = folder
+        self._examine = examine
         self._changes = ChangeCounter(engine)
 
     def recover(self) -> None:
@@ -109,17 +110,17 @@ class FileModelStore:
         return version
 
     def import_bundle(self, bundle: Path, name: str) -> ModelVersion:
-        """Copy a bundle from elsewhere, check it, publish it. Raises ModelDamaged, InvalidRequest."""
+        """Copy a bundle from elsewhere, examine the copy, publish it. Raises ModelDamaged, InvalidRequest."""
+        assert self._examine is not None, "a bundle from elsewhere is examined before it is published"
         if not is_model_name(name):
             text = f'is {name[:80]!r}, must be 1 to 64 of a-z, 0-9, "-", "_", ".", beginning with a letter or digit'
             raise InvalidRequest([Violation(field="name", description=text, reason="INVALID_MODEL_NAME")])
-        files = verify(bundle).files
         with disk_errors(), ExitStack() as undo:
             held = HeldFolder(self._folder.imports)
             undo.callback(held.release)
             staged = held.path / "bundle"
-            _copy_bundle(bundle, [*files, MANIFEST_FILE], staged)
-            verify(staged)  # the copy is what gets published
+            copy_verified(bundle, staged)
+            self._examine(staged)
             _make_read_only(staged)
             with writing(self._engine) as connection:
                 version = _describe(connection, name, staged)
@@ -260,14 +261,3 @@ def _check_not_in_use(connection: Connection, version: ModelVersion) -> None:
 def _make_read_only(bundle: Path) -> None:
     for path in bundle.iterdir():
         path.chmod(path.stat().st_mode & _READ_ONLY)
-
-
-def _copy_bundle(bundle: Path, names: Sequence[str], staged: Path) -> None:
-    """Copy the files of a bundle; `names` are those of a checked manifest, which has no others than a bundle's own."""
-    staged.mkdir()
-    for name in names:
-        with (bundle / name).open("rb") as source, (staged / name).open("xb") as copy:
-            shutil.copyfileobj(source, copy)
-            copy.flush()
-            os.fsync(copy.fileno())
-    sync_folder(staged)

@@ -11,6 +11,7 @@ from typing import Final
 import numpy as np
 from onnxruntime.capi import onnxruntime_pybind11_state as onnxruntime_errors
 
+from ferryman_service.bundle.graph_check import check_graphs
 from ferryman_service.bundle.manifest import SUBWORDS_FILE, Architecture, Manifest, read_manifest, verify
 from ferryman_service.domain.errors import ModelDamaged
 from ferryman_service.domain.tokens import BOS, EOS
@@ -71,14 +72,16 @@ class OnnxBundleLoader:
         self._counts = counts
 
     def load(self, bundle: Path, compute_type: ComputeType | None = None) -> BatchingEngine:
-        """Check every digest and load; raises ModelDamaged. A bundle without int8 or fp16 is loaded as float32, on the
-        CPU."""
+        """Check every digest and graph, and load; raises ModelDamaged. A bundle without int8 or fp16 is loaded as
+        float32, on the CPU."""
         config = self._fitting(read_manifest(bundle), compute_type or self._config.compute_type)
         manifest = verify(bundle, to_translate=config.compute_type)
+        check_graphs(bundle, manifest, [config.compute_type])
         header = manifest.header
         try:
-            decoder = _open_decoder(bundle, header.architecture, config)
             subwords = Subwords.load(bundle / SUBWORDS_FILE)
+            _check_size(subwords, header.architecture)
+            decoder = _open_decoder(bundle, header.architecture, config)
         except _CANNOT_LOAD as error:
             name = type(error).__name__  # its text names paths of this machine
             raise ModelDamaged(f"the bundle is as it was published, but cannot be loaded: {name}") from error
@@ -136,6 +139,13 @@ def _open_decoder(bundle: Path, architecture: Architecture, config: OnnxConfig) 
     if config.compute_type is not ComputeType.FP16:
         return OnnxDecoder(OnnxModel.load(bundle, architecture, config))
     return DeviceDecoder(open_device_model(config, lambda config: DeviceModel.load(bundle, architecture, config)))
+
+
+def _check_size(subwords: Subwords, architecture: Architecture) -> None:
+    """Raise ModelDamaged if there could be tokens without a row in the embedding."""
+    if subwords.size != architecture.vocabulary_size:
+        text = f"{SUBWORDS_FILE} cannot be loaded: it has {subwords.size} subwords"
+        raise ModelDamaged(f"{text}, the architecture {architecture.vocabulary_size}", file=SUBWORDS_FILE)
 
 
 class OnnxDecoder:

@@ -70,7 +70,7 @@ def models(tmp_path):
     folder = DataFolder(tmp_path / "data")
     folder.create()
     database = open_migrated(folder.database)
-    yield FileModelStore(database, folder)
+    yield FileModelStore(database, folder, examine=lambda bundle: None)
     database.dispose()
 
 

@@ -90,7 +90,10 @@ class Echo:
 def write_bundle(bundle, lineage, files):
     for name in files:
         (bundle / name).write_bytes(b"x")
-    architecture = Architecture(d_model=8, decoder_layers=1, heads=1, vocabulary_size=32)
+    network = lineage.recipe.model
+    architecture = Architecture(
+        d_model=network.d_model, decoder_layers=network.decoder_layers, heads=network.heads, vocabulary_size=32
+    )
     header = ManifestHeader(
         lineage=lineage, scores=SCORES, parameters=7, max_sentence_tokens=64, architecture=architecture
     )
@@ -137,7 +140,7 @@ class House:
         self.folder, self.worker = folder, worker
         self.runs = SqlRunStore(database)
         self.corpora = FileCorpusStore(database, folder, CorpusLimits())
-        self.models = FileModelStore(database, folder)
+        self.models = FileModelStore(database, folder, examine=lambda bundle: None)
         upload = self.corpora.begin_upload(
             CorpusHeader(display_name="", source_language="en", target_language="de"), ""
         )
@@ -649,8 +652,8 @@ def publish(house, new_run):
         bundle.mkdir()
         lineage = ModelLineage(
             run_id=run.run_id,
-            corpus_id="cor_x",
-            corpus_digest="",
+            corpus_id="cor_0000000000000000000000",
+            corpus_digest="00" * 32,
             source_language="en",
             target_language="de",
             recipe=run.recipe,

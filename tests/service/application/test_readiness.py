@@ -19,7 +19,7 @@ def models(tmp_path):
     folder = DataFolder(tmp_path / "data")
     folder.create()
     engine = open_migrated(folder.database)
-    yield FileModelStore(engine, folder)
+    yield FileModelStore(engine, folder, examine=lambda bundle: None)
     engine.dispose()
 
 

@@ -20,7 +20,7 @@ from ferryman_service.domain.errors import (
     Violation,
 )
 from ferryman_service.domain.models import ModelLineage, ModelScores
-from ferryman_service.domain.recipe import resolve_recipe
+from ferryman_service.domain.recipe import Positions, resolve_recipe
 from ferryman_service.domain.records import RunState
 from ferryman_service.domain.runs import ProcessIdentity, RunProgress
 from ferryman_service.domain.schedule import DecayPlan, DecayReason, ScheduleKind
@@ -43,7 +43,7 @@ class House:
         self.database = open_migrated(self.folder.database)
         self.runs = SqlRunStore(self.database)
         self.corpora = FileCorpusStore(self.database, self.folder, CorpusLimits())
-        self.models = FileModelStore(self.database, self.folder)
+        self.models = FileModelStore(self.database, self.folder, examine=lambda bundle: None)
         self.folders = FileRunFolders(self.folder)
         upload = self.corpora.begin_upload(
             CorpusHeader(display_name="", source_language="en", target_language="de"), ""
@@ -83,13 +83,20 @@ class House:
         lineage = ModelLineage(
             run_id=self.source,
             corpus_id=self.corpus_id,
-            corpus_digest="",
+            corpus_digest="00" * 32,
             source_language="en",
             target_language="de",
             recipe=resolve_recipe({"model": model}),
         )
         scores = ModelScores(bleu=1.0, chrf=2.0, nll_per_token=3.0, weights="best", step=1)
-        architecture = Architecture(d_model=8, decoder_layers=1, heads=1, vocabulary_size=32)
+        network = lineage.recipe.model
+        architecture = Architecture(
+            d_model=network.d_model,
+            decoder_layers=network.decoder_layers,
+            heads=network.heads,
+            vocabulary_size=32,
+            rotates=network.positions is Positions.ROPE,
+        )
         header = ManifestHeader(
             lineage=lineage, scores=scores, parameters=7, max_sentence_tokens=64, architecture=architecture
         )

@@ -17,8 +17,8 @@ from ferryman_service.domain.translation import ComputeType
 def header():
     return bundles.ManifestHeader(
         lineage=ModelLineage(
-            run_id="run_1",
-            corpus_id="cor_1",
+            run_id="run_0000000000000000000000",
+            corpus_id="cor_0000000000000000000000",
             corpus_digest="ab" * 32,
             source_language="en",
             target_language="de",

@@ -113,7 +113,7 @@ def write_bundle():
             (path / name).write_text(f"{content} of {name}")
         lineage = ModelLineage(
             run_id=run_id,
-            corpus_id="cor_x",
+            corpus_id="cor_0000000000000000000000",
             corpus_digest="ab" * 32,
             source_language="en",
             target_language="de",

@@ -321,7 +321,7 @@ def test_rows_of_the_release_before_are_read_after_the_migration(earlier_databas
     assert [record.sequence for record in runs.records_after(EARLIER_RUN, 0, 100)] == list(range(1, 12))
     folder = DataFolder(tmp_path)
     assert FileCorpusStore(earlier_database, folder, CorpusLimits()).get("cor_x").train.pairs == 3
-    models = FileModelStore(earlier_database, folder)
+    models = FileModelStore(earlier_database, folder, examine=lambda bundle: None)
     assert models.get("en-de").latest_version.lineage.run_id == "run_gone"
     assert models.get("en-de").latest_version.int8 is None, "nobody has said what it costs"
     assert models.set_alias("en-de", "production", 1).aliases[0].version == 1
@@ -393,8 +393,8 @@ def test_numbers_of_versions_of_the_release_before_are_not_given_again(earlier_d
     folder = DataFolder(tmp_path / "data")
     folder.create()
     (tmp_path / "bundle").mkdir()
-    bundle = write_bundle(tmp_path / "bundle", "run_elsewhere")
-    models = FileModelStore(earlier_database, folder)
+    bundle = write_bundle(tmp_path / "bundle", "run_0000000000000000000000")
+    models = FileModelStore(earlier_database, folder, examine=lambda bundle: None)
     models.delete_version("en-de", 1)
     with writing(earlier_database) as connection:
         connection.exec_driver_sql(EARLIER_VERSION.format("late"))

@@ -22,6 +22,7 @@ from ferryman_service.domain.records import RunState, StateChange
 from ferryman_service.domain.training import RunCancelled
 from ferryman_service.stores.models import FileModelStore
 
+ELSEWHERE = "run_0000000000000000000000"
 CRASHING_DELETION = """
 import os, sys
 from pathlib import Path
@@ -50,7 +51,7 @@ FileModelStore(database, folder).publish(sys.argv[2], 1, Path(sys.argv[3]))
 
 @pytest.fixture
 def models(database, folder):
-    return FileModelStore(database, folder)
+    return FileModelStore(database, folder, examine=lambda bundle: None)
 
 
 @pytest.fixture
@@ -198,11 +199,11 @@ def test_at_start_only_unfinished_runs_keep_their_staging(models, runs, exportin
 def test_importing_copies_and_publishes(models, tmp_path, write_bundle, folder):
     bundle = tmp_path / "elsewhere"
     bundle.mkdir()
-    write_bundle(bundle, "run_elsewhere")
+    write_bundle(bundle, ELSEWHERE)
     (bundle / "README").write_text("not part of the bundle")
     first, second = (models.import_bundle(bundle, "imported") for _ in range(2))
     assert (first.reference, second.reference) == ("imported/1", "imported/2")
-    assert first.lineage.run_id == "run_elsewhere"
+    assert first.lineage.run_id == ELSEWHERE
     content = files_of(bundle)
     del content["README"]
     assert files_of(models.bundle_dir(first)) == content
@@ -210,7 +211,7 @@ def test_importing_copies_and_publishes(models, tmp_path, write_bundle, folder):
 
 
 def test_a_damaged_bundle_is_not_imported(models, tmp_path, write_bundle, folder):
-    write_bundle(tmp_path, "run_elsewhere")
+    write_bundle(tmp_path, ELSEWHERE)
     (tmp_path / bundles.DECODER_FILE).write_text("damaged")
     with pytest.raises(ModelDamaged, match=r"decoder\.onnx"):
         models.import_bundle(tmp_path, "imported")
@@ -224,12 +225,12 @@ def test_a_damaged_bundle_is_not_imported(models, tmp_path, write_bundle, folder
 @pytest.mark.parametrize("name", ["", "../x", ".staging", "A", "a/b", "a" * 65])
 def test_a_bad_name_is_refused(models, tmp_path, write_bundle, name):
     with pytest.raises(InvalidRequest) as caught:
-        models.import_bundle(write_bundle(tmp_path, "run_elsewhere"), name)
+        models.import_bundle(write_bundle(tmp_path, ELSEWHERE), name)
     assert caught.value.violations[0].field == "name"
 
 
 def test_what_does_not_exist_is_not_found(models, tmp_path, write_bundle):
-    models.import_bundle(write_bundle(tmp_path, "run_elsewhere"), "known")
+    models.import_bundle(write_bundle(tmp_path, ELSEWHERE), "known")
     for name, version in (("unknown", None), ("known", 2), ("../known", 1)):
         with pytest.raises(ModelNotFound):
             models.resolve(ModelReference(name=name, version=version))
@@ -238,7 +239,7 @@ def test_what_does_not_exist_is_not_found(models, tmp_path, write_bundle):
 
 
 def test_pages_by_name(models, tmp_path, write_bundle):
-    write_bundle(tmp_path, "run_elsewhere")
+    write_bundle(tmp_path, ELSEWHERE)
     for name in ("b", "a", "c.1", "b", "c-1"):
         models.import_bundle(tmp_path, name)
     first = models.list_page(None, 3)
@@ -254,7 +255,7 @@ def publish(models, tmp_path, write_bundle):
     bundle.mkdir()
 
     def make(name="m", content="content"):
-        return models.import_bundle(write_bundle(bundle, "run_elsewhere", content), name)
+        return models.import_bundle(write_bundle(bundle, ELSEWHERE, content), name)
 
     return make
 

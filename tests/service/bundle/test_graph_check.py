@@ -1,0 +1,71 @@
+"""Graphs are examined before they are loaded: every kind that export writes passes."""
+
+import dataclasses
+from collections import defaultdict
+
+import pytest
+
+from ferryman_service.bundle.graph_check import check_graphs
+from ferryman_service.bundle.manifest import REORDER_FILE, Architecture, FileDigest, Manifest, graph_files
+from ferryman_service.domain.recipe import Activation, NormPlacement, Positions, resolve_recipe
+from ferryman_service.domain.translation import ComputeType
+from ferryman_service.training.export import write_fp16_graphs
+from ferryman_service.training.graphs import Float32Products, decoder_graph, encoder_graph, graph_weights
+from ferryman_service.training.int8 import Int8Products
+from tests.fakes.bundles import HEADER
+from tests.fakes.random_network import random_network
+
+LONGEST = 64
+
+
+def write_graphs(folder, vocabulary_size, **network):
+    """Write the graphs of all compute types; return a manifest that names them."""
+    transformer = random_network(vocabulary_size, **network)
+    config, weights = transformer.config, graph_weights(transformer)
+    names = [REORDER_FILE]
+    for compute_type, products in (
+        (ComputeType.FP32, Float32Products(weights)),
+        (ComputeType.INT8, Int8Products(weights, defaultdict(lambda: 1.0))),
+    ):
+        files = graph_files(compute_type)
+        encoder = encoder_graph(config, weights, products, LONGEST)
+        (folder / files.encoder).write_bytes(encoder.SerializeToString())
+        (folder / files.decoder).write_bytes(decoder_graph(config, weights, products).SerializeToString())
+    write_fp16_graphs(config, weights, LONGEST, folder)
+    names += [name for compute_type in ComputeType for name in vars(graph_files(compute_type)).values()]
+    kind = {"norm": config.norm, "activation": config.activation, "positions": config.positions}
+    shape = {
+        name: getattr(config, name) for name in ("d_model", "encoder_layers", "decoder_layers", "heads", "ffn_dim")
+    }
+    header = dataclasses.replace(
+        HEADER,
+        lineage=dataclasses.replace(HEADER.lineage, recipe=resolve_recipe({"model": {**shape, **kind}})),
+        max_sentence_tokens=LONGEST,
+        architecture=Architecture(
+            d_model=config.d_model,
+            decoder_layers=config.decoder_layers,
+            heads=config.heads,
+            vocabulary_size=vocabulary_size,
+            rotates=config.positions is Positions.ROPE,
+        ),
+    )
+    return Manifest(
+        format_version=3, header=header, files={name: FileDigest(sha256="", size_bytes=0) for name in names}
+    )
+
+
+@pytest.mark.parametrize("vocabulary_size", [120, 2404])
+@pytest.mark.parametrize(
+    "network",
+    [
+        {"norm": NormPlacement.POST, "activation": Activation.RELU},
+        {"norm": NormPlacement.PRE, "activation": Activation.SWIGLU, "positions": Positions.ROPE, "encoder_layers": 3},
+        {"norm": NormPlacement.DEEP, "activation": Activation.GELU, "decoder_layers": 1},
+        {"norm": NormPlacement.DEEP, "d_model": 36, "heads": 3, "positions": Positions.ROPE},
+        {"norm": NormPlacement.PRE, "d_model": 16, "heads": 16, "encoder_layers": 12, "decoder_layers": 12},
+    ],
+    ids=["post relu", "pre swiglu rope", "deep gelu", "heads of 12", "heads of 1"],
+)
+def test_every_kind_of_export_passes(tmp_path, vocabulary_size, network):
+    manifest = write_graphs(tmp_path, vocabulary_size, **network)
+    check_graphs(tmp_path, manifest)
