@@ -23,11 +23,13 @@ _WAIT_S: Final = 10.0
 class AnswerBudget:
     """Belongs to one event loop. Who waits first is served first, but for connections that have used up their share."""
 
-    def __init__(self, limit_bytes: int = 256 * 2**20, wait_s: float = _WAIT_S) -> None:
-        """Store; a call waits for `wait_s`, then it is refused."""
+    def __init__(
+        self, limit_bytes: int = 256 * 2**20, connection_bytes: int | None = None, wait_s: float = _WAIT_S
+    ) -> None:
+        """Store; `connection_bytes` None: a quarter of the limit. A call waits for `wait_s`, then it is refused."""
         self.used_bytes = 0
         self._limit_bytes = limit_bytes
-        self._connection_bytes = max(limit_bytes // _CONNECTIONS, LARGEST_ANSWER_BYTES)
+        self._connection_bytes = limit_bytes // _CONNECTIONS if connection_bytes is None else connection_bytes
         self._wait_s = wait_s
         self._used_by: Counter[str] = Counter()
         self._waiting: deque[_Waiting] = deque()

@@ -392,7 +392,9 @@ def test_a_corpus_that_does_not_exist_is_not_found(store):
 
 
 def test_a_full_disk_leaves_nothing(store, folder, fill_disk):
-    rows = {(split, side): b"word " * 12_000 + b"\n" for split in Split for side in Side}
+    rows = {
+        (split, side): ("ü" * 200 + "\n").encode() * 3 for split in Split for side in Side
+    }  # fill a page as samples
     fill_disk()
     with pytest.raises(DiskFull):
         upload(store, rows)
