@@ -25,6 +25,8 @@
     ├── OutOfRange
     │   └── SequenceOutOfRange
     ├── ResourceExhausted
+    │   ├── AnswerTooLarge
+    │   ├── AnswersUnread
     │   ├── CorpusTooLarge
     │   ├── DiskFull
     │   ├── ModelTooLarge
@@ -220,6 +222,14 @@ class ResourceExhausted(FerrymanError):
     """A limit is reached."""
 
     default_code = grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+class AnswerTooLarge(ResourceExhausted):
+    """The answer is larger than a message may be: ask for less in a call."""
+
+
+class AnswersUnread(ResourceExhausted):
+    """Too many bytes of answers wait for their callers to read them, on this connection or on all."""
 
 
 class CorpusTooLarge(ResourceExhausted):

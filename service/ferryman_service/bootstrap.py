@@ -49,9 +49,12 @@ from ferryman_service.observability.training import ObserverConfig, RunObserver
 from ferryman_service.observability.translation import TranslationMetrics
 from ferryman_service.rpc import health
 from ferryman_service.rpc import server as rpc
+from ferryman_service.rpc.answer_budget import AnswerBudget
+from ferryman_service.rpc.bounds import RequestBounds, element_bounds
 from ferryman_service.rpc.call_scope import CallScopes
 from ferryman_service.rpc.corpora import CorpusServicer, UploadThreads
 from ferryman_service.rpc.interceptors import CallInterceptor
+from ferryman_service.rpc.messages import MESSAGE_THREADS, Messages
 from ferryman_service.rpc.models import ModelServicer
 from ferryman_service.rpc.shutdown import Shutdown
 from ferryman_service.rpc.training import TrainingServicer
@@ -117,11 +120,12 @@ class _Threads:
     supervisor: Threads
     observer: Threads
     feed: Threads
+    messages: Threads
     uploads: UploadThreads
 
     def others(self) -> tuple[Threads, ...]:
         """Return all but the supervisor's."""
-        return (self.probe, self.observer, self.feed, self.uploads.writing, self.uploads.checking)
+        return (self.probe, self.observer, self.feed, self.messages, self.uploads.writing, self.uploads.checking)
 
 
 @dataclass(frozen=True)
@@ -259,7 +263,7 @@ def build_service(config: ServiceConfig) -> Service:
     observer = RunObserver(
         stores.runs, stores.folders, metrics.registry, metrics.store, ObserverConfig(), threads.observer
     )
-    around = _build_call_parts(RpcMetrics(metrics.registry), tracer, config)
+    around = _build_call_parts(RpcMetrics(metrics.registry), tracer, threads, config)
     translations = TranslationMetrics(metrics.registry, use_cases.translation.queued_tokens, config.queue_tokens)
     _export_state(metrics, folder, use_cases, around.health, config)
     supervisor = _build_supervisor(stores, config, metrics.launches, threads.supervisor, lock) if trains else None
@@ -295,6 +299,7 @@ def _build_threads() -> _Threads:
         supervisor=Threads(1, "supervisor"),
         observer=Threads(1, "observer"),
         feed=Threads(_FEED_THREADS, "feed"),
+        messages=Threads(MESSAGE_THREADS, "messages"),
         uploads=UploadThreads(
             writing=Threads(_UPLOAD_WRITING_THREADS, "upload"), checking=Threads(_UPLOAD_CHECKING_THREADS, "check")
         ),
@@ -461,13 +466,19 @@ def _worker_flags(config: ServiceConfig) -> tuple[str, ...]:
     return ("--device", config.device.value, *logs, *sentences, *traces)
 
 
-def _build_call_parts(calls: RpcMetrics, tracer: Tracer, config: ServiceConfig) -> _CallParts:
+def _build_call_parts(calls: RpcMetrics, tracer: Tracer, threads: _Threads, config: ServiceConfig) -> _CallParts:
     shutdown = Shutdown()
     by_role = {Role.TRAINING: health.TRAINING, Role.TRANSLATION: health.TRANSLATION}
     serving = (health.CORPORA, health.MODELS, *(by_role[role] for role in config.roles))
+    messages = Messages(
+        RequestBounds(element_bounds(config.max_sentences)),
+        AnswerBudget(config.answer_memory_mib * 2**20),
+        threads.messages,
+    )
+    scopes = CallScopes(tracer, log_sentences=config.log_sentences)
     return _CallParts(
         shutdown=shutdown,
-        interceptor=CallInterceptor(calls, shutdown, CallScopes(tracer, log_sentences=config.log_sentences)),
+        interceptor=CallInterceptor(calls, shutdown, scopes, messages),
         health=health.HealthServicer(shutdown, serving),
         tracer=tracer,
     )
@@ -496,10 +507,10 @@ def _build_server(
     shutdown = around.shutdown
     watch = TranslationWatch(around.tracer, log_sentences=config.log_sentences)
     servicers = rpc.Servicers(
-        training=TrainingServicer(use_cases.training, use_cases.feed, shutdown, around.tracer),
+        training=TrainingServicer(use_cases.training, use_cases.feed, shutdown, around.tracer, threads.messages),
         corpora=CorpusServicer(use_cases.corpora, threads.uploads),
         models=ModelServicer(use_cases.models),
-        translation=TranslationServicer(use_cases.translation, translations, shutdown, watch),
+        translation=TranslationServicer(use_cases.translation, translations, shutdown, watch, threads.messages),
     )
     rpc_config = rpc.RpcConfig(
         host=config.host,

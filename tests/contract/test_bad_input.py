@@ -365,6 +365,7 @@ def translate(model="en-de", sentences=("hello",), **options):
     ("request_message", "reason", "violations"),
     [
         (translate(sentences=["x"] * 10_000), "INVALID_REQUEST", [("sentences", "OUT_OF_RANGE")]),
+        (translate(sentences=["ü" * 8000] * 66), "INVALID_REQUEST", [("sentences", "TOO_MANY_BYTES")]),
         (
             translate("EN/x", [], beam_size=0, n_best=50, length_penalty=9, max_length=-1),
             "INVALID_REQUEST",

@@ -72,6 +72,7 @@ class LoopbackService:
         examine=lambda bundle: None,
         tracer=NULL_TRACER,
         log_sentences=False,
+        messages=None,
         **config,
     ):
         self.folder = DataFolder(root / "data")
@@ -87,6 +88,7 @@ class LoopbackService:
         self._max_queued_runs = max_queued_runs
         self._queue_tokens = queue_tokens
         self._tracer, self._log_sentences = tracer, log_sentences
+        self._messages = messages
         self._bundles = itertools.count(1)
         self._feed_threads = Threads(2, "feed")
         self._upload_threads = UploadThreads(writing=Threads(2, "upload"), checking=Threads(1, "check"))
@@ -195,7 +197,7 @@ class LoopbackService:
         serving = [CORPORA, MODELS, *[TRAINING] * self._trains, *[TRANSLATION] * self._translates]
         self.health = HealthServicer(shutdown, serving)
         scopes = CallScopes(self._tracer, log_sentences=self._log_sentences)
-        interceptor = CallInterceptor(RpcMetrics(self.registry), shutdown, scopes)
+        interceptor = CallInterceptor(RpcMetrics(self.registry), shutdown, scopes, self._messages)
         self._server = rpc.RpcServer(servicers, self.health, interceptor, shutdown, self._rpc_config)
         return await self._server.start()
 

@@ -196,7 +196,7 @@ class SplitStatistics(_message.Message):
     """Output only. Pairs with an empty side; training leaves them out."""
     @_builtins.property
     def samples(self) -> _containers.RepeatedCompositeFieldContainer[Global___SentencePair]:
-        """Output only. The first pairs without an empty side, at most 3."""
+        """Output only. The first pairs without an empty side, at most 3; a sentence of more than 200 characters is cut."""
 
     def __init__(
         self,
@@ -328,7 +328,9 @@ class PairBatch(_message.Message):
     """Required. Which split they belong to."""
     @_builtins.property
     def pairs(self) -> _containers.RepeatedCompositeFieldContainer[Global___SentencePair]:
-        """Required. The pairs. A line feed inside a sentence is a violation; other line breaks count as white space."""
+        """Required. The pairs, at most 65,536 in a message. A line feed inside a sentence is a violation; other line breaks
+        count as white space.
+        """
 
     def __init__(
         self,
@@ -456,7 +458,7 @@ class ListCorporaRequest(_message.Message):
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     page_size: _builtins.int
-    """Optional. Corpora on a page, not negative. Default: 50; more than 500 counts as 500."""
+    """Optional. Corpora on a page, not negative. Default: 50; more than 500 counts as 500. A page of 4 MiB ends sooner."""
     page_token: _builtins.str
     """Optional. `next_page_token` of the page before."""
     def __init__(

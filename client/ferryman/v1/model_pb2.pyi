@@ -271,7 +271,7 @@ class ListModelsRequest(_message.Message):
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     page_size: _builtins.int
-    """Optional. Models on a page, not negative. Default: 50; more than 500 counts as 500."""
+    """Optional. Models on a page, not negative. Default: 50; more than 500 counts as 500. A page of 4 MiB ends sooner."""
     page_token: _builtins.str
     """Optional. `next_page_token` of the page before."""
     def __init__(

@@ -576,7 +576,7 @@ class ListTrainingRunsRequest(_message.Message):
     MODEL_NAME_FIELD_NUMBER: _builtins.int
     ORDER_FIELD_NUMBER: _builtins.int
     page_size: _builtins.int
-    """Optional. Runs on a page, not negative. Default: 50; more than 500 counts as 500."""
+    """Optional. Runs on a page, not negative. Default: 50; more than 500 counts as 500. A page of 4 MiB ends sooner."""
     page_token: _builtins.str
     """Optional. `next_page_token` of the page before; filter and order must be those of the first call."""
     model_name: _builtins.str
@@ -585,7 +585,7 @@ class ListTrainingRunsRequest(_message.Message):
     """Optional. The order. Default: RUN_ORDER_NEWEST_FIRST."""
     @_builtins.property
     def states(self) -> _containers.RepeatedScalarFieldContainer[_metrics_pb2.RunState.ValueType]:
-        """Optional. Only runs in one of these states. Default: all."""
+        """Optional. Only runs in one of these states, at most 16. Default: all."""
 
     def __init__(
         self,

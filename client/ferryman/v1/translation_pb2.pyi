@@ -63,17 +63,18 @@ class TranslateRequest(_message.Message):
     """Optional. Split each entry of `sentences`, a text in the model's source language, into sentences first, translate
     them one by one and join their translations: by the white space of the text where it holds a line break, as between
     paragraphs, else by a space, or in Chinese and Japanese by nothing. Each sentence is bounded by max_sentence_tokens
-    by itself; all entries of a request may have 16,384 sentences together, in a stream each entry. A sentence of more
-    than 8,192 characters may be cut there. Scores and counts are those of all sentences together.
+    by itself; all entries of a request may have 16,384 sentences together, in a stream each entry. An entry may have
+    262,144 bytes. A sentence of more than 8,192 characters may be cut there. Scores and counts are those of all
+    sentences together.
     Needs n_best 1, no target prefixes, no token scores and no alignment. Default: false.
     """
     @_builtins.property
     def sentences(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Required. The sentences, 1 to 1,024 (the server may be set to another limit). Leading, trailing and repeated white
-        space does not matter, a line break counts as white space, a byte order mark (U+FEFF) at the start is dropped; other
-        control characters are a violation. A sentence over the model's max_sentence_tokens or 65,536 bytes is a violation,
-        and so are more than 30 combining marks in a row (UAX #15, Stream-Safe Text Format). An empty sentence has the empty
-        translation, or the target prefix.
+        """Required. The sentences, 1 to 1,024 (the server may be set to another limit), together with their prefixes at most
+        1 MiB of UTF-8. Leading, trailing and repeated white space does not matter, a line break counts as white space, a
+        byte order mark (U+FEFF) at the start is dropped; other control characters are a violation. A sentence over the
+        model's max_sentence_tokens or 16,384 bytes is a violation, and so are more than 30 combining marks in a row (UAX
+        #15, Stream-Safe Text Format). An empty sentence has the empty translation, or the target prefix.
         """
 
     @_builtins.property

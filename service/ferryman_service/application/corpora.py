@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from ferryman_service.application.paging import Page, Pager
 from ferryman_service.application.ports import CorpusStore, CorpusUpload
 from ferryman_service.application.requests import request_id_violations, required
@@ -39,12 +41,13 @@ class CorpusUseCases:
             raise InvalidRequest(violations)
         return self._corpora.get(corpus_id)
 
-    def list_page(self, page_size: int, page_token: str) -> Page[Corpus]:
-        """Return a page of corpora, newest first."""
+    def list_page(self, page_size: int, page_token: str, takes: Callable[[Corpus], bool]) -> Page[Corpus]:
+        """Return a page of corpora, newest first; `takes` is the Pager's."""
         return self._pager.page(
             listing="corpora",
             page_size=page_size,
             page_token=page_token,
             fetch=self._corpora.list_page,
             key_of=lambda corpus: corpus.corpus_id,
+            takes=takes,
         )

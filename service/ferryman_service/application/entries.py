@@ -21,10 +21,14 @@ from ferryman_service.domain.translation import (
     Timings,
     Translation,
 )
-from ferryman_service.text.normalise import mark_violations
+from ferryman_service.text.normalise import is_too_large, mark_violations
 
 MAX_SPLIT_SENTENCES: Final = 16_384
 """Sentences that the texts of one request may have together."""
+MAX_TEXT_BYTES: Final = 256 * 2**10
+"""The longest text that is split into sentences, bytes of UTF-8."""
+_MOST_VIOLATIONS: Final = 20
+"""Violations of a request that are described; the others are counted."""
 
 _QUICK_TEXTS: Final = 4
 _QUICK_CHARACTERS: Final = 512
@@ -97,22 +101,24 @@ class Preparation:
             return [Entry([sentence], (), self.options) for sentence in prepared]
         entries: list[Entry] = []
         violations: list[Violation] = []
-        count = 0
+        count = total = 0
         for index, text in enumerate(texts):
             try:
                 entries.append(self.entry(text, "", most=MAX_SPLIT_SENTENCES - count))
                 count += len(entries[-1].sentences)
             except InvalidSentence as error:
-                violations += [_of_entry(index, violation) for violation in error.violations]
+                total += error.total
+                described = error.violations[: _MOST_VIOLATIONS - len(violations)]
+                violations += [_of_entry(index, violation) for violation in described]
         if violations:
-            raise InvalidSentence(violations)
+            raise InvalidSentence(violations, total)
         return entries
 
     def entry(self, text: str, prefix: str, most: int = MAX_SPLIT_SENTENCES) -> Entry:
         """Prepare one text of at most so many sentences; raises InvalidSentence, fields "sentence" and "prefix"."""
         if self.splitter is None:
             return Entry([self.engine.prepare(text, prefix, self.options)], (), self.options)
-        if violations := mark_violations("sentence", text):
+        if violations := _too_large("sentence", text) or mark_violations("sentence", text):
             raise InvalidSentence(violations)
         sentences, gaps = split_text(text, self.language, self.splitter, sentence_space(self.target_language))
         if len(sentences) > most:
@@ -122,13 +128,16 @@ class Preparation:
             )
             raise InvalidSentence([Violation(field="sentence", description=description, reason="TOO_MANY_SENTENCES")])
         prepared: list[PreparedSentence] = []
+        total = 0
         for number, sentence in enumerate(sentences, start=1):
             try:
                 prepared.append(self.engine.prepare(sentence, "", self.options))
             except InvalidSentence as error:
-                violations += [_of_sentence(number, len(sentences), violation) for violation in error.violations]
+                total += error.total
+                described = error.violations[: _MOST_VIOLATIONS - len(violations)]
+                violations += [_of_sentence(number, len(sentences), violation) for violation in described]
         if violations:
-            raise InvalidSentence(violations)
+            raise InvalidSentence(violations, total)
         return Entry(prepared, gaps, self.options)
 
 
@@ -150,6 +159,13 @@ def split_text(text: str, language: str, splitter: SentenceSplitter, between: st
         sentences.append(sentence)
         space = piece[begin + len(sentence) :]
     return sentences or [""], gaps
+
+
+def _too_large(field: str, text: str) -> list[Violation]:
+    if not is_too_large(text, MAX_TEXT_BYTES):
+        return []
+    description = f"has more than {MAX_TEXT_BYTES:,} bytes of UTF-8: cut the text between paragraphs"
+    return [Violation(field=field, description=description, reason="TEXT_TOO_LONG")]
 
 
 def _of_entry(index: int, violation: Violation) -> Violation:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
@@ -43,14 +43,15 @@ class ModelUseCases:
         version = self._models.resolve(parsed)
         return self._models.get(parsed.name), version
 
-    def list_page(self, page_size: int, page_token: str) -> Page[Model]:
-        """Return a page of models, by name."""
+    def list_page(self, page_size: int, page_token: str, takes: Callable[[Model], bool]) -> Page[Model]:
+        """Return a page of models, by name; `takes` is the Pager's."""
         return self._pager.page(
             listing="models",
             page_size=page_size,
             page_token=page_token,
             fetch=self._models.list_page,
             key_of=lambda model: model.name,
+            takes=takes,
         )
 
     async def set_alias(self, name: str, alias: str, version: int) -> Model:

@@ -15,6 +15,10 @@ from ferryman_service.domain.errors import InvalidRequest, Violation
 
 DEFAULT_PAGE_SIZE: Final = 50
 MAX_PAGE_SIZE: Final = 500
+PAGE_BYTES: Final = 4 * 2**20
+"""A page ends before the row that would make it larger, but for a page of one row."""
+_PORTION_ROWS: Final = 64
+"""Rows that are read from the store at a time: a page that ends by its size leaves few unused."""
 _SIGNATURE_BYTES: Final = 16
 
 Item = TypeVar("Item")
@@ -28,11 +32,16 @@ class Page(Generic[Item]):
     next_page_token: str
 
 
+def _takes_all(_: object) -> bool:
+    return True
+
+
 class Pager:
     """Turns "the rows after this key" into pages with tokens that nobody else can make."""
 
     def __init__(self, key: bytes) -> None:
         """Store the secret that signs tokens."""
+        assert key, "whoever knows the secret can make tokens, and everybody knows an empty one"
         self._key = key
 
     def page(
@@ -43,17 +52,26 @@ class Pager:
         page_token: str,
         fetch: Callable[[str | None, int], Sequence[Item]],
         key_of: Callable[[Item], str],
+        takes: Callable[[Item], bool] = _takes_all,
     ) -> Page[Item]:
         """Return the page after `page_token`.
 
         `listing` names the listing with its filter and order; a token of another listing is refused. `fetch(after,
-        limit)` returns rows after a key. Raises InvalidRequest (page_size, page_token).
+        limit)` returns rows after a key. `takes` is shown each row in turn; the page ends before the first one that it
+        does not take, which must not be the first of all. Raises InvalidRequest (page_size, page_token).
         """
         size, after = self._check(listing, page_size, page_token)
-        rows = fetch(after, size + 1)
-        more = len(rows) > size
-        items = rows[:size]
-        return Page(items=items, next_page_token=self._token(listing, key_of(items[-1])) if more else "")
+        items: list[Item] = []
+        while True:
+            wanted = min(size + 1 - len(items), _PORTION_ROWS)
+            rows = fetch(after, wanted)
+            for row in rows:
+                if len(items) == size or not takes(row):
+                    return Page(items=items, next_page_token=self._token(listing, key_of(items[-1])))
+                items.append(row)
+            if len(rows) < wanted:
+                return Page(items=items, next_page_token="")
+            after = key_of(rows[-1])
 
     def _check(self, listing: str, page_size: int, page_token: str) -> tuple[int, str | None]:
         violations = []

@@ -36,6 +36,8 @@ class TextThreads:
             return await asyncio.shield(working)
         except asyncio.CancelledError:
             token.cancel()
+            # Nobody will ask for the work's error, and asyncio would log it, with its traceback.
+            working.add_done_callback(lambda done: done.cancelled() or done.exception())
             await asyncio.wait((working,))
             raise
 

@@ -198,9 +198,14 @@ class TrainingUseCases:
         return self._runs.get(run_id)
 
     def list_page(
-        self, wanted: RunFilter, page_size: int, page_token: str, unknown: Sequence[Violation] = ()
+        self,
+        wanted: RunFilter,
+        page_size: int,
+        page_token: str,
+        takes: Callable[[TrainingRun], bool],
+        unknown: Sequence[Violation] = (),
     ) -> Page[TrainingRun]:
-        """Return a page of runs; raises InvalidRequest."""
+        """Return a page of runs; `takes` is the Pager's. Raises InvalidRequest."""
         listing = json.dumps(["runs by place", sorted(set(wanted.states)), wanted.model_name, wanted.oldest_first])
 
         def fetch(after: str | None, limit: int) -> Sequence[TrainingRun]:
@@ -208,7 +213,12 @@ class TrainingUseCases:
 
         try:
             page = self._pager.page(
-                listing=listing, page_size=page_size, page_token=page_token, fetch=fetch, key_of=lambda run: run.place
+                listing=listing,
+                page_size=page_size,
+                page_token=page_token,
+                fetch=fetch,
+                key_of=lambda run: run.place,
+                takes=takes,
             )
         except InvalidRequest as error:
             raise InvalidRequest([*unknown, *error.violations]) from None

@@ -45,6 +45,8 @@ from ferryman_service.domain.translation import (
     slowest,
 )
 
+MAX_CALL_BYTES: Final = 2**20
+"""Sentences and prefixes of one Translate call together, bytes of UTF-8."""
 MAX_WINDOW: Final = 4096
 DEFAULT_WINDOW: Final = 256
 _CALL_WEIGHT: Final = 4.0
@@ -222,6 +224,12 @@ class TranslationUseCases:
         if not 1 <= count <= limit:
             text = f"has {count:,} sentences, must have from 1 to {limit:,}; send more in several calls, or stream them"
             violations.append(Violation(field="sentences", description=text, reason="OUT_OF_RANGE"))
+        elif (size_bytes := _size_bytes(request)) > MAX_CALL_BYTES:
+            text = (
+                f"have {size_bytes:,} bytes of UTF-8 with their prefixes, may have {MAX_CALL_BYTES:,} together: send "
+                "fewer in a call, or stream them"
+            )
+            violations.append(Violation(field="sentences", description=text, reason="TOO_MANY_BYTES"))
         if prefixes not in (0, count):
             text = f"has {prefixes:,} entries for {count:,} sentences, must have none, or one for each"
             violations.append(Violation(field="target_prefixes", description=text, reason="CONFLICT"))
@@ -347,6 +355,10 @@ def _result(version: ModelVersion, entries: Sequence[Entry], arrived_ns: int) ->
         mean_batch_rows=sum(timings.row_steps for timings in sentences) / steps if steps else 0.0,
         total_ns=time.monotonic_ns() - arrived_ns,
     )
+
+
+def _size_bytes(request: TranslateRequest) -> int:
+    return sum(len(text.encode(errors="surrogatepass")) for text in (*request.sentences, *request.target_prefixes))
 
 
 def _reference(model: str, field: str, violations: Sequence[Violation]) -> ModelReference:

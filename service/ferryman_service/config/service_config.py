@@ -99,6 +99,7 @@ class ServiceConfig:
     grace_s: float = 10.0
     max_connection_age_s: float = 1800.0
     max_connection_age_grace_s: float = 3600.0
+    answer_memory_mib: int = 256
     heartbeat_s: float = 10.0
     device: Device = Device.AUTO
     log_level: str = "INFO"
@@ -166,6 +167,7 @@ RANGES: Final[Mapping[str, tuple[float, float]]] = {
     "grace_s": (0, 3600),
     "max_connection_age_s": (0, 604_800),
     "max_connection_age_grace_s": (0, 604_800),
+    "answer_memory_mib": (64, 2**20),
     "heartbeat_s": (0.01, 3600),
     "trace_sample_ratio": (0, 1),
 }
@@ -212,6 +214,8 @@ HELP: Final[Mapping[str, str]] = {
     "max_connection_age_s": "seconds after which a connection is asked to end, so that clients spread anew over the "
     "servers; 0: never",
     "max_connection_age_grace_s": "seconds that the calls on such a connection get to end before they are cut",
+    "answer_memory_mib": "MiB of large answers that may wait for their callers to read them, a quarter of it on one "
+    "connection; further calls with large answers wait, and are refused after 10 s",
     "heartbeat_s": "seconds of silence after which a metrics stream says that it lives",
     "device": "where models are trained and run: auto, cpu or cuda",
     "log_level": "DEBUG, INFO, WARNING or ERROR",

@@ -6,6 +6,7 @@ import enum
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 
 class Split(enum.StrEnum):
@@ -22,12 +23,26 @@ class Side(enum.StrEnum):
     TARGET = "target"
 
 
+SAMPLES: Final = 3
+"""Pairs of a split that are shown, at most."""
+_SHOWN_CHARACTERS: Final = 200
+
+
+def shortened(text: str) -> str:
+    """Return the text, or the beginning of it and an ellipsis: 200 characters at most."""
+    return text if len(text) <= _SHOWN_CHARACTERS else text[: _SHOWN_CHARACTERS - 1] + "…"
+
+
 @dataclass(frozen=True, kw_only=True)
 class SentencePair:
     """A sentence and its translation."""
 
     source: str
     target: str
+
+    def shortened(self) -> SentencePair:
+        """Return the pair as it is shown."""
+        return SentencePair(source=shortened(self.source), target=shortened(self.target))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +62,8 @@ class CorpusWarning:
 
 @dataclass(frozen=True, kw_only=True)
 class SplitStatistics:
-    """What a part of a corpus holds. Words are separated by white space; empty pairs have an empty side."""
+    """What a part of a corpus holds. Words are separated by white space; empty pairs have an empty side. `samples` are
+    SAMPLES pairs at most, shortened."""
 
     pairs: int
     source_words: int

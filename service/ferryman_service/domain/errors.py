@@ -23,6 +23,8 @@
     ├── OutOfRange
     │   └── SequenceOutOfRange
     ├── ResourceExhausted
+    │   ├── AnswerTooLarge
+    │   ├── AnswersUnread
     │   ├── CorpusTooLarge
     │   ├── DiskFull
     │   ├── ModelTooLarge
@@ -171,6 +173,14 @@ class SequenceOutOfRange(OutOfRange):
 
 class ResourceExhausted(FerrymanError):
     """A limit is reached."""
+
+
+class AnswerTooLarge(ResourceExhausted):
+    """The answer is larger than a message may be."""
+
+
+class AnswersUnread(ResourceExhausted):
+    """As many bytes of answers as the operator allows wait for their callers to read them."""
 
 
 class CorpusTooLarge(ResourceExhausted):

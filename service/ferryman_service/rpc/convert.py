@@ -41,10 +41,11 @@ from ferryman_service.domain.records import (
 from ferryman_service.domain.runs import CheckpointInfo, RunProgress, TrainingRun
 from ferryman_service.domain.schedule import DecayPlan, DecayReason, DecayShape, LearningRateSchedule, ScheduleKind
 from ferryman_service.domain.translation import EarlyStopping, Hypothesis, Sampling, SearchOptions, Translation
+from ferryman_service.rpc.answer_budget import LARGEST_ANSWER_BYTES, answer_too_large
+from ferryman_service.rpc.bounds import MAX_STREAM_SENTENCES
 
 E = TypeVar("E", bound=enum.StrEnum)
 
-_MAX_MESSAGE_SENTENCES: Final = 1024
 _MAX_ID_BYTES: Final = 128
 _RESPONSE_BYTES: Final = 1 << 20
 
@@ -159,13 +160,16 @@ def _plain(part: object) -> dict[str, Any]:
 
 def curve_to_wire(curve: Curve) -> training_pb2.GetLRScheduleResponse:
     """Return the learning-rate curve."""
-    return training_pb2.GetLRScheduleResponse(
-        points=[training_pb2.LearningRatePoint(step=step, learning_rate=rate) for step, rate in curve.points],
+    wire = training_pb2.GetLRScheduleResponse(
         schedule=schedule_to_wire(curve.schedule),
         peak=training_pb2.LearningRatePoint(step=curve.peak[0], learning_rate=curve.peak[1]),
         decays=[metrics_pb2.DecayPlan(**_plain(decay)) for decay in curve.decays],
         provisional_from_step=curve.provisional_from_step,
     )
+    # One by one: a message that is made of a list copies all of it without letting another thread run.
+    for step, rate in curve.points:
+        wire.points.add(step=step, learning_rate=rate)
+    return wire
 
 
 def record_to_wire(record: Record) -> metrics_pb2.MetricRecord:
@@ -404,8 +408,8 @@ def stream_sentences_from_wire(
         reason = "UNEXPECTED" if kind else "REQUIRED"
         raise InvalidRequest([Violation(field=kind or "message", description=text, reason=reason)])
     sentences, violations = wire.sentences.sentences, list[Violation]()
-    if not 1 <= len(sentences) <= _MAX_MESSAGE_SENTENCES:
-        text = f"has {len(sentences):,} sentences, must have from 1 to {_MAX_MESSAGE_SENTENCES:,}: send more messages"
+    if not sentences:
+        text = f"has no sentences, must have from 1 to {MAX_STREAM_SENTENCES:,}"
         violations.append(Violation(field="sentences.sentences", description=text, reason="OUT_OF_RANGE"))
     for index, sentence in enumerate(sentences):
         path = f"sentences.sentences[{index}]"
@@ -422,7 +426,7 @@ def stream_sentences_from_wire(
 
 
 def result_to_wire(result: TranslateResult) -> translation_pb2.TranslateResponse:
-    """Return the answer of Translate."""
+    """Return the answer of Translate; raises AnswerTooLarge."""
     timings = translation_pb2.TranslateTimings(
         queue=_duration(result.timings.queue_ns),
         text=_duration(result.timings.text_ns),
@@ -432,11 +436,15 @@ def result_to_wire(result: TranslateResult) -> translation_pb2.TranslateResponse
         steps=result.timings.steps,
         mean_batch_rows=result.mean_batch_rows,
     )
-    return translation_pb2.TranslateResponse(
-        model=result.version.reference,
-        translations=[_translation_to_wire(translation) for translation in result.translations],
-        timings=timings,
-    )
+    wire = translation_pb2.TranslateResponse(model=result.version.reference, timings=timings)
+    size_bytes = 0
+    for translation in result.translations:  # one by one, as above
+        added = _translation_to_wire(translation)
+        size_bytes += added.ByteSize()
+        if size_bytes > LARGEST_ANSWER_BYTES:
+            raise answer_too_large(size_bytes)
+        wire.translations.append(added)
+    return wire
 
 
 def stream_responses_to_wire(

@@ -17,6 +17,7 @@ from ferryman_service.domain.corpora import CorpusHeader, Side, Split
 from ferryman_service.domain.errors import InvalidRequest, Violation
 from ferryman_service.domain.threads import Threads
 from ferryman_service.rpc import convert
+from ferryman_service.rpc.pages import WirePage
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 T = TypeVar("T")
@@ -64,10 +65,14 @@ class CorpusServicer(corpus_pb2_grpc.CorpusServiceServicer):
         self, request: corpus_pb2.ListCorporaRequest, context: Context
     ) -> corpus_pb2.ListCorporaResponse:
         """Return a page of corpora."""
-        page = await asyncio.to_thread(self._use_cases.list_page, request.page_size, request.page_token)
-        return corpus_pb2.ListCorporaResponse(
-            corpora=[convert.corpus_to_wire(corpus) for corpus in page.items], next_page_token=page.next_page_token
-        )
+        return await asyncio.to_thread(self._page, request)
+
+    def _page(self, request: corpus_pb2.ListCorporaRequest) -> corpus_pb2.ListCorporaResponse:
+        response = corpus_pb2.ListCorporaResponse()
+        wire = WirePage(response.corpora, convert.corpus_to_wire)
+        page = self._use_cases.list_page(request.page_size, request.page_token, wire.takes)
+        response.next_page_token = page.next_page_token
+        return response
 
     @asynccontextmanager
     async def _opened(self, header: CorpusHeader, request_id: str) -> AsyncIterator[CorpusUpload]:

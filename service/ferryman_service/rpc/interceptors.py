@@ -19,6 +19,7 @@ from ferryman_service.observability.rpc import CallMetrics, RpcMetrics
 from ferryman_service.rpc.call_scope import DEFAULT_SCOPES, CallScope, CallScopes
 from ferryman_service.rpc.errors import internal_status, status_code, to_status
 from ferryman_service.rpc.message_counts import counting_messages
+from ferryman_service.rpc.messages import Messages
 from ferryman_service.rpc.shutdown import Shutdown
 
 _OURS: Final = "ferryman.v1."
@@ -38,10 +39,18 @@ _MAKERS: Final[Mapping[str, Callable[..., _Handler]]] = {
 class CallInterceptor(grpc.aio.ServerInterceptor):
     """The only interceptor: its order inside a call is its own."""
 
-    def __init__(self, metrics: RpcMetrics, shutdown: Shutdown, scopes: CallScopes = DEFAULT_SCOPES) -> None:
+    def __init__(
+        self,
+        metrics: RpcMetrics,
+        shutdown: Shutdown,
+        scopes: CallScopes = DEFAULT_SCOPES,
+        messages: Messages | None = None,
+    ) -> None:
+        """Store; `messages` None: bounds and budgets are the default ones."""
         self._metrics = metrics
         self._shutdown = shutdown
         self._scopes = scopes
+        self._messages = Messages() if messages is None else messages
 
     async def intercept_service(
         self,
@@ -58,10 +67,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         behaviour: Any = handler.unary_unary or handler.stream_unary or handler.unary_stream or handler.stream_stream
         assert behaviour is not None, "a handler has a behaviour"
         respond = _streaming(behaviour) if handler.response_streaming else behaviour
-        # grpc answers a request that it cannot read with UNKNOWN and the parser's words, so a single one is read here.
-        read_here = None if handler.request_streaming else handler.request_deserializer
-        if read_here is not None:
-            respond = _reading(respond, read_here)
+        # Also because grpc answers a request that it cannot read with UNKNOWN and the parser's words.
+        respond = self._messages.of_bytes(handler_call_details.method, handler, respond)
         respond = _ending(respond, self._shutdown, is_ours=service.startswith(_OURS))
         calls = self._metrics.calls_of(service, method, kind)
         respond = counting_messages(
@@ -73,8 +80,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         open_scope = partial(self._scopes.open, service, method)
         return _MAKERS[kind](
             _around(respond, calls, open_scope),
-            request_deserializer=None if read_here is not None else handler.request_deserializer,
-            response_serializer=handler.response_serializer,
+            request_deserializer=None,
+            response_serializer=None,
         )
 
 
@@ -98,13 +105,6 @@ def _streaming(behaviour: _Behaviour) -> _Behaviour:
                 await context.write(response)
 
     return respond
-
-
-def _reading(respond: _Behaviour, read: Callable[[bytes], Any]) -> _Behaviour:
-    async def read_and_respond(request: bytes, context: _Context) -> Any:  # noqa: ANN401 (any message)
-        return await respond(read(request), context)
-
-    return read_and_respond
 
 
 def _ending(respond: _Behaviour, shutdown: Shutdown, *, is_ours: bool) -> _Behaviour:

@@ -12,6 +12,7 @@ import grpc
 from ferryman.v1 import model_pb2, model_pb2_grpc
 from ferryman_service.application.models import ModelUseCases
 from ferryman_service.rpc import convert
+from ferryman_service.rpc.pages import WirePage
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
@@ -26,10 +27,7 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
 
     async def ListModels(self, request: model_pb2.ListModelsRequest, context: Context) -> model_pb2.ListModelsResponse:
         """Return a page of models."""
-        page = await asyncio.to_thread(self._use_cases.list_page, request.page_size, request.page_token)
-        return model_pb2.ListModelsResponse(
-            models=[convert.model_to_wire(model) for model in page.items], next_page_token=page.next_page_token
-        )
+        return await asyncio.to_thread(self._page, request)
 
     async def GetModel(self, request: model_pb2.GetModelRequest, context: Context) -> model_pb2.GetModelResponse:
         """Return a model and one of its versions."""
@@ -88,3 +86,10 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
         """Return what is in memory."""
         loaded = [convert.loaded_model_to_wire(model) for model in self._use_cases.loaded()]
         return model_pb2.ListLoadedModelsResponse(loaded_models=loaded)
+
+    def _page(self, request: model_pb2.ListModelsRequest) -> model_pb2.ListModelsResponse:
+        response = model_pb2.ListModelsResponse()
+        wire = WirePage(response.models, convert.model_to_wire)
+        page = self._use_cases.list_page(request.page_size, request.page_token, wire.takes)
+        response.next_page_token = page.next_page_token
+        return response

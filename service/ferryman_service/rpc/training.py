@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
-from typing import Any, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import grpc
 
@@ -17,23 +17,34 @@ from ferryman_service.domain.ids import RUN_PREFIX, is_id
 from ferryman_service.domain.log_context import add_log_fields
 from ferryman_service.domain.records import Record, RunState
 from ferryman_service.domain.runs import RunFilter
+from ferryman_service.domain.threads import Threads
 from ferryman_service.domain.tracing import NULL_TRACER, Tracer
 from ferryman_service.rpc import convert
+from ferryman_service.rpc.messages import DEFAULT_THREADS
+from ferryman_service.rpc.pages import WirePage
 from ferryman_service.rpc.shutdown import Shutdown
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+_QUICK_POINTS: Final = 1000
 
 
 class TrainingServicer(training_pb2_grpc.TrainingServiceServicer):
     """Adapts TrainingUseCases and MetricsFeed; see the contract for what each call means."""
 
     def __init__(
-        self, use_cases: TrainingUseCases, feed: MetricsFeed, shutdown: Shutdown, tracer: Tracer = NULL_TRACER
+        self,
+        use_cases: TrainingUseCases,
+        feed: MetricsFeed,
+        shutdown: Shutdown,
+        tracer: Tracer = NULL_TRACER,
+        threads: Threads = DEFAULT_THREADS,
     ) -> None:
+        """Store; `threads` build what is large."""
         self._use_cases = use_cases
         self._feed = feed
         self._shutdown = shutdown
         self._tracer = tracer
+        self._threads = threads
 
     async def StartTraining(
         self, request: training_pb2.StartTrainingRequest, context: Context
@@ -86,8 +97,9 @@ class TrainingServicer(training_pb2_grpc.TrainingServiceServicer):
             max_points=request.max_points,
             unknown=unknown,
         )
-        curve = await asyncio.to_thread(self._use_cases.learning_rate_curve, curve_request)
-        return convert.curve_to_wire(curve)
+        if request.max_points <= _QUICK_POINTS:
+            return await asyncio.to_thread(self._curve, curve_request)
+        return await self._threads.run(self._curve, curve_request)
 
     async def GetTrainingRun(
         self, request: training_pb2.GetTrainingRunRequest, context: Context
@@ -106,12 +118,7 @@ class TrainingServicer(training_pb2_grpc.TrainingServiceServicer):
         order = convert.known_number(training_pb2.RunOrder, request.order, "order", unknown)
         oldest_first = order == training_pb2.RUN_ORDER_OLDEST_FIRST
         wanted = RunFilter(states=states, model_name=request.model_name, oldest_first=oldest_first)
-        page = await asyncio.to_thread(
-            self._use_cases.list_page, wanted, request.page_size, request.page_token, unknown
-        )
-        return training_pb2.ListTrainingRunsResponse(
-            runs=[convert.run_to_wire(run) for run in page.items], next_page_token=page.next_page_token
-        )
+        return await asyncio.to_thread(self._page, request, wanted, unknown)
 
     async def CancelTraining(
         self, request: training_pb2.CancelTrainingRequest, context: Context
@@ -152,6 +159,18 @@ class TrainingServicer(training_pb2_grpc.TrainingServiceServicer):
         self._about_run(request.run_id)
         await asyncio.to_thread(self._use_cases.delete, request.run_id)
         return training_pb2.DeleteTrainingRunResponse()
+
+    def _curve(self, request: CurveRequest) -> training_pb2.GetLRScheduleResponse:
+        return convert.curve_to_wire(self._use_cases.learning_rate_curve(request))
+
+    def _page(
+        self, request: training_pb2.ListTrainingRunsRequest, wanted: RunFilter, unknown: Sequence[Violation]
+    ) -> training_pb2.ListTrainingRunsResponse:
+        response = training_pb2.ListTrainingRunsResponse()
+        wire = WirePage(response.runs, convert.run_to_wire)
+        page = self._use_cases.list_page(wanted, request.page_size, request.page_token, wire.takes, unknown)
+        response.next_page_token = page.next_page_token
+        return response
 
     def _about_run(self, run_id: str) -> None:
         """Say in the log and in the trace which run the call is about; what cannot be a run's id is left out."""

@@ -10,6 +10,7 @@ from typing import Any, Final
 from sqlalchemy import Connection, Engine, Row, insert, select, tuple_
 
 from ferryman_service.domain.corpora import (
+    SAMPLES,
     Corpus,
     CorpusFiles,
     CorpusHeader,
@@ -131,6 +132,7 @@ def _corpus_from_row(row: Row[Any]) -> Corpus:
 
 
 def _statistics_from_value(value: Mapping[str, Any]) -> SplitStatistics:
-    samples = tuple(SentencePair(**pair) for pair in value["samples"])
+    # Earlier releases kept samples as long as they came: a page of such corpora was larger than a message may be.
+    samples = tuple(SentencePair(**pair).shortened() for pair in value["samples"][:SAMPLES])
     warnings = tuple(CorpusWarning(**warning) for warning in value.get("warnings", ()))  # none of earlier releases
     return SplitStatistics(**{**value, "samples": samples, "warnings": warnings})

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Final
 
-from ferryman_service.domain.corpora import CorpusWarning, Side, Split
+from ferryman_service.domain.corpora import CorpusWarning, Side, Split, shortened
 
 MAX_COMPARED_PAIRS: Final = 10_000
 _OVERLAP_DIVISOR: Final = 5
-_EXAMPLE_CHARACTERS: Final = 200
 
 
 class CorpusSigns:
@@ -41,7 +40,7 @@ class CorpusSigns:
                 "scores will say little about other text; keep the two apart",
                 count=count,
                 total=total,
-                example=_shortened(self._example),
+                example=shortened(self._example),
             )
 
 
@@ -102,7 +101,7 @@ class _Sign:
                 message=self._message.format(count=f"{self._count:,}", total=f"{total:,}"),
                 count=self._count,
                 total=total,
-                example=_shortened(self._example),
+                example=shortened(self._example),
             )
 
 
@@ -110,7 +109,3 @@ def _signs_of_side() -> tuple[_Sign, _Sign]:
     tabs = "{count} of {total} lines hold tabs: cut a table into a source and a target file, one sentence a line"
     markup = "{count} of {total} lines look like XML or JSON: take the sentences out of it, one a line"
     return _Sign("TABS", tabs), _Sign("MARKUP", markup)
-
-
-def _shortened(text: str) -> str:
-    return text if len(text) <= _EXAMPLE_CHARACTERS else text[: _EXAMPLE_CHARACTERS - 1] + "…"

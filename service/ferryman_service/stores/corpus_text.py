@@ -17,13 +17,12 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import IO, Final
 
-from ferryman_service.domain.corpora import SentencePair, Side, Split, SplitStatistics
+from ferryman_service.domain.corpora import SAMPLES, SentencePair, Side, Split, SplitStatistics
 from ferryman_service.domain.errors import Violation
 from ferryman_service.stores.corpus_signs import CorpusSigns, SplitSigns
 from ferryman_service.stores.file_forms import UTF8_MARK, FileForm, find_form
 from ferryman_service.text.normalise import MAX_MARKS, find_marks
 
-_SAMPLES: Final = 3
 _BLOCK_BYTES: Final = 1 << 16
 
 
@@ -191,8 +190,8 @@ def _count(source: Iterator[str], target: Iterator[str], signs: SplitSigns) -> S
             empty_pairs += 1
             continue
         signs.add(source_text, target_text)
-        if len(samples) < _SAMPLES:
-            samples.append(SentencePair(source=source_text, target=target_text))
+        if len(samples) < SAMPLES:
+            samples.append(SentencePair(source=source_text, target=target_text).shortened())
     return SplitStatistics(
         pairs=pairs,
         source_words=source_words,

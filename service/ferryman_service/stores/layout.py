@@ -160,11 +160,18 @@ class DataFolder:
                     yield model.name, int(bundle.name), bundle
 
     def page_token_key(self) -> bytes:
-        """Return the secret that signs page tokens; the first call on a folder makes it, with mode 0600."""
+        """Return the secret that signs page tokens; the first call on a folder makes it, with mode 0600. Raises OSError
+        if the file holds another number of bytes: it is damaged, and whoever guesses the key can make tokens."""
         path = self.root / "page-token.key"
         if not path.exists():
             self._make_key(path)
-        return path.read_bytes()
+        key = path.read_bytes()
+        if len(key) != _KEY_BYTES:
+            text = (
+                f"{path} has {len(key)} bytes, must have {_KEY_BYTES}: remove it, and the next start makes another one"
+            )
+            raise OSError(text)
+        return key
 
     def _make_key(self, path: Path) -> None:
         aside = path.with_name(f"{path.name}.{secrets.token_hex(8)}")

@@ -8,8 +8,8 @@ from typing import Final
 
 from ferryman_service.domain.errors import Violation
 
-MAX_SENTENCE_BYTES: Final = 65_536
-"""The longest sentence, bytes of UTF-8: as long as the longest line of a corpus."""
+MAX_SENTENCE_BYTES: Final = 16_384
+"""The longest sentence to translate, bytes of UTF-8."""
 MAX_MARKS: Final = 30
 """The longest run of combining marks, as in the Stream-Safe Text Format (UAX #15, section 13)."""
 
@@ -88,11 +88,11 @@ def mark_violations(field: str, text: str) -> list[Violation]:
     return [Violation(field=field, description=description, reason="TOO_MANY_MARKS")]
 
 
-def is_too_large(sentence: str) -> bool:
-    """Tell whether the sentence has more than MAX_SENTENCE_BYTES."""
-    if len(sentence) * _MAX_CHARACTER_BYTES <= MAX_SENTENCE_BYTES:
+def is_too_large(text: str, most_bytes: int = MAX_SENTENCE_BYTES) -> bool:
+    """Tell whether the text has more bytes of UTF-8 than that."""
+    if len(text) * _MAX_CHARACTER_BYTES <= most_bytes:
         return False
-    return len(sentence) > MAX_SENTENCE_BYTES or len(sentence.encode(errors="surrogatepass")) > MAX_SENTENCE_BYTES
+    return len(text) > most_bytes or len(text.encode(errors="surrogatepass")) > most_bytes
 
 
 def has_control_characters(sentence: str) -> bool:

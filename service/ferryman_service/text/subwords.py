@@ -7,7 +7,7 @@ import io
 import operator
 import random
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -25,6 +25,7 @@ MAX_TRAINING_CHARACTERS: Final = 40_000_000
 # keeps the model a function of the corpus alone, on any machine.
 _TRAINER_THREADS: Final = 16
 _MAX_LINE_BYTES: Final = 65_536
+_PORTION_CHARACTERS: Final = 65_536
 _SILENT: Final = 2  # log errors only
 _TOO_LARGE = re.compile(r"Please set it to a value <= (\d+)")
 _TOO_SMALL = re.compile(r"smaller than required_chars\. \d+ vs (\d+)")
@@ -49,8 +50,14 @@ class Subwords:
         return int(self._processor.GetPieceSize())
 
     def encode(self, sentences: Sequence[str], threads: int = 1) -> list[list[int]]:
-        """Return the subword ids of normalised sentences, without start and end symbols."""
-        pieces: list[list[int]] = self._processor.Encode(list(sentences), out_type=int, num_threads=threads)
+        """Return the subword ids of normalised sentences, without start and end symbols.
+
+        One thread takes a portion at a time: no other thread runs while the ids of a portion become Python's numbers.
+        """
+        portions = [list(sentences)] if threads > 1 else _portions(sentences)
+        pieces: list[list[int]] = []
+        for portion in portions:
+            pieces += self._processor.Encode(portion, out_type=int, num_threads=threads)
         return pieces
 
     def decode(self, tokens: Sequence[int]) -> str:
@@ -120,6 +127,20 @@ def train_subwords(
         raise _training_failed(str(error), vocabulary_size) from error
     model_path.write_bytes(model.getvalue())
     return Subwords.load(model_path)
+
+
+def _portions(sentences: Sequence[str]) -> Iterator[list[str]]:
+    """Yield the sentences in portions of few characters, or of one sentence."""
+    portion: list[str] = []
+    characters = 0
+    for sentence in sentences:
+        if portion and characters + len(sentence) > _PORTION_CHARACTERS:
+            yield portion
+            portion, characters = [], 0
+        portion.append(sentence)
+        characters += len(sentence)
+    if portion:
+        yield portion
 
 
 def _sample(lines: Iterable[str], max_lines: int, max_characters: int, seed: int) -> list[str]:

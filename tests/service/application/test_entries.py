@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ferryman_service.application.entries import MAX_SPLIT_SENTENCES, Preparation, split_text
+from ferryman_service.application.entries import MAX_SPLIT_SENTENCES, MAX_TEXT_BYTES, Preparation, split_text
 from ferryman_service.domain.errors import InvalidSentence
 from ferryman_service.domain.translation import CancelToken, SearchOptions, SentenceResult, Translation
 from ferryman_service.text.sentences import SentencexSplitter
@@ -108,6 +108,18 @@ def test_runs_of_marks_are_named_once_by_their_place_in_the_text(preparation):
     [violation] = caught.value.violations
     assert (violation.field, violation.reason) == ("sentences[1]", "TOO_MANY_MARKS")
     assert "from character 10 on" in violation.description
+
+
+def test_a_text_is_bounded_before_it_is_split(preparation):
+    with pytest.raises(InvalidSentence) as caught:
+        preparation.entries(["Fine.", "ü" * (MAX_TEXT_BYTES // 2) + "."], ())
+    assert [(v.field, v.reason) for v in caught.value.violations] == [("sentences[1]", "TEXT_TOO_LONG")]
+
+
+def test_twenty_violations_are_described_and_all_counted(preparation):
+    with pytest.raises(InvalidSentence) as caught:
+        preparation.entries(["Bad\x00. " * 300, "Fine.", "Bad\x00. " * 300], ())
+    assert (len(caught.value.violations), caught.value.total) == (20, 600)
 
 
 def test_the_sentences_of_a_request_are_bounded(preparation):

@@ -36,6 +36,25 @@ def test_the_pages_together_are_the_listing(size):
     assert rows == ROWS
 
 
+def test_a_page_ends_before_the_row_that_it_does_not_take():
+    rows, token, lengths = [], "", []
+    while not rows or token:
+        taken = []
+        current = Pager(b"secret").page(
+            listing="rows",
+            page_size=500,
+            page_token=token,
+            fetch=fetch,
+            key_of=str,
+            takes=lambda row, taken=taken: len(taken) < 130 and not taken.append(row),
+        )
+        assert taken == current.items
+        rows, token = rows + taken, current.next_page_token
+        lengths.append(len(taken))
+    assert rows == ROWS
+    assert lengths == [130] * 9 + [30]
+
+
 def refused(**arguments):
     with pytest.raises(InvalidRequest) as caught:
         page(**arguments)

@@ -1,6 +1,7 @@
 """Threads for texts: who gives up is not worked for, and holds on to what a thread uses."""
 
 import asyncio
+import gc
 import threading
 
 import pytest
@@ -38,6 +39,22 @@ async def test_what_nobody_waits_for_any_more_is_not_begun(threads):
     with pytest.raises(DeadlineExceeded):
         await late
     assert done == []
+
+
+async def test_error_of_cancelled_work_is_not_logged(threads):
+    logged, gate = [], threading.Event()
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: logged.append(context))
+    first = asyncio.create_task(threads.run(CancelToken(), lambda: gate.wait(10)))
+    second = asyncio.create_task(threads.run(CancelToken(), lambda: 1))  # its thread raises Cancelled
+    await asyncio.sleep(0.01)
+    second.cancel()
+    await asyncio.sleep(0.01)
+    second.cancel()
+    gate.set()
+    await asyncio.wait((first, second))
+    del second
+    gc.collect()
+    assert logged == []
 
 
 async def test_who_gives_up_waits_for_the_thread(threads):

@@ -1,5 +1,6 @@
 """Corpora: checked, normalised, stored whole or not at all."""
 
+import dataclasses
 import gzip
 import os
 import re
@@ -8,12 +9,15 @@ import sys
 import threading
 
 import pytest
+from sqlalchemy import update
 
 from ferryman_service.domain.corpora import CorpusHeader, SentencePair, Side, Split
 from ferryman_service.domain.errors import CorpusNotFound, CorpusTooLarge, DiskFull, InvalidCorpus, RequestIdReused
 from ferryman_service.domain.ids import CORPUS_PREFIX, is_id, new_id
+from ferryman_service.stores import tables
 from ferryman_service.stores.corpora import CorpusLimits, FileCorpusStore
 from ferryman_service.stores.corpus_text import check_split
+from ferryman_service.stores.database import writing
 
 HEADER = CorpusHeader(display_name="Numbers", source_language="en", target_language="de")
 GOOD = {
@@ -391,8 +395,21 @@ def test_a_corpus_that_does_not_exist_is_not_found(store):
             store.files(name)
 
 
+def test_samples_are_few_and_short(store, database):
+    """Also those that an earlier release has stored: a page of them was larger than a message may be."""
+    corpus = upload(store, {(Split.TRAIN, side): ("ü" * 30_000 + "\n").encode() * 5 for side in Side})
+    cut = "ü" * 199 + "…"
+    assert corpus.train.samples == (SentencePair(source=cut, target=cut),) * 3
+    stored = {**dataclasses.asdict(corpus.train), "samples": [{"source": "a" * 201, "target": "b"}] * 4}
+    with writing(database) as connection:
+        connection.execute(update(tables.corpora).values(train=stored))
+    [read] = store.list_page(None, 9)
+    assert read.train.samples == (SentencePair(source="a" * 199 + "…", target="b"),) * 3
+
+
 def test_a_full_disk_leaves_nothing(store, folder, fill_disk):
-    rows = {(split, side): b"word " * 12_000 + b"\n" for split in Split for side in Side}
+    samples = ("ü" * 200 + "\n").encode() * 3  # more than a page of the database
+    rows = {(split, side): samples for split in Split for side in Side}
     fill_disk()
     with pytest.raises(DiskFull):
         upload(store, rows)

@@ -67,6 +67,13 @@ def test_the_key_is_made_once_whoever_comes_first_and_is_secret(folder):
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
+@pytest.mark.parametrize("size", [0, 31, 33])
+def test_key_of_wrong_length_is_refused(folder, size):
+    (folder.root / "page-token.key").write_bytes(bytes(size))
+    with pytest.raises(OSError, match=rf"page-token.key has {size} bytes, must have 32: remove it"):
+        folder.page_token_key()
+
+
 def test_only_folders_that_nobody_holds_are_abandoned(tmp_path):
     held = HeldFolder(tmp_path)
     (held.path / "file").write_text("in use")

@@ -75,6 +75,7 @@ def test_long_text_is_cut_in_windows(monkeypatch):
         ("中文句子。" * 6000, 6000),
         ("One “A. B.” two.\n\n" * 1500, None),
         ("a" + "\n" * 12_000, None),
+        ("\n" * 10_241, None),
     ):
         pieces = SentencexSplitter().split(text, "zh")
         assert "".join(pieces) == text
