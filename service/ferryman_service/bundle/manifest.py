@@ -16,6 +16,7 @@ from typing import Any, Final
 
 from ferryman_service.domain.errors import ModelDamaged
 from ferryman_service.domain.models import Int8Outcome, Int8Scores, ModelLineage, ModelScores
+from ferryman_service.domain.os_errors import refuse_if_exhausted
 from ferryman_service.domain.recipe import recipe_from_dict, recipe_to_dict
 from ferryman_service.domain.translation import ComputeType
 
@@ -179,7 +180,8 @@ def read_manifest(bundle: Path) -> Manifest:
 
 
 def verify(bundle: Path, *, to_translate: ComputeType | None = None) -> Manifest:
-    """Check size and digest of every file and return the manifest; raises ModelDamaged naming the first bad file.
+    """Check size and digest of every file and return the manifest; raises ModelDamaged naming the first bad file,
+    TooManyOpenFiles.
 
     With `to_translate` only the files are checked that translating with that compute type reads.
     """
@@ -191,6 +193,7 @@ def verify(bundle: Path, *, to_translate: ComputeType | None = None) -> Manifest
         try:
             found = _digest(bundle / name)
         except OSError as error:
+            refuse_if_exhausted(error)
             raise ModelDamaged(f"{name} cannot be read: {error.strerror}", file=name) from error
         if found != published:
             raise ModelDamaged(
@@ -232,6 +235,7 @@ def _read_manifest_bytes(bundle: Path) -> bytes:
         with (bundle / MANIFEST_FILE).open("rb") as file:
             content = file.read(_MAX_MANIFEST_BYTES + 1)
     except OSError as error:
+        refuse_if_exhausted(error)
         raise ModelDamaged(f"{MANIFEST_FILE} cannot be read: {error.strerror}", file=MANIFEST_FILE) from error
     if len(content) > _MAX_MANIFEST_BYTES:
         raise ModelDamaged(f"{MANIFEST_FILE} is over {_MAX_MANIFEST_BYTES} bytes", file=MANIFEST_FILE)

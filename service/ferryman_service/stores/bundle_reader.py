@@ -11,6 +11,7 @@ from typing import BinaryIO
 from ferryman_service.bundle.manifest import MANIFEST_FILE, manifest_digest, read_manifest
 from ferryman_service.domain.errors import ModelDamaged
 from ferryman_service.domain.models import BundleFile, ModelVersion
+from ferryman_service.domain.os_errors import refuse_if_exhausted
 
 
 class BundleReader:
@@ -18,7 +19,8 @@ class BundleReader:
     end."""
 
     def __init__(self, version: ModelVersion, bundle: Path) -> None:
-        """Open the files of `version`; raises ModelDamaged if one is missing or has another size than published."""
+        """Open the files of `version`; raises ModelDamaged if one is missing or has another size than published,
+        TooManyOpenFiles."""
         self.version = version
         if manifest_digest(bundle) != version.digest:
             raise ModelDamaged(f"{MANIFEST_FILE} is not the one that was published: restore it", file=MANIFEST_FILE)
@@ -50,6 +52,7 @@ def _open(bundle: Path, file: BundleFile) -> BinaryIO:
     try:
         opened = (bundle / file.name).open("rb")
     except OSError as error:
+        refuse_if_exhausted(error)
         raise ModelDamaged(f"{file.name} cannot be read: {error.strerror}", file=file.name) from error
     size_bytes = os.fstat(opened.fileno()).st_size
     if size_bytes != file.size_bytes:
