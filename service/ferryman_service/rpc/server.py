@@ -63,6 +63,8 @@ class RpcConfig:
             # Per server: gRPC knows no limit per method there.
             ("grpc.max_receive_message_length", self.limits.message_bytes),
             ("grpc.max_send_message_length", self.max_send_bytes),
+            # A message that nobody reads yet takes 64 KiB. With the probe, windows grow to megabytes on a fast network.
+            ("grpc.http2.bdp_probe", 0),
             # Of one connection. A client that knows it holds further calls back, others get no answer to theirs.
             ("grpc.max_concurrent_streams", self.limits.calls),
             # Further ones are closed. Each takes an open file.
