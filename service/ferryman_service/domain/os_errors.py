@@ -21,9 +21,7 @@ def domain_error(error: OSError) -> FerrymanError | None:
     if error.errno in NO_SPACE:
         return DiskFull("the disk of the data folder has no space left: free some and try again")
     if error.errno in NO_FILES:
-        return TooManyOpenFiles(
-            f"no file can be opened now ({why}): try again; the operator can raise the limit"
-        )
+        return TooManyOpenFiles(f"no file can be opened now ({why}): try again; the operator can raise the limit")
     if error.errno == errno.EROFS:
         return StoreUnavailable(f"the data folder cannot be written ({why}): the operator must mount it writable")
     if error.errno in _OUT_OF_ORDER:
