@@ -19,8 +19,10 @@ import grpc
 from ferryman._mapping import is_iterable, wrong
 from ferryman.errors import ClientClosed, InvalidArgument, InvalidRequest, Violation
 
-LARGEST_REQUEST_BYTES: Final = 16 * 1024 * 1024
+LARGEST_REQUEST_BYTES: Final = 4 * 1024 * 1024
 """What the service takes as one message."""
+LARGEST_UPLOAD_REQUEST_BYTES: Final = 1024 * 1024
+"""What the service takes as one message of an upload."""
 LONGEST_TIMEOUT_S: Final = 1e9
 """About 31 years. gRPC counts nanoseconds since 1970 in 64 bits, and takes a later deadline for one that has passed."""
 

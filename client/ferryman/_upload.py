@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal, TypeAlias, cast
 
-from ferryman._checks import LARGEST_REQUEST_BYTES, raise_any
+from ferryman._checks import LARGEST_UPLOAD_REQUEST_BYTES, raise_any
 from ferryman._mapping import is_iterable, wrong
 from ferryman.errors import Violation
 
@@ -21,7 +21,10 @@ _PAIR_OVERHEAD_BYTES: Final = 12
 
 _GZIP_MARK: Final = b"\x1f\x8b"
 
-_LARGEST_PAIR_BYTES: Final = LARGEST_REQUEST_BYTES - CHUNK_BYTES
+_REQUEST_OVERHEAD_BYTES: Final = 32
+"""What the wire adds to the pairs of a request, at most."""
+
+_LARGEST_PAIR_BYTES: Final = LARGEST_UPLOAD_REQUEST_BYTES - CHUNK_BYTES - _REQUEST_OVERHEAD_BYTES
 """Such a pair still fits into a request behind those that have not filled a piece."""
 
 SplitName: TypeAlias = Literal["train", "validation"]

@@ -29,13 +29,17 @@
     │   ├── AnswersUnread
     │   ├── CorpusTooLarge
     │   ├── DiskFull
+    │   ├── MessageTooLarge
     │   ├── ModelTooLarge
     │   ├── QueueFull
+    │   ├── TooManyCalls
     │   └── TooManyRuns
     ├── Unavailable              also: the server cannot be reached
     │   ├── StoreUnavailable
+    │   ├── TooManyOpenFiles
     │   └── ServerShuttingDown
     ├── DeadlineExceeded
+    │   └── MessageOverdue
     ├── Cancelled
     └── DataLoss
         └── ModelDamaged
@@ -240,12 +244,20 @@ class DiskFull(ResourceExhausted):
     """The server's disk has no space left."""
 
 
+class MessageTooLarge(ResourceExhausted):
+    """A message of an upload has more bytes than the server accepts."""
+
+
 class ModelTooLarge(ResourceExhausted):
     """A model by itself takes more memory than the operator allows for all."""
 
 
 class QueueFull(ResourceExhausted):
     """More waits to be translated than the server admits; there should be room in `retry_delay_s`."""
+
+
+class TooManyCalls(ResourceExhausted):
+    """As many calls of this kind are in flight as the server allows; call again after `retry_delay_s`."""
 
 
 class TooManyRuns(ResourceExhausted):
@@ -262,6 +274,10 @@ class StoreUnavailable(Unavailable):
     """The server's database cannot be reached or is locked."""
 
 
+class TooManyOpenFiles(Unavailable):
+    """The server has as many files open as it may, or nearly so."""
+
+
 class ServerShuttingDown(Unavailable):
     """The server is stopping; another one, or the next one, goes on."""
 
@@ -270,6 +286,10 @@ class DeadlineExceeded(FerrymanError):
     """The call's deadline has passed."""
 
     default_code = grpc.StatusCode.DEADLINE_EXCEEDED
+
+
+class MessageOverdue(DeadlineExceeded):
+    """The client has not sent the next message of the call in time."""
 
 
 class Cancelled(FerrymanError):

@@ -59,9 +59,9 @@ _LAST_STEP: Final = 50_000
 _HEARTBEAT_INTERVAL_S: Final = 0.1
 _CHUNK_BYTES: Final = 1 << 20
 _MODEL_BYTES: Final = 4_000_000
-# As the service's: requests of 16 MiB, a ping every ten seconds, and no port for two.
+# As the service's: requests of 4 MiB, a ping every ten seconds, and no port for two.
 _SERVER_OPTIONS: Final = (
-    ("grpc.max_receive_message_length", 16 * 2**20),
+    ("grpc.max_receive_message_length", 4 * 2**20),
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.so_reuseport", 0),

@@ -19,6 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from ferryman_service.config import open_files
 from ferryman_service.config.automatic import automatic_lines
 from ferryman_service.config.resources import Machine, find_machine
 from ferryman_service.config.service_config import ConfigMistakes, LogFormat, ServiceConfig
@@ -164,6 +165,7 @@ def _shown(settings: Settings, machine: Machine) -> Iterator[str]:
 
 
 def _serve(config: ServiceConfig, _: argparse.Namespace) -> int:
+    open_files.raise_limit()
     return asyncio.run(_serve_until_signal(config))
 
 
@@ -228,6 +230,7 @@ def _told_at_start(config: ServiceConfig) -> Mapping[str, object]:
         "device": config.device.value,
         "compute_type": config.compute_type.value,
         **find_machine().fields(),
+        "open_files": open_files.limit(),
     }
 
 

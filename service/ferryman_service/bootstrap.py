@@ -27,9 +27,10 @@ from ferryman_service.application.readiness import Readiness
 from ferryman_service.application.supervisor import Supervisor, SupervisorConfig
 from ferryman_service.application.training import RunLimits, TrainingUseCases
 from ferryman_service.application.translating import TranslationLimits, TranslationUseCases
+from ferryman_service.config import open_files
 from ferryman_service.config.automatic import with_automatic
 from ferryman_service.config.resources import find_machine
-from ferryman_service.config.service_config import ComputeChoice, Device, Role, ServiceConfig
+from ferryman_service.config.service_config import ComputeChoice, Device, Role, ServiceConfig, host_names
 from ferryman_service.domain.models import ModelVersion
 from ferryman_service.domain.threads import Threads
 from ferryman_service.domain.tracing import Tracer
@@ -56,6 +57,7 @@ from ferryman_service.rpc.corpora import CorpusServicer, UploadThreads
 from ferryman_service.rpc.interceptors import CallInterceptor
 from ferryman_service.rpc.messages import MESSAGE_THREADS, Messages
 from ferryman_service.rpc.models import ModelServicer
+from ferryman_service.rpc.request_limits import RequestLimits
 from ferryman_service.rpc.shutdown import Shutdown
 from ferryman_service.rpc.training import TrainingServicer
 from ferryman_service.rpc.translation import TranslationServicer
@@ -144,7 +146,9 @@ class _CallParts:
     """What is around every call, whatever its service."""
 
     shutdown: Shutdown
+    limits: RequestLimits
     interceptor: CallInterceptor
+    probe_interceptor: CallInterceptor
     health: health.HealthServicer
     tracer: Tracer
 
@@ -272,8 +276,10 @@ def build_service(config: ServiceConfig) -> Service:
         lock=lock,
         server=_build_server(use_cases, around, translations, threads, config),
         health_servicer=around.health,
-        probes=health.ProbeServer(around.health, (around.interceptor,), config.probe_host, config.probe_port),
-        endpoint=MetricsEndpoint(metrics.registry, config.metrics_host, config.metrics_port),
+        probes=health.ProbeServer(around.health, (around.probe_interceptor,), config.probe_host, config.probe_port),
+        endpoint=MetricsEndpoint(
+            metrics.registry, config.metrics_host, config.metrics_port, host_names=host_names(config.metrics_host_names)
+        ),
         background=(
             _build_prober(stores, use_cases, around.health, threads.probe, config, supervisor),
             *(() if supervisor is None else (supervisor, observer)),
@@ -476,11 +482,24 @@ def _build_call_parts(calls: RpcMetrics, tracer: Tracer, threads: _Threads, conf
         threads.messages,
     )
     scopes = CallScopes(tracer, log_sentences=config.log_sentences)
+    limits = _request_limits(config)
     return _CallParts(
         shutdown=shutdown,
-        interceptor=CallInterceptor(calls, shutdown, scopes, messages),
+        limits=limits,
+        interceptor=CallInterceptor(calls, shutdown, scopes, limits, messages),
+        probe_interceptor=CallInterceptor(calls, shutdown, scopes, health.PROBE_LIMITS, messages),
         health=health.HealthServicer(shutdown, serving),
         tracer=tracer,
+    )
+
+
+def _request_limits(config: ServiceConfig) -> RequestLimits:
+    return RequestLimits(
+        calls=config.max_calls,
+        streams=config.max_streams,
+        transfers=config.max_transfers,
+        connections=min(config.max_connections, max(1, open_files.limit() // 4)),
+        message_memory_bytes=config.message_memory_mib * _BYTES_PER_MIB,
     )
 
 
@@ -518,6 +537,7 @@ def _build_server(
         reflection=config.reflection,
         max_connection_age_s=config.max_connection_age_s,
         max_connection_age_grace_s=config.max_connection_age_grace_s,
+        limits=around.limits,
     )
     return rpc.RpcServer(servicers, around.health, around.interceptor, shutdown, rpc_config)
 

@@ -154,7 +154,7 @@ def test_a_closed_client_is_named(refused, name):
         (
             "upload_corpus",
             {"train": [("x" * 2**24, "")]},
-            r"train\[0\]: has 16,777,228 bytes, a pair may have 16,252,928",
+            r"train\[0\]: has 16,777,228 bytes, a pair may have 524,256",
         ),
         (
             "list_training_runs",
@@ -192,7 +192,7 @@ def test_a_closed_client_is_named(refused, name):
         (
             "translate",
             {"sentences": ["x", "y" * 2**25]},
-            r"sentences\[1\]: has 33,554,432 bytes, a request may have 16,777",
+            r"sentences\[1\]: has 33,554,432 bytes, a request may have 4,194,304",
         ),
         ("translate", {"beam": 3}, "beam: is no option of a translation; the options are beam_size, n_best,"),
         (
@@ -225,7 +225,7 @@ def test_a_closed_client_is_named(refused, name):
             {"recipe": LearningRateSchedule()},
             r"recipe: is LearningRateSchedule\(.*, must be a Recipe",
         ),
-        ("get_model", {"model": "m" * 2**25}, r"request: has 33,554,437 bytes, may have 16,777,216 at most"),
+        ("get_model", {"model": "m" * 2**25}, r"request: has 33,554,437 bytes, may have 4,194,304 at most"),
         ("wait", {"on_record": "print"}, r"on_record: is 'print', must be None or a function"),
     ],
 )

@@ -15,6 +15,7 @@ from grpc_reflection.v1alpha import reflection_pb2
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
 from ferryman.v1 import corpus_pb2, translation_pb2
+from ferryman_service.rpc.request_limits import RequestLimits
 from tests.fakes.loopback_service import upload_messages
 
 REFLECTION_V1 = "grpc.reflection.v1.ServerReflection"
@@ -174,7 +175,7 @@ def test_a_port_that_is_taken(make_service):
 
 
 def test_a_message_over_the_limit(make_service, eventually):
-    service = make_service(max_receive_bytes=10_000)
+    service = make_service(limits=RequestLimits(message_bytes=10_000))
     chunk = corpus_pb2.FileChunk(split="SPLIT_TRAIN", side="SIDE_SOURCE", data=b"x" * 10_001)
     messages = [upload_messages([])[0], corpus_pb2.UploadCorpusRequest(chunk=chunk)]
     with pytest.raises(grpc.RpcError) as caught:

@@ -261,7 +261,7 @@ def test_lines_that_fit_no_message_together_are_all_translated(service):
 
 async def test_a_line_that_fits_no_request_has_an_error_of_its_own(service):
     lines = ["one", "x" * 2**24, "\udcff", "two"]
-    too_large = "sentence has 16,777,234 bytes, a request may have 16,777,216: send the text in parts"
+    too_large = "sentence has 16,777,234 bytes, a request may have 4,194,304: send the text in parts"
     with Client(service.address) as client:
         found = [list(client.translate_stream("en-de", lines, in_order=in_order)) for in_order in (True, False)]
         assert [result.error.reason for result in client.translate_stream("en-de", lines[1:2])] == ["REQUEST_TOO_LARGE"]

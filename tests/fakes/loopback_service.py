@@ -37,6 +37,7 @@ from ferryman_service.rpc.corpora import CorpusServicer, UploadThreads
 from ferryman_service.rpc.health import CORPORA, MODELS, TRAINING, TRANSLATION, HealthServicer
 from ferryman_service.rpc.interceptors import CallInterceptor
 from ferryman_service.rpc.models import ModelServicer
+from ferryman_service.rpc.request_limits import DEFAULT_LIMITS
 from ferryman_service.rpc.shutdown import Shutdown
 from ferryman_service.rpc.training import TrainingServicer
 from ferryman_service.rpc.translation import TranslationServicer
@@ -92,6 +93,7 @@ class LoopbackService:
         self._bundles = itertools.count(1)
         self._feed_threads = Threads(2, "feed")
         self._upload_threads = UploadThreads(writing=Threads(2, "upload"), checking=Threads(1, "check"))
+        self._limits = config.get("limits", DEFAULT_LIMITS)
         self._rpc_config = rpc.RpcConfig(
             port=config.pop("port", 0),
             **config,
@@ -197,7 +199,7 @@ class LoopbackService:
         serving = [CORPORA, MODELS, *[TRAINING] * self._trains, *[TRANSLATION] * self._translates]
         self.health = HealthServicer(shutdown, serving)
         scopes = CallScopes(self._tracer, log_sentences=self._log_sentences)
-        interceptor = CallInterceptor(RpcMetrics(self.registry), shutdown, scopes, self._messages)
+        interceptor = CallInterceptor(RpcMetrics(self.registry), shutdown, scopes, self._limits, self._messages)
         self._server = rpc.RpcServer(servicers, self.health, interceptor, shutdown, self._rpc_config)
         return await self._server.start()
 

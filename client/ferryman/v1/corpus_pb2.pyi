@@ -292,7 +292,9 @@ class UploadHeader(_message.Message):
     request_id: _builtins.str
     """Optional. A UUID made by the caller. The same id with the same content returns the corpus of the first upload."""
     display_name: _builtins.str
-    """Optional. A name for people, at most 200 characters."""
+    """Optional. A name for people: one line of at most 200 printable characters (no line breaks, control characters or
+    marks of writing direction).
+    """
     source_language: _builtins.str
     """Required. Language of the source side: a BCP 47 tag such as "en", "pt-BR" or "zh-Hans", or private ("x-elvish").
     Well-formed by RFC 5646, section 2.1, with a language of two or three letters: longer ones, which the syntax

@@ -4,32 +4,37 @@ import { readFileSync } from "node:fs";
 import type { AddressInfo } from "node:net";
 import { parseArgs } from "node:util";
 
+import { hostCheck } from "./hosts.js";
 import { createRelay, type Asset } from "./relay.js";
 import { ferryman } from "./service.js";
 
-const USAGE = `usage: npm start -- [--service HOST:PORT] [--host HOST] [--port PORT]
+const USAGE = `usage: npm start -- [--service HOST:PORT] [--host HOST] [--port PORT] [--host-names NAMES]
 
-  --service  the Ferryman service  (FERRYMAN_SERVICE, default localhost:50051)
-  --host     where to listen       (RELAY_HOST, default 127.0.0.1)
-  --port     0 for a free one      (RELAY_PORT, default 8080)
+  --service     the Ferryman service  (FERRYMAN_SERVICE, default localhost:50051)
+  --host        where to listen       (RELAY_HOST, default 127.0.0.1)
+  --port        0 for a free one      (RELAY_PORT, default 8080)
+  --host-names  names that browsers may use for this machine beyond localhost and HOST, with commas between them
+                                      (RELAY_HOST_NAMES)
 `;
 
 interface Settings {
   service: string;
   host: string;
   port: number;
+  hostNames: string[];
 }
 
 /** Returns the settings: a flag counts before its variable. Throws for what cannot be. */
 function readSettings(): Settings {
   const text = { type: "string" } as const;
-  const { values } = parseArgs({ options: { service: text, host: text, port: text } });
+  const { values } = parseArgs({ options: { service: text, host: text, port: text, "host-names": text } });
   const port = values.port ?? process.env["RELAY_PORT"] ?? "8080";
   if (!/^\d{1,5}$/.test(port) || Number(port) > 65_535) throw new Error(`--port is ${port}, must be 0 to 65535`);
   return {
     service: values.service ?? process.env["FERRYMAN_SERVICE"] ?? "localhost:50051",
     host: values.host ?? process.env["RELAY_HOST"] ?? "127.0.0.1",
     port: Number(port),
+    hostNames: (values["host-names"] ?? process.env["RELAY_HOST_NAMES"] ?? "").split(",").filter((name) => name.trim()),
   };
 }
 
@@ -55,7 +60,8 @@ function main(): void {
     process.exitCode = 2;
     return;
   }
-  const relay = createRelay({ source: ferryman(settings.service), assets: readAssets() });
+  const isOurHost = hostCheck(settings.host, settings.hostNames);
+  const relay = createRelay({ source: ferryman(settings.service), assets: readAssets(), isOurHost });
   relay.on("error", (error) => {
     console.error(`cannot listen on ${settings.host}:${settings.port}: ${error.message}`);
     process.exitCode = 1;

@@ -7,6 +7,7 @@ import { createServer, type IncomingMessage, type Server, type ServerResponse } 
 
 import { Code, ConnectError } from "@connectrpc/connect";
 
+import { hostCheck } from "./hosts.js";
 import type { RunSource } from "./service.js";
 import { lastEventId, SseStream, STREAM_HEADERS } from "./sse.js";
 import { DEFAULT_TIMES, followRun, type TailTimes } from "./tail.js";
@@ -16,6 +17,7 @@ const ORIGIN = "http://relay";
 const RETRY_MS = 1_000;
 const PING_INTERVAL_MS = 15_000;
 const RUN_INTERVAL_MS = 1_000;
+const MAX_STREAMS = 64;
 
 /** A file of the page. */
 export interface Asset {
@@ -28,19 +30,40 @@ export interface RelayOptions {
   /** By path, such as "/app.js"; "/" is the page, which is also that of every run. */
   assets: ReadonlyMap<string, Asset>;
   times?: TailTimes;
+  /** Tells which values of the header Host are answered. */
+  isOurHost?: (header: string | undefined) => boolean;
+  /** How many streams of events may be open. */
+  maxStreams?: number;
 }
 
 /** Returns the server; the caller lets it listen, and closes it. */
 export function createRelay(options: RelayOptions): Server {
+  const streams: Streams = { open: 0, most: options.maxStreams ?? MAX_STREAMS };
+  const isOurHost = options.isOurHost ?? hostCheck("127.0.0.1");
   return createServer((request, response) => {
-    answer(options, request, response).catch((error: unknown) => {
+    response.setHeader("x-content-type-options", "nosniff");
+    if (!isOurHost(request.headers.host)) {
+      sendJson(response, 403, { message: "this host name is not one of --host-names" });
+      return;
+    }
+    answer(options, streams, request, response).catch((error: unknown) => {
       console.error(error);
       response.destroy();
     });
   });
 }
 
-async function answer(options: RelayOptions, request: IncomingMessage, response: ServerResponse): Promise<void> {
+interface Streams {
+  open: number;
+  readonly most: number;
+}
+
+async function answer(
+  options: RelayOptions,
+  streams: Streams,
+  request: IncomingMessage,
+  response: ServerResponse,
+): Promise<void> {
   const path = request.url ?? "/";
   if (!URL.canParse(path, ORIGIN)) {
     sendJson(response, 400, { message: "this is no path" });
@@ -52,8 +75,16 @@ async function answer(options: RelayOptions, request: IncomingMessage, response:
     sendJson(response, 405, { message: "only GET is answered here" });
   } else if (events && request.method === "HEAD") {
     response.writeHead(200, STREAM_HEADERS).end();
+  } else if (events && streams.open >= streams.most) {
+    response.setHeader("retry-after", "5");
+    sendJson(response, 503, { message: `${streams.most} streams are open, as many as this relay has` });
   } else if (events) {
-    await sendEvents(options, events[1] as string, request, response);
+    streams.open += 1;
+    try {
+      await sendEvents(options, events[1] as string, request, response);
+    } finally {
+      streams.open -= 1;
+    }
   } else if (pathname === "/api/runs") {
     await sendRuns(options.source, response);
   } else if (pathname === "/healthz") {
@@ -157,7 +188,6 @@ function sendAsset(asset: Asset | undefined, response: ServerResponse): void {
     "content-type": asset.type,
     "cache-control": "no-cache",
     "content-security-policy": "default-src 'self'; frame-ancestors 'none'; base-uri 'none'",
-    "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
   });
   response.end(asset.body);

@@ -6,6 +6,7 @@ import { after, test } from "node:test";
 
 import { Code, ConnectError } from "@connectrpc/connect";
 
+import { hostCheck } from "../src/hosts.js";
 import { createRelay } from "../src/relay.js";
 import type { WireRecord } from "../src/wire.js";
 import { FakeSource, records, RUN_ID } from "./fake-source.js";
@@ -19,10 +20,10 @@ interface Received {
   data: any;
 }
 
-async function serve(source: FakeSource): Promise<string> {
+async function serve(source: FakeSource, limits: { maxStreams?: number } = {}): Promise<string> {
   const assets = new Map([["/", { type: "text/html", body: Buffer.from("the page") }]]);
   const times = { firstPauseMs: 1, longestPauseMs: 4, silenceMs: 1_000 };
-  const server = createRelay({ source, assets, times }).listen(0, "127.0.0.1");
+  const server = createRelay({ source, assets, times, ...limits }).listen(0, "127.0.0.1");
   servers.push(server);
   await once(server, "listening");
   return `http://127.0.0.1:${(server.address() as AddressInfo).port}`;
@@ -115,6 +116,45 @@ test("who asks only for the headers of a run's events gets them, and no stream",
   assert.match(response.headers.get("content-type") ?? "", /^text\/event-stream/);
   assert.equal(await response.text(), "");
   assert.deepEqual(source.calls, []);
+});
+
+test("a foreign host gets 403, and everything says nosniff", async () => {
+  const { port } = new URL(await serve(new FakeSource(records(1))));
+  const answers: unknown[] = [];
+  for (const [host, path] of [["evil.example", "/"], [`localhost:${port}`, "/"], ["localhost", "/api/runs"]] as const) {
+    const request = get({ host: "127.0.0.1", port, path, headers: { host } });
+    const [response] = (await once(request, "response")) as [IncomingMessage];
+    response.resume();
+    answers.push([response.statusCode, response.headers["x-content-type-options"]]);
+  }
+  assert.deepEqual(answers, [[403, "nosniff"], [200, "nosniff"], [200, "nosniff"]]);
+});
+
+test("the host names that are answered", () => {
+  const local = hostCheck("127.0.0.1", ["Relay.example"]);
+  const everywhere = hostCheck("0.0.0.0");
+  for (const host of ["localhost:8080", "127.0.0.1", "[::1]:8080", "relay.example:80", undefined]) assert.ok(local(host), host);
+  for (const host of ["evil.example", "10.0.0.1", "localhost.evil.example"]) assert.ok(!local(host), host);
+  for (const host of ["10.0.0.1:8080", "[fd00::1]", "localhost"]) assert.ok(everywhere(host), host);
+  for (const host of ["evil.example", "relay.example"]) assert.ok(!everywhere(host), host);
+});
+
+test("streams are bounded, and one that ends makes room", async () => {
+  const url = `${await serve(new FakeSource(records(20), 5), { maxStreams: 1 })}/api/runs/${RUN_ID}/events`;
+  for await (const event of events(url)) {
+    if (event.id !== "5") continue;
+    const refused = await fetch(url);
+    assert.deepEqual([refused.status, refused.headers.get("retry-after")], [503, "5"]);
+    break;
+  }
+  let status = 503;
+  for (let i = 0; i < 200 && status === 503; i++) {
+    const gone = new AbortController();
+    status = (await fetch(url, { signal: gone.signal })).status;
+    gone.abort();
+    await new Promise((resolve) => setTimeout(resolve, 10));
+  }
+  assert.equal(status, 200);
 });
 
 test("a path that is none is refused", async () => {

@@ -10,8 +10,7 @@ from ferryman_service.application.requests import request_id_violations, require
 from ferryman_service.domain.corpora import Corpus, CorpusHeader
 from ferryman_service.domain.errors import InvalidRequest, Violation
 from ferryman_service.domain.language_tags import language_tag_violation
-
-_MAX_DISPLAY_NAME = 200
+from ferryman_service.domain.names import name_violations
 
 
 class CorpusUseCases:
@@ -25,9 +24,7 @@ class CorpusUseCases:
     def begin_upload(self, header: CorpusHeader, request_id: str) -> CorpusUpload:
         """Start an upload; raises InvalidRequest with every violation of the header."""
         violations = list(request_id_violations(request_id, "header.request_id"))
-        if len(header.display_name) > _MAX_DISPLAY_NAME:
-            text = f"has {len(header.display_name)} characters, at most {_MAX_DISPLAY_NAME} are allowed"
-            violations.append(Violation(field="header.display_name", description=text, reason="TOO_LONG"))
+        violations += name_violations(header.display_name, "header.display_name")
         for field, tag in (("source_language", header.source_language), ("target_language", header.target_language)):
             if (wrong := language_tag_violation(tag)) is not None:
                 violations.append(Violation(field=f"header.{field}", description=wrong, reason="INVALID_LANGUAGE"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
 import math
 import time
@@ -45,6 +44,7 @@ from ferryman_service.domain.errors import (
 )
 from ferryman_service.domain.log_context import MAY_HOLD_TEXT, logging_with
 from ferryman_service.domain.models import Int8Scores, ModelLineage, parse_model_reference
+from ferryman_service.domain.os_errors import NO_SPACE
 from ferryman_service.domain.records import EventLevel, RunEvent, RunState
 from ferryman_service.domain.runs import (
     FailureReason,
@@ -172,7 +172,7 @@ def _conclude(ports: WorkerPorts, run: TrainingRun, error: Exception) -> None:
 
     Raises an OSError that is no full disk: the worker dies of it, and the supervisor lets another try.
     """
-    if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    if isinstance(error, OSError) and error.errno not in NO_SPACE:
         raise error
     if isinstance(error, TrainingFailed) and not _quotes_sentences(error):
         # What is wrong is known, and where in the code it was found tells the caller nothing.

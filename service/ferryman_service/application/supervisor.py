@@ -8,7 +8,6 @@ the last one stopped, with the workers that still run.
 from __future__ import annotations
 
 import asyncio
-import errno
 import logging
 import math
 import time
@@ -20,6 +19,7 @@ from typing import Final
 from ferryman_service.application.ports import FolderOwnership, Launcher, LaunchObserver, RunStore
 from ferryman_service.domain.errors import AttemptFenced, DiskFull, RunNotFound, StoreUnavailable
 from ferryman_service.domain.log_context import logging_with
+from ferryman_service.domain.os_errors import NO_SPACE, is_exhaustion
 from ferryman_service.domain.records import ACTIVE_STATES, EventLevel, RunEvent, RunState
 from ferryman_service.domain.runs import FailureReason, Handover, RunFailure, TrainingRun, disk_full_handover
 from ferryman_service.domain.threads import Threads
@@ -116,6 +116,8 @@ class Supervisor:
                 self._note_trouble(str(error))
                 if self._ownership is not None and await self._thread.run(self._ownership.is_lost):
                     self._lost.set()
+            except OSError as error:
+                self._note_os_error(error)
             except Exception as error:  # noqa: BLE001
                 self._note_failure(error)
             else:
@@ -161,6 +163,13 @@ class Supervisor:
         if self._trouble != why:
             _log.error("a bug in looking after the runs", exc_info=error)
         self._note_trouble(why)
+
+    def _note_os_error(self, error: OSError) -> None:
+        """Note what keeps the supervisor from its work; what the machine lacks now, it may have at the next tick."""
+        if is_exhaustion(error):
+            self._note_trouble(f"the supervisor cannot work now: {error.strerror}")
+        else:
+            self._note_failure(error)
 
     def _note_success(self) -> None:
         if self._trouble:
@@ -227,8 +236,10 @@ class Supervisor:
             if self._observer is not None:
                 self._observer.failed_to_start()
             _log.exception("cannot start a worker for %s", run.run_id)
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            if error.errno in NO_SPACE:
                 self._give_up(started, disk_full_handover(str(error)))
+            elif is_exhaustion(error):
+                self._wait_for_resources(started, error)
             else:
                 self._restart(started, f"the worker could not be started: {error}")
         else:
@@ -279,6 +290,18 @@ class Supervisor:
         )
         self._give_up(run, handover)
 
+    def _wait_for_resources(self, run: TrainingRun, error: OSError) -> None:
+        """Let another worker try after the longest pause. None has begun, so none counts as having died."""
+        pause_s = self._config.max_backoff_s
+        text = f"the worker could not be started ({error.strerror}); another try follows in {pause_s:g} s"
+        handover = Handover(
+            state=RunState.QUEUED,
+            message=text,
+            remark=RunEvent(level=EventLevel.WARNING, code="NOT_STARTED", message=text),
+            not_before_ns=time.time_ns() + int(pause_s * 1e9),
+        )
+        self._give_up(run, handover)
+
     def _give_up(self, run: TrainingRun, handover: Handover) -> None:
         with self._unless_overtaken(run):
             self._runs.give_up_attempt(run.run_id, run.attempt, handover)
@@ -316,7 +339,10 @@ class Supervisor:
         except Exception as error:  # noqa: BLE001
             # The same bug several times a second would fill the log.
             if self._last_bugs.get(run.run_id) != repr(error):
-                _log.exception("a bug in looking after %s, trying again", run.run_id)
+                if isinstance(error, OSError) and is_exhaustion(error):
+                    _log.warning("cannot look after %s now, trying again: %s", run.run_id, error)
+                else:
+                    _log.exception("a bug in looking after %s, trying again", run.run_id)
             self._last_bugs[run.run_id] = repr(error)
 
     @contextmanager

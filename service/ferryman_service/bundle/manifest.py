@@ -202,7 +202,8 @@ def parse_manifest(content: bytes) -> Manifest:
 
 
 def verify(bundle: Path, *, to_translate: ComputeType | None = None) -> Manifest:
-    """Check size and digest of every file and return the manifest; raises ModelDamaged naming the first bad file.
+    """Check size and digest of every file and return the manifest; raises ModelDamaged naming the first bad file,
+    TooManyOpenFiles.
 
     With `to_translate` only the files are checked that translating with that compute type reads.
     """

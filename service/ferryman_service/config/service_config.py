@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Final
 
 ENVIRONMENT_PREFIX: Final = "FERRYMAN_"
+_HOST_NAME: Final = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]{0,252})")
 
 
 class Role(enum.StrEnum):
@@ -73,6 +74,7 @@ class ServiceConfig:
     port: int = 50051
     metrics_host: str = "127.0.0.1"
     metrics_port: int = 9464
+    metrics_host_names: str = ""
     probe_host: str = "127.0.0.1"
     probe_port: int = 50052
     data_dir: Path = Path("ferryman-data")
@@ -100,6 +102,11 @@ class ServiceConfig:
     max_connection_age_s: float = 1800.0
     max_connection_age_grace_s: float = 3600.0
     answer_memory_mib: int = 256
+    max_calls: int = 512
+    max_streams: int = 256
+    max_transfers: int = 64
+    max_connections: int = 1024
+    message_memory_mib: int = 1024
     heartbeat_s: float = 10.0
     device: Device = Device.AUTO
     log_level: str = "INFO"
@@ -135,6 +142,10 @@ class ServiceConfig:
         if self.device is Device.CUDA and self.compute_type in (ComputeChoice.FP32, ComputeChoice.INT8):
             text = f"--compute-type is {self.compute_type}, which is for a CPU; on CUDA use fp16"
             yield Mistake(options=("compute_type", "device"), text=text)
+        for name in host_names(self.metrics_host_names):
+            if not _HOST_NAME.fullmatch(name):
+                text = f"--metrics-host-names has {name!r}, must be host names without ports, such as ferryman.example"
+                yield Mistake(options=("metrics_host_names",), text=text)
         if self.trace_endpoint and not re.fullmatch(r"https?://[^/@\s]+/?", self.trace_endpoint):
             is_like = "must be like http://localhost:4317 or https://host:4317"
             text = f"--trace-endpoint is {self.trace_endpoint!r}, {is_like}"
@@ -168,6 +179,11 @@ RANGES: Final[Mapping[str, tuple[float, float]]] = {
     "max_connection_age_s": (0, 604_800),
     "max_connection_age_grace_s": (0, 604_800),
     "answer_memory_mib": (64, 2**20),
+    "max_calls": (1, 100_000),
+    "max_streams": (1, 100_000),
+    "max_transfers": (1, 100_000),
+    "max_connections": (1, 1_000_000),
+    "message_memory_mib": (8, 2**20),
     "heartbeat_s": (0.01, 3600),
     "trace_sample_ratio": (0, 1),
 }
@@ -178,6 +194,8 @@ HELP: Final[Mapping[str, str]] = {
     "port": "port to serve gRPC on; 0 takes a free one",
     "metrics_host": "address of the Prometheus endpoint",
     "metrics_port": "port of the Prometheus endpoint; 0 turns it off",
+    "metrics_host_names": "host names, with commas between them, that the Prometheus endpoint answers to beyond "
+    "localhost and metrics_host; where it listens beyond loopback it answers to every IP address",
     "probe_host": "address of the probe port",
     "probe_port": "port that serves nothing but health checks, for probes that can neither encrypt nor authenticate; 0 "
     "turns it off",
@@ -216,6 +234,13 @@ HELP: Final[Mapping[str, str]] = {
     "max_connection_age_grace_s": "seconds that the calls on such a connection get to end before they are cut",
     "answer_memory_mib": "MiB of large answers that may wait for their callers to read them, a quarter of it on one "
     "connection; further calls with large answers wait, and are refused after 10 s",
+    "max_calls": "calls in flight of all callers, health checks aside; further ones are refused before their message "
+    "is read",
+    "max_streams": "StreamMetrics, StreamTranslate and reflection calls among them",
+    "max_transfers": "uploads and downloads among them; they are also refused while half of the open files are used",
+    "max_connections": "connections of all callers; further ones are closed. At most a quarter of the open files",
+    "message_memory_mib": "MiB of memory for messages that have not arrived completely, each counted as 4 MiB, the "
+    "largest: half for streams of messages, half for single ones; calls without a part of it are refused",
     "heartbeat_s": "seconds of silence after which a metrics stream says that it lives",
     "device": "where models are trained and run: auto, cpu or cuda",
     "log_level": "DEBUG, INFO, WARNING or ERROR",
@@ -225,6 +250,11 @@ HELP: Final[Mapping[str, str]] = {
     "trace_sample_ratio": "share of the traces that begin here which are kept, from 0 to 1; a caller's own decision "
     "counts first",
 }
+
+
+def host_names(text: str) -> Sequence[str]:
+    """Return the host names in a text that has commas between them."""
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def flag_of(name: str) -> str:

@@ -27,13 +27,17 @@
     │   ├── AnswersUnread
     │   ├── CorpusTooLarge
     │   ├── DiskFull
+    │   ├── MessageTooLarge
     │   ├── ModelTooLarge
     │   ├── QueueFull
+    │   ├── TooManyCalls
     │   └── TooManyRuns
     ├── Unavailable
     │   ├── StoreUnavailable
+    │   ├── TooManyOpenFiles
     │   └── ServerShuttingDown
     ├── DeadlineExceeded
+    │   └── MessageOverdue
     ├── Cancelled
     ├── DataLoss
     │   └── ModelDamaged
@@ -191,6 +195,10 @@ class DiskFull(ResourceExhausted):
     """The disk has no space left."""
 
 
+class MessageTooLarge(ResourceExhausted):
+    """A message of an upload has more bytes than the server accepts."""
+
+
 class ModelTooLarge(ResourceExhausted):
     """A model by itself takes more memory than the operator allows for all."""
 
@@ -201,6 +209,10 @@ class QueueFull(ResourceExhausted):
     def __init__(self, message: str, *, retry_delay_s: float = 1.0, **metadata: object) -> None:
         super().__init__(message, **metadata)
         self.retry_delay_s = retry_delay_s
+
+
+class TooManyCalls(ResourceExhausted):
+    """As many calls of this kind are in flight as the operator allows; `limit` in the metadata names the kind."""
 
 
 class TooManyRuns(ResourceExhausted):
@@ -215,12 +227,20 @@ class StoreUnavailable(Unavailable):
     """The database cannot be reached or is locked."""
 
 
+class TooManyOpenFiles(Unavailable):
+    """The process or the machine has as many files open as it may, or nearly so."""
+
+
 class ServerShuttingDown(Unavailable):
     """The server is stopping; another one, or the next one, goes on."""
 
 
 class DeadlineExceeded(FerrymanError):
     """The caller's deadline has passed."""
+
+
+class MessageOverdue(DeadlineExceeded):
+    """The caller has not sent the next message of the call in time."""
 
 
 class Cancelled(FerrymanError):

@@ -76,6 +76,8 @@ LABELS: Final[Mapping[str, str]] = {
     "grpc_service": "the services of the contract, health and reflection; `other` for a call of a method that does not "
     "exist",
     "grpc_method": "their methods; `other`",
+    "call_kind": "`unary`, `stream`, `transfer` (an upload or a download), `health`",
+    "limit": "`calls`, `streams`, `transfers`, `health_calls`, `message_memory`, `open_files`, `silence`",
     "grpc_type": "`unary`, `client_stream`, `server_stream`, `bidi_stream`",
     "grpc_code": "the 17 status codes, such as `OK`",
     "version": "of `ferryman_build_info` the package's, of models the number",

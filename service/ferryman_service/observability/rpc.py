@@ -6,7 +6,7 @@ from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
-from ferryman_service.observability.definitions import Metric, counter, histogram
+from ferryman_service.observability.definitions import Metric, counter, gauge, histogram
 
 _SECONDS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 _METHOD: Final = ("grpc_service", "grpc_method", "grpc_type")
@@ -17,7 +17,16 @@ HANDLED: Final = counter("grpc_server_handled_total", "Calls that ended.", (*_ME
 SECONDS: Final = histogram("grpc_server_handling_seconds", "From a call's begin to its end.", _SECONDS, _METHOD)
 RECEIVED: Final = counter("grpc_server_msg_received_total", "Messages received from callers.", _METHOD)
 SENT: Final = counter("grpc_server_msg_sent_total", "Messages sent to callers.", _METHOD)
-METRICS: Final[tuple[Metric, ...]] = (STARTED, HANDLED, SECONDS, RECEIVED, SENT)
+IN_FLIGHT: Final = gauge("ferryman_calls_in_flight", "Calls that were let in and have not ended.", ("call_kind",))
+REFUSED: Final = counter(
+    "ferryman_calls_refused_total", "Calls that a limit of requests has refused or ended.", ("limit",)
+)
+INCOMPLETE: Final = gauge(
+    "ferryman_incomplete_messages",
+    "Messages that the server is receiving, one for each stream of requests: the memory that is held for them is so "
+    "many times the largest size of a message.",
+)
+METRICS: Final[tuple[Metric, ...]] = (STARTED, HANDLED, SECONDS, RECEIVED, SENT, IN_FLIGHT, REFUSED, INCOMPLETE)
 
 
 class RpcMetrics:
@@ -29,6 +38,9 @@ class RpcMetrics:
         self._seconds = SECONDS.histogram(registry)
         self._received = RECEIVED.counter(registry)
         self._sent = SENT.counter(registry)
+        self._in_flight = IN_FLIGHT.gauge(registry)
+        self._refused = REFUSED.counter(registry)
+        self._incomplete = INCOMPLETE.gauge(registry)
         self._calls: dict[tuple[str, str, str], CallMetrics] = {}
 
     def calls_of(self, service: str, method: str, kind: str) -> CallMetrics:
@@ -51,6 +63,18 @@ class RpcMetrics:
         """Count a call of a method that does not exist, whatever its name, under "other"."""
         self._started.labels(*_UNKNOWN).inc()
         self._handled.labels(*_UNKNOWN, "UNIMPLEMENTED").inc()
+
+    def in_flight(self, kind: str, change: int) -> None:
+        """Count calls of a kind that begin, or, with a negative change, end."""
+        self._in_flight.labels(kind).inc(change)
+
+    def refused(self, limit: str) -> None:
+        """Count a call that a limit has refused or ended."""
+        self._refused.labels(limit).inc()
+
+    def incomplete_messages(self, change: int) -> None:
+        """Count messages that begin to be received, or, with a negative change, no longer are."""
+        self._incomplete.inc(change)
 
 
 class CallMetrics:

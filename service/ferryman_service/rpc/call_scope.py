@@ -53,6 +53,10 @@ class CallScope:
         """Log an error that must not reach the caller."""
         _log.error("%s: %s", self._name, text, exc_info=error, extra={MAY_HOLD_TEXT: self._may_hold_text})
 
+    def machine_failed(self, error: OSError) -> None:
+        """Log an error of the operating system, whose file must not reach the caller."""
+        _log.error("%s: %s", self._name, error)
+
     async def abort(self, context: _Context, status: grpc.Status, error: FerrymanError | None = None) -> None:
         """End the call with the status, and the request id beside it; `error` is what the log may tell of it."""
         if error is not None:

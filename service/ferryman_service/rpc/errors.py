@@ -65,7 +65,7 @@ def to_status(error: errors.FerrymanError) -> status_pb2.Status:
             violation = error_details_pb2.QuotaFailure.Violation(subject=error.reason, description=text)
             details.append(error_details_pb2.QuotaFailure(violations=[violation]))
     match error:
-        case errors.Unavailable() | errors.TooManyRuns():
+        case errors.Unavailable() | errors.TooManyRuns() | errors.TooManyCalls():
             details.append(_retry_info(_RETRY_S))
         case errors.QueueFull():
             details.append(_retry_info(error.retry_delay_s))

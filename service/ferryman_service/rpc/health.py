@@ -21,6 +21,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from ferryman.v1 import corpus_pb2, model_pb2, training_pb2, translation_pb2
 from ferryman_service.application.readiness import Abilities, Readiness
 from ferryman_service.domain.readiness import StoreState
+from ferryman_service.rpc.request_limits import RequestLimits
 from ferryman_service.rpc.shutdown import Shutdown
 
 _log = logging.getLogger(__name__)
@@ -34,6 +35,9 @@ ALL_SERVICES: Final = (TRAINING, CORPORA, MODELS, TRANSLATION)
 ROLE_SERVICES: Final = (TRAINING, TRANSLATION)
 WHOLE_SERVER: Final = ""
 LIVENESS: Final = "liveness"
+PROBE_LIMITS: Final = RequestLimits(connections=256, message_bytes=4096)
+"""Those of the probe port: probes find places there however many calls the main port has."""
+_PROBE_IDLE_MS: Final = 30_000
 
 
 class HealthServicer(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # its package has no types
@@ -165,8 +169,15 @@ class ProbeServer:
         """Store; port 0 takes a free one."""
         self._host = host
         self._port = port
-        # Without so_reuseport=0 a second server on the same port would silently get half of the calls.
-        self._server = grpc.aio.server(interceptors=tuple(interceptors), options=(("grpc.so_reuseport", 0),))
+        options = (
+            # Without it a second server on the same port would silently get half of the calls.
+            ("grpc.so_reuseport", 0),
+            ("grpc.max_receive_message_length", PROBE_LIMITS.message_bytes),
+            ("grpc.max_concurrent_streams", PROBE_LIMITS.health_calls),
+            ("grpc.max_allowed_incoming_connections", PROBE_LIMITS.connections),
+            ("grpc.max_connection_idle_ms", _PROBE_IDLE_MS),
+        )
+        self._server = grpc.aio.server(interceptors=tuple(interceptors), options=options)
         health_pb2_grpc.add_HealthServicer_to_server(servicer, self._server)
 
     async def start(self) -> int:

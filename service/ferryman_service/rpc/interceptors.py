@@ -15,11 +15,13 @@ from google.protobuf.message import DecodeError
 from grpc_status import rpc_status
 
 from ferryman_service.domain.errors import FerrymanError, InvalidRequest, Violation
+from ferryman_service.domain.os_errors import domain_error
 from ferryman_service.observability.rpc import CallMetrics, RpcMetrics
 from ferryman_service.rpc.call_scope import DEFAULT_SCOPES, CallScope, CallScopes
 from ferryman_service.rpc.errors import internal_status, status_code, to_status
 from ferryman_service.rpc.message_counts import counting_messages
 from ferryman_service.rpc.messages import Messages
+from ferryman_service.rpc.request_limits import DEFAULT_LIMITS, CallGate, RequestLimits
 from ferryman_service.rpc.shutdown import Shutdown
 
 _OURS: Final = "ferryman.v1."
@@ -29,9 +31,9 @@ _Behaviour: TypeAlias = "Callable[[Any, _Context], Any]"
 _OpenScope: TypeAlias = "Callable[[_Context], AbstractContextManager[CallScope]]"
 
 _MAKERS: Final[Mapping[str, Callable[..., _Handler]]] = {
-    "unary": grpc.unary_unary_rpc_method_handler,
+    "unary": grpc.stream_unary_rpc_method_handler,
     "client_stream": grpc.stream_unary_rpc_method_handler,
-    "server_stream": grpc.unary_stream_rpc_method_handler,
+    "server_stream": grpc.stream_stream_rpc_method_handler,
     "bidi_stream": grpc.stream_stream_rpc_method_handler,
 }
 
@@ -44,12 +46,14 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         metrics: RpcMetrics,
         shutdown: Shutdown,
         scopes: CallScopes = DEFAULT_SCOPES,
+        limits: RequestLimits = DEFAULT_LIMITS,
         messages: Messages | None = None,
     ) -> None:
         """Store; `messages` None: bounds and budgets are the default ones."""
         self._metrics = metrics
         self._shutdown = shutdown
         self._scopes = scopes
+        self._gate = CallGate(limits, metrics)
         self._messages = Messages() if messages is None else messages
 
     async def intercept_service(
@@ -69,7 +73,6 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         respond = _streaming(behaviour) if handler.response_streaming else behaviour
         # Also because grpc answers a request that it cannot read with UNKNOWN and the parser's words.
         respond = self._messages.of_bytes(handler_call_details.method, handler, respond)
-        respond = _ending(respond, self._shutdown, is_ours=service.startswith(_OURS))
         calls = self._metrics.calls_of(service, method, kind)
         respond = counting_messages(
             respond,
@@ -77,10 +80,12 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             request_streaming=handler.request_streaming,
             response_streaming=handler.response_streaming,
         )
+        respond = self._gate.guard(respond, handler_call_details.method, handler)
+        respond = _ending(respond, self._shutdown, is_ours=service.startswith(_OURS))
         open_scope = partial(self._scopes.open, service, method)
         return _MAKERS[kind](
             _around(respond, calls, open_scope),
-            request_deserializer=None,
+            request_deserializer=self._gate.reader(handler_call_details.method),
             response_serializer=None,
         )
 
@@ -145,6 +150,10 @@ def _around(respond: _Behaviour, calls: CallMetrics, open_scope: _OpenScope) -> 
             code = grpc.StatusCode.INVALID_ARGUMENT
             await _abort_with_error(_malformed(), context, scope)
         except Exception as error:  # noqa: BLE001 (the outermost place: every error must become a status)
+            if isinstance(error, OSError) and (translated := domain_error(error)) is not None:
+                code = status_code(translated)
+                scope.machine_failed(error)
+                await _abort_with_error(translated, context, scope)
             code = grpc.StatusCode.INTERNAL
             scope.bug("failed with an error that is not its caller's", error)
             await scope.abort(context, rpc_status.to_status(internal_status()))

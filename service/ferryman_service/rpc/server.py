@@ -21,12 +21,15 @@ from ferryman_service.rpc.health import ALL_SERVICES, HealthServicer, listen
 from ferryman_service.rpc.interceptors import CallInterceptor
 from ferryman_service.rpc.models import ModelServicer
 from ferryman_service.rpc.reflection import add_reflection
+from ferryman_service.rpc.request_limits import DEFAULT_LIMITS, RequestLimits
 from ferryman_service.rpc.shutdown import Shutdown
 from ferryman_service.rpc.training import TrainingServicer
 from ferryman_service.rpc.translation import TranslationServicer
 
 _GOODBYE_S: Final = 0.05
 """What the news that a connection takes no more calls needs to reach the callers."""
+_IDLE_MS: Final = 300_000
+_HANDSHAKE_MS: Final = 20_000
 _LAST_WORDS_S: Final = 0.5
 """What calls get after their time is up, to tell their callers so."""
 
@@ -42,9 +45,8 @@ class RpcConfig:
     max_connection_age_s: float = 0.0
     max_connection_age_grace_s: float = 3600.0
     hold_s: float = 0.25
-    max_receive_bytes: int = 16 * 2**20
+    limits: RequestLimits = DEFAULT_LIMITS
     max_send_bytes: int = 64 * 2**20
-    max_concurrent_streams: int = 1000
     max_metadata_bytes: int = 16 * 2**10
 
     def options(self) -> Sequence[tuple[str, int]]:
@@ -58,10 +60,19 @@ class RpcConfig:
             *(ages_ms.items() if self.max_connection_age_s else ()),
             # Without this a second server on the same port would silently get half of the calls.
             ("grpc.so_reuseport", 0),
-            ("grpc.max_receive_message_length", self.max_receive_bytes),
+            # Per server: gRPC knows no limit per method there.
+            ("grpc.max_receive_message_length", self.limits.message_bytes),
             ("grpc.max_send_message_length", self.max_send_bytes),
-            ("grpc.max_concurrent_streams", self.max_concurrent_streams),
+            # A message that nobody reads yet takes 64 KiB. With the probe, windows grow to megabytes on a fast network.
+            ("grpc.http2.bdp_probe", 0),
+            # Of one connection. A client that knows it holds further calls back, others get no answer to theirs.
+            ("grpc.max_concurrent_streams", self.limits.calls),
+            # Further ones are closed. Each takes an open file.
+            ("grpc.max_allowed_incoming_connections", self.limits.connections),
             ("grpc.max_metadata_size", self.max_metadata_bytes),
+            # A connection without a call, or that never becomes one of HTTP/2, keeps its open file no longer.
+            ("grpc.max_connection_idle_ms", _IDLE_MS),
+            ("grpc.server_handshake_timeout_ms", _HANDSHAKE_MS),
             # A caller whose machine is gone says no goodbye: its streams end after 60 s + 20 s.
             ("grpc.keepalive_time_ms", 60_000),
             ("grpc.keepalive_timeout_ms", 20_000),

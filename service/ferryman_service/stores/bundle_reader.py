@@ -18,7 +18,8 @@ class BundleReader:
     end."""
 
     def __init__(self, version: ModelVersion, bundle: Path) -> None:
-        """Open the files of `version`; raises ModelDamaged if one is missing or has another size than published."""
+        """Open the files of `version`; raises ModelDamaged if one is missing or has another size than published,
+        TooManyOpenFiles."""
         self.version = version
         if manifest_digest(bundle) != version.digest:
             raise ModelDamaged(f"{MANIFEST_FILE} is not the one that was published: restore it", file=MANIFEST_FILE)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import sqlite3
 from collections.abc import Callable, Iterator
@@ -18,11 +17,11 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, Engine
 
 from ferryman_service.domain.errors import DiskFull, StoreUnavailable
+from ferryman_service.domain.os_errors import domain_error
 from ferryman_service.stores.sqlite import WRITES_OPTION, create_sqlite_engine, translate_sqlite_error
 
 _log = logging.getLogger(__name__)
 _MIGRATIONS: Final = Path(__file__).parent / "migrations"
-_NO_SPACE: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
 _ON_FAILURE_OPTION: Final = "ferryman_on_failure"
 """Execution option of an engine: what is called when one of its transactions fails."""
 
@@ -62,13 +61,14 @@ def writing(engine: Engine) -> Iterator[Connection]:
 
 @contextmanager
 def disk_errors() -> Iterator[None]:
-    """Turn "no space left" of a file operation into DiskFull."""
+    """Raise the domain error for what the machine did to a file operation, such as DiskFull."""
     try:
         yield
     except OSError as error:
-        if error.errno in _NO_SPACE:
-            raise DiskFull("the disk of the data folder has no space left: free some and try again") from error
-        raise
+        translated = domain_error(error)
+        if translated is None:
+            raise
+        raise translated from error
 
 
 def upgrade(engine: Engine) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
@@ -51,6 +52,7 @@ class DatabaseProbe:
     def _look(self) -> tuple[StoreState, str]:
         state = StoreState.LOST
         try:
+            self._open_folder()
             with self._connection() as connection:
                 connection.execute(_READ).fetchall()
                 state = StoreState.READ_ONLY
@@ -62,6 +64,11 @@ class DatabaseProbe:
         except (sqlite3.Error, OSError) as error:
             return state, f"the database {'can only be read' if state else 'cannot be used'} ({error})"
         return StoreState.USABLE, "the database can be used"
+
+    def _open_folder(self) -> None:
+        """Raise OSError where no file can be opened: SQLite keeps descriptors that it closed, and does without."""
+        # Not the database file: closing any descriptor of it would drop the locks that SQLite holds on it (fcntl(2)).
+        os.close(os.open(self._path.parent, os.O_RDONLY | os.O_DIRECTORY))
 
     @contextlib.contextmanager
     def _connection(self) -> Iterator[sqlite3.Connection]:

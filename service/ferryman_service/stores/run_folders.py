@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from ferryman_service.domain.ids import RUN_PREFIX, is_id
+from ferryman_service.domain.os_errors import refuse_if_exhausted
 from ferryman_service.domain.runs import CheckpointInfo
 from ferryman_service.stores.folders import own_folders
 from ferryman_service.stores.layout import DataFolder
@@ -78,6 +79,7 @@ def _read(path: Path) -> tuple[CheckpointInfo, int] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
+        refuse_if_exhausted(error)
         _log.warning("%s is left out: its %s cannot be read: %r", path, _POSITION, error)
         return None
 

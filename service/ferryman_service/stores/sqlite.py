@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import itertools
 import os
 import sqlite3
@@ -16,13 +15,13 @@ from typing import Any, Final
 from sqlalchemy import URL, Connection, Engine, ExceptionContext, create_engine, event
 
 from ferryman_service.domain.errors import DiskFull, FerrymanError, StoreUnavailable
+from ferryman_service.domain.os_errors import NO_SPACE
 
 WRITES_OPTION: Final = "ferryman_writes"
 """Execution option of a connection whose next transaction will write."""
 
 _RETRY_S: Final = 0.02
 _PROBE_BYTES: Final = 64 * 1024
-_NO_SPACE: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
 _DISK_FULL: Final = "the disk that holds the database has no space left: free some and try again"
 _DAMAGED_CODES: Final = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
 _WORLD_CODES: Final = frozenset(
@@ -46,7 +45,7 @@ def has_room(folder: Path) -> bool:
             probe.flush()
             os.fsync(probe.fileno())
     except OSError as error:
-        return error.errno not in _NO_SPACE
+        return error.errno not in NO_SPACE
     return True
 
 

@@ -21,6 +21,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from ferryman_service.domain.os_errors import refuse_if_exhausted
 from ferryman_service.domain.records import decay_plan_from_dict
 from ferryman_service.domain.schedule import DecayPlan
 from ferryman_service.training.files import Disk
@@ -208,6 +209,7 @@ def _read_manifest(path: Path) -> dict[str, str]:
         manifest: Any = json.loads((path / _MANIFEST).read_bytes())
         digests: dict[str, str] = dict(manifest["sha256"])
     except (OSError, ValueError, KeyError, TypeError) as error:
+        refuse_if_exhausted(error)
         raise CheckpointDamaged(f"{path / _MANIFEST} cannot be read: {error}") from error
     return digests
 
@@ -223,6 +225,7 @@ def _read_position(path: Path) -> tuple[TraineeCounters, Position]:
         values["decays"] = tuple(decay_plan_from_dict(decay) for decay in values.get("decays", ()))
         return counters, Position(**values)
     except (OSError, ValueError, KeyError, TypeError) as error:
+        refuse_if_exhausted(error)
         raise CheckpointDamaged(f"{path / _POSITION} cannot be read, or is of another release: {error!r}") from error
 
 
@@ -235,6 +238,7 @@ def _verify(path: Path, name: str, digests: Mapping[str, str]) -> None:
         with (path / name).open("rb") as file:
             intact = hashlib.file_digest(file, "sha256").hexdigest() == digests.get(name)
     except OSError as error:
+        refuse_if_exhausted(error)
         raise CheckpointDamaged(f"{path / name} cannot be read: {error}") from error
     if not intact:
         raise CheckpointDamaged(f"{path / name} is not what was written: its digest differs from the manifest's")

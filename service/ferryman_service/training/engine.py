@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from ferryman_service.config.resources import usable_cpus
 from ferryman_service.domain.heartbeat import Heartbeat
 from ferryman_service.domain.models import ModelScores
+from ferryman_service.domain.os_errors import refuse_if_exhausted
 from ferryman_service.domain.recipe import Recipe
 from ferryman_service.domain.records import EventLevel
 from ferryman_service.domain.runs import FailureReason, TrainingFailed
@@ -220,6 +221,7 @@ class _Run:
                 checkpoint = load_checkpoint(initial.checkpoint)
                 trainee.load_moments(checkpoint.tensors, checkpoint.counters.updates_applied)
         except (CheckpointDamaged, OSError, SafetensorError, RuntimeError, KeyError) as error:
+            refuse_if_exhausted(error)
             text = f"the model to start from does not fit the recipe, or its files are damaged: {error}"
             raise TrainingFailed(FailureReason.INITIAL_MODEL_UNUSABLE, text) from error
         return trainee, self._beginning()

@@ -13,7 +13,8 @@ from onnxruntime.capi import onnxruntime_pybind11_state as onnxruntime_errors
 
 from ferryman_service.bundle.graph_check import check_graphs
 from ferryman_service.bundle.manifest import SUBWORDS_FILE, Architecture, Manifest, read_manifest, verify
-from ferryman_service.domain.errors import ModelDamaged
+from ferryman_service.config import open_files
+from ferryman_service.domain.errors import ModelDamaged, TooManyOpenFiles
 from ferryman_service.domain.tokens import BOS, EOS
 from ferryman_service.domain.translation import ComputeType
 from ferryman_service.pipeline.text import SentenceText
@@ -72,8 +73,8 @@ class OnnxBundleLoader:
         self._counts = counts
 
     def load(self, bundle: Path, compute_type: ComputeType | None = None) -> BatchingEngine:
-        """Check every digest and graph, and load; raises ModelDamaged. A bundle without int8 or fp16 is loaded as
-        float32, on the CPU."""
+        """Check every digest and graph, and load; raises ModelDamaged, TooManyOpenFiles. A bundle without int8 or fp16
+        is loaded as float32, on the CPU."""
         config = self._fitting(read_manifest(bundle), compute_type or self._config.compute_type)
         manifest = verify(bundle, to_translate=config.compute_type)
         check_graphs(bundle, manifest, [config.compute_type])
@@ -83,6 +84,8 @@ class OnnxBundleLoader:
             _check_size(subwords, header.architecture)
             decoder = _open_decoder(bundle, header.architecture, config)
         except _CANNOT_LOAD as error:
+            if open_files.are_exhausted():
+                raise TooManyOpenFiles("the server has no file left to load the model with: try again") from error
             name = type(error).__name__  # its text names paths of this machine
             raise ModelDamaged(f"the bundle is as it was published, but cannot be loaded: {name}") from error
         text = SentenceText(subwords, header.max_sentence_tokens)

@@ -227,6 +227,23 @@ def test_a_worker_that_finds_no_room_for_its_log_leaves_the_run_paused(runs, lau
     assert "/data/runs/x" in event.message
 
 
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM])
+def test_a_machine_without_files_or_memory_costs_a_run_no_restart(runs, launcher, queue_run, number):
+    run = queue_run()
+    launcher.fail_with = OSError(number, "not now")
+    supervisor = make_supervisor(runs, launcher, max_restarts=1, backoff_s=0.0, max_backoff_s=0.0)
+    for _ in range(3):
+        supervisor.tick()
+    waiting = runs.get(run.run_id)
+    assert (waiting.state, waiting.restarts) == (RunState.QUEUED, 0)
+    assert [
+        record.payload.code for record in runs.records_after(run.run_id, 0, 100) if hasattr(record.payload, "code")
+    ] == ["NOT_STARTED"] * 3
+    launcher.fail_with = None
+    supervisor.tick()
+    assert launcher.started == [(run.run_id, 4)]
+
+
 def test_a_new_supervisor_adopts_a_worker_that_lives(runs, launcher, queue_run, worker):
     run = queue_run()
     make_supervisor(runs, launcher).tick()

@@ -1,9 +1,11 @@
 """The endpoint that Prometheus scrapes."""
 
 import contextlib
+import http.client
 import logging
 import socket
 import struct
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -11,8 +13,9 @@ import urllib.request
 import pytest
 from prometheus_client import CollectorRegistry, Counter
 from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.registry import Collector
 
-from ferryman_service.observability.http import EndpointLimits, MetricsEndpoint, new_registry
+from ferryman_service.observability.http import EndpointLimits, Hosts, MetricsEndpoint, new_registry
 
 
 def get(port, path):
@@ -117,20 +120,80 @@ def test_a_client_that_sends_a_byte_now_and_then_is_left_too(serve):
             client.sendall(b"x")
 
 
-def test_connections_are_bounded(serve):
+def test_a_connection_without_a_request_gives_way_to_a_new_one(serve):
     port = serve(CollectorRegistry(), connections=2, connection_s=600)
-    with connect(port) as first, connect(port):
+    with connect(port) as first, connect(port) as second:
+        second.sendall(b"GET /metr")
+        for _ in range(3):
+            assert get(port, "/metrics") == ""
+        assert is_closed(first, wait_s=30)
+
+
+class Slow(Collector):
+    """A collector that the scrape waits for."""
+
+    def __init__(self):
+        self.begun, self.go_on = threading.Semaphore(0), threading.Event()
+
+    def collect(self):
+        self.begun.release()
+        self.go_on.wait(30)
+        return []
+
+
+def test_connections_that_are_answered_are_bounded(serve):
+    registry, slow = CollectorRegistry(), Slow()
+    port = serve(registry, connections=2, connection_s=600)
+    registry.register(slow)
+    with connect(port) as first, connect(port) as second:
+        for client in (first, second):
+            client.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
+            slow.begun.acquire(timeout=30)
         with connect(port) as third:
             assert is_closed(third, wait_s=30)
-        first.close()
-        wait_until(lambda: answers(port))
+        slow.go_on.set()
+        assert first.recv(12) == second.recv(12) == b"HTTP/1.0 200"
 
 
-def answers(port):
-    try:
-        return get(port, "/metrics") == ""
-    except OSError:
-        return False
+@pytest.mark.parametrize(
+    ("listens_on", "ours", "others"),
+    [
+        (
+            "127.0.0.1",
+            "localhost LOCALHOST:9464 127.0.0.1:9464 [::1]:1 told.example told.example.:1",
+            "10.0.0.1 evil.example",
+        ),
+        ("::1", "localhost [::1]:9464 127.0.0.1", "[fd00::1] 127.0.0.1.evil.example localhost.evil.example"),
+        ("localhost", "localhost", "10.0.0.1 evil.example"),
+        (
+            "0.0.0.0",
+            "10.0.0.1 10.0.0.1:9464 [fd00::1]:9464 127.0.0.1 told.example",
+            "evil.example evil.example:9464 ferryman",
+        ),
+        ("metrics.example", "metrics.example 10.0.0.1", "evil.example metrics.example.evil.example [evil]"),
+    ],
+)
+def test_the_host_names_that_are_answered_to(listens_on, ours, others):
+    hosts = Hosts(listens_on, ["Told.example"])
+    assert [host for host in ours.split() if not hosts.are_ours(host)] == []
+    assert [host for host in others.split() if hosts.are_ours(host)] == []
+    assert hosts.are_ours(""), "no browser leaves the header out"
+
+
+def test_a_foreign_host_gets_403_and_everything_says_nosniff(serve):
+    port = serve(CollectorRegistry())
+    answers = {}
+    for host, path in (("evil.example", "/metrics"), ("localhost:1", "/metrics"), ("localhost", "/nothing")):
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+        connection.request("GET", path, headers={"Host": host})
+        response = connection.getresponse()
+        answers[host] = (response.status, response.headers["X-Content-Type-Options"])
+        connection.close()
+    assert answers == {
+        "evil.example": (403, "nosniff"),
+        "localhost:1": (200, "nosniff"),
+        "localhost": (404, "nosniff"),
+    }
 
 
 def wait_until(condition, timeout_s=30):

@@ -16,6 +16,7 @@ from ferryman_service.stores.probe import DatabaseProbe
 from ferryman_service.stores.runs import SqlRunStore
 from ferryman_service.stores.sqlite import ChangeCounter
 from tests.fakes.databases import open_migrated
+from tests.fakes.open_files import no_file_left
 
 LOOK = """
 import os, sys
@@ -112,3 +113,11 @@ def test_a_database_that_can_only_be_read(writes, found):
         result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
         assert result.stdout.strip() == found, result.stderr
         engine.dispose()
+
+
+def test_a_process_without_open_files_can_use_nothing(engine):
+    probe = DatabaseProbe(engine, writes=True)
+    assert probe.look() is StoreState.USABLE
+    with no_file_left():
+        assert probe.look() is StoreState.LOST
+    assert probe.look() is StoreState.USABLE
