@@ -118,6 +118,7 @@ def _build(folder: DataFolder, device: Device, stop: threading.Event, tracer: Tr
         log_tail=lambda run_id, attempt: read_log_tail(folder.worker_log(run_id, attempt)),
         reporter=ReporterConfig(),
         prepared_dir=folder.prepared,
+        trash_dir=folder.trash,
         initial=lambda run: initial_weights(models, FileRunFolders(folder), run),
         stop_requested=stop.is_set,
         free_reserve=partial(free_reserve, folder.reserve),
