@@ -84,7 +84,7 @@ class FileCorpusStore:
         return text_files(self._folder.corpus_dir(self.get(corpus_id).corpus_id))
 
     def find_damage(self, corpus_id: str) -> str:
-        """Read the whole text, some 1.5 GB a second from memory, and say how it differs from what was uploaded; ""
+        """Read the whole text, 0.6 GB a second and more, and say how it differs from what was uploaded; ""
         if it does not."""
         corpus = self.get(corpus_id)
         return find_damage(corpus, self._folder.corpus_dir(corpus.corpus_id))

@@ -28,7 +28,7 @@ _LOOK_EVERY: Final = 100_000
 
 
 def find_damage(path: Path, *, full: bool, is_unwanted: Callable[[], bool] = lambda: False) -> str:
-    """Check the database and return what is wrong with it, "" if nothing is; 0.2 s a GiB from memory, more if `full`.
+    """Check the database and return what is wrong with it, "" if nothing is; 2 s a GiB, twice that if `full`.
 
     Once `is_unwanted` it ends early, as if it had found nothing. Raises StoreUnavailable.
     """

@@ -164,11 +164,11 @@ class _Keys:
         if is_new(database):
             return cls(frozenset(), {})
         with closing(open_existing(database, _BUSY_TIMEOUT_S)) as connection:
-            versions = read_rows(connection, "model_versions", ("name", "version"))
+            versions = read_rows(connection, "model_versions")
             paths = {f"models/{row['name']}/{row['version']}" for row in versions}
-            paths |= {f"corpora/{row['corpus_id']}" for row in read_rows(connection, "corpora", ("corpus_id",))}
-            paths |= {f"runs/{row['run_id']}" for row in read_rows(connection, "runs", ("run_id",))}
-            rows = list(read_rows(connection, "pending_folders", ("path", "change")))
+            paths |= {f"corpora/{row['corpus_id']}" for row in read_rows(connection, "corpora")}
+            paths |= {f"runs/{row['run_id']}" for row in read_rows(connection, "runs")}
+            rows = list(read_rows(connection, "pending_folders"))
         changes = {row["path"]: row["change"] for row in rows if row["change"] in _INTERRUPTED}
         return cls(frozenset(paths), changes)
 

@@ -10,15 +10,12 @@ from typing import Any, Final
 from ferryman_service.stores import tables
 
 _log = logging.getLogger(__name__)
-_KEYS: Final = {
-    table.name: tuple(column.name for column in table.primary_key.columns) for table in tables.metadata.sorted_tables
-}
-TABLES: Final = tuple(_KEYS)
+TABLES: Final = tuple(table.name for table in tables.metadata.sorted_tables)
 """In an order in which no row refers to one of a later table."""
 
 
-def read_rows(database: sqlite3.Connection, table: str, columns: tuple[str, ...] = ()) -> Iterator[Mapping[str, Any]]:
-    """Yield the rows of a table that can be read, each at least once; all columns that this release knows, or these.
+def read_rows(database: sqlite3.Connection, table: str) -> Iterator[Mapping[str, Any]]:
+    """Yield the rows of a table that can be read whole, each at least once; of the columns those that are known.
 
     A damaged page ends the reading there, so the table is read from its end, too.
     """
@@ -27,8 +24,7 @@ def read_rows(database: sqlite3.Connection, table: str, columns: tuple[str, ...]
         present = {row[1].decode() for row in database.execute(f"PRAGMA table_info({table})")}
     except (sqlite3.Error, UnicodeDecodeError):
         return
-    known = [column.name for column in tables.metadata.tables[table].columns if column.name in present]
-    wanted = [name for name in known if not columns or name in columns]
+    wanted = [column.name for column in tables.metadata.tables[table].columns if column.name in present]
     if not wanted:
         return
     query = f"SELECT {', '.join(wanted)} FROM {table} NOT INDEXED ORDER BY rowid"  # noqa: S608
