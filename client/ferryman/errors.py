@@ -42,6 +42,7 @@
     │   └── MessageOverdue
     ├── Cancelled
     └── DataLoss
+        ├── DatabaseDamaged
         └── ModelDamaged
 
 The classes below the root stand for a status code, the leaves for a reason. A reason that this client does not know yet
@@ -302,6 +303,10 @@ class DataLoss(FerrymanError):
     """Stored data is damaged."""
 
     default_code = grpc.StatusCode.DATA_LOSS
+
+
+class DatabaseDamaged(DataLoss):
+    """The server's database is damaged; its operator must restore or rebuild it."""
 
 
 class ModelDamaged(DataLoss):

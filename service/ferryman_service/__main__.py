@@ -1,4 +1,4 @@
-"""The command `ferryman-service`: serve, health, config, import-model.
+"""The command `ferryman-service`: serve, health, config, import-model, verify, repair, trash.
 
 What only some commands need is imported by them: a health check every few seconds must not cost a second.
 """
@@ -13,7 +13,8 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,6 +31,7 @@ from ferryman_service.observability.logs import LogConfig, configure_logging
 
 if TYPE_CHECKING:
     from ferryman_service import bootstrap
+    from ferryman_service.stores.layout import DataFolder
 
 _log = logging.getLogger(__name__)
 _STOP_S: Final = 5.0
@@ -37,7 +39,7 @@ _STOP_S: Final = 5.0
 _HURRY_S: Final = 3.0
 """What it may take from the second signal on."""
 _HEALTH_TIMEOUT_S: Final = 5.0
-_LOGGING_COMMANDS: Final = ("serve", "import-model")
+_LOGGING_COMMANDS: Final = ("serve", "import-model", "verify", "repair", "trash")
 _PACKAGES: Final = (
     "alembic",
     "grpc_health",
@@ -78,7 +80,7 @@ def _use_stores(settings: Settings, arguments: argparse.Namespace) -> int:
     for warning in settings.warnings:
         _log.warning(warning)
     try:
-        return (_serve if arguments.command == "serve" else _import_model)(config, arguments)
+        return _STORE_COMMANDS[arguments.command](config, arguments)
     except (FerrymanError, DatabaseTooNew, OSError) as error:
         return _fail(config, error)
 
@@ -132,7 +134,25 @@ def _parser() -> argparse.ArgumentParser:
         "bundle", type=Path, help="its folder: a download, or DATA_DIR/models/NAME/VERSION of the other server"
     )
     importing.add_argument("name", help="the model to publish it as, such as en-de")
+    _add_folder_commands(commands, common)
     return parser
+
+
+def _add_folder_commands(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser], common: argparse.ArgumentParser
+) -> None:
+    verifying = commands.add_parser(
+        "verify", parents=[common], help="check the data folder, change nothing; exit with 1 if something is damaged"
+    )
+    verifying.add_argument("--deep", action="store_true", help="read every file and compare it with its digest")
+    repairing = commands.add_parser(
+        "repair",
+        parents=[common],
+        help="rebuild missing rows of the database from the folders beside it, move to the trash what cannot be "
+        "described; stop all services before",
+    )
+    repairing.add_argument("--dry-run", action="store_true", help="say what would be done, and change nothing")
+    commands.add_parser("trash", parents=[common], help="list what was moved to the trash of the data folder, and why")
 
 
 def _report(error: ConfigMistakes, command: str) -> int:
@@ -309,6 +329,61 @@ def _import_model(config: ServiceConfig, arguments: argparse.Namespace) -> int:
     published = bootstrap.import_model(config, arguments.bundle, arguments.name)
     print(f"published {published.reference}")  # noqa: T201
     return 0
+
+
+def _data_folder(config: ServiceConfig) -> DataFolder:
+    from ferryman_service.stores.layout import DataFolder
+
+    if not config.data_dir.is_dir():
+        raise NotADirectoryError(f"{config.data_dir.absolute()}: there is no such folder; name one with --data-dir")
+    folder = DataFolder(config.data_dir)
+    folder.create()
+    return folder
+
+
+def _verify(config: ServiceConfig, arguments: argparse.Namespace) -> int:
+    from ferryman_service.stores.verify import verify
+
+    report = verify(_data_folder(config), deep=arguments.deep)
+    checked = ", ".join(f"{what}: {count}" for what, count in report.checked.items()) or "nothing"
+    lines = [*report.findings, f"checked {checked}; damaged: {len(report.findings)}"]
+    print("\n".join(lines))  # noqa: T201
+    return 1 if report.findings else 0
+
+
+def _repair(config: ServiceConfig, arguments: argparse.Namespace) -> int:
+    from ferryman_service.stores.repair import repair
+
+    lines = repair(_data_folder(config), dry_run=arguments.dry_run)
+    if not lines:
+        print("there is nothing to repair")  # noqa: T201
+    elif arguments.dry_run:
+        print("nothing was changed; without --dry-run this would be done:")  # noqa: T201
+    for line in lines:
+        print(line)  # noqa: T201
+    return 0
+
+
+def _trash(config: ServiceConfig, _: argparse.Namespace) -> int:
+    from ferryman_service.trash import list_trash
+
+    entries = list_trash(_data_folder(config).trash)
+    for entry in entries:
+        until = datetime.fromtimestamp(entry.end_ns / 1e9, UTC).strftime("%Y-%m-%d %H:%M UTC")
+        mib = entry.size_bytes() / 2**20
+        print(f"{entry.folder.name}\t{entry.origin}\t{mib:.1f} MiB\tuntil {until}\t{entry.reason}")  # noqa: T201
+    if not entries:
+        print("the trash is empty")  # noqa: T201
+    return 0
+
+
+_STORE_COMMANDS: Final[Mapping[str, Callable[[ServiceConfig, argparse.Namespace], int]]] = {
+    "serve": _serve,
+    "import-model": _import_model,
+    "verify": _verify,
+    "repair": _repair,
+    "trash": _trash,
+}
 
 
 if __name__ == "__main__":

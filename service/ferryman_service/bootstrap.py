@@ -18,6 +18,7 @@ from prometheus_client import CollectorRegistry
 from sqlalchemy import Engine
 
 from ferryman_service.application.corpora import CorpusUseCases
+from ferryman_service.application.housekeeping import Duty, Housekeeping
 from ferryman_service.application.loaded_models import LoadedModels, LoadingLimits
 from ferryman_service.application.metrics_feed import FeedConfig, MetricsFeed
 from ferryman_service.application.models import ModelUseCases
@@ -64,14 +65,17 @@ from ferryman_service.rpc.translation import TranslationServicer
 from ferryman_service.rpc.translation_watch import TranslationWatch
 from ferryman_service.stores.corpora import CorpusLimits, FileCorpusStore
 from ferryman_service.stores.database import open_database, upgrade
+from ferryman_service.stores.integrity import DatabaseIntegrity, refuse_damaged
 from ferryman_service.stores.layout import DataFolder
 from ferryman_service.stores.lock import FolderLock
 from ferryman_service.stores.models import FileModelStore
 from ferryman_service.stores.probe import DatabaseProbe
 from ferryman_service.stores.run_folders import FileRunFolders
 from ferryman_service.stores.runs import SqlRunStore
+from ferryman_service.stores.sweep import finish_deletions, is_new, refuse_new_database, sweep
 from ferryman_service.text.sentences import SentencexSplitter
 from ferryman_service.translation.counts import EngineCounts
+from ferryman_service.trash import empty_trash
 
 _log = logging.getLogger(__name__)
 _RESTART_PAUSE_S: Final = 1.0
@@ -79,18 +83,21 @@ _MAX_RESTART_PAUSE_S: Final = 60.0
 _CLOSE_S: Final = 3.0
 """What is left to do after the last call has ended, at most."""
 _BYTES_PER_MIB: Final = 2**20
+_HOUR_S: Final = 3600.0
+_DAY_S: Final = 24 * _HOUR_S
 _FEED_THREADS: Final = 2
 _UPLOAD_WRITING_THREADS: Final = 4
 _UPLOAD_CHECKING_THREADS: Final = 2
 
 
-_Part: TypeAlias = Supervisor | RunObserver | health.HealthProber
+_Part: TypeAlias = Supervisor | RunObserver | health.HealthProber | Housekeeping
 
 
 @dataclass(frozen=True)
 class _Stores:
     folder: DataFolder
     database: Engine
+    integrity: DatabaseIntegrity
     runs: SqlRunStore
     folders: FileRunFolders
     corpora: FileCorpusStore
@@ -123,11 +130,20 @@ class _Threads:
     observer: Threads
     feed: Threads
     messages: Threads
+    housekeeping: Threads
     uploads: UploadThreads
 
     def others(self) -> tuple[Threads, ...]:
         """Return all but the supervisor's."""
-        return (self.probe, self.observer, self.feed, self.messages, self.uploads.writing, self.uploads.checking)
+        return (
+            self.probe,
+            self.observer,
+            self.feed,
+            self.messages,
+            self.housekeeping,
+            self.uploads.writing,
+            self.uploads.checking,
+        )
 
 
 @dataclass(frozen=True)
@@ -170,6 +186,7 @@ class Service:
         threads: _Threads,
         tracer: Tracer,
         supervisor: Supervisor | None,
+        stop_check: Callable[[], None],
     ) -> None:
         """Store the parts."""
         self._config = config
@@ -183,6 +200,7 @@ class Service:
         self._threads = threads
         self._tracer = tracer
         self._supervisor = supervisor
+        self._stop_check = stop_check
         self._tasks: list[asyncio.Task[None]] = []
         self.port = 0
         self.probe_port = 0
@@ -217,6 +235,7 @@ class Service:
         """
         self._health.begin_stop()
         await _wait(hurry, self._config.drain_s)
+        self._stop_check()
         for task in self._tasks:
             task.cancel()
         for task in self._tasks:
@@ -242,7 +261,8 @@ class Service:
 def build_service(config: ServiceConfig) -> Service:
     """Put the service together and make its data folder ready; must be called inside the event loop that will run it.
 
-    Raises OSError if the folder cannot be used, DatabaseTooNew if a newer version has written it.
+    Raises OSError if the folder cannot be used or the database is not the one that belongs to it, DatabaseDamaged,
+    DatabaseTooNew if a newer version has written it.
     """
     _require_packages(config)
     on_gpu = Role.TRANSLATION in config.roles and _finds_gpu(config)
@@ -256,11 +276,13 @@ def build_service(config: ServiceConfig) -> Service:
         lock.acquire()
     metrics = _build_metrics()
     stores = _open_stores(folder, config, metrics.store.failed)
+    metrics.store.watch_damage(stores.integrity.damage)
     stores.models.recover()
     if trains:
-        stores.corpora.recover()
         stores.runs.recover()
-        stores.folders.delete_orphans(stores.runs.ids())
+        sweep(stores.database, folder)
+        stores.corpora.recover()
+        empty_trash(folder.trash, time.time_ns())
     tracer = open_tracer(TraceConfig(endpoint=config.trace_endpoint, sample_ratio=config.trace_sample_ratio))
     threads = _build_threads()
     use_cases = _build_use_cases(stores, config, metrics, threads, tracer)
@@ -282,12 +304,14 @@ def build_service(config: ServiceConfig) -> Service:
         ),
         background=(
             _build_prober(stores, use_cases, around.health, threads.probe, config, supervisor),
+            _build_housekeeping(stores, threads.housekeeping, trains=trains),
             *(() if supervisor is None else (supervisor, observer)),
         ),
         use_cases=use_cases,
         threads=threads,
         tracer=tracer,
         supervisor=supervisor,
+        stop_check=stores.integrity.stop,
     )
 
 
@@ -306,6 +330,7 @@ def _build_threads() -> _Threads:
         observer=Threads(1, "observer"),
         feed=Threads(_FEED_THREADS, "feed"),
         messages=Threads(MESSAGE_THREADS, "messages"),
+        housekeeping=Threads(1, "housekeeping"),
         uploads=UploadThreads(
             writing=Threads(_UPLOAD_WRITING_THREADS, "upload"), checking=Threads(_UPLOAD_CHECKING_THREADS, "check")
         ),
@@ -342,16 +367,37 @@ def _export_state(
 
 
 def _open_stores(folder: DataFolder, config: ServiceConfig, on_failure: Callable[[], None] | None = None) -> _Stores:
-    database = open_database(folder.database, on_failure=on_failure)
+    refuse_new_database(folder)
+    if not is_new(folder.database):
+        refuse_damaged(folder.database)
+    integrity = DatabaseIntegrity(folder.database)
+    database = open_database(folder.database, on_failure=on_failure, on_damage=integrity.met)
     upgrade(database)
     return _Stores(
         folder=folder,
         database=database,
+        integrity=integrity,
         runs=SqlRunStore(database),
         folders=FileRunFolders(folder),
         corpora=FileCorpusStore(database, folder, CorpusLimits(max_bytes=config.max_corpus_bytes)),
         models=FileModelStore(database, folder, examine=examine_bundle),
     )
+
+
+def _build_housekeeping(stores: _Stores, thread: Threads, *, trains: bool) -> Housekeeping:
+    """The process that trains, of which there is one, also clears away."""
+    database, folder = stores.database, stores.folder
+    check = Duty(name="check the database", work=stores.integrity.check, interval_s=_DAY_S, first_s=_HOUR_S)
+    clear = (
+        Duty(name="delete", work=lambda: finish_deletions(database, folder), interval_s=_HOUR_S, first_s=_HOUR_S),
+        Duty(
+            name="empty the trash",
+            work=lambda: empty_trash(folder.trash, time.time_ns()),
+            interval_s=_HOUR_S,
+            first_s=_HOUR_S,
+        ),
+    )
+    return Housekeeping((check, *clear) if trains else (check,), thread)
 
 
 def _build_use_cases(
@@ -511,7 +557,8 @@ def _build_prober(
     config: ServiceConfig,
     supervisor: Supervisor | None,
 ) -> health.HealthProber:
-    probe = DatabaseProbe(stores.database, writes=Role.TRAINING in config.roles)
+    writes = Role.TRAINING in config.roles
+    probe = DatabaseProbe(stores.database, writes=writes, integrity=stores.integrity)
     readiness = Readiness(probe, use_cases.loaded, thread, (lambda: True) if supervisor is None else supervisor.works)
     return health.HealthProber(servicer, readiness, health.ProberConfig())
 

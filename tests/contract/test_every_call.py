@@ -225,6 +225,16 @@ def test_aliases(service):
     assert [alias.alias for alias in found.model.aliases] == ["canary"]
 
 
+def test_damaged_database_is_data_loss(make_service, refused):
+    service = make_service()
+    service.import_model("en-de")
+    service._database.dispose()
+    service.folder.database.write_bytes(b"\xff" * service.folder.database.stat().st_size)
+    refusal = refused(service.model_stub.ListModels, model_pb2.ListModelsRequest())
+    assert (refusal.code, refusal.reason) == (grpc.StatusCode.DATA_LOSS, "DATABASE_DAMAGED")
+    assert "ferryman-service repair" in refusal.message
+
+
 def test_deleting_versions(service):
     for _ in range(2):
         service.import_model("short-lived")

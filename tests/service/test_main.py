@@ -1,5 +1,6 @@
 """The command `ferryman-service`: what it says of a wrong configuration, and an end that nothing holds up."""
 
+import argparse
 import json
 import signal
 import socket
@@ -11,9 +12,12 @@ from importlib.metadata import version
 
 import pytest
 
-from ferryman_service.__main__ import main
+from ferryman_service.__main__ import _STORE_COMMANDS, main
 from ferryman_service.config.automatic import decoding_threads
 from ferryman_service.config.resources import find_machine
+from ferryman_service.config.service_config import ServiceConfig
+from tests.fakes.bundles import write_bundle
+from tests.fakes.crashes import tree_of
 
 STUCK = """
 import asyncio, sys, time
@@ -196,11 +200,41 @@ def test_health_of_a_probe_port_that_is_off(capsys):
     assert "there is no probe port" in capsys.readouterr().err
 
 
-def test_a_database_that_is_none_is_told_in_one_line(tmp_path):
-    (tmp_path / "ferryman.db").write_bytes(b"\xff" * 8192)
+@pytest.mark.parametrize(
+    ("database", "words"),
+    [(b"\xff" * 8192, "is damaged (file is not a database)"), (b"", "is empty, but the folders beside it are not")],
+)
+def test_database_that_does_not_belong_to_the_folder_is_told_in_one_line_and_nothing_is_changed(
+    tmp_path, database, words
+):
+    bundle = write_bundle(tmp_path / "models" / "en-de" / "1")
+    before = tree_of(bundle)
+    (tmp_path / "ferryman.db").write_bytes(database)
     ports = ["--port", "0", "--probe-port", "0", "--metrics-port", "0"]
     command = [sys.executable, "-m", "ferryman_service", "serve", "--data-dir", str(tmp_path), *ports]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stdout) == (1, "")
     [line] = [line for line in done.stderr.splitlines() if " INFO " not in line]
-    assert line.startswith("ferryman-service: the database, ferryman.db in the data folder, is damaged")
+    assert line.startswith(f"ferryman-service: the database {tmp_path / 'ferryman.db'} {words}")
+    assert "'ferryman-service repair'" in line
+    assert tree_of(bundle) == before
+    assert (tmp_path / "ferryman.db").read_bytes() == database
+
+
+def test_folder_commands(tmp_path, capsys):
+    write_bundle(tmp_path / "models" / "en-de" / "1")
+    (tmp_path / "runs" / ("run_" + "0" * 22)).mkdir(parents=True)
+    config = ServiceConfig(data_dir=tmp_path)
+
+    def say(command, **options):
+        status = _STORE_COMMANDS[command](config, argparse.Namespace(**options))
+        return status, capsys.readouterr().out.splitlines()
+
+    assert say("trash") == (0, ["the trash is empty"])
+    status, lines = say("verify", deep=False)
+    assert (status, len(lines)) == (1, 2)
+    _, planned = say("repair", dry_run=True)
+    _, done = say("repair", dry_run=False)
+    assert planned == ["nothing was changed; without --dry-run this would be done:", *done]
+    assert say("repair", dry_run=False) == (0, ["there is nothing to repair"])
+    assert say("verify", deep=True) == (0, ["checked database: 1, model versions: 1, runs: 1; damaged: 0"])

@@ -36,6 +36,7 @@ from ferryman_service.application.verification import (
 )
 from ferryman_service.domain.errors import (
     AttemptFenced,
+    DatabaseDamaged,
     DiskFull,
     ModelDamaged,
     ModelNotFound,
@@ -84,6 +85,7 @@ class WorkerPorts:
     log_tail: Callable[[str, int], str]
     reporter: ReporterConfig
     prepared_dir: Path
+    trash_dir: Path | None = None
     initial: Callable[[TrainingRun], InitialWeights | None] = lambda run: None
     stop_requested: Callable[[], bool] = lambda: False
     free_reserve: Callable[[], None] = lambda: None
@@ -182,7 +184,7 @@ def _conclude(ports: WorkerPorts, run: TrainingRun, error: Exception) -> None:
     while True:
         try:
             _write_end(ports, run, error)
-        except (DiskFull, StoreUnavailable):
+        except (DiskFull, StoreUnavailable, DatabaseDamaged):
             if ports.stop_requested():
                 raise  # the supervisor will see a dead worker when it can write again
             ports.free_reserve()
@@ -217,6 +219,13 @@ def _write_end(ports: WorkerPorts, run: TrainingRun, error: Exception) -> None:
             ports.runs.give_up_attempt(run.run_id, run.attempt, disk_full_handover(str(error)))
 
 
+def _check_corpus(ports: WorkerPorts, corpus_id: str) -> None:
+    """Raise TrainingFailed unless the text is what was uploaded. Every attempt reads the validation part, and the first
+    one all of it."""
+    if damage := ports.corpora.find_damage(corpus_id):
+        raise TrainingFailed(FailureReason.CORPUS_DAMAGED, f"{damage}: upload it again, and start a run on that")
+
+
 def _job(ports: WorkerPorts, run: TrainingRun, run_dir: Path) -> TrainingJob:
     corpus = ports.corpora.get(run.corpus_id)
     return TrainingJob(
@@ -227,6 +236,7 @@ def _job(ports: WorkerPorts, run: TrainingRun, run_dir: Path) -> TrainingJob:
         target_language=corpus.header.target_language,
         run_dir=run_dir,
         prepared_dir=ports.prepared_dir,
+        trash_dir=ports.trash_dir,
         reported_step=run.progress.step,
         decays=run.progress.decays,
         initial=ports.initial(run),
@@ -254,6 +264,7 @@ def _train_and_publish(ports: WorkerPorts, run: TrainingRun, run_dir: Path) -> N
     reporter = StoreReporter(ports.runs, run, ports.reporter, ports.stop_requested)
     reporter.start()
     try:
+        _check_corpus(ports, run.corpus_id)
         trained = ports.engine.train(_job(ports, run, run_dir), reporter)
     except BaseException:
         _close_quietly(reporter)

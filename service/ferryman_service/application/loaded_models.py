@@ -274,7 +274,7 @@ class LoadedModels:
 
     def _read(self, version: ModelVersion) -> TranslationEngine:
         try:
-            return self._loader.load(self._models.bundle_dir(version))
+            return self._loader.load(self._models.published_bundle(version))
         except ModelDamaged:
             # What is missing may be missing because it was deleted: then this says so.
             self._models.resolve(ModelReference(name=version.name, version=version.version))

@@ -15,6 +15,7 @@ from typing import Final
 
 from ferryman_service.application.ports import RunHead, RunStore
 from ferryman_service.domain.errors import (
+    DatabaseDamaged,
     DiskFull,
     InvalidRequest,
     RunNotFound,
@@ -147,7 +148,7 @@ class MetricsFeed:
             asked = list(self._watches)
             try:
                 heads = await self._threads.run(self._runs.heads, asked)
-            except (StoreUnavailable, DiskFull) as error:
+            except (StoreUnavailable, DiskFull, DatabaseDamaged) as error:
                 _log.warning("cannot look for new records, trying again: %s", error)
             else:
                 self._spread(asked, heads)

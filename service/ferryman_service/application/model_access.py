@@ -26,7 +26,7 @@ from typing import Final
 from ferryman_service.application.loaded_models import Lease, LoadedModels
 from ferryman_service.application.ports import ModelStore
 from ferryman_service.application.shared_loads import SharedLoads
-from ferryman_service.domain.errors import ModelNotFound, StoreUnavailable
+from ferryman_service.domain.errors import DatabaseDamaged, ModelNotFound, StoreUnavailable
 from ferryman_service.domain.models import ModelReference, ModelVersion
 from ferryman_service.domain.tracing import NULL_TRACER, Tracer
 
@@ -71,7 +71,7 @@ class ModelAccess:
         if version is None:
             try:
                 version = await self._resolve(reference)
-            except StoreUnavailable:
+            except (StoreUnavailable, DatabaseDamaged):
                 version = self._known_in_memory(reference)
                 if version is None:
                     raise

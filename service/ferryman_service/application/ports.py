@@ -2,7 +2,8 @@
 file's classes to inherit from them; the values that cross the ports are defined in domain and named here again.
 
 Every method is synchronous, may block, and may be called from any thread unless it says otherwise. Every store raises
-StoreUnavailable when the database cannot be reached, and DiskFull when the disk has no space left.
+StoreUnavailable when the database cannot be reached, DatabaseDamaged when it is damaged, and DiskFull when the disk has
+no space left.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ class RunStore(Protocol):
         ...
 
     def unfinished(self) -> Sequence[TrainingRun]:
-        """Return all runs that are not terminal, oldest first."""
+        """Return all runs that are not terminal, in the order in which they were created, whatever the clock said."""
         ...
 
     def begin_attempt(self, run_id: str, previous_attempt: int) -> TrainingRun | None:
@@ -165,11 +166,7 @@ class RunFolders(Protocol):
         ...
 
     def delete(self, run_id: str) -> None:
-        """Remove the run's folder, if there is one; what cannot be removed is left to `delete_orphans`."""
-        ...
-
-    def delete_orphans(self, run_ids: Iterable[str]) -> None:
-        """Remove the folders of all runs but these."""
+        """Remove the folder of a run that was deleted, if there is one; what cannot be removed now is removed later."""
         ...
 
 
@@ -214,6 +211,13 @@ class CorpusStore(Protocol):
 
     def files(self, corpus_id: str) -> CorpusFiles:
         """Return where the corpus lies; raises CorpusNotFound."""
+        ...
+
+    def find_damage(self, corpus_id: str) -> str:
+        """Read the whole text and say how it differs from what was uploaded, "" if it does not.
+
+        Raises CorpusNotFound, and OSError if a file cannot be read for another reason than that it is gone.
+        """
         ...
 
 
@@ -317,6 +321,11 @@ class ModelStore(Protocol):
 
     def bundle_dir(self, version: ModelVersion) -> Path:
         """Return the folder of the published bundle."""
+        ...
+
+    def published_bundle(self, version: ModelVersion) -> Path:
+        """Return the folder of the published bundle; raises ModelDamaged if its manifest is not the one that was
+        published as this version."""
         ...
 
 

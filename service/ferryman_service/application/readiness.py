@@ -1,7 +1,7 @@
 """What a process can do now, by what it finds in its data folder and in memory.
 
-* Training and uploads need a database that can be written, models one that can be read. Training needs a supervisor
-  that works, too.
+* Training and uploads need a database that can be written and is not known to be damaged, models one that can be read.
+  Training needs a supervisor that works, too.
 * Translating needs a database that can be read, or a model in memory: that one translates on. That no model has been
   published yet is no reason to be unready, or a new installation would never become ready; a call that names a model
   which is not there learns so.
@@ -55,7 +55,7 @@ class Readiness:
 
     def judge(self, store: StoreState) -> Abilities:
         """Return what can be done with such a store, and with what is in memory."""
-        writes, reads = store >= StoreState.USABLE, store >= StoreState.READ_ONLY
+        writes, reads = store >= StoreState.USABLE, store >= StoreState.DAMAGED
         has_model = self._loaded is not None and bool(self._loaded.loaded())
         trains = writes and self._supervises()
         return Abilities(trains=trains, writes=writes, reads=reads, translates=reads or has_model)

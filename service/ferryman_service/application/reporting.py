@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from ferryman_service.application.ports import AppendAck, RunCancelled, RunStore
-from ferryman_service.domain.errors import DiskFull, StoreUnavailable
+from ferryman_service.domain.errors import DatabaseDamaged, DiskFull, StoreUnavailable
 from ferryman_service.domain.recipe import StopRecipe
 from ferryman_service.domain.records import EventLevel, Payload, RunEvent, StepMetrics, ValidationMetrics
 from ferryman_service.domain.runs import RunProgress, TrainingRun
@@ -102,7 +102,7 @@ class StoreReporter:
 
     def check(self) -> None:
         """Raise RunCancelled, PauseRequested, StopRequested, or what keeps the reports from being stored:
-        AttemptFenced, DiskIsFull, StoreUnavailable, a bug."""
+        AttemptFenced, DiskIsFull, StoreUnavailable, DatabaseDamaged, a bug."""
         if self._error is not None:
             raise self._error
         if self._ack.cancel_requested:
@@ -165,7 +165,7 @@ class StoreReporter:
                 return
             except DiskFull as error:
                 raise DiskIsFull(f"the records cannot be stored: {error}") from error
-            except StoreUnavailable as error:
+            except (StoreUnavailable, DatabaseDamaged) as error:
                 if time.monotonic() - began_s > self._config.retry_s:
                     raise
                 _log.warning("the records cannot be stored, trying again: %s", error)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from ferryman_service.application.ports import FolderOwnership, Launcher, LaunchObserver, RunStore
-from ferryman_service.domain.errors import AttemptFenced, DiskFull, RunNotFound, StoreUnavailable
+from ferryman_service.domain.errors import AttemptFenced, DatabaseDamaged, DiskFull, RunNotFound, StoreUnavailable
 from ferryman_service.domain.log_context import logging_with
 from ferryman_service.domain.os_errors import NO_SPACE, is_exhaustion
 from ferryman_service.domain.records import ACTIVE_STATES, EventLevel, RunEvent, RunState
@@ -110,7 +110,7 @@ class Supervisor:
         while True:
             try:
                 await self._thread.run(self.tick)
-            except (StoreUnavailable, DiskFull) as error:
+            except (StoreUnavailable, DiskFull, DatabaseDamaged) as error:
                 _log.warning("cannot look after the runs, trying again: %s", error)
             except FolderNotHeld as error:
                 self._note_trouble(str(error))
@@ -133,7 +133,10 @@ class Supervisor:
         await self._lost.wait()
 
     def tick(self) -> None:
-        """Look at every run that is not terminal, once. Raises FolderNotHeld, StoreUnavailable, DiskFull."""
+        """Look at every run that is not terminal, once.
+
+        Raises FolderNotHeld, StoreUnavailable, DiskFull, DatabaseDamaged.
+        """
         self._check_ownership()
         unfinished = self._runs.unfinished()
         active = [run for run in unfinished if run.state in ACTIVE_STATES]
@@ -332,7 +335,7 @@ class Supervisor:
             yield
         except RunNotFound:
             _log.info("%s was deleted in the meantime", run.run_id)
-        except (StoreUnavailable, DiskFull) as error:
+        except (StoreUnavailable, DiskFull, DatabaseDamaged) as error:
             _log.warning("cannot look after %s, trying again: %s", run.run_id, error)
         except FolderNotHeld:
             raise

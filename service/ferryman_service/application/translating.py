@@ -23,6 +23,7 @@ from ferryman_service.application.ports import ModelStore, SentenceSplitter
 from ferryman_service.application.text_threads import TextThreads
 from ferryman_service.application.translation_stream import TranslationStream
 from ferryman_service.domain.errors import (
+    DatabaseDamaged,
     DeadlineExceeded,
     InvalidRequest,
     InvalidSentence,
@@ -252,7 +253,7 @@ class TranslationUseCases:
         checked = replace(request, options=SearchOptions(), target_prefixes=request.target_prefixes if complete else ())
         try:
             lease = await access.lease_in_memory(reference)
-        except (ModelNotFound, StoreUnavailable):
+        except (ModelNotFound, StoreUnavailable, DatabaseDamaged):
             return ()
         if lease is None:
             return ()

@@ -40,6 +40,7 @@
     │   └── MessageOverdue
     ├── Cancelled
     ├── DataLoss
+    │   ├── DatabaseDamaged
     │   └── ModelDamaged
     └── AttemptFenced            never leaves the worker: a newer attempt owns the run
 
@@ -249,6 +250,10 @@ class Cancelled(FerrymanError):
 
 class DataLoss(FerrymanError):
     """Stored data is damaged."""
+
+
+class DatabaseDamaged(DataLoss):
+    """The database holds bytes that nobody wrote; an operator must restore or rebuild it."""
 
 
 class ModelDamaged(DataLoss):

@@ -44,8 +44,9 @@ class TrainingJob:
     """What a training engine is given.
 
     `run_dir` is its own; it exists and may hold an earlier attempt's files. `prepared_dir` is shared by all runs and
-    keeps tokenised corpora. `reported_step` is the last step that an earlier attempt made durable, and `decays` are the
-    decays that earlier attempts planned. `corpus_digest` names the corpus's content, `target_language` is a BCP 47 tag.
+    keeps tokenised corpora. A damaged checkpoint is moved to `trash_dir`, if there is one. `reported_step` is the last
+    step that an earlier attempt made durable, and `decays` are the decays that earlier attempts planned.
+    `corpus_digest` names the corpus's content, `target_language` is a BCP 47 tag.
     """
 
     run_id: str
@@ -53,6 +54,7 @@ class TrainingJob:
     corpus: CorpusFiles
     run_dir: Path
     prepared_dir: Path
+    trash_dir: Path | None = None
     corpus_digest: str = ""
     target_language: str = ""
     reported_step: int = 0

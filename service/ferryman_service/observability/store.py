@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Final
 
 from prometheus_client import CollectorRegistry
 
-from ferryman_service.observability.definitions import counter, histogram
+from ferryman_service.observability.definitions import counter, gauge, histogram
 
 _LAG_SECONDS: Final = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 600)
 
@@ -19,7 +20,11 @@ LAG_SECONDS: Final = histogram(
 ERRORS: Final = counter(
     "ferryman_store_errors_total", "Transactions that failed because the database or its disk could not be used."
 )
-METRICS: Final = (LAG_SECONDS, ERRORS)
+DAMAGED: Final = gauge(
+    "ferryman_database_damaged",
+    "1 while the database is known to be damaged, by the daily check or by a transaction, else 0.",
+)
+METRICS: Final = (LAG_SECONDS, ERRORS, DAMAGED)
 
 
 class StoreMetrics:
@@ -28,10 +33,15 @@ class StoreMetrics:
     def __init__(self, registry: CollectorRegistry) -> None:
         self._lag = LAG_SECONDS.histogram(registry)
         self._errors = ERRORS.counter(registry)
+        self._damaged = DAMAGED.gauge(registry)
 
     def lagged(self, seconds: float) -> None:
         """Take note of how old a step was when it was read."""
         self._lag.observe(seconds)
+
+    def watch_damage(self, damage: Callable[[], str]) -> None:
+        """Export whether `damage`, which is asked from every thread, says anything."""
+        self._damaged.set_function(lambda: float(bool(damage())))
 
     def failed(self) -> None:
         """Take note of a transaction that failed."""

@@ -14,7 +14,7 @@ from typing import Final, Protocol
 
 from prometheus_client import CollectorRegistry
 
-from ferryman_service.domain.errors import DiskFull, StoreUnavailable
+from ferryman_service.domain.errors import DatabaseDamaged, DiskFull, StoreUnavailable
 from ferryman_service.domain.records import Record, RunEvent, RunState, StateChange, StepMetrics, ValidationMetrics
 from ferryman_service.domain.runs import CheckpointInfo, RunFilter, TrainingRun
 from ferryman_service.domain.threads import Threads
@@ -114,7 +114,7 @@ class RunObserver:
         while True:
             try:
                 await self._thread.run(self.look)
-            except (StoreUnavailable, DiskFull) as error:
+            except (StoreUnavailable, DiskFull, DatabaseDamaged) as error:
                 _log.warning("cannot read the records of the runs, trying again: %s", error)
             await asyncio.sleep(self._config.interval_s)
 

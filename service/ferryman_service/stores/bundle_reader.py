@@ -21,8 +21,7 @@ class BundleReader:
         """Open the files of `version`; raises ModelDamaged if one is missing or has another size than published,
         TooManyOpenFiles."""
         self.version = version
-        if manifest_digest(bundle) != version.digest:
-            raise ModelDamaged(f"{MANIFEST_FILE} is not the one that was published: restore it", file=MANIFEST_FILE)
+        check_manifest(version, bundle)
         digests = read_manifest(bundle).files
         manifest_bytes = version.size_bytes - sum(digest.size_bytes for digest in digests.values())
         self.files = (
@@ -45,6 +44,13 @@ class BundleReader:
     def close(self) -> None:
         """Close the files; harmless when repeated."""
         self._close()
+
+
+def check_manifest(version: ModelVersion, bundle: Path) -> None:
+    """Raise ModelDamaged unless the manifest, which holds the digest of every other file, is the version's own."""
+    if manifest_digest(bundle) != version.digest:
+        text = f"{MANIFEST_FILE} is not the one that was published as {version.reference}: restore the bundle"
+        raise ModelDamaged(text, file=MANIFEST_FILE)
 
 
 def _open(bundle: Path, file: BundleFile) -> BinaryIO:

@@ -2,33 +2,33 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Final
 
 from sqlalchemy import Connection, Engine, Row, insert, select, tuple_
 
-from ferryman_service.domain.corpora import (
-    SAMPLES,
-    Corpus,
-    CorpusFiles,
-    CorpusHeader,
-    CorpusWarning,
-    SentencePair,
-    Side,
-    Split,
-    SplitStatistics,
-)
+from ferryman_service.domain.corpora import Corpus, CorpusFiles, CorpusHeader
 from ferryman_service.domain.errors import CorpusNotFound, RequestIdReused
-from ferryman_service.domain.ids import CORPUS_PREFIX, is_id
 from ferryman_service.stores import tables
+from ferryman_service.stores.corpus_description import (
+    DESCRIPTION_FILE,
+    corpus_from_values,
+    corpus_to_values,
+    find_damage,
+    text_files,
+    write_description,
+)
 from ferryman_service.stores.corpus_text import CorpusLimits as CorpusLimits
 from ferryman_service.stores.corpus_upload import FileCorpusUpload
 from ferryman_service.stores.database import disk_errors, reading, writing
-from ferryman_service.stores.folders import HeldFolder, move_folder, own_folders, remove_abandoned, remove_folder
+from ferryman_service.stores.folders import HeldFolder, move_folder, remove_abandoned
 from ferryman_service.stores.layout import DataFolder
+from ferryman_service.stores.pending import FolderChange, announce, withdraw
 
+_log = logging.getLogger(__name__)
 _CORPORA: Final = tables.corpora
 
 
@@ -41,14 +41,15 @@ class FileCorpusStore:
         self._limits = limits
 
     def recover(self) -> None:
-        """Remove what uploads that never ended have left; call it when a service starts."""
+        """Remove what uploads that never ended have left, and describe the corpora of earlier releases in their
+        folders; call it when a service starts."""
         remove_abandoned(self._folder.incoming)
-        # Under the writers' lock nobody is between moving a folder and inserting its row.
-        with writing(self._engine) as connection:
-            known = set(connection.execute(select(_CORPORA.c.corpus_id)).scalars())
-            for path in own_folders(self._folder.corpora, lambda name: is_id(name, CORPUS_PREFIX)):
-                if path.name not in known:
-                    remove_folder(path)
+        with reading(self._engine) as connection:
+            rows = connection.execute(select(_CORPORA)).all()
+        for row in rows:
+            folder = self._folder.corpora / row.corpus_id
+            if folder.is_dir() and not (folder / DESCRIPTION_FILE).exists():
+                _describe_again(folder, row)
 
     def begin_upload(self, header: CorpusHeader, request_id: str) -> FileCorpusUpload:
         """Start an upload; an empty request_id is no key."""
@@ -66,7 +67,7 @@ class FileCorpusStore:
         if row is None:
             shown = corpus_id[:80]
             raise CorpusNotFound(f"there is no corpus {shown!r}: ListCorpora names those there are", corpus_id=shown)
-        return _corpus_from_row(row)
+        return corpus_from_row(row)
 
     def list_page(self, after: str | None, limit: int) -> Sequence[Corpus]:
         """Return the corpora that follow `after`, newest first, at most `limit`."""
@@ -76,63 +77,62 @@ class FileCorpusStore:
             last = select(*place).where(_CORPORA.c.corpus_id == after).scalar_subquery()
             query = query.where(tuple_(*place) < last)
         with reading(self._engine) as connection:
-            return [_corpus_from_row(row) for row in connection.execute(query)]
+            return [corpus_from_row(row) for row in connection.execute(query)]
 
     def files(self, corpus_id: str) -> CorpusFiles:
         """Return where the corpus lies; raises CorpusNotFound."""
-        folder = self._folder.corpus_dir(self.get(corpus_id).corpus_id)
-        return CorpusFiles(files={(split, side): folder / f"{split}.{side}" for split in Split for side in Side})
+        return text_files(self._folder.corpus_dir(self.get(corpus_id).corpus_id))
+
+    def find_damage(self, corpus_id: str) -> str:
+        """Read the whole text, 0.6 GB a second and more, and say how it differs from what was uploaded; ""
+        if it does not."""
+        corpus = self.get(corpus_id)
+        return find_damage(corpus, self._folder.corpus_dir(corpus.corpus_id))
 
     def _keep(self, corpus: Corpus, files: Path, request_id: str | None) -> Corpus:
         target = self._folder.corpus_dir(corpus.corpus_id)
-        try:
+        path = self._folder.relative(target)
+        write_description(files, corpus, request_id)
+        with writing(self._engine) as connection:
+            announce(connection, path, FolderChange.PUBLISHING)
+        with ExitStack() as undo:
             with writing(self._engine) as connection:
                 if request_id is not None and (known := _corpus_of_request(connection, request_id, corpus)) is not None:
+                    withdraw(connection, path)
                     return known
                 move_folder(files, target)
-                connection.execute(insert(_CORPORA).values(_corpus_to_values(corpus) | {"request_id": request_id}))
-        except BaseException:
-            remove_folder(target)  # the id is new: the folder is ours, and no row names it
-            raise
+                undo.callback(target.rename, files)  # the upload that made it removes it
+                insert_corpus(connection, corpus, request_id)
+                withdraw(connection, path)
+            undo.pop_all()
         return corpus
+
+
+def insert_corpus(connection: Connection, corpus: Corpus, request_id: str | None) -> None:
+    """Insert the row of a corpus."""
+    connection.execute(insert(_CORPORA).values(corpus_to_values(corpus) | {"request_id": request_id}))
+
+
+def corpus_from_row(row: Row[Any]) -> Corpus:
+    """Return the corpus of a whole row."""
+    return corpus_from_values(dict(row._mapping))
+
+
+def _describe_again(folder: Path, row: Row[Any]) -> None:
+    try:
+        write_description(folder, corpus_from_row(row), row.request_id)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        _log.warning("%s has no %s, without which its row cannot be rebuilt: %r", folder, DESCRIPTION_FILE, error)
 
 
 def _corpus_of_request(connection: Connection, request_id: str, wanted: Corpus) -> Corpus | None:
     row = connection.execute(select(_CORPORA).where(_CORPORA.c.request_id == request_id)).one_or_none()
     if row is None:
         return None
-    known = _corpus_from_row(row)
+    known = corpus_from_row(row)
     if (known.digest, known.header) != (wanted.digest, wanted.header):
         raise RequestIdReused(
             f"request_id {request_id} came before with another corpus, {known.corpus_id}: use a new request_id",
             request_id=request_id,
         )
     return known
-
-
-def _corpus_to_values(corpus: Corpus) -> dict[str, Any]:
-    values = dataclasses.asdict(corpus)
-    header: dict[str, Any] = values.pop("header")
-    return values | header
-
-
-def _corpus_from_row(row: Row[Any]) -> Corpus:
-    return Corpus(
-        corpus_id=row.corpus_id,
-        header=CorpusHeader(
-            display_name=row.display_name,
-            source_language=row.source_language,
-            target_language=row.target_language,
-        ),
-        train=_statistics_from_value(row.train),
-        validation=_statistics_from_value(row.validation),
-        digest=row.digest,
-        create_time_ns=row.create_time_ns,
-    )
-
-
-def _statistics_from_value(value: Mapping[str, Any]) -> SplitStatistics:
-    # Earlier releases kept samples as long as they came: a page of such corpora was larger than a message may be.
-    samples = tuple(SentencePair(**pair).shortened() for pair in value["samples"][:SAMPLES])
-    warnings = tuple(CorpusWarning(**warning) for warning in value.get("warnings", ()))  # none of earlier releases
-    return SplitStatistics(**{**value, "samples": samples, "warnings": warnings})

@@ -133,5 +133,9 @@ class FileCorpusUpload:
 
 def corpus_digest(languages: Sequence[str], checked: Mapping[Split, CheckedSplit]) -> str:
     """Return the SHA-256 of a corpus: source and target language, and the normalised text of all splits."""
-    content = json.dumps([languages, *(checked[split].digests for split in Split)])
-    return hashlib.sha256(content.encode()).hexdigest()
+    return digest_of(languages, [checked[split].digests for split in Split])
+
+
+def digest_of(languages: Sequence[str], digests: Sequence[Sequence[str]]) -> str:
+    """Return the SHA-256 of a corpus whose splits have these digests of source and target."""
+    return hashlib.sha256(json.dumps([languages, *digests]).encode()).hexdigest()

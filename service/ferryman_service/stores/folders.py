@@ -62,14 +62,21 @@ def remove_abandoned(parent: Path) -> None:
     """Remove the folders below `parent` that were made by a HeldFolder and that no living process holds."""
     with _locked(parent):
         for path in own_folders(parent, _NAME.fullmatch):
-            descriptor = _open_folder(path)
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(path)
-            except BlockingIOError:
-                continue
-            finally:
-                os.close(descriptor)
+                _remove_unless_held(path)
+            except OSError as error:
+                _log.warning("%s could not be removed, it is left alone: %s", path, error)
+
+
+def _remove_unless_held(path: Path) -> None:
+    descriptor = _open_folder(path)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(path)
+    except BlockingIOError:
+        return
+    finally:
+        os.close(descriptor)
 
 
 def move_folder(source: Path, target: Path) -> None:
@@ -79,9 +86,12 @@ def move_folder(source: Path, target: Path) -> None:
 
 
 def remove_folder(path: Path) -> None:
-    """Remove a folder with everything in it; harmless if there is none."""
+    """Remove a folder with everything in it, or what else is in its place; harmless if there is none."""
     with contextlib.suppress(FileNotFoundError):
-        shutil.rmtree(path)
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def sync_folder(path: Path) -> None:

@@ -11,13 +11,16 @@ runs/<run_id>/attempt-<n>/    temporary files of a worker, removed at its end
 models/<name>/<version>/      published bundles
 models/.staging/              bundles in the making
 models/.imports/              bundles on their way in or out
+trash/<id>/                   what was found without its row, or damaged; deleted after a week (trash.py)
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
+import re
 import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,7 +30,9 @@ from typing import Final
 from ferryman_service.domain.ids import CORPUS_PREFIX, RUN_PREFIX, is_id, is_model_name
 from ferryman_service.stores.modes import WorldWritable, close_to_others, umask_for
 
+_log = logging.getLogger(__name__)
 _KEY_BYTES: Final = 32
+_VERSION: Final = re.compile(r"[1-9][0-9]{0,17}")
 
 
 @dataclass(frozen=True)
@@ -121,6 +126,15 @@ class DataFolder:
         """The parent of all bundles that are being copied from elsewhere, or were deleted a moment ago."""
         return self.models / ".imports"
 
+    @property
+    def trash(self) -> Path:
+        """The parent of what was moved away, until it is deleted."""
+        return self.root / "trash"
+
+    def relative(self, path: Path) -> str:
+        """Return a path below the folder as it is told and announced: relative, with slashes."""
+        return path.relative_to(self.root).as_posix()
+
     def corpus_dir(self, corpus_id: str) -> Path:
         """Return the folder of a corpus."""
         assert is_id(corpus_id, CORPUS_PREFIX), f"not a corpus id: {corpus_id!r}"
@@ -153,10 +167,18 @@ class DataFolder:
         return self.models / name / str(version)
 
     def bundles(self) -> Iterator[tuple[str, int, Path]]:
-        """Yield name, version and folder of every bundle that lies in its place, published or not."""
-        for model in self.models.iterdir():
-            for bundle in model.iterdir() if is_model_name(model.name) and model.is_dir() else ():
-                if bundle.name.isascii() and bundle.name.isdigit() and bundle.is_dir():
+        """Yield name, version and folder of every bundle that lies in its place, published or not.
+
+        What else lies there is nobody's; a folder that cannot be read is logged and left out.
+        """
+        for model in sorted(self.models.iterdir()):
+            try:
+                bundles = sorted(model.iterdir()) if is_model_name(model.name) and model.is_dir() else []
+            except OSError as error:
+                _log.warning("%s is left out: %s", model, error)
+                continue
+            for bundle in bundles:
+                if _VERSION.fullmatch(bundle.name) and bundle.is_dir():
                     yield model.name, int(bundle.name), bundle
 
     def page_token_key(self) -> bytes:

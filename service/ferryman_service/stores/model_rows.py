@@ -39,6 +39,17 @@ def insert_version(connection: Connection, version: ModelVersion) -> None:
         connection.execute(insert(_MODELS).values(name=version.name, last_version=version.version))
 
 
+def insert_rebuilt_version(connection: Connection, version: ModelVersion) -> None:
+    """Insert a version whose row was lost; its number and all before it are never given again."""
+    connection.execute(insert(_VERSIONS).values(_version_to_values(version)))
+    of_model = _MODELS.c.name == version.name
+    last = connection.execute(select(_MODELS.c.last_version).where(of_model)).scalar()
+    if last is None:
+        connection.execute(insert(_MODELS).values(name=version.name, last_version=version.version))
+    elif last < version.version:
+        connection.execute(update(_MODELS).where(of_model).values(last_version=version.version))
+
+
 def next_version(connection: Connection, name: str) -> int:
     """Return the number of the model's next version: no version, deleted ones included, has had it."""
     used = select(_MODELS.c.last_version).where(_MODELS.c.name == name).with_for_update()
@@ -60,7 +71,7 @@ def find_version(connection: Connection, reference: ModelReference, *, lock: boo
     row = connection.execute(query.order_by(_VERSIONS.c.version.desc()).limit(1)).one_or_none()
     if row is None:
         raise _model_not_found(connection, reference)
-    return _version_from_row(row)
+    return version_from_row(row)
 
 
 def read_models(connection: Connection, names: Sequence[str]) -> list[Model]:
@@ -76,7 +87,7 @@ def read_models(connection: Connection, names: Sequence[str]) -> list[Model]:
         models.append(
             Model(
                 name=name,
-                latest_version=_version_from_row(rows[-1]),
+                latest_version=version_from_row(rows[-1]),
                 versions=tuple(row.version for row in rows),
                 aliases=tuple(aliases[name]),
             )
@@ -118,7 +129,8 @@ def _version_to_values(version: ModelVersion) -> dict[str, Any]:
     return values
 
 
-def _version_from_row(row: Row[Any]) -> ModelVersion:
+def version_from_row(row: Row[Any]) -> ModelVersion:
+    """Return the version of a whole row."""
     return ModelVersion(
         name=row.name,
         version=row.version,

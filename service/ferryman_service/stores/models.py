@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -21,14 +22,14 @@ from ferryman_service.bundle.manifest import (
     verify,
 )
 from ferryman_service.domain.errors import AttemptFenced, InvalidRequest, ModelDamaged, ModelInUse, Violation
-from ferryman_service.domain.ids import RUN_PREFIX, is_id, is_model_name
+from ferryman_service.domain.ids import is_model_name
 from ferryman_service.domain.models import Model, ModelReference, ModelVersion
 from ferryman_service.domain.records import RunState
 from ferryman_service.domain.training import RunCancelled
 from ferryman_service.stores import tables
-from ferryman_service.stores.bundle_reader import BundleReader
+from ferryman_service.stores.bundle_reader import BundleReader, check_manifest
 from ferryman_service.stores.database import disk_errors, reading, writing
-from ferryman_service.stores.folders import HeldFolder, own_folders, remove_abandoned, remove_folder, sync_folder
+from ferryman_service.stores.folders import HeldFolder, remove_abandoned, remove_folder, sync_folder
 from ferryman_service.stores.layout import DataFolder
 from ferryman_service.stores.model_rows import (
     aliases_of,
@@ -38,8 +39,10 @@ from ferryman_service.stores.model_rows import (
     put_alias,
     read_models,
 )
+from ferryman_service.stores.pending import FolderChange, announce, announced, withdraw
 from ferryman_service.stores.run_rows import check_attempt, enter_state, lock_head
 from ferryman_service.stores.sqlite import ChangeCounter
+from ferryman_service.trash import move_to_trash
 
 _VERSIONS: Final = tables.model_versions
 _ALIASES: Final = tables.model_aliases
@@ -49,8 +52,7 @@ _READ_ONLY: Final = 0o555
 
 class FileModelStore:
     """The ModelStore. A bundle moves into place in the transaction that inserts its row, and leaves after the one that
-    deletes it. A folder without a row is what a crash in between has left: it is not published, gives way to the next
-    bundle of its number, and is removed when a service starts."""
+    deletes it. Both are announced (pending.py), so `sweep` knows what a crash in between has left."""
 
     def __init__(self, engine: Engine, folder: DataFolder, *, examine: Callable[[Path], None] | None = None) -> None:
         """Store the parts. `examine` raises ModelDamaged for an imported bundle that cannot or must not be loaded;
@@ -61,18 +63,8 @@ class FileModelStore:
         self._changes = ChangeCounter(engine)
 
     def recover(self) -> None:
-        """Remove bundles that nobody will publish, and those of deleted versions; call it when a service starts."""
+        """Remove what copies of bundles that never ended have left; call it when a service starts."""
         remove_abandoned(self._folder.imports)
-        with writing(self._engine) as connection:
-            query = select(tables.runs.c.run_id).where(tables.runs.c.state.in_(_UNFINISHED))
-            unfinished = set(connection.execute(query).scalars())
-            for path in own_folders(self._folder.staging, lambda name: is_id(name, RUN_PREFIX)):
-                if path.name not in unfinished:
-                    remove_folder(path)
-            for name, number, path in self._folder.bundles():
-                here = (_VERSIONS.c.name == name) & (_VERSIONS.c.version == number)
-                if connection.execute(select(_VERSIONS.c.name).where(here)).one_or_none() is None:
-                    self._remove_bundle(path)
 
     def staging_dir(self, run_id: str) -> Path:
         """Return an empty folder to write a run's bundle into."""
@@ -91,23 +83,24 @@ class FileModelStore:
 
         Raises AttemptFenced; RunCancelled if a cancellation was acknowledged before.
         """
-        with disk_errors(), ExitStack() as undo:
+
+        def end_run(connection: Connection, version: ModelVersion) -> None:
+            head = lock_head(connection, run_id)
+            check_attempt(head, attempt)
+            if RunState(head.state) is not RunState.EXPORTING:
+                text = f"attempt {attempt} of run {run_id} may not publish: the run is {head.state}, not exporting"
+                raise AttemptFenced(text, run_id=run_id, attempt=attempt)
+            if head.cancel_requested:
+                raise RunCancelled(run_id)
+            assert version.lineage.run_id == run_id, f"the bundle is of run {version.lineage.run_id}"
+            changes = {"model_version": version.version}
+            enter_state(connection, head, RunState.SUCCEEDED, f"published {version.reference}", changes)
+
+        with disk_errors():
+            with reading(self._engine) as connection:
+                name = lock_head(connection, run_id).model_name
             _make_read_only(staged)
-            with writing(self._engine) as connection:
-                head = lock_head(connection, run_id)
-                check_attempt(head, attempt)
-                if RunState(head.state) is not RunState.EXPORTING:
-                    text = f"attempt {attempt} of run {run_id} may not publish: the run is {head.state}, not exporting"
-                    raise AttemptFenced(text, run_id=run_id, attempt=attempt)
-                if head.cancel_requested:
-                    raise RunCancelled(run_id)
-                version = _describe(connection, head.model_name, staged)
-                assert version.lineage.run_id == run_id, f"the bundle is of run {version.lineage.run_id}"
-                changes = {"model_version": version.version}
-                enter_state(connection, head, RunState.SUCCEEDED, f"published {version.reference}", changes)
-                self._publish(connection, version, staged, undo)
-            undo.pop_all()
-        return version
+            return self._publish(name, staged, end_run)
 
     def import_bundle(self, bundle: Path, name: str) -> ModelVersion:
         """Copy a bundle from elsewhere, examine the copy, publish it. Raises ModelDamaged, InvalidRequest."""
@@ -122,12 +115,7 @@ class FileModelStore:
             copy_verified(bundle, staged)
             self._examine(staged)
             _make_read_only(staged)
-            with writing(self._engine) as connection:
-                version = _describe(connection, name, staged)
-                self._publish(connection, version, staged, undo)
-            undo.pop_all()
-            held.release()
-        return version
+            return self._publish(name, staged, lambda connection, version: None)
 
     def resolve(self, reference: ModelReference) -> ModelVersion:
         """Return the version that the reference names; raises ModelNotFound."""
@@ -176,6 +164,7 @@ class FileModelStore:
             found = find_version(connection, ModelReference(name=name, version=version), lock=True)
             _check_not_in_use(connection, found)
             connection.execute(delete(_VERSIONS).where(_VERSIONS.c.name == name, _VERSIONS.c.version == version))
+            announce(connection, self._folder.relative(self.bundle_dir(found)), FolderChange.DELETING)
         self._remove_bundle(self.bundle_dir(found))
 
     def open_bundle(self, version: ModelVersion) -> BundleReader:
@@ -192,7 +181,7 @@ class FileModelStore:
 
     def weights(self, version: ModelVersion) -> tuple[Path, Path]:
         """Return the checked weights and subword model; raises ModelDamaged."""
-        bundle = self.bundle_dir(version)
+        bundle = self.published_bundle(version)
         if WEIGHTS_FILE not in verify(bundle).files:
             raise ModelDamaged(f"{version.reference} holds no {WEIGHTS_FILE}", file=WEIGHTS_FILE)
         return bundle / WEIGHTS_FILE, bundle / SUBWORDS_FILE
@@ -201,16 +190,54 @@ class FileModelStore:
         """Return the folder of the published bundle."""
         return self._folder.bundle_dir(version.name, version.version)
 
-    def _publish(self, connection: Connection, version: ModelVersion, staged: Path, undo: ExitStack) -> None:
-        """Insert the row and move the folder; `undo` moves it back if the transaction fails afterwards."""
-        insert_version(connection, version)
-        target = self.bundle_dir(version)
-        remove_folder(target)
-        target.parent.mkdir(exist_ok=True)
-        sync_folder(self._folder.models)
-        staged.rename(target)
-        undo.callback(target.rename, staged)
-        sync_folder(target.parent)
+    def published_bundle(self, version: ModelVersion) -> Path:
+        """Return the folder of the bundle, whose manifest is the one that was published; raises ModelDamaged.
+
+        The manifest holds the digest of every other file.
+        """
+        bundle = self.bundle_dir(version)
+        check_manifest(version, bundle)
+        return bundle
+
+    def _publish(self, name: str, staged: Path, accept: Callable[[Connection, ModelVersion], None]) -> ModelVersion:
+        """Move a bundle into place in the transaction that inserts its row, and in which `accept` may refuse it."""
+        while True:
+            number = self._announce_next(name)
+            with ExitStack() as undo:
+                with writing(self._engine) as connection:
+                    if self._is_taken(connection, name, number):
+                        continue  # somebody else has published in the meantime
+                    version = describe_bundle(name, number, staged, time.time_ns())
+                    accept(connection, version)
+                    insert_version(connection, version)
+                    target = self.bundle_dir(version)
+                    withdraw(connection, self._folder.relative(target))
+                    move_to_trash(self._folder.trash, target, "its publication was interrupted")
+                    target.parent.mkdir(exist_ok=True)
+                    sync_folder(self._folder.models)
+                    staged.rename(target)
+                    undo.callback(target.rename, staged)
+                    sync_folder(target.parent)
+                undo.pop_all()
+            return version
+
+    def _announce_next(self, name: str) -> int:
+        """Return the number of the model's next version, announced. A folder that lies there without a row is left
+        alone, and its number not used; unless it was announced: then it is of a publication that never ended."""
+        with writing(self._engine) as connection:
+            changes = announced(connection)
+            number = next_version(connection, name)
+            while True:
+                path = self._folder.bundle_dir(name, number)
+                leftover = changes.get(self._folder.relative(path)) is FolderChange.PUBLISHING
+                if leftover or not os.path.lexists(path):
+                    announce(connection, self._folder.relative(path), FolderChange.PUBLISHING)
+                    return number
+                number += 1
+
+    def _is_taken(self, connection: Connection, name: str, number: int) -> bool:
+        path = self._folder.relative(self._folder.bundle_dir(name, number))
+        return number < next_version(connection, name) or path not in announced(connection)
 
     def _remove_bundle(self, bundle: Path) -> None:
         """Remove a bundle that has no row. Whoever moves it aside removes it: two may try at the same time."""
@@ -226,19 +253,19 @@ class FileModelStore:
             held.release()
 
 
-def _describe(connection: Connection, name: str, staged: Path) -> ModelVersion:
-    """Return what the staged bundle becomes: the next version of the model."""
-    manifest = read_manifest(staged)
+def describe_bundle(name: str, number: int, bundle: Path, create_time_ns: int) -> ModelVersion:
+    """Return the version that the bundle is, or becomes, under this name and number; raises ModelDamaged."""
+    manifest = read_manifest(bundle)
     header = manifest.header
     return ModelVersion(
         name=name,
-        version=next_version(connection, name),
+        version=number,
         lineage=header.lineage,
         scores=header.scores,
         parameters=header.parameters,
-        size_bytes=bundle_size_bytes(staged),
-        digest=manifest_digest(staged),
-        create_time_ns=time.time_ns(),
+        size_bytes=bundle_size_bytes(bundle),
+        digest=manifest_digest(bundle),
+        create_time_ns=create_time_ns,
         int8=manifest.int8,
     )
 

@@ -14,6 +14,7 @@ from typing import Final, TypeAlias
 from sqlalchemy import Engine
 
 from ferryman_service.domain.readiness import StoreState
+from ferryman_service.stores.integrity import DatabaseIntegrity
 
 _log = logging.getLogger(__name__)
 _READ: Final = "SELECT 1 FROM model_versions LIMIT 1"
@@ -28,12 +29,16 @@ class DatabaseProbe:
     is back after it was lost, or is another file, all of them are closed, and the next transactions open new ones.
     """
 
-    def __init__(self, engine: Engine, *, writes: bool, busy_timeout_s: float = 10.0) -> None:
-        """Store; a process that does not write does not ask for the writers' place."""
+    def __init__(
+        self, engine: Engine, *, writes: bool, busy_timeout_s: float = 10.0, integrity: DatabaseIntegrity | None = None
+    ) -> None:
+        """Store; a process that does not write does not ask for the writers' place. `integrity` knows of damage, and is
+        told when another database is there."""
         self._engine = engine
         self._path = Path(str(engine.url.database)).absolute()
         self._writes = writes
         self._busy_timeout_s = busy_timeout_s
+        self._integrity = integrity or DatabaseIntegrity(self._path)
         self._identity = self._identify()
         self._last = StoreState.USABLE
 
@@ -46,6 +51,7 @@ class DatabaseProbe:
         if state is not StoreState.LOST and (self._last is StoreState.LOST or identity != self._identity):
             self._identity = identity
             self._engine.dispose()
+            self._integrity.forget()
         self._last = state
         return state
 
@@ -63,6 +69,8 @@ class DatabaseProbe:
                     connection.execute("ROLLBACK")
         except (sqlite3.Error, OSError) as error:
             return state, f"the database {'can only be read' if state else 'cannot be used'} ({error})"
+        if damage := self._integrity.damage():
+            return StoreState.DAMAGED, damage
         return StoreState.USABLE, "the database can be used"
 
     def _open_folder(self) -> None:

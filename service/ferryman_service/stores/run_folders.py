@@ -9,14 +9,13 @@ import dataclasses
 import json
 import logging
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from ferryman_service.domain.ids import RUN_PREFIX, is_id
 from ferryman_service.domain.os_errors import refuse_if_exhausted
 from ferryman_service.domain.runs import CheckpointInfo
-from ferryman_service.stores.folders import own_folders
 from ferryman_service.stores.layout import DataFolder
 
 _log = logging.getLogger(__name__)
@@ -43,16 +42,8 @@ class FileRunFolders:
         return next(iter(reversed(self._paths(run_id))), None)
 
     def delete(self, run_id: str) -> None:
-        """Remove the run's folder, if there is one; what cannot be removed now is an orphan from here on."""
+        """Remove the folder of a run that was deleted, if there is one; what cannot be removed now is removed later."""
         _remove(self._folder.run_dir(run_id))
-
-    def delete_orphans(self, run_ids: Iterable[str]) -> None:
-        """Remove the folders of all runs but these: what a crash in the middle of a deletion leaves."""
-        known = set(run_ids)
-        for path in own_folders(self._folder.runs, lambda name: is_id(name, RUN_PREFIX)):
-            if path.name not in known:
-                _log.info("removing %s: its run was deleted", path)
-                _remove(path)
 
     def _paths(self, run_id: str) -> list[Path]:
         if not is_id(run_id, RUN_PREFIX):
@@ -65,7 +56,7 @@ def _remove(folder: Path) -> None:
     # A worker that is just ending may still write into it.
     shutil.rmtree(folder, ignore_errors=True)
     if folder.exists():
-        _log.warning("%s could not be removed; the next start of the service tries again", folder)
+        _log.warning("%s could not be removed, it is tried again", folder)
 
 
 def _read(path: Path) -> tuple[CheckpointInfo, int] | None:

@@ -8,10 +8,25 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
-from sqlalchemy import Connection, Engine, Row, bindparam, delete, func, insert, literal, select, tuple_, update
+from sqlalchemy import (
+    BigInteger,
+    Connection,
+    Engine,
+    Row,
+    bindparam,
+    delete,
+    func,
+    insert,
+    literal,
+    literal_column,
+    select,
+    tuple_,
+    update,
+)
 
 from ferryman_service.domain.errors import (
     AttemptFenced,
+    DatabaseDamaged,
     DiskFull,
     IllegalTransition,
     RequestIdReused,
@@ -34,6 +49,7 @@ from ferryman_service.domain.runs import (
 from ferryman_service.stores import tables
 from ferryman_service.stores.database import reading, writing
 from ferryman_service.stores.earlier_release import uncounted_reports
+from ferryman_service.stores.pending import FolderChange, announce
 from ferryman_service.stores.run_rows import (
     DELETING,
     add_records,
@@ -54,6 +70,8 @@ _RUNS: Final = tables.runs
 _UPDATE_RUN: Final = update(_RUNS).where(_RUNS.c.run_id == bindparam("of_run"))
 _RECORDS: Final = tables.records
 _UNFINISHED: Final = [state.value for state in RunState if not state.is_terminal]
+_INSERTION: Final = literal_column("runs.rowid", BigInteger)
+"""The order of insertion. Not that of create_time_ns: whoever sets the clock back would let later runs go first."""
 _SLICE: Final = 5000
 """How many records are deleted in one transaction, for which every other writer waits."""
 _SLICE_PAUSE_S: Final = 0.01
@@ -106,14 +124,9 @@ class SqlRunStore:
         with reading(self._engine) as connection:
             return [run_from_row(row) for row in connection.execute(query.order_by(*order).limit(limit))]
 
-    def ids(self) -> Sequence[str]:
-        """Return the ids of all runs."""
-        with reading(self._engine) as connection:
-            return connection.execute(select(_RUNS.c.run_id).where(_RUNS.c.state != DELETING)).scalars().all()
-
     def unfinished(self) -> Sequence[TrainingRun]:
-        """Return all runs that are not terminal, oldest first."""
-        query = select(_RUNS).where(_RUNS.c.state.in_(_UNFINISHED)).order_by(_RUNS.c.create_time_ns, _RUNS.c.run_id)
+        """Return all runs that are not terminal, in the order in which they were created."""
+        query = select(_RUNS).where(_RUNS.c.state.in_(_UNFINISHED)).order_by(_INSERTION)
         with reading(self._engine) as connection:
             return [run_from_row(row) for row in connection.execute(query)]
 
@@ -248,6 +261,7 @@ class SqlRunStore:
                 raise RunNotFinished(text, run_id=run_id, state=head.state)
             hidden = {"state": DELETING, "request_id": None}
             connection.execute(update(_RUNS).where(_RUNS.c.run_id == run_id).values(hidden))
+            announce(connection, f"runs/{run_id}", FolderChange.DELETING)
         self._finish_deletion(run_id, head.last_sequence)
 
     def recover(self) -> None:
@@ -304,7 +318,7 @@ class SqlRunStore:
                 time.sleep(_SLICE_PAUSE_S)
             with writing(self._engine) as connection:
                 connection.execute(delete(_RUNS).where(_RUNS.c.run_id == run_id))
-        except (DiskFull, StoreUnavailable) as error:
+        except (DiskFull, StoreUnavailable, DatabaseDamaged) as error:
             _log.warning("records of %s, which was deleted, are left until the next start: %s", run_id, error)
 
     def _acknowledge(self, run_id: str, attempt: int) -> AppendAck:

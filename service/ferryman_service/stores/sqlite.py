@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from sqlalchemy import URL, Connection, Engine, ExceptionContext, create_engine, event
 
-from ferryman_service.domain.errors import DiskFull, FerrymanError, StoreUnavailable
+from ferryman_service.domain.errors import DatabaseDamaged, DiskFull, FerrymanError, StoreUnavailable
 from ferryman_service.domain.os_errors import NO_SPACE
 
 WRITES_OPTION: Final = "ferryman_writes"
@@ -24,6 +24,13 @@ _RETRY_S: Final = 0.02
 _PROBE_BYTES: Final = 64 * 1024
 _DISK_FULL: Final = "the disk that holds the database has no space left: free some and try again"
 _DAMAGED_CODES: Final = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
+_UNDECODABLE: Final = "Could not decode to UTF-8"
+"""How Python begins the error, which has no code, about text that was written as UTF-8 and is none any more."""
+CURE: Final = (
+    "stop all processes that use the data folder, then restore ferryman.db from a backup, or rebuild it from the "
+    "folders with 'ferryman-service repair', which says with --dry-run what it would do"
+)
+"""What to do about a damaged database."""
 _WORLD_CODES: Final = frozenset(
     {
         sqlite3.SQLITE_BUSY,
@@ -50,13 +57,18 @@ def has_room(folder: Path) -> bool:
 
 
 def create_sqlite_engine(path: Path, busy_timeout_s: float, has_room: Callable[[Path], bool] = has_room) -> Engine:
-    """Return an engine for the file, which is created at the first connection.
+    """Return an engine for the file, which must exist when the first connection is opened: one that has gone is not
+    replaced by an empty one.
 
     A writing transaction begins with BEGIN IMMEDIATE: it waits for the one writer's place before it reads, so two
     processes can neither deadlock nor base a write on what has changed since
     (https://www.sqlite.org/lang_transaction.html).
     """
-    engine = create_engine(URL.create("sqlite", database=str(path)), connect_args={"timeout": busy_timeout_s})
+
+    def connect() -> sqlite3.Connection:
+        return open_existing(path, busy_timeout_s, check_same_thread=False)
+
+    engine = create_engine(URL.create("sqlite", database=str(path)), creator=connect)
 
     def configure(dbapi_connection: sqlite3.Connection, _record: object) -> None:
         dbapi_connection.isolation_level = None  # the driver begins no transaction of its own
@@ -76,6 +88,14 @@ def create_sqlite_engine(path: Path, busy_timeout_s: float, has_room: Callable[[
     event.listen(engine, "begin", _begin)
     event.listen(engine, "handle_error", tell_full_disk)
     return engine
+
+
+def open_existing(path: Path, busy_timeout_s: float, *, check_same_thread: bool = True) -> sqlite3.Connection:
+    """Connect to a database file that must exist; raises sqlite3.OperationalError if it does not."""
+    uri = f"{path.absolute().as_uri()}?mode=rw"
+    return sqlite3.connect(
+        uri, uri=True, timeout=busy_timeout_s, isolation_level=None, check_same_thread=check_same_thread
+    )
 
 
 class ChangeCounter:
@@ -99,9 +119,8 @@ class ChangeCounter:
         try:
             with self._lock:
                 if self._connection is None:
-                    self._connection = sqlite3.connect(
-                        str(self._engine.url.database), timeout=0, isolation_level=None, check_same_thread=False
-                    )
+                    path = Path(str(self._engine.url.database))
+                    self._connection = open_existing(path, 0, check_same_thread=False)
                     self._openings += 1
                 [value] = self._connection.execute("PRAGMA data_version").fetchone()
                 # The versions that one connection has seen mean nothing to the next.
@@ -119,13 +138,10 @@ class ChangeCounter:
 def translate_sqlite_error(error: sqlite3.Error) -> FerrymanError | None:
     """Return the domain error for what the world did to the database; None for a mistake of ours."""
     primary_code = _primary_code(error)
+    if primary_code in _DAMAGED_CODES or _UNDECODABLE in str(error):
+        return DatabaseDamaged(f"the database, ferryman.db in the data folder, is damaged ({error}): {CURE}")
     if primary_code == sqlite3.SQLITE_FULL:
         return DiskFull(_DISK_FULL)
-    if primary_code in _DAMAGED_CODES:
-        return StoreUnavailable(
-            f"the database, ferryman.db in the data folder, is damaged ({error}): stop all that uses the folder, and "
-            "restore a backup"
-        )
     if primary_code in _WORLD_CODES:
         return StoreUnavailable(f"the database cannot be used now ({error}): try again")
     return None

@@ -139,3 +139,12 @@ model_aliases: Final = Table(
     # Whatever an alias names is there.
     ForeignKeyConstraint(["name", "version"], ["model_versions.name", "model_versions.version"]),
 )
+
+pending_folders: Final = Table(
+    "pending_folders",
+    metadata,
+    # Relative to the data folder. What a crash leaves of a publication or a deletion is known by its row here.
+    Column("path", Text, primary_key=True),
+    Column("change", Text, nullable=False),
+    Column("time_ns", BigInteger, nullable=False),
+)

@@ -50,6 +50,7 @@ from ferryman_service.training.sampling import epoch_source
 from ferryman_service.training.scoring import scoring_of
 from ferryman_service.training.step import Trainee, new_trainee
 from ferryman_service.training.validate import Validator
+from ferryman_service.trash import move_to_trash
 
 _CHECK_SENTENCES: Final = 64
 _HELD_OUT_PAIRS: Final = 1000
@@ -194,7 +195,7 @@ class _Run:
         return _BEGINNING
 
     def _find_checkpoint(self) -> Path | None:
-        """Return the newest intact checkpoint; remove what a crash has left, and what is damaged."""
+        """Return the newest intact checkpoint; remove what a crash has left, and set aside what is damaged."""
         folder = self._files.checkpoints
         folder.mkdir(exist_ok=True)
         tidy_up(folder, self._disk)
@@ -204,8 +205,15 @@ class _Run:
             self._series.event(EventLevel.WARNING, "CHECKPOINT_DAMAGED", f"{damage}; going back to {where}")
         for newer in list_checkpoints(folder):
             if path is None or newer > path:
-                self._disk.remove(newer)
+                self._set_aside(newer)
         return path
+
+    def _set_aside(self, checkpoint: Path) -> None:
+        """Take a damaged checkpoint out of the way. It may be whole again, as when a file could not be read for now."""
+        if self._job.trash_dir is None:
+            self._disk.remove(checkpoint)
+        else:
+            move_to_trash(self._job.trash_dir, checkpoint, "the checkpoint is damaged")
 
     def _start(self, model: Transformer) -> tuple[Trainee, Position]:
         """Begin at step 0: with random weights, or with those of a published model."""

@@ -71,7 +71,7 @@ def prepare_corpus(job: TrainingJob, reporter: Reporter, *, threads: int) -> Pre
     final = prepared_folder(job)
     job.prepared_dir.mkdir(parents=True, exist_ok=True)
     with _locked(job.prepared_dir):
-        if (found := open_prepared(final)) is not None:
+        if (found := _open_checked(final)) is not None:
             found.keep()
             return found
         _prune(job.prepared_dir)
@@ -89,7 +89,7 @@ def prepare_corpus(job: TrainingJob, reporter: Reporter, *, threads: int) -> Pre
 
 def _put_in_place(aside: Path, final: Path) -> PreparedCorpus:
     with _locked(final.parent):
-        if (found := open_prepared(final)) is not None:  # another worker was faster, with the same
+        if (found := _open_checked(final)) is not None:  # another worker was faster, with the same
             return found
         shutil.rmtree(final, ignore_errors=True)  # a damaged one
         aside.rename(final)
@@ -99,7 +99,8 @@ def _put_in_place(aside: Path, final: Path) -> PreparedCorpus:
 
 
 def open_prepared(folder: Path) -> PreparedCorpus | None:
-    """Return the entry; None if there is none, or if one of its files is not as long as it was."""
+    """Return the entry; None if there is none, or if one of its files is not as long as it was. Digests are not
+    checked: the worker that gets the entry from `prepare_corpus` has done so."""
     try:
         manifest: dict[str, Any] = json.loads((folder / _MANIFEST).read_bytes())
         intact = all((folder / name).stat().st_size == size for name, size in manifest["sizes"].items())
@@ -107,6 +108,24 @@ def open_prepared(folder: Path) -> PreparedCorpus | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return PreparedCorpus(folder, remarks) if intact else None
+
+
+def _open_checked(folder: Path) -> PreparedCorpus | None:
+    """Return the entry; None if there is none, or if it is not what was written, to the last byte. Reads all of it."""
+    found = open_prepared(folder)
+    return found if found is not None and _is_as_written(folder) else None
+
+
+def _is_as_written(folder: Path) -> bool:
+    try:
+        manifest: dict[str, Any] = json.loads((folder / _MANIFEST).read_bytes())
+        digests = manifest.get("sha256")
+        if digests is None:  # it was made by an earlier release
+            return "seal" not in manifest
+        seal = manifest.pop("seal")
+        return bool(seal == _seal(manifest)) and all(_sha256(folder / name) == digests[name] for name in digests)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def prepared_folder(job: TrainingJob) -> Path:
@@ -155,7 +174,9 @@ def _make(folder: Path, job: TrainingJob, reporter: Reporter, *, threads: int) -
     for path in files:
         _sync(path)
     sizes = {str(path.relative_to(folder)): path.stat().st_size for path in files}
-    (folder / _MANIFEST).write_text(json.dumps({"sizes": sizes, "remarks": remarks}))
+    digests = {str(path.relative_to(folder)): _sha256(path) for path in files}
+    manifest = {"sizes": sizes, "sha256": digests, "remarks": remarks}
+    (folder / _MANIFEST).write_text(json.dumps(manifest | {"seal": _seal(manifest)}))
     _sync(folder / _MANIFEST)
 
 
@@ -185,6 +206,16 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def _seal(manifest: dict[str, Any]) -> str:
+    """Return the digest of a manifest without its seal."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sync(path: Path) -> None:

@@ -26,7 +26,7 @@ from ferryman_service.bundle.manifest import (
     seal,
     settle_int8,
 )
-from ferryman_service.domain.corpora import CorpusHeader, SentencePair, Split
+from ferryman_service.domain.corpora import CorpusHeader, SentencePair, Side, Split
 from ferryman_service.domain.errors import DiskFull, StoreUnavailable
 from ferryman_service.domain.log_context import MAY_HOLD_TEXT
 from ferryman_service.domain.models import Int8Outcome, Int8Scores, ModelLineage, ModelReference, ModelScores
@@ -224,6 +224,14 @@ def test_an_expected_failure_is_written_down(house, new_run):
     assert run.failure.reason is FailureReason.VOCABULARY_TOO_LARGE
     codes = [getattr(record.payload, "code", "") for record in house.runs.records_after(run.run_id, 0, 100)]
     assert "TRAINED" in codes, "what was reported before the failure is kept"
+
+
+def test_a_text_that_is_not_what_was_uploaded_is_not_trained_on(house, new_run):
+    path = house.corpora.files(house.corpus.corpus_id).files[Split.TRAIN, Side.TARGET]
+    path.write_bytes(path.read_bytes().swapcase())
+    _, run = house.work(new_run)
+    assert (run.state, run.failure.reason) == (RunState.FAILED, FailureReason.CORPUS_DAMAGED)
+    assert "upload it again" in run.failure.message
 
 
 @pytest.mark.parametrize(

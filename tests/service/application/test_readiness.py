@@ -28,6 +28,7 @@ def models(tmp_path):
     [
         (StoreState.USABLE, Abilities()),
         (StoreState.READ_ONLY, Abilities(trains=False, writes=False)),
+        (StoreState.DAMAGED, Abilities(trains=False, writes=False)),
         (StoreState.LOST, Abilities(trains=False, writes=False, reads=False, translates=False)),
     ],
 )

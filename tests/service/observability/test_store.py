@@ -17,6 +17,14 @@ def test_a_locked_database_is_counted(registry, sample, tmp_path):
     database.dispose()
 
 
+def test_damage_is_shown_while_it_is_known(registry, sample):
+    damage = [""]
+    StoreMetrics(registry).watch_damage(lambda: damage[0])
+    assert sample("ferryman_database_damaged") == 0
+    damage[0] = "a page"
+    assert sample("ferryman_database_damaged") == 1
+
+
 def test_lag(registry, sample):
     StoreMetrics(registry).lagged(3.0)
     assert sample("ferryman_store_lag_seconds_sum") == 3

@@ -73,6 +73,7 @@ def test_every_error_has_a_status_and_a_reason(error):
         (errors.DiskFull, grpc.StatusCode.RESOURCE_EXHAUSTED, {"QuotaFailure"}),
         (errors.TooManyRuns, grpc.StatusCode.RESOURCE_EXHAUSTED, {"QuotaFailure", "RetryInfo"}),
         (errors.QueueFull, grpc.StatusCode.RESOURCE_EXHAUSTED, {"QuotaFailure", "RetryInfo"}),
+        (errors.DatabaseDamaged, grpc.StatusCode.DATA_LOSS, set()),
         (errors.StoreUnavailable, grpc.StatusCode.UNAVAILABLE, {"RetryInfo"}),
         (errors.ServerShuttingDown, grpc.StatusCode.UNAVAILABLE, {"RetryInfo"}),
         (errors.DeadlineExceeded, grpc.StatusCode.DEADLINE_EXCEEDED, set()),

@@ -18,6 +18,8 @@ from ferryman_service.stores import tables
 from ferryman_service.stores.corpora import CorpusLimits, FileCorpusStore
 from ferryman_service.stores.corpus_text import check_split
 from ferryman_service.stores.database import writing
+from ferryman_service.stores.sweep import sweep
+from ferryman_service.trash import list_trash
 
 HEADER = CorpusHeader(display_name="Numbers", source_language="en", target_language="de")
 GOOD = {
@@ -37,7 +39,7 @@ from ferryman_service.stores.database import open_database
 from ferryman_service.stores.layout import DataFolder
 folder = DataFolder(Path(sys.argv[1]))
 database = open_database(folder.database)
-event.listen(database, "commit", lambda connection: os._exit(9))
+event.listen(database, "commit", lambda _: len(list(folder.corpora.iterdir())) == 3 and os._exit(9))
 store = FileCorpusStore(database, folder, CorpusLimits())
 upload = store.begin_upload(CorpusHeader(display_name="", source_language="en", target_language="de"), "")
 for split in Split:
@@ -417,7 +419,7 @@ def test_a_full_disk_leaves_nothing(store, folder, fill_disk):
     assert store.list_page(None, 9) == []
 
 
-def test_what_a_crash_leaves_is_removed_at_the_next_start(store, folder):
+def test_what_a_crash_leaves_is_removed_at_the_next_start(store, database, folder):
     corpus = upload(store)
     going = store.begin_upload(HEADER, "")
     going.add_chunk(Split.TRAIN, Side.SOURCE, b"x")
@@ -426,10 +428,12 @@ def test_what_a_crash_leaves_is_removed_at_the_next_start(store, folder):
     assert len(list(folder.incoming.iterdir())) == 2
     assert len(leftovers(folder)) == 4  # two uploads, a corpus, and a folder that no row names
     store.recover()
+    sweep(database, folder)
     (alive,) = folder.incoming.iterdir()  # the upload that goes on is left alone
     assert sorted(leftovers(folder)) == sorted([alive, folder.corpus_dir(corpus.corpus_id)])
     going.abort()
     assert contents(store, corpus) == GOOD
+    assert [entry.reason for entry in list_trash(folder.trash)] == ["its publication was interrupted"]
 
 
 def test_an_upload_is_never_held_in_memory(tmp_path):

@@ -20,7 +20,7 @@ from sqlalchemy import insert, text
 from sqlalchemy.exc import IntegrityError, OperationalError
 
 from ferryman_service.application.reporting import ReporterConfig, StoreReporter
-from ferryman_service.domain.errors import DiskFull, StoreUnavailable
+from ferryman_service.domain.errors import DatabaseDamaged, DiskFull, StoreUnavailable
 from ferryman_service.domain.recipe import recipe_to_dict, resolve_recipe
 from ferryman_service.domain.records import EventLevel, RunState, StepMetrics, ValidationMetrics
 from ferryman_service.domain.runs import Handover, RequestKey, RunProgress
@@ -246,7 +246,7 @@ def test_several_processes_may_start_at_once(tmp_path):
         assert process.returncode == 0, errors
     database = open_database(path)
     with reading(database) as connection:
-        assert MigrationContext.configure(connection).get_current_heads() == ("0005",)
+        assert MigrationContext.configure(connection).get_current_heads() == ("0008",)
     database.dispose()
 
 
@@ -287,6 +287,7 @@ def test_a_newer_database_is_refused_and_left_alone(database):
 def earlier_database(tmp_path):
     """A database of the release without restarts, with rows in all its tables."""
     path = tmp_path / "earlier.db"
+    path.touch()
     database = open_database(path)
     config = Config()
     config.set_main_option("script_location", str(migrations))
@@ -427,7 +428,7 @@ def test_a_database_that_cannot_be_opened_is_unavailable(tmp_path):
         pass
 
 
-def test_a_database_that_is_none_or_is_damaged_is_unavailable(folder, database):
+def test_damaged_database_is_data_loss(folder, database):
     changes = ChangeCounter(database)
     changes.value()
     database.dispose()
@@ -438,11 +439,27 @@ def test_a_database_that_is_none_or_is_damaged_is_unavailable(folder, database):
     for damaged in (b"\xff" * len(whole), whole[:header] + b"\xff" * (len(whole) - header)):
         folder.database.write_bytes(damaged)
         for transaction in (reading, writing):
-            with pytest.raises(StoreUnavailable, match="is damaged"), transaction(database) as connection:
+            with pytest.raises(DatabaseDamaged, match="repair"), transaction(database) as connection:
                 connection.execute(text("SELECT count(*) FROM runs"))
-        with pytest.raises(StoreUnavailable, match="is damaged"):
+        with pytest.raises(DatabaseDamaged, match="is damaged"):
             upgrade(database)
         database.dispose()
+
+
+def test_text_that_is_no_text_any_more_is_data_loss(database):
+    with writing(database) as connection:
+        connection.exec_driver_sql("INSERT INTO models VALUES (CAST(x'c328' AS TEXT), 1)")
+    with pytest.raises(DatabaseDamaged), reading(database) as connection:
+        connection.execute(text("SELECT name FROM models")).all()
+
+
+def test_a_database_that_has_gone_is_not_replaced_by_an_empty_one(folder, database):
+    database.dispose()
+    folder.database.unlink()
+    with pytest.raises(StoreUnavailable), reading(database) as connection:
+        connection.execute(text("SELECT 1"))
+    ChangeCounter(database).value()
+    assert not folder.database.exists()
 
 
 def test_a_counter_of_what_is_no_database_never_says_that_nothing_changed(tmp_path):

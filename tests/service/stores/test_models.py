@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import shutil
 import subprocess
 import sys
 
@@ -21,6 +22,9 @@ from ferryman_service.domain.models import Int8Outcome, Int8Scores, ModelReferen
 from ferryman_service.domain.records import RunState, StateChange
 from ferryman_service.domain.training import RunCancelled
 from ferryman_service.stores.models import FileModelStore
+from ferryman_service.stores.sweep import sweep
+from ferryman_service.trash import list_trash
+from tests.fakes.bundles import write_bundle as write_foreign_bundle
 
 ELSEWHERE = "run_0000000000000000000000"
 CRASHING_DELETION = """
@@ -44,7 +48,7 @@ from ferryman_service.stores.layout import DataFolder
 from ferryman_service.stores.models import FileModelStore
 folder = DataFolder(Path(sys.argv[1]))
 database = open_database(folder.database)
-event.listen(database, "commit", lambda connection: os._exit(9))
+event.listen(database, "commit", lambda _: folder.bundle_dir("en-de", 1).exists() and os._exit(9))
 FileModelStore(database, folder).publish(sys.argv[2], 1, Path(sys.argv[3]))
 """
 
@@ -149,7 +153,8 @@ def test_a_commit_that_fails_publishes_nothing_and_may_be_tried_again(models, ru
     staged = stage(run)
 
     def fail(_connection):
-        raise OSError(errno.ENOSPC, "no space left on device")
+        if folder.bundle_dir("en-de", 1).exists():
+            raise OSError(errno.ENOSPC, "no space left on device")
 
     event.listen(database, "commit", fail)
     with pytest.raises(DiskFull):
@@ -182,15 +187,19 @@ def test_staging_is_empty_whatever_an_earlier_attempt_left(models, exporting, st
     staged = stage(run)
     assert models.staging_dir(run.run_id) == staged
     assert list(staged.iterdir()) == []
+    staged.rmdir()
+    staged.touch()
+    assert list(models.staging_dir(run.run_id).iterdir()) == []
 
 
-def test_at_start_only_unfinished_runs_keep_their_staging(models, runs, exporting, stage, folder):
+def test_at_start_only_unfinished_runs_keep_their_staging(models, runs, exporting, stage, database, folder):
     going, ended = exporting(), exporting()
     stage(ended)
     kept = stage(going)
     runs.change_state(ended.run_id, 1, RunState.CANCELLED)
     (folder.imports / ("0" * 32)).mkdir()
     models.recover()
+    sweep(database, folder)
     assert list(folder.staging.iterdir()) == [kept]
     assert list(folder.imports.iterdir()) == []
     assert len(list(kept.iterdir())) == len(bundles.CONTENT_FILES) + 1
@@ -358,11 +367,12 @@ def test_numbers_are_never_given_again(models, publish, exporting, stage):
     assert models.get("en-de").versions == (5,)
 
 
-def test_a_publication_that_fails_gives_no_number_away(models, publish, database):
+def test_a_publication_that_fails_gives_no_number_away(models, publish, database, folder):
     publish()
 
     def fail(_connection):
-        raise OSError(errno.ENOSPC, "no space left on device")
+        if folder.bundle_dir("m", 2).exists():
+            raise OSError(errno.ENOSPC, "no space left on device")
 
     event.listen(database, "commit", fail)
     with pytest.raises(DiskFull):
@@ -419,7 +429,29 @@ def test_a_deletion_that_fails_deletes_nothing(models, publish, database):
     assert bundles.verify(models.bundle_dir(version))
 
 
-def test_a_crash_between_row_and_files_leaves_an_orphan_that_a_start_removes(models, publish, folder):
+def test_a_folder_without_a_row_is_not_overwritten(models, publish, folder):
+    """As after a start with an older database: the next version gets a number of its own."""
+    published = publish()
+    kept = shutil.copytree(models.bundle_dir(published), folder.bundle_dir("m", 2))
+    (folder.models / "m" / "3").touch()
+    assert publish().version == 4
+    assert bundles.verify(kept)
+    assert (folder.models / "m" / "3").is_file()
+    assert models.get("m").versions == (1, 4)
+
+
+def test_a_bundle_in_anothers_place_is_not_used(models, publish, tmp_path):
+    first, second = publish(), models.import_bundle(write_foreign_bundle(tmp_path / "other", encoder=b"other"), "m")
+    one, other = models.bundle_dir(first), models.bundle_dir(second)
+    one.rename(aside := one.with_name("aside"))
+    other.rename(one)
+    aside.rename(other)
+    for use in (models.published_bundle, models.weights, models.open_bundle):
+        with pytest.raises(ModelDamaged, match="not the one that was published as m/1"):
+            use(first)
+
+
+def test_a_crash_between_row_and_files_leaves_an_orphan_that_a_start_removes(models, publish, database, folder):
     kept = publish("kept")
     first, second = publish(), publish()
     crashed = subprocess.run([sys.executable, "-c", CRASHING_DELETION, folder.root], timeout=60)
@@ -428,8 +460,9 @@ def test_a_crash_between_row_and_files_leaves_an_orphan_that_a_start_removes(mod
     orphan = models.bundle_dir(first)
     assert orphan.exists()
     (folder.models / "a-file").touch()
-    models.recover()
+    sweep(database, folder)
     assert not orphan.exists()
+    assert list_trash(folder.trash) == []  # it was deleted, so nobody wants it back
     assert list(folder.imports.iterdir()) == []
     for version in (kept, second):
         assert bundles.verify(models.bundle_dir(version))

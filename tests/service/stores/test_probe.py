@@ -11,6 +11,7 @@ import pytest
 
 from ferryman_service.domain.readiness import StoreState
 from ferryman_service.stores.database import open_database, reading, writing
+from ferryman_service.stores.integrity import DatabaseIntegrity
 from ferryman_service.stores.layout import DataFolder
 from ferryman_service.stores.probe import DatabaseProbe
 from ferryman_service.stores.runs import SqlRunStore
@@ -45,6 +46,18 @@ def engine(folder):
 def test_a_database_that_can_be_used(engine):
     assert DatabaseProbe(engine, writes=True).look() is StoreState.USABLE
     assert DatabaseProbe(engine, writes=False).look() is StoreState.USABLE
+
+
+def test_damaged_database_is_not_usable_until_another_is_in_its_place(engine, folder):
+    integrity = DatabaseIntegrity(folder.database)
+    probe = DatabaseProbe(engine, writes=True, integrity=integrity)
+    integrity.met("the database is damaged")
+    assert probe.look() is StoreState.DAMAGED
+    restored = folder.root / "restored"
+    shutil.copyfile(folder.database, restored)
+    restored.replace(folder.database)
+    probe.look()
+    assert probe.look() is StoreState.USABLE
 
 
 def test_a_look_changes_nothing(engine):

@@ -214,7 +214,7 @@ def test_pages_follow_one_another_in_both_orders(runs, make_run):
             seen += [run.run_id for run in page]
             after = page[-1].place
         assert seen == (ids if oldest_first else ids[::-1])
-    assert [run.run_id for run in runs.unfinished()] == ids
+    assert [run.run_id for run in runs.unfinished()] == [run.run_id for run in made]
 
 
 def test_lists_are_filtered(runs, make_run):
@@ -421,7 +421,7 @@ def test_an_io_error_without_any_room_is_a_full_disk(folder, runs, has_room, err
 
     event.listen(engine, "do_execute", fail)
     with pytest.raises(error):
-        SqlRunStore(engine).ids()
+        SqlRunStore(engine).unfinished()
 
 
 @pytest.mark.parametrize(
@@ -507,6 +507,12 @@ def test_a_deletion_is_many_short_transactions_and_its_readers_find_no_gap(folde
     assert sequences(runs, other.run_id) == [1, 2, 3]
 
 
+def test_a_clock_that_is_set_back_lets_no_later_run_go_first(runs, make_run):
+    first = runs.create(make_run(create_time_ns=2 * 10**18), None, 9)
+    later = runs.create(make_run(create_time_ns=10**18), None, 9)
+    assert [run.run_id for run in runs.unfinished()] == [first.run_id, later.run_id]
+
+
 @pytest.mark.parametrize("commit", [1, 2, 3, 4])
 def test_a_deletion_that_is_interrupted_is_finished_at_the_next_start(folder, database, runs, running, commit):
     run, other = ended_run(runs, running), running()
@@ -517,7 +523,7 @@ def test_a_deletion_that_is_interrupted_is_finished_at_the_next_start(folder, da
         with pytest.raises(RunNotFound):
             call(run.run_id)
     assert runs.heads([run.run_id]) == {}
-    assert runs.ids() == [found.run_id for found in runs.list_page(RunFilter(), None, 9)] == [other.run_id]
+    assert [found.run_id for found in runs.list_page(RunFilter(), None, 9)] == [other.run_id]
     runs.recover()
     assert count_rows(database, run.run_id) == [0, 0]
     assert runs.get(other.run_id) == other

@@ -17,6 +17,7 @@ from ferryman_service.model.transformer import Transformer
 from ferryman_service.text.subwords import Subwords
 from ferryman_service.training.engine import EngineConfig, TorchTrainingEngine
 from ferryman_service.training.scoring import scoring_of
+from ferryman_service.trash import list_trash
 
 ENGINE = TorchTrainingEngine(EngineConfig(device="cpu", threads=1))
 
@@ -74,8 +75,9 @@ def test_weights_are_a_function_of_recipe_corpus_and_seed(job, small_recipe, rep
 
 
 @pytest.mark.parametrize("metric_changes", [{"keep_last": 1}, {"keep_last": 2, "interval_steps": 7}])
-def test_what_a_crash_left_of_checkpoints_is_removed(job, small_recipe, reporter, metric_changes):
+def test_what_a_crash_left_of_checkpoints_is_removed_or_in_the_trash(job, small_recipe, reporter, metric_changes):
     work = job(small_recipe(validation=metric_changes))
+    work = dataclasses.replace(work, trash_dir=work.run_dir.parent / "trash")
     for name in ("step-0000000999", "partial-step-0000000010"):
         (work.run_dir / "checkpoints" / name).mkdir(parents=True)
     ENGINE.train(work, reporter)
@@ -83,6 +85,7 @@ def test_what_a_crash_left_of_checkpoints_is_removed(job, small_recipe, reporter
     assert kept[-1].name == "step-0000000020"
     assert len(kept) <= max(2, metric_changes["keep_last"]) + 1
     assert "going back to the beginning" in reporter.messages("CHECKPOINT_DAMAGED")[0]
+    assert [entry.origin for entry in list_trash(work.trash_dir)] == ["run/checkpoints/step-0000000999"]
 
 
 def test_the_published_weights_have_the_better_score(job, small_recipe, reporter):
