@@ -25,7 +25,14 @@ from ferryman_service.stores import tables
 from ferryman_service.stores.corpus_text import CorpusLimits as CorpusLimits
 from ferryman_service.stores.corpus_upload import FileCorpusUpload
 from ferryman_service.stores.database import disk_errors, reading, writing
-from ferryman_service.stores.folders import HeldFolder, move_folder, own_folders, remove_abandoned, remove_folder
+from ferryman_service.stores.folders import (
+    HeldFolder,
+    Removals,
+    move_folder,
+    own_folders,
+    remove_abandoned,
+    remove_folder,
+)
 from ferryman_service.stores.layout import DataFolder
 
 _CORPORA: Final = tables.corpora
@@ -38,16 +45,22 @@ class FileCorpusStore:
         self._engine = engine
         self._folder = folder
         self._limits = limits
+        self._removals = Removals()
 
     def recover(self) -> None:
         """Remove what uploads that never ended have left; call it when a service starts."""
-        remove_abandoned(self._folder.incoming)
+        self.sweep()
         # Under the writers' lock nobody is between moving a folder and inserting its row.
         with writing(self._engine) as connection:
             known = set(connection.execute(select(_CORPORA.c.corpus_id)).scalars())
             for path in own_folders(self._folder.corpora, lambda name: is_id(name, CORPUS_PREFIX)):
                 if path.name not in known:
                     remove_folder(path)
+
+    def sweep(self) -> None:
+        """Remove what uploads that ended have left, in this process or in one that died; harmless at any time."""
+        remove_abandoned(self._folder.incoming)
+        self._removals.retry()
 
     def begin_upload(self, header: CorpusHeader, request_id: str) -> FileCorpusUpload:
         """Start an upload; an empty request_id is no key."""
@@ -91,7 +104,7 @@ class FileCorpusStore:
                 move_folder(files, target)
                 connection.execute(insert(_CORPORA).values(_corpus_to_values(corpus) | {"request_id": request_id}))
         except BaseException:
-            remove_folder(target)  # the id is new: the folder is ours, and no row names it
+            self._removals.remove(target)  # the id is new: the folder is ours, and no row names it
             raise
         return corpus
 

@@ -11,6 +11,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import IO, Final
 
+from ferryman_service.domain.cleanup import clean_up
 from ferryman_service.domain.corpora import Corpus, CorpusHeader, CorpusWarning, SentencePair, Side, Split
 from ferryman_service.domain.errors import CorpusTooLarge, InvalidCorpus, Violation
 from ferryman_service.domain.ids import CORPUS_PREFIX, new_id
@@ -74,9 +75,11 @@ class FileCorpusUpload:
             self.abort()
 
     def abort(self) -> None:
-        """Throw the upload away; harmless after finish."""
-        self._close_files()
-        self._held.release()
+        """Throw the upload away; harmless after finish, and raises nothing."""
+        files = list(self._files.values())
+        self._files.clear()
+        # On a full disk closing a file fails too: it writes what is still in memory.
+        clean_up(*(file.close for file in files), self._held.release)
 
     def _check_form(self, split: Split, form: str) -> None:
         known = self._forms.setdefault(split, form)
@@ -103,8 +106,7 @@ class FileCorpusUpload:
             self._files[split, side].write(data)
 
     def _close_files(self) -> None:
-        while self._files:
-            _, file = self._files.popitem()
+        for file in self._files.values():
             file.close()
 
     def _refuse_violations(self, checked: Mapping[Split, CheckedSplit]) -> None:

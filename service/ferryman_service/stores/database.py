@@ -18,7 +18,7 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, Engine
 
 from ferryman_service.domain.errors import DiskFull, StoreUnavailable
-from ferryman_service.stores.sqlite import WRITES_OPTION, create_sqlite_engine, translate_sqlite_error
+from ferryman_service.stores.sqlite import WRITES_OPTION, create_sqlite_engine, translate_sqlite_error, writer_turn
 
 _log = logging.getLogger(__name__)
 _MIGRATIONS: Final = Path(__file__).parent / "migrations"
@@ -56,7 +56,7 @@ def writing(engine: Engine) -> Iterator[Connection]:
     Raises StoreUnavailable, DiskFull.
     """
     writes = engine.execution_options(**{WRITES_OPTION: True})
-    with _told_failures(engine), _translated_errors(), writes.begin() as connection:
+    with _told_failures(engine), _translated_errors(), writer_turn(engine), writes.begin() as connection:
         yield connection
 
 

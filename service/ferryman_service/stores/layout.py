@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from ferryman_service.domain.cleanup import clean_up
 from ferryman_service.domain.ids import CORPUS_PREFIX, RUN_PREFIX, is_id, is_model_name
 
 _KEY_BYTES: Final = 32
@@ -156,4 +157,4 @@ class DataFolder:
             except FileExistsError:
                 return
         finally:
-            aside.unlink()
+            clean_up(aside.unlink)

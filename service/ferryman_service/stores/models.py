@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -22,15 +23,23 @@ from ferryman_service.bundle.manifest import (
     read_manifest,
     verify,
 )
+from ferryman_service.domain.cleanup import clean_up
 from ferryman_service.domain.errors import AttemptFenced, InvalidRequest, ModelDamaged, ModelInUse, Violation
 from ferryman_service.domain.ids import RUN_PREFIX, is_id, is_model_name
 from ferryman_service.domain.models import Model, ModelReference, ModelVersion
-from ferryman_service.domain.records import RunState
+from ferryman_service.domain.records import ACTIVE_STATES, RunState
 from ferryman_service.domain.training import RunCancelled
 from ferryman_service.stores import tables
 from ferryman_service.stores.bundle_reader import BundleReader
 from ferryman_service.stores.database import disk_errors, reading, writing
-from ferryman_service.stores.folders import HeldFolder, own_folders, remove_abandoned, remove_folder, sync_folder
+from ferryman_service.stores.folders import (
+    HeldFolder,
+    Removals,
+    own_folders,
+    remove_abandoned,
+    remove_folder,
+    sync_folder,
+)
 from ferryman_service.stores.layout import DataFolder
 from ferryman_service.stores.model_rows import (
     aliases_of,
@@ -58,6 +67,7 @@ class FileModelStore:
         self._engine = engine
         self._folder = folder
         self._changes = ChangeCounter(engine)
+        self._removals = Removals()
 
     def recover(self) -> None:
         """Remove bundles that nobody will publish, and those of deleted versions; call it when a service starts."""
@@ -72,6 +82,13 @@ class FileModelStore:
                 here = (_VERSIONS.c.name == name) & (_VERSIONS.c.version == number)
                 if connection.execute(select(_VERSIONS.c.name).where(here)).one_or_none() is None:
                     self._remove_bundle(path)
+
+    def sweep(self) -> None:
+        """Remove what imports, exports and deletions that ended have left; harmless at any time."""
+        remove_abandoned(self._folder.imports)
+        self._removals.retry()
+        staged = own_folders(self._folder.staging, lambda name: is_id(name, RUN_PREFIX))
+        clean_up(*(partial(self._remove_ended_staging, path) for path in staged))
 
     def staging_dir(self, run_id: str) -> Path:
         """Return an empty folder to write a run's bundle into."""
@@ -208,19 +225,36 @@ class FileModelStore:
         target.parent.mkdir(exist_ok=True)
         sync_folder(self._folder.models)
         staged.rename(target)
-        undo.callback(target.rename, staged)
+        undo.callback(clean_up, partial(target.rename, staged))
         sync_folder(target.parent)
 
     def _remove_bundle(self, bundle: Path) -> None:
-        """Remove a bundle that has no row. Whoever moves it aside removes it: two may try at the same time."""
+        """Remove a bundle that has no row, now or later; raises nothing, for without its row it is deleted. Whoever
+        moves it aside removes it: two may try at the same time."""
         try:
             held = HeldFolder(self._folder.imports)
         except OSError:  # a full disk may have no room for a folder, and what is removed here may be what fills it
-            remove_folder(bundle)
+            self._removals.remove(bundle)
             return
         try:
-            with contextlib.suppress(FileNotFoundError):
-                bundle.rename(held.path / "deleted")
+            bundle.rename(held.path / "deleted")
+        except FileNotFoundError:
+            pass
+        except OSError:
+            self._removals.remove(bundle)
+        finally:
+            held.release()
+
+    def _remove_ended_staging(self, staged: Path) -> None:
+        """Remove what an attempt that is over has staged: the next one begins with an empty folder. A folder without a
+        run is left to the next start."""
+        held = HeldFolder(self._folder.imports)
+        try:
+            with writing(self._engine) as connection:  # no attempt begins to export meanwhile
+                query = select(tables.runs.c.state).where(tables.runs.c.run_id == staged.name)
+                state = connection.execute(query).scalar_one_or_none()
+                if state is not None and state not in ACTIVE_STATES:
+                    staged.rename(held.path / "staged")
         finally:
             held.release()
 

@@ -8,14 +8,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from ferryman_service.domain.ids import RUN_PREFIX, is_id
 from ferryman_service.domain.runs import CheckpointInfo
-from ferryman_service.stores.folders import own_folders
+from ferryman_service.stores.folders import Removals, own_folders
 from ferryman_service.stores.layout import DataFolder
 
 _log = logging.getLogger(__name__)
@@ -29,6 +28,7 @@ class FileRunFolders:
 
     def __init__(self, folder: DataFolder) -> None:
         self._folder = folder
+        self._removals = Removals()
 
     def checkpoints(self, run_id: str) -> Sequence[CheckpointInfo]:
         """Return the complete checkpoints, by rising step; damaged ones, and one that is pruned meanwhile, are left
@@ -42,8 +42,12 @@ class FileRunFolders:
         return next(iter(reversed(self._paths(run_id))), None)
 
     def delete(self, run_id: str) -> None:
-        """Remove the run's folder, if there is one; what cannot be removed now is an orphan from here on."""
-        _remove(self._folder.run_dir(run_id))
+        """Remove the run's folder, if there is one; what cannot be removed now is left to `sweep`."""
+        self._removals.remove(self._folder.run_dir(run_id))
+
+    def sweep(self) -> None:
+        """Remove what is left of the folders of deleted runs: a worker that was just ending may have written into one."""
+        self._removals.retry()
 
     def delete_orphans(self, run_ids: Iterable[str]) -> None:
         """Remove the folders of all runs but these: what a crash in the middle of a deletion leaves."""
@@ -51,20 +55,13 @@ class FileRunFolders:
         for path in own_folders(self._folder.runs, lambda name: is_id(name, RUN_PREFIX)):
             if path.name not in known:
                 _log.info("removing %s: its run was deleted", path)
-                _remove(path)
+                self._removals.remove(path)
 
     def _paths(self, run_id: str) -> list[Path]:
         if not is_id(run_id, RUN_PREFIX):
             return []  # the lineage of a model from elsewhere may name anything
         found = (self._folder.run_dir(run_id) / "checkpoints").glob(f"{_PREFIX}*")
         return sorted(path for path in found if path.name.removeprefix(_PREFIX).isdigit() and path.is_dir())
-
-
-def _remove(folder: Path) -> None:
-    # A worker that is just ending may still write into it.
-    shutil.rmtree(folder, ignore_errors=True)
-    if folder.exists():
-        _log.warning("%s could not be removed; the next start of the service tries again", folder)
 
 
 def _read(path: Path) -> tuple[CheckpointInfo, int] | None:

@@ -9,7 +9,8 @@ import sqlite3
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,6 +20,8 @@ from ferryman_service.domain.errors import DiskFull, FerrymanError, StoreUnavail
 
 WRITES_OPTION: Final = "ferryman_writes"
 """Execution option of a connection whose next transaction will write."""
+_TURN_OPTION: Final = "ferryman_writer_turn"
+"""Execution option of an engine: the lock that a thread holds while it writes, and how long it waits for it, s."""
 
 _RETRY_S: Final = 0.02
 _PROBE_BYTES: Final = 64 * 1024
@@ -57,7 +60,10 @@ def create_sqlite_engine(path: Path, busy_timeout_s: float, has_room: Callable[[
     processes can neither deadlock nor base a write on what has changed since
     (https://www.sqlite.org/lang_transaction.html).
     """
-    engine = create_engine(URL.create("sqlite", database=str(path)), connect_args={"timeout": busy_timeout_s})
+    # Nobody waits for a connection: there are as many as threads that read at once, and one for the writer.
+    url, connect_args = URL.create("sqlite", database=str(path)), {"timeout": busy_timeout_s}
+    engine = create_engine(url, connect_args=connect_args, max_overflow=-1)
+    engine.update_execution_options(**{_TURN_OPTION: (threading.Lock(), busy_timeout_s)})
 
     def configure(dbapi_connection: sqlite3.Connection, _record: object) -> None:
         dbapi_connection.isolation_level = None  # the driver begins no transaction of its own
@@ -77,6 +83,22 @@ def create_sqlite_engine(path: Path, busy_timeout_s: float, has_room: Callable[[
     event.listen(engine, "begin", _begin)
     event.listen(engine, "handle_error", tell_full_disk)
     return engine
+
+
+@contextmanager
+def writer_turn(engine: Engine) -> Iterator[None]:
+    """Be this process's only writer for the length of the block; raises StoreUnavailable after the engine's timeout.
+
+    To be taken before a connection: however many writers wait, they leave the connections to the readers, whom a
+    database in WAL mode never keeps waiting (https://www.sqlite.org/wal.html#concurrency).
+    """
+    lock, timeout_s = engine.get_execution_options()[_TURN_OPTION]
+    if not lock.acquire(timeout=timeout_s):
+        raise StoreUnavailable("the database cannot be used now (other transactions write to it): try again")
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 class ChangeCounter:
