@@ -24,13 +24,14 @@ from ferryman_service.application.paging import Pager
 from ferryman_service.application.ports import BundleLoader
 from ferryman_service.application.readiness import Readiness
 from ferryman_service.application.supervisor import Supervisor, SupervisorConfig
+from ferryman_service.application.sweeper import Sweeper
 from ferryman_service.application.training import RunLimits, TrainingUseCases
 from ferryman_service.application.translating import TranslationLimits, TranslationUseCases
 from ferryman_service.config.automatic import with_automatic
 from ferryman_service.config.resources import find_machine
 from ferryman_service.config.service_config import ComputeChoice, Device, Role, ServiceConfig
 from ferryman_service.domain.models import ModelVersion
-from ferryman_service.domain.threads import Threads
+from ferryman_service.domain.threads import Threads, ThreadsBySize
 from ferryman_service.domain.tracing import Tracer
 from ferryman_service.domain.translation import ComputeType
 from ferryman_service.launch.torchrun import LaunchConfig, TorchrunLauncher, torchrun_command
@@ -57,6 +58,7 @@ from ferryman_service.rpc.translation import TranslationServicer
 from ferryman_service.rpc.translation_watch import TranslationWatch
 from ferryman_service.stores.corpora import CorpusLimits, FileCorpusStore
 from ferryman_service.stores.database import open_database, upgrade
+from ferryman_service.stores.free_space import FreeSpace
 from ferryman_service.stores.layout import DataFolder
 from ferryman_service.stores.lock import FolderLock
 from ferryman_service.stores.models import FileModelStore
@@ -73,16 +75,20 @@ _CLOSE_S: Final = 3.0
 """What is left to do after the last call has ended, at most."""
 _BYTES_PER_MIB: Final = 2**20
 _FEED_THREADS: Final = 2
+_WRITING_THREADS: Final = 4
 _UPLOAD_WRITING_THREADS: Final = 4
 _UPLOAD_CHECKING_THREADS: Final = 2
+_SMALL_UPLOAD_BYTES: Final = 16 * _BYTES_PER_MIB
+"""One of these threads is kept for uploads below this."""
 
 
-_Part: TypeAlias = Supervisor | RunObserver | health.HealthProber
+_Part: TypeAlias = Supervisor | RunObserver | health.HealthProber | Sweeper
 
 
 @dataclass(frozen=True)
 class _Stores:
     folder: DataFolder
+    space: FreeSpace
     database: Engine
     runs: SqlRunStore
     folders: FileRunFolders
@@ -115,11 +121,14 @@ class _Threads:
     supervisor: Threads
     observer: Threads
     feed: Threads
+    writes: Threads
+    sweeper: Threads
     uploads: UploadThreads
 
-    def others(self) -> tuple[Threads, ...]:
+    def others(self) -> tuple[Threads | ThreadsBySize, ...]:
         """Return all but the supervisor's."""
-        return (self.probe, self.observer, self.feed, self.uploads.writing, self.uploads.checking)
+        uploads = self.uploads
+        return (self.probe, self.observer, self.feed, self.writes, self.sweeper, uploads.writing, uploads.checking)
 
 
 @dataclass(frozen=True)
@@ -269,6 +278,7 @@ def build_service(config: ServiceConfig) -> Service:
         endpoint=MetricsEndpoint(metrics.registry, config.metrics_host, config.metrics_port),
         background=(
             _build_prober(stores, use_cases, around.health, threads.probe, config, supervisor),
+            Sweeper((stores.corpora.sweep, stores.models.sweep, stores.folders.sweep), threads.sweeper),
             *(() if supervisor is None else (supervisor, observer)),
         ),
         use_cases=use_cases,
@@ -291,8 +301,11 @@ def _build_threads() -> _Threads:
         supervisor=Threads(1, "supervisor"),
         observer=Threads(1, "observer"),
         feed=Threads(_FEED_THREADS, "feed"),
+        writes=Threads(_WRITING_THREADS, "write"),
+        sweeper=Threads(1, "sweeper"),
         uploads=UploadThreads(
-            writing=Threads(_UPLOAD_WRITING_THREADS, "upload"), checking=Threads(_UPLOAD_CHECKING_THREADS, "check")
+            writing=Threads(_UPLOAD_WRITING_THREADS, "upload"),
+            checking=ThreadsBySize(_UPLOAD_CHECKING_THREADS, "check", _SMALL_UPLOAD_BYTES),
         ),
     )
 
@@ -329,13 +342,15 @@ def _export_state(
 def _open_stores(folder: DataFolder, config: ServiceConfig, on_failure: Callable[[], None] | None = None) -> _Stores:
     database = open_database(folder.database, on_failure=on_failure)
     upgrade(database)
+    space = FreeSpace(folder.root, config.min_free_mib)
     return _Stores(
         folder=folder,
+        space=space,
         database=database,
         runs=SqlRunStore(database),
         folders=FileRunFolders(folder),
-        corpora=FileCorpusStore(database, folder, CorpusLimits(max_bytes=config.max_corpus_bytes)),
-        models=FileModelStore(database, folder),
+        corpora=FileCorpusStore(database, folder, CorpusLimits(max_bytes=config.max_corpus_bytes), space),
+        models=FileModelStore(database, folder, space),
     )
 
 
@@ -357,6 +372,7 @@ def _build_use_cases(
                 processes=config.processes_per_run,
                 max_processes=config.max_processes_per_run,
             ),
+            require_space=stores.space.require,
         ),
         feed=MetricsFeed(stores.runs, FeedConfig(heartbeat_s=config.heartbeat_s), threads.feed),
         corpora=CorpusUseCases(corpora=stores.corpora, pager=pager),
@@ -444,7 +460,7 @@ def _build_supervisor(
         backoff_s=config.restart_backoff_s,
         pause_grace_s=config.pause_grace_s,
     )
-    return Supervisor(stores.runs, launcher, supervisor, thread, launches, lock)
+    return Supervisor(stores.runs, launcher, supervisor, thread, launches, lock, stores.space.has_room)
 
 
 def _worker_flags(config: ServiceConfig) -> tuple[str, ...]:
@@ -477,7 +493,8 @@ def _build_prober(
     supervisor: Supervisor | None,
 ) -> health.HealthProber:
     probe = DatabaseProbe(stores.database, writes=Role.TRAINING in config.roles)
-    readiness = Readiness(probe, use_cases.loaded, thread, (lambda: True) if supervisor is None else supervisor.works)
+    supervises = (lambda: True) if supervisor is None else supervisor.works
+    readiness = Readiness(probe, use_cases.loaded, thread, supervises, stores.space.has_room)
     return health.HealthProber(servicer, readiness, health.ProberConfig())
 
 
@@ -491,9 +508,9 @@ def _build_server(
     shutdown = around.shutdown
     watch = TranslationWatch(around.tracer, log_sentences=config.log_sentences)
     servicers = rpc.Servicers(
-        training=TrainingServicer(use_cases.training, use_cases.feed, shutdown, around.tracer),
+        training=TrainingServicer(use_cases.training, use_cases.feed, shutdown, threads.writes, around.tracer),
         corpora=CorpusServicer(use_cases.corpora, threads.uploads),
-        models=ModelServicer(use_cases.models),
+        models=ModelServicer(use_cases.models, threads.writes),
         translation=TranslationServicer(use_cases.translation, translations, shutdown, watch),
     )
     rpc_config = rpc.RpcConfig(

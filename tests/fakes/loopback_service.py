@@ -26,7 +26,7 @@ from ferryman_service.application.training import RunLimits, TrainingUseCases
 from ferryman_service.application.translating import TranslationLimits, TranslationUseCases
 from ferryman_service.domain.records import RunState
 from ferryman_service.domain.runs import ProcessIdentity
-from ferryman_service.domain.threads import Threads
+from ferryman_service.domain.threads import Threads, ThreadsBySize
 from ferryman_service.domain.tracing import NULL_TRACER
 from ferryman_service.observability.http import new_registry
 from ferryman_service.observability.rpc import RpcMetrics
@@ -88,7 +88,8 @@ class LoopbackService:
         self._tracer, self._log_sentences = tracer, log_sentences
         self._bundles = itertools.count(1)
         self._feed_threads = Threads(2, "feed")
-        self._upload_threads = UploadThreads(writing=Threads(2, "upload"), checking=Threads(1, "check"))
+        self._writes = Threads(4, "write")
+        self._upload_threads = UploadThreads(writing=Threads(2, "upload"), checking=ThreadsBySize(2, "check", 1 << 24))
         self._rpc_config = rpc.RpcConfig(
             port=config.pop("port", 0),
             **config,
@@ -186,9 +187,9 @@ class LoopbackService:
         feed = MetricsFeed(self.runs, FeedConfig(heartbeat_s=self._heartbeat_s), self._feed_threads)
         watch = TranslationWatch(self._tracer, log_sentences=self._log_sentences)
         servicers = rpc.Servicers(
-            training=TrainingServicer(training, feed, shutdown, self._tracer),
+            training=TrainingServicer(training, feed, shutdown, self._writes, self._tracer),
             corpora=CorpusServicer(CorpusUseCases(corpora=self.corpora, pager=pager), self._upload_threads),
-            models=ModelServicer(self._models),
+            models=ModelServicer(self._models, self._writes),
             translation=TranslationServicer(self._translation, translation_metrics, shutdown, watch),
         )
         serving = [CORPORA, MODELS, *[TRAINING] * self._trains, *[TRANSLATION] * self._translates]
@@ -204,7 +205,8 @@ class LoopbackService:
         if tasks := asyncio.all_tasks(self._loop):
             self._loop.run_until_complete(asyncio.wait(tasks, timeout=5))
         self._loop.run_until_complete(self._loop.shutdown_default_executor())
-        for threads in (self._feed_threads, self._upload_threads.writing, self._upload_threads.checking):
+        uploads = self._upload_threads
+        for threads in (self._feed_threads, self._writes, uploads.writing, uploads.checking):
             threads.close()
         self._loop.close()
         self._database.dispose()

@@ -165,7 +165,7 @@ class RunFolders(Protocol):
         ...
 
     def delete(self, run_id: str) -> None:
-        """Remove the run's folder, if there is one; what cannot be removed is left to `delete_orphans`."""
+        """Remove the run's folder, if there is one; what cannot be removed now is removed later."""
         ...
 
     def delete_orphans(self, run_ids: Iterable[str]) -> None:
@@ -184,6 +184,11 @@ class CorpusUpload(Protocol):
         """Append a piece of a file. Raises CorpusTooLarge, InvalidCorpus."""
         ...
 
+    @property
+    def size_bytes(self) -> int:
+        """How much text has come so far."""
+        ...
+
     def finish(self) -> Corpus:
         """Check and store the corpus, atomically. With a known key and the same content, return the stored corpus.
 
@@ -193,7 +198,7 @@ class CorpusUpload(Protocol):
         ...
 
     def abort(self) -> None:
-        """Throw the upload away; harmless after finish."""
+        """Throw the upload away; harmless after finish, and raises nothing."""
         ...
 
 

@@ -17,6 +17,7 @@ from ferryman_service.domain.ids import RUN_PREFIX, is_id
 from ferryman_service.domain.log_context import add_log_fields
 from ferryman_service.domain.records import Record, RunState
 from ferryman_service.domain.runs import RunFilter
+from ferryman_service.domain.threads import Threads
 from ferryman_service.domain.tracing import NULL_TRACER, Tracer
 from ferryman_service.rpc import convert
 from ferryman_service.rpc.shutdown import Shutdown
@@ -28,9 +29,17 @@ class TrainingServicer(training_pb2_grpc.TrainingServiceServicer):
     """Adapts TrainingUseCases and MetricsFeed; see the contract for what each call means."""
 
     def __init__(
-        self, use_cases: TrainingUseCases, feed: MetricsFeed, shutdown: Shutdown, tracer: Tracer = NULL_TRACER
+        self,
+        use_cases: TrainingUseCases,
+        feed: MetricsFeed,
+        shutdown: Shutdown,
+        writes: Threads,
+        tracer: Tracer = NULL_TRACER,
     ) -> None:
+        """Store; `writes` are the threads of the calls that change the database, which may have to wait for another
+        writer: they keep no thread from those that read."""
         self._use_cases = use_cases
+        self._writes = writes
         self._feed = feed
         self._shutdown = shutdown
         self._tracer = tracer
@@ -52,7 +61,7 @@ class TrainingServicer(training_pb2_grpc.TrainingServiceServicer):
             trace_context=self._tracer.context(),
             unknown=unknown,
         )
-        run = await asyncio.to_thread(self._use_cases.start, start)
+        run = await self._writes.run(self._use_cases.start, start)
         self._about_run(run.run_id)
         return training_pb2.StartTrainingResponse(run=convert.run_to_wire(run))
 
@@ -118,7 +127,7 @@ class TrainingServicer(training_pb2_grpc.TrainingServiceServicer):
     ) -> training_pb2.CancelTrainingResponse:
         """Ask a run to stop."""
         self._about_run(request.run_id)
-        run = await asyncio.to_thread(self._use_cases.cancel, request.run_id)
+        run = await self._writes.run(self._use_cases.cancel, request.run_id)
         return training_pb2.CancelTrainingResponse(run=convert.run_to_wire(run))
 
     async def PauseTraining(
@@ -126,7 +135,7 @@ class TrainingServicer(training_pb2_grpc.TrainingServiceServicer):
     ) -> training_pb2.PauseTrainingResponse:
         """Ask a run to rest."""
         self._about_run(request.run_id)
-        run = await asyncio.to_thread(self._use_cases.pause, request.run_id)
+        run = await self._writes.run(self._use_cases.pause, request.run_id)
         return training_pb2.PauseTrainingResponse(run=convert.run_to_wire(run))
 
     async def ResumeTraining(
@@ -134,7 +143,7 @@ class TrainingServicer(training_pb2_grpc.TrainingServiceServicer):
     ) -> training_pb2.ResumeTrainingResponse:
         """Let a paused run go on."""
         self._about_run(request.run_id)
-        run = await asyncio.to_thread(self._use_cases.resume, request.run_id)
+        run = await self._writes.run(self._use_cases.resume, request.run_id)
         return training_pb2.ResumeTrainingResponse(run=convert.run_to_wire(run))
 
     async def ListCheckpoints(
@@ -150,7 +159,7 @@ class TrainingServicer(training_pb2_grpc.TrainingServiceServicer):
     ) -> training_pb2.DeleteTrainingRunResponse:
         """Remove a run."""
         self._about_run(request.run_id)
-        await asyncio.to_thread(self._use_cases.delete, request.run_id)
+        await self._writes.run(self._use_cases.delete, request.run_id)
         return training_pb2.DeleteTrainingRunResponse()
 
     def _about_run(self, run_id: str) -> None:

@@ -33,6 +33,7 @@ from ferryman_service.stores.folders import (
     remove_abandoned,
     remove_folder,
 )
+from ferryman_service.stores.free_space import FreeSpace
 from ferryman_service.stores.layout import DataFolder
 
 _CORPORA: Final = tables.corpora
@@ -41,8 +42,12 @@ _CORPORA: Final = tables.corpora
 class FileCorpusStore:
     """The CorpusStore. A folder moves into place in the transaction that inserts its row."""
 
-    def __init__(self, engine: Engine, folder: DataFolder, limits: CorpusLimits) -> None:
+    def __init__(
+        self, engine: Engine, folder: DataFolder, limits: CorpusLimits, space: FreeSpace | None = None
+    ) -> None:
+        """Store; `space` is asked before an upload writes, None: the folder's disk with the mark by default."""
         self._engine = engine
+        self._space = space or FreeSpace(folder.root)
         self._folder = folder
         self._limits = limits
         self._removals = Removals()
@@ -63,13 +68,14 @@ class FileCorpusStore:
         self._removals.retry()
 
     def begin_upload(self, header: CorpusHeader, request_id: str) -> FileCorpusUpload:
-        """Start an upload; an empty request_id is no key."""
+        """Start an upload; an empty request_id is no key. Raises DiskFull."""
+        self._space.require()
 
         def keep(corpus: Corpus, files: Path) -> Corpus:
             return self._keep(corpus, files, request_id or None)
 
         with disk_errors():
-            return FileCorpusUpload(header, self._limits, HeldFolder(self._folder.incoming), keep)
+            return FileCorpusUpload(header, self._limits, HeldFolder(self._folder.incoming), self._space, keep)
 
     def get(self, corpus_id: str) -> Corpus:
         """Return the corpus; raises CorpusNotFound."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 import time
@@ -40,6 +39,7 @@ from ferryman_service.stores.folders import (
     remove_folder,
     sync_folder,
 )
+from ferryman_service.stores.free_space import FreeSpace
 from ferryman_service.stores.layout import DataFolder
 from ferryman_service.stores.model_rows import (
     aliases_of,
@@ -63,8 +63,10 @@ class FileModelStore:
     deletes it. A folder without a row is what a crash in between has left: it is not published, gives way to the next
     bundle of its number, and is removed when a service starts."""
 
-    def __init__(self, engine: Engine, folder: DataFolder) -> None:
+    def __init__(self, engine: Engine, folder: DataFolder, space: FreeSpace | None = None) -> None:
+        """Store; `space` is asked before a bundle is copied, None: the folder's disk with the mark by default."""
         self._engine = engine
+        self._space = space or FreeSpace(folder.root)
         self._folder = folder
         self._changes = ChangeCounter(engine)
         self._removals = Removals()
@@ -126,11 +128,12 @@ class FileModelStore:
         return version
 
     def import_bundle(self, bundle: Path, name: str) -> ModelVersion:
-        """Copy a bundle from elsewhere, check it, publish it. Raises ModelDamaged, InvalidRequest."""
+        """Copy a bundle from elsewhere, check it, publish it. Raises DiskFull, ModelDamaged, InvalidRequest."""
         if not is_model_name(name):
             text = f'is {name[:80]!r}, must be 1 to 64 of a-z, 0-9, "-", "_", ".", beginning with a letter or digit'
             raise InvalidRequest([Violation(field="name", description=text, reason="INVALID_MODEL_NAME")])
         files = verify(bundle).files
+        self._space.require(bundle_size_bytes(bundle))
         with disk_errors(), ExitStack() as undo:
             held = HeldFolder(self._folder.imports)
             undo.callback(held.release)

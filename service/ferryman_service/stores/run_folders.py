@@ -46,7 +46,7 @@ class FileRunFolders:
         self._removals.remove(self._folder.run_dir(run_id))
 
     def sweep(self) -> None:
-        """Remove what is left of the folders of deleted runs: a worker that was just ending may have written into one."""
+        """Remove what is left of the folders of deleted runs: a worker that was ending may have written into one."""
         self._removals.retry()
 
     def delete_orphans(self, run_ids: Iterable[str]) -> None:
