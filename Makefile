@@ -190,8 +190,9 @@ bench-search-overhead: $(READY) ## what the search takes of a decoding step, out
 bench-neighbour: $(READY) ## what a busy process costs training and serving, and these two each other: [DATA= QUICK=1]
 	@$(BIN)/python -m bench.neighbour $(if $(DATA),--data "$(DATA)") $(if $(QUICK),--quick)
 
-soak: $(READY) ## training that dies everywhere, and a translation service under load: [MINUTES= PROCESSES= MODEL= RATE=]
-	FERRYMAN_SOAK=1 $(BIN)/python -m pytest tests/service/training/test_resume.py tests/service/training/test_compile.py
+soak: $(READY) ## training and stores that fail everywhere, and a translation service under load: [MINUTES= PROCESSES= MODEL= RATE=]
+	FERRYMAN_SOAK=1 $(BIN)/python -m pytest tests/service/training/test_resume.py tests/service/training/test_compile.py \
+	  tests/service/stores/test_failpoints.py
 	$(BIN)/python -m bench.kill $(if $(MINUTES),--minutes "$(MINUTES)") $(if $(PROCESSES),--processes "$(PROCESSES)")
 	$(BIN)/python -m bench.load --soak $(or $(MINUTES),10) $(SERVED) $(if $(RATE),--rate "$(RATE)")
 

@@ -42,6 +42,7 @@ from ferryman_service.rpc.training import TrainingServicer
 from ferryman_service.rpc.translation import TranslationServicer
 from ferryman_service.rpc.translation_watch import TranslationWatch
 from ferryman_service.stores.corpora import CorpusLimits, FileCorpusStore
+from ferryman_service.stores.free_space import FreeSpace
 from ferryman_service.stores.layout import DataFolder
 from ferryman_service.stores.models import FileModelStore
 from ferryman_service.stores.run_folders import FileRunFolders
@@ -75,10 +76,12 @@ class LoopbackService:
     ):
         self.folder = DataFolder(root / "data")
         self.folder.create()
-        self._database = open_migrated(self.folder.database)
-        self.runs = SqlRunStore(self._database)
-        self.corpora = FileCorpusStore(self._database, self.folder, CorpusLimits(max_bytes=max_corpus_bytes))
-        self.models = FileModelStore(self._database, self.folder)
+        self.database = open_migrated(self.folder.database)
+        self.runs = SqlRunStore(self.database)
+        self.space = FreeSpace(self.folder.root)
+        limits = CorpusLimits(max_bytes=max_corpus_bytes)
+        self.corpora = FileCorpusStore(self.database, self.folder, limits, self.space)
+        self.models = FileModelStore(self.database, self.folder, self.space)
         self.loader = loader or FakeBundleLoader()
         self.loaded = LoadedModels(self.models, self.loader, loading_limits or LoadingLimits()) if translates else None
         self.registry = new_registry()
@@ -174,6 +177,7 @@ class LoopbackService:
             pager=pager,
             served=self._trains,
             limits=RunLimits(max_queued=self._max_queued_runs, max_processes=4),
+            require_space=lambda: self.space.require(),
         )
         self._models = ModelUseCases(models=self.models, loaded=self.loaded, pager=pager)
         self._translation = TranslationUseCases(
@@ -209,7 +213,7 @@ class LoopbackService:
         for threads in (self._feed_threads, self._writes, uploads.writing, uploads.checking):
             threads.close()
         self._loop.close()
-        self._database.dispose()
+        self.database.dispose()
 
 
 def upload_messages(pairs, **header):

@@ -178,7 +178,7 @@ class CorpusTooLarge(ResourceExhausted):
 
 
 class DiskFull(ResourceExhausted):
-    """The disk has no space left."""
+    """The disk has no space left, or less than the operator keeps for runs in progress."""
 
 
 class ModelTooLarge(ResourceExhausted):

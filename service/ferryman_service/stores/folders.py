@@ -32,14 +32,14 @@ class HeldFolder:
         """Create the folder below `parent` and lock it."""
         self.path = parent / secrets.token_hex(_NAME_BYTES)
         self._descriptor = -1
-        with _locked(parent):  # nobody takes the folder for abandoned before it is locked
-            self.path.mkdir()
-            try:
+        try:
+            with _locked(parent):  # nobody takes the folder for abandoned before it is locked
+                self.path.mkdir()
                 self._descriptor = _open_folder(self.path)
                 fcntl.flock(self._descriptor, fcntl.LOCK_EX)
-            except OSError:
-                clean_up(self.path.rmdir, self.release)
-                raise
+        except OSError:
+            clean_up(partial(remove_folder, self.path), self.release)
+            raise
 
     def release(self) -> None:
         """Remove the folder, unless it was renamed, and let go of it. Harmless when repeated; raises nothing.
