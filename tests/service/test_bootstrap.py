@@ -9,6 +9,7 @@ import pytest
 from examples.local_service import reserved_port
 from ferryman_service import bootstrap
 from ferryman_service.application.supervisor import Supervisor
+from ferryman_service.application.sweeper import Sweeper
 from ferryman_service.bootstrap import build_service, ends_in_time, translates_on_gpu
 from ferryman_service.config.resources import Machine, Usable
 from ferryman_service.config.service_config import ComputeChoice, Device, Role, ServiceConfig
@@ -87,6 +88,11 @@ async def test_a_service_starts_on_its_ports_and_ends(tmp_path, probe_port):
             await asyncio.sleep(0.1)
     for name in (TRANSLATION, ""):
         assert await asyncio.to_thread(check_health, f"127.0.0.1:{probe_port}", name, 5) == "SERVING"
+    abandoned = tmp_path / "corpora" / ".incoming" / ("ab" * 16)
+    abandoned.mkdir()
+    [sweeper] = [part for part in service._background if isinstance(part, Sweeper)]
+    sweeper.sweep()
+    assert not abandoned.exists()
     hurry = asyncio.Event()
     stopping = asyncio.create_task(service.stop(hurry))
     await asyncio.sleep(0.1)

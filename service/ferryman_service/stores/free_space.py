@@ -51,7 +51,7 @@ class FreeSpace:
         try:
             space = self.look()
         except OSError:
-            return  # whoever writes finds out why
+            return  # the write itself will report the error
         if space.free_bytes - size_bytes < space.mark_bytes:
             free_mib, mark_mib = space.free_bytes // _BYTES_PER_MIB, -(-space.mark_bytes // _BYTES_PER_MIB)
             needed = f" after writing {-(-size_bytes // _BYTES_PER_MIB)}" if size_bytes else ""

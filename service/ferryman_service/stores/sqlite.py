@@ -60,7 +60,7 @@ def create_sqlite_engine(path: Path, busy_timeout_s: float, has_room: Callable[[
     processes can neither deadlock nor base a write on what has changed since
     (https://www.sqlite.org/lang_transaction.html).
     """
-    # Nobody waits for a connection: there are as many as threads that read at once, and one for the writer.
+    # No thread waits for a connection: the threads bound their number, and writers take one at a time (writer_turn).
     url, connect_args = URL.create("sqlite", database=str(path)), {"timeout": busy_timeout_s}
     engine = create_engine(url, connect_args=connect_args, max_overflow=-1)
     engine.update_execution_options(**{_TURN_OPTION: (threading.Lock(), busy_timeout_s)})

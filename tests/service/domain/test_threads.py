@@ -97,7 +97,7 @@ async def test_small_work_waits_for_no_large_work(by_size):
     await asyncio.gather(*tasks)
 
 
-async def test_the_smallest_work_goes_first_but_none_waits_for_ever(by_size):
+async def test_the_smallest_work_goes_first_and_large_work_does_not_starve(by_size):
     works = Works(by_size)
     tasks = [works.add("a", 1), works.add("b", 1)]
     await works.until_begun("a", "b")
