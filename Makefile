@@ -197,8 +197,9 @@ bench-neighbour: $(READY) ## what a busy process costs training and serving, and
 dearest: $(READY) ## a search for the request that costs the service most: [MINUTES=]
 	@$(BIN)/python -m bench.dearest $(if $(MINUTES),--minutes "$(MINUTES)")
 
-soak: $(READY) ## training that dies everywhere, random and dear requests, mutated bundles, a translation service under load: [MINUTES= PROCESSES= MODEL= RATE=]
-	FERRYMAN_SOAK=1 $(BIN)/python -m pytest tests/service/training/test_resume.py tests/service/training/test_compile.py
+soak: $(READY) ## training and stores that fail everywhere, random and dear requests, mutated bundles, a translation service under load: [MINUTES= PROCESSES= MODEL= RATE=]
+	FERRYMAN_SOAK=1 $(BIN)/python -m pytest tests/service/training/test_resume.py tests/service/training/test_compile.py \
+	  tests/service/stores/test_failpoints.py
 	FERRYMAN_SOAK=1 $(BIN)/python -m pytest $(PARALLEL) tests/contract/test_any_message.py tests/contract/test_mutated_bundles.py
 	$(BIN)/python -m bench.dearest $(if $(MINUTES),--minutes "$(MINUTES)")
 	$(BIN)/python -m bench.kill $(if $(MINUTES),--minutes "$(MINUTES)") $(if $(PROCESSES),--processes "$(PROCESSES)")

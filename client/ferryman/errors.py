@@ -242,7 +242,7 @@ class CorpusTooLarge(ResourceExhausted):
 
 
 class DiskFull(ResourceExhausted):
-    """The server's disk has no space left."""
+    """The server's disk has no space left, or less than its operator keeps for runs in progress."""
 
 
 class MessageTooLarge(ResourceExhausted):

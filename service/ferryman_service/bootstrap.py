@@ -32,8 +32,9 @@ from ferryman_service.config import open_files
 from ferryman_service.config.automatic import with_automatic
 from ferryman_service.config.resources import find_machine
 from ferryman_service.config.service_config import ComputeChoice, Device, Role, ServiceConfig, host_names
+from ferryman_service.domain.cleanup import clean_up
 from ferryman_service.domain.models import ModelVersion
-from ferryman_service.domain.threads import Threads
+from ferryman_service.domain.threads import Threads, ThreadsBySize
 from ferryman_service.domain.tracing import Tracer
 from ferryman_service.domain.translation import ComputeType
 from ferryman_service.launch.launcher import LaunchConfig, ProcessLauncher, worker_command
@@ -65,6 +66,7 @@ from ferryman_service.rpc.translation import TranslationServicer
 from ferryman_service.rpc.translation_watch import TranslationWatch
 from ferryman_service.stores.corpora import CorpusLimits, FileCorpusStore
 from ferryman_service.stores.database import open_database, upgrade
+from ferryman_service.stores.free_space import FreeSpace
 from ferryman_service.stores.integrity import DatabaseIntegrity, refuse_damaged
 from ferryman_service.stores.layout import DataFolder
 from ferryman_service.stores.lock import FolderLock
@@ -86,8 +88,11 @@ _BYTES_PER_MIB: Final = 2**20
 _HOUR_S: Final = 3600.0
 _DAY_S: Final = 24 * _HOUR_S
 _FEED_THREADS: Final = 2
+_WRITING_THREADS: Final = 4
 _UPLOAD_WRITING_THREADS: Final = 4
 _UPLOAD_CHECKING_THREADS: Final = 2
+_SMALL_UPLOAD_BYTES: Final = 16 * _BYTES_PER_MIB
+"""One of these threads is kept for uploads below this."""
 
 
 _Part: TypeAlias = Supervisor | RunObserver | health.HealthProber | Housekeeping
@@ -96,6 +101,7 @@ _Part: TypeAlias = Supervisor | RunObserver | health.HealthProber | Housekeeping
 @dataclass(frozen=True)
 class _Stores:
     folder: DataFolder
+    space: FreeSpace
     database: Engine
     integrity: DatabaseIntegrity
     runs: SqlRunStore
@@ -131,9 +137,10 @@ class _Threads:
     feed: Threads
     messages: Threads
     housekeeping: Threads
+    writes: Threads
     uploads: UploadThreads
 
-    def others(self) -> tuple[Threads, ...]:
+    def others(self) -> tuple[Threads | ThreadsBySize, ...]:
         """Return all but the supervisor's."""
         return (
             self.probe,
@@ -141,6 +148,7 @@ class _Threads:
             self.feed,
             self.messages,
             self.housekeeping,
+            self.writes,
             self.uploads.writing,
             self.uploads.checking,
         )
@@ -331,8 +339,10 @@ def _build_threads() -> _Threads:
         feed=Threads(_FEED_THREADS, "feed"),
         messages=Threads(MESSAGE_THREADS, "messages"),
         housekeeping=Threads(1, "housekeeping"),
+        writes=Threads(_WRITING_THREADS, "write"),
         uploads=UploadThreads(
-            writing=Threads(_UPLOAD_WRITING_THREADS, "upload"), checking=Threads(_UPLOAD_CHECKING_THREADS, "check")
+            writing=Threads(_UPLOAD_WRITING_THREADS, "upload"),
+            checking=ThreadsBySize(_UPLOAD_CHECKING_THREADS, "check", _SMALL_UPLOAD_BYTES),
         ),
     )
 
@@ -373,31 +383,34 @@ def _open_stores(folder: DataFolder, config: ServiceConfig, on_failure: Callable
     integrity = DatabaseIntegrity(folder.database)
     database = open_database(folder.database, on_failure=on_failure, on_damage=integrity.met)
     upgrade(database)
+    space = FreeSpace(folder.root, config.min_free_mib)
     return _Stores(
         folder=folder,
+        space=space,
         database=database,
         integrity=integrity,
         runs=SqlRunStore(database),
         folders=FileRunFolders(folder),
-        corpora=FileCorpusStore(database, folder, CorpusLimits(max_bytes=config.max_corpus_bytes)),
-        models=FileModelStore(database, folder, examine=examine_bundle),
+        corpora=FileCorpusStore(database, folder, CorpusLimits(max_bytes=config.max_corpus_bytes), space),
+        models=FileModelStore(database, folder, space, examine=examine_bundle),
     )
 
 
 def _build_housekeeping(stores: _Stores, thread: Threads, *, trains: bool) -> Housekeeping:
-    """The process that trains, of which there is one, also clears away."""
+    """Every process clears away what its calls have left. The one that trains also deletes what others deleted."""
     database, folder = stores.database, stores.folder
+
+    def clear_away() -> None:
+        clean_up(stores.corpora.sweep, stores.models.sweep, stores.folders.sweep)
+
+    def hourly(name: str, work: Callable[[], None]) -> Duty:
+        return Duty(name=name, work=work, interval_s=_HOUR_S, first_s=_HOUR_S)
+
     check = Duty(name="check the database", work=stores.integrity.check, interval_s=_DAY_S, first_s=_HOUR_S)
-    clear = (
-        Duty(name="delete", work=lambda: finish_deletions(database, folder), interval_s=_HOUR_S, first_s=_HOUR_S),
-        Duty(
-            name="empty the trash",
-            work=lambda: empty_trash(folder.trash, time.time_ns()),
-            interval_s=_HOUR_S,
-            first_s=_HOUR_S,
-        ),
-    )
-    return Housekeeping((check, *clear) if trains else (check,), thread)
+    delete = hourly("delete", lambda: finish_deletions(database, folder))
+    empty = hourly("empty the trash", lambda: empty_trash(folder.trash, time.time_ns()))
+    duties = (check, hourly("clear away", clear_away))
+    return Housekeeping((*duties, delete, empty) if trains else duties, thread)
 
 
 def _build_use_cases(
@@ -418,6 +431,7 @@ def _build_use_cases(
                 processes=config.processes_per_run,
                 max_processes=config.max_processes_per_run,
             ),
+            require_space=stores.space.require,
         ),
         feed=MetricsFeed(stores.runs, FeedConfig(heartbeat_s=config.heartbeat_s), threads.feed),
         corpora=CorpusUseCases(corpora=stores.corpora, pager=pager),
@@ -506,7 +520,7 @@ def _build_supervisor(
         pause_grace_s=config.pause_grace_s,
         silence_s=config.worker_silence_s,
     )
-    return Supervisor(stores.runs, launcher, supervisor, thread, launches, lock)
+    return Supervisor(stores.runs, launcher, supervisor, thread, launches, lock, stores.space.has_room)
 
 
 def _worker_flags(config: ServiceConfig) -> tuple[str, ...]:
@@ -559,7 +573,8 @@ def _build_prober(
 ) -> health.HealthProber:
     writes = Role.TRAINING in config.roles
     probe = DatabaseProbe(stores.database, writes=writes, integrity=stores.integrity)
-    readiness = Readiness(probe, use_cases.loaded, thread, (lambda: True) if supervisor is None else supervisor.works)
+    supervises = (lambda: True) if supervisor is None else supervisor.works
+    readiness = Readiness(probe, use_cases.loaded, thread, supervises, stores.space.has_room)
     return health.HealthProber(servicer, readiness, health.ProberConfig())
 
 
@@ -573,9 +588,11 @@ def _build_server(
     shutdown = around.shutdown
     watch = TranslationWatch(around.tracer, log_sentences=config.log_sentences)
     servicers = rpc.Servicers(
-        training=TrainingServicer(use_cases.training, use_cases.feed, shutdown, around.tracer, threads.messages),
+        training=TrainingServicer(
+            use_cases.training, use_cases.feed, shutdown, threads.writes, around.tracer, threads.messages
+        ),
         corpora=CorpusServicer(use_cases.corpora, threads.uploads),
-        models=ModelServicer(use_cases.models),
+        models=ModelServicer(use_cases.models, threads.writes),
         translation=TranslationServicer(use_cases.translation, translations, shutdown, watch, threads.messages),
     )
     rpc_config = rpc.RpcConfig(

@@ -14,6 +14,7 @@ from ferryman_service.bundle.manifest import verify
 from ferryman_service.domain.errors import DiskFull, ModelDamaged
 from ferryman_service.domain.models import parse_model_reference
 from ferryman_service.domain.records import RunState
+from ferryman_service.stores.free_space import FreeSpace
 from tests.fakes.bundle_loader import SpyBundleLoader
 from tests.fakes.loopback_service import upload_messages
 from tests.fakes.translator import FakeBundleLoader
@@ -110,6 +111,12 @@ def full_disk(service):
 
     service.corpora.begin_upload = begin_upload
     return upload(service)
+
+
+def low_disk(service):
+    request = start(service)
+    service.space = FreeSpace(service.folder.root, min_free_mib=2**30)
+    return request
 
 
 class CheckingLoader(FakeBundleLoader):
@@ -258,6 +265,7 @@ PROVOKED = {
     ("StartTraining", "INVALID_RECIPE"): lambda service: start(service, recipe={"seed": -1}),
     ("StartTraining", "INVALID_REQUEST"): lambda service: start(service, model_name="/"),
     ("StartTraining", "REQUEST_ID_REUSED"): reused_start,
+    ("StartTraining", "DISK_FULL"): low_disk,
     ("StartTraining", "TOO_MANY_RUNS"): one_run_too_many,
     ("StreamMetrics", "RUN_NOT_FOUND"): lambda service: stream(service, NO_RUN),
     ("StreamMetrics", "SEQUENCE_OUT_OF_RANGE"): lambda service: stream(service, service.start_run().run_id, 2),

@@ -228,7 +228,7 @@ def test_aliases(service):
 def test_damaged_database_is_data_loss(make_service, refused):
     service = make_service()
     service.import_model("en-de")
-    service._database.dispose()
+    service.database.dispose()
     service.folder.database.write_bytes(b"\xff" * service.folder.database.stat().st_size)
     refusal = refused(service.model_stub.ListModels, model_pb2.ListModelsRequest())
     assert (refusal.code, refusal.reason) == (grpc.StatusCode.DATA_LOSS, "DATABASE_DAMAGED")

@@ -26,7 +26,7 @@ from ferryman_service.application.training import RunLimits, TrainingUseCases
 from ferryman_service.application.translating import TranslationLimits, TranslationUseCases
 from ferryman_service.domain.records import RunState
 from ferryman_service.domain.runs import ProcessIdentity
-from ferryman_service.domain.threads import Threads
+from ferryman_service.domain.threads import Threads, ThreadsBySize
 from ferryman_service.domain.tracing import NULL_TRACER
 from ferryman_service.observability.http import new_registry
 from ferryman_service.observability.rpc import RpcMetrics
@@ -43,6 +43,7 @@ from ferryman_service.rpc.training import TrainingServicer
 from ferryman_service.rpc.translation import TranslationServicer
 from ferryman_service.rpc.translation_watch import TranslationWatch
 from ferryman_service.stores.corpora import CorpusLimits, FileCorpusStore
+from ferryman_service.stores.free_space import FreeSpace
 from ferryman_service.stores.layout import DataFolder
 from ferryman_service.stores.models import FileModelStore
 from ferryman_service.stores.run_folders import FileRunFolders
@@ -78,10 +79,12 @@ class LoopbackService:
     ):
         self.folder = DataFolder(root / "data")
         self.folder.create()
-        self._database = open_migrated(self.folder.database)
-        self.runs = SqlRunStore(self._database)
-        self.corpora = FileCorpusStore(self._database, self.folder, CorpusLimits(max_bytes=max_corpus_bytes))
-        self.models = FileModelStore(self._database, self.folder, examine=examine)
+        self.database = open_migrated(self.folder.database)
+        self.runs = SqlRunStore(self.database)
+        self.space = FreeSpace(self.folder.root)
+        limits = CorpusLimits(max_bytes=max_corpus_bytes)
+        self.corpora = FileCorpusStore(self.database, self.folder, limits, self.space)
+        self.models = FileModelStore(self.database, self.folder, self.space, examine=examine)
         self.loader = loader or FakeBundleLoader()
         self.loaded = LoadedModels(self.models, self.loader, loading_limits or LoadingLimits()) if translates else None
         self.registry = new_registry()
@@ -92,7 +95,8 @@ class LoopbackService:
         self._messages = messages
         self._bundles = itertools.count(1)
         self._feed_threads = Threads(2, "feed")
-        self._upload_threads = UploadThreads(writing=Threads(2, "upload"), checking=Threads(1, "check"))
+        self._writes = Threads(4, "write")
+        self._upload_threads = UploadThreads(writing=Threads(2, "upload"), checking=ThreadsBySize(2, "check", 1 << 24))
         self._limits = config.get("limits", DEFAULT_LIMITS)
         self._rpc_config = rpc.RpcConfig(
             port=config.pop("port", 0),
@@ -178,6 +182,7 @@ class LoopbackService:
             pager=pager,
             served=self._trains,
             limits=RunLimits(max_queued=self._max_queued_runs, max_processes=4),
+            require_space=lambda: self.space.require(),
         )
         self._models = ModelUseCases(models=self.models, loaded=self.loaded, pager=pager)
         self._translation = TranslationUseCases(
@@ -191,9 +196,9 @@ class LoopbackService:
         feed = MetricsFeed(self.runs, FeedConfig(heartbeat_s=self._heartbeat_s), self._feed_threads)
         watch = TranslationWatch(self._tracer, log_sentences=self._log_sentences)
         servicers = rpc.Servicers(
-            training=TrainingServicer(training, feed, shutdown, self._tracer),
+            training=TrainingServicer(training, feed, shutdown, self._writes, self._tracer),
             corpora=CorpusServicer(CorpusUseCases(corpora=self.corpora, pager=pager), self._upload_threads),
-            models=ModelServicer(self._models),
+            models=ModelServicer(self._models, self._writes),
             translation=TranslationServicer(self._translation, translation_metrics, shutdown, watch),
         )
         serving = [CORPORA, MODELS, *[TRAINING] * self._trains, *[TRANSLATION] * self._translates]
@@ -209,10 +214,11 @@ class LoopbackService:
         if tasks := asyncio.all_tasks(self._loop):
             self._loop.run_until_complete(asyncio.wait(tasks, timeout=5))
         self._loop.run_until_complete(self._loop.shutdown_default_executor())
-        for threads in (self._feed_threads, self._upload_threads.writing, self._upload_threads.checking):
+        uploads = self._upload_threads
+        for threads in (self._feed_threads, self._writes, uploads.writing, uploads.checking):
             threads.close()
         self._loop.close()
-        self._database.dispose()
+        self.database.dispose()
 
 
 def upload_messages(pairs, **header):

@@ -8,11 +8,12 @@ import pytest
 
 from examples.local_service import reserved_port
 from ferryman_service import bootstrap
+from ferryman_service.application.housekeeping import Housekeeping
 from ferryman_service.application.supervisor import Supervisor
 from ferryman_service.bootstrap import build_service, ends_in_time, translates_on_gpu
 from ferryman_service.config.resources import Machine, Usable
 from ferryman_service.config.service_config import ComputeChoice, Device, Role, ServiceConfig
-from ferryman_service.rpc.health import TRANSLATION, check_health
+from ferryman_service.rpc.health import CORPORA, TRANSLATION, check_health
 from ferryman_service.stores.lock import FolderInUse, FolderLock
 
 
@@ -74,6 +75,7 @@ async def test_a_service_starts_on_its_ports_and_ends(tmp_path, probe_port):
         metrics_port=0,
         probe_port=probe_port,
         drain_s=600,
+        min_free_mib=2**30,
         roles=frozenset({Role.TRANSLATION}),
     )
     service = build_service(config)
@@ -81,6 +83,16 @@ async def test_a_service_starts_on_its_ports_and_ends(tmp_path, probe_port):
     assert (service.probe_port, service.metrics_port) == (probe_port, 0)
     for port in (service.port, probe_port):
         assert await asyncio.to_thread(check_health, f"127.0.0.1:{port}", TRANSLATION, 5) == "SERVING"
+    async with asyncio.timeout(60):  # no disk has a pebibyte free: there is no room for uploads
+        while await asyncio.to_thread(check_health, f"127.0.0.1:{probe_port}", CORPORA, 5) != "NOT_SERVING":
+            await asyncio.sleep(0.1)
+    for name in (TRANSLATION, ""):
+        assert await asyncio.to_thread(check_health, f"127.0.0.1:{probe_port}", name, 5) == "SERVING"
+    abandoned = tmp_path / "corpora" / ".incoming" / ("ab" * 16)
+    abandoned.mkdir()
+    [housekeeping] = [part for part in service._background if isinstance(part, Housekeeping)]
+    {duty.name: duty.work for duty in housekeeping.duties}["clear away"]()
+    assert not abandoned.exists()
     hurry = asyncio.Event()
     stopping = asyncio.create_task(service.stop(hurry))
     await asyncio.sleep(0.1)

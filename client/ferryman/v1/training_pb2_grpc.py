@@ -100,10 +100,11 @@ class TrainingServiceServicer:
     def StartTraining(self, request, context):
         """Checks everything that can be checked, records the run and returns at once; a worker starts as soon as one is free.
         NOT_FOUND (CORPUS_NOT_FOUND), INVALID_ARGUMENT (INVALID_RECIPE, INVALID_REQUEST), ALREADY_EXISTS
-        (REQUEST_ID_REUSED: the same request_id came with another body), RESOURCE_EXHAUSTED (TOO_MANY_RUNS). With
-        initial_model also NOT_FOUND (MODEL_NOT_FOUND), FAILED_PRECONDITION (MODEL_HAS_NO_WEIGHTS: it was published by an
-        earlier release; OPTIMIZER_NOT_KEPT: the checkpoints of the run that made it are gone). A known request_id is found
-        before anything else is checked.
+        (REQUEST_ID_REUSED: the same request_id came with another body), RESOURCE_EXHAUSTED (TOO_MANY_RUNS; DISK_FULL: less
+        of the server's disk is free than its operator keeps for runs in progress). With initial_model also NOT_FOUND
+        (MODEL_NOT_FOUND), FAILED_PRECONDITION (MODEL_HAS_NO_WEIGHTS: it was published by an earlier release;
+        OPTIMIZER_NOT_KEPT: the checkpoints of the run that made it are gone). A known request_id is found before anything
+        else is checked.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -40,10 +40,11 @@ class TrainingServiceStub:
     StartTraining: _grpc.UnaryUnaryMultiCallable[_training_pb2.StartTrainingRequest, _training_pb2.StartTrainingResponse]
     """Checks everything that can be checked, records the run and returns at once; a worker starts as soon as one is free.
     NOT_FOUND (CORPUS_NOT_FOUND), INVALID_ARGUMENT (INVALID_RECIPE, INVALID_REQUEST), ALREADY_EXISTS
-    (REQUEST_ID_REUSED: the same request_id came with another body), RESOURCE_EXHAUSTED (TOO_MANY_RUNS). With
-    initial_model also NOT_FOUND (MODEL_NOT_FOUND), FAILED_PRECONDITION (MODEL_HAS_NO_WEIGHTS: it was published by an
-    earlier release; OPTIMIZER_NOT_KEPT: the checkpoints of the run that made it are gone). A known request_id is found
-    before anything else is checked.
+    (REQUEST_ID_REUSED: the same request_id came with another body), RESOURCE_EXHAUSTED (TOO_MANY_RUNS; DISK_FULL: less
+    of the server's disk is free than its operator keeps for runs in progress). With initial_model also NOT_FOUND
+    (MODEL_NOT_FOUND), FAILED_PRECONDITION (MODEL_HAS_NO_WEIGHTS: it was published by an earlier release;
+    OPTIMIZER_NOT_KEPT: the checkpoints of the run that made it are gone). A known request_id is found before anything
+    else is checked.
     """
     StreamMetrics: _grpc.UnaryStreamMultiCallable[_training_pb2.StreamMetricsRequest, _training_pb2.StreamMetricsResponse]
     """The run's records after `after_sequence`, then live, without gap or duplicate; ends with OK after the record of the
@@ -94,10 +95,11 @@ class TrainingServiceAsyncStub(TrainingServiceStub):
     StartTraining: _aio.UnaryUnaryMultiCallable[_training_pb2.StartTrainingRequest, _training_pb2.StartTrainingResponse]  # type: ignore[assignment]
     """Checks everything that can be checked, records the run and returns at once; a worker starts as soon as one is free.
     NOT_FOUND (CORPUS_NOT_FOUND), INVALID_ARGUMENT (INVALID_RECIPE, INVALID_REQUEST), ALREADY_EXISTS
-    (REQUEST_ID_REUSED: the same request_id came with another body), RESOURCE_EXHAUSTED (TOO_MANY_RUNS). With
-    initial_model also NOT_FOUND (MODEL_NOT_FOUND), FAILED_PRECONDITION (MODEL_HAS_NO_WEIGHTS: it was published by an
-    earlier release; OPTIMIZER_NOT_KEPT: the checkpoints of the run that made it are gone). A known request_id is found
-    before anything else is checked.
+    (REQUEST_ID_REUSED: the same request_id came with another body), RESOURCE_EXHAUSTED (TOO_MANY_RUNS; DISK_FULL: less
+    of the server's disk is free than its operator keeps for runs in progress). With initial_model also NOT_FOUND
+    (MODEL_NOT_FOUND), FAILED_PRECONDITION (MODEL_HAS_NO_WEIGHTS: it was published by an earlier release;
+    OPTIMIZER_NOT_KEPT: the checkpoints of the run that made it are gone). A known request_id is found before anything
+    else is checked.
     """
     StreamMetrics: _aio.UnaryStreamMultiCallable[_training_pb2.StreamMetricsRequest, _training_pb2.StreamMetricsResponse]  # type: ignore[assignment]
     """The run's records after `after_sequence`, then live, without gap or duplicate; ends with OK after the record of the
@@ -151,10 +153,11 @@ class TrainingServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_training_pb2.StartTrainingResponse, _abc.Awaitable[_training_pb2.StartTrainingResponse]]:
         """Checks everything that can be checked, records the run and returns at once; a worker starts as soon as one is free.
         NOT_FOUND (CORPUS_NOT_FOUND), INVALID_ARGUMENT (INVALID_RECIPE, INVALID_REQUEST), ALREADY_EXISTS
-        (REQUEST_ID_REUSED: the same request_id came with another body), RESOURCE_EXHAUSTED (TOO_MANY_RUNS). With
-        initial_model also NOT_FOUND (MODEL_NOT_FOUND), FAILED_PRECONDITION (MODEL_HAS_NO_WEIGHTS: it was published by an
-        earlier release; OPTIMIZER_NOT_KEPT: the checkpoints of the run that made it are gone). A known request_id is found
-        before anything else is checked.
+        (REQUEST_ID_REUSED: the same request_id came with another body), RESOURCE_EXHAUSTED (TOO_MANY_RUNS; DISK_FULL: less
+        of the server's disk is free than its operator keeps for runs in progress). With initial_model also NOT_FOUND
+        (MODEL_NOT_FOUND), FAILED_PRECONDITION (MODEL_HAS_NO_WEIGHTS: it was published by an earlier release;
+        OPTIMIZER_NOT_KEPT: the checkpoints of the run that made it are gone). A known request_id is found before anything
+        else is checked.
         """
 
     @_abc_1.abstractmethod

@@ -34,6 +34,7 @@ from ferryman_service.application.verification import (
     check_export,
     translate_held_out,
 )
+from ferryman_service.domain.cleanup import clean_up
 from ferryman_service.domain.errors import (
     AttemptFenced,
     DatabaseDamaged,
@@ -280,7 +281,7 @@ def _train_and_publish(ports: WorkerPorts, run: TrainingRun, run_dir: Path) -> N
         ports.models.publish(run.run_id, run.attempt, staged)
     except BaseException:
         # On a full disk the half-written bundle would leave no room to record what happened.
-        ports.models.discard_staging(run.run_id)
+        clean_up(partial(ports.models.discard_staging, run.run_id))
         _close_quietly(exporting)
         raise
 

@@ -35,7 +35,7 @@ class Housekeeping:
         interval_s: float = 10.0,
     ) -> None:
         """Store; `clock` gives seconds, and is looked at every `interval_s`."""
-        self._duties = duties
+        self.duties = duties
         self._thread = thread
         self._clock = clock
         self._interval_s = interval_s
@@ -49,7 +49,7 @@ class Housekeeping:
 
     async def do_what_is_due(self) -> None:
         """Do each duty whose time has come. What fails is logged and done again in its turn."""
-        for duty in self._duties:
+        for duty in self.duties:
             if self._clock() < self._due_s[duty.name]:
                 continue
             self._due_s[duty.name] = self._clock() + duty.interval_s

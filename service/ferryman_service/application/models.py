@@ -23,6 +23,7 @@ from ferryman_service.domain.models import (
 )
 
 _LOADING_THREADS: Final = 2
+_WRITING_THREADS: Final = 2
 _NAME: Final = '1 to 64 of a-z, 0-9, "-", "_" and ".", the first a letter or digit'
 
 
@@ -36,6 +37,8 @@ class ModelUseCases:
         self._pager = pager
         # Loads take seconds: threads of their own keep them from holding up the calls that take none.
         self._loading = ThreadPoolExecutor(max_workers=_LOADING_THREADS, thread_name_prefix="load")
+        # And a change to the database may have to wait for another writer.
+        self._writing = ThreadPoolExecutor(max_workers=_WRITING_THREADS, thread_name_prefix="alias")
 
     def get(self, reference: str) -> tuple[Model, ModelVersion]:
         """Return a model and the version that is named; raises InvalidRequest, ModelNotFound."""
@@ -63,11 +66,12 @@ class ModelUseCases:
         violations = [*_name_violations(name, alias), *_version_violations(version)]
         if violations:
             raise InvalidRequest(violations)
+        loop = asyncio.get_running_loop()
         target = await asyncio.to_thread(self._models.resolve, ModelReference(name=name, version=version))
         if self._loaded is None or not await asyncio.to_thread(self._is_loaded, ModelReference(name=name, alias=alias)):
-            return await asyncio.to_thread(self._models.set_alias, name, alias, version)
-        threads = None if self._loaded.is_loaded(target) else self._loading
-        return await asyncio.get_running_loop().run_in_executor(threads, self._move_alias, target, alias)
+            return await loop.run_in_executor(self._writing, self._models.set_alias, name, alias, version)
+        threads = self._writing if self._loaded.is_loaded(target) else self._loading
+        return await loop.run_in_executor(threads, self._move_alias, target, alias)
 
     def delete_alias(self, name: str, alias: str) -> None:
         """Remove the alias; raises InvalidRequest, ModelNotFound."""
@@ -122,8 +126,9 @@ class ModelUseCases:
         return self._served().loaded()
 
     def close(self) -> None:
-        """Wait for the load in hand."""
-        self._loading.shutdown(wait=True, cancel_futures=True)
+        """Wait for the load and the change in hand."""
+        for threads in (self._loading, self._writing):
+            threads.shutdown(wait=True, cancel_futures=True)
 
     def _move_alias(self, target: ModelVersion, alias: str) -> Model:
         """Move the alias with its new target in memory, so that no request by the alias waits for a load; the present

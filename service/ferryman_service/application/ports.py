@@ -181,6 +181,11 @@ class CorpusUpload(Protocol):
         """Append a piece of a file. Raises CorpusTooLarge, InvalidCorpus."""
         ...
 
+    @property
+    def size_bytes(self) -> int:
+        """How much text has come so far."""
+        ...
+
     def finish(self) -> Corpus:
         """Check and store the corpus, atomically. With a known key and the same content, return the stored corpus.
 
@@ -190,7 +195,7 @@ class CorpusUpload(Protocol):
         ...
 
     def abort(self) -> None:
-        """Throw the upload away; harmless after finish."""
+        """Throw the upload away; harmless after finish, and raises nothing."""
         ...
 
 

@@ -2,6 +2,8 @@
 
 * Training and uploads need a database that can be written and is not known to be damaged, models one that can be read.
   Training needs a supervisor that works, too.
+* Uploads need room on the disk, too. Below the low-water mark training is still ready: its runs go on, and its calls
+  are those that free room.
 * Translating needs a database that can be read, or a model in memory: that one translates on. That no model has been
   published yet is no reason to be unready, or a new installation would never become ready; a call that names a model
   which is not there learns so.
@@ -41,9 +43,12 @@ class Readiness:
         loaded: LoadedModels | None,
         thread: Threads,
         supervises: Callable[[], bool] = lambda: True,
+        has_space: Callable[[], bool] = lambda: True,
     ) -> None:
         """Store the ports; without loaded models this process does not translate. A look must begin at once: `thread`
-        is for nothing else. `supervises` tells whether queued runs would start."""
+        is for nothing else. `supervises` tells whether queued runs would start, `has_space` whether the disk has room
+        for uploads."""
+        self._has_space = has_space
         self._probe = probe
         self._loaded = loaded
         self._thread = thread
@@ -51,11 +56,12 @@ class Readiness:
 
     async def look(self) -> Abilities:
         """Look once, in a thread; takes as long as a transaction may wait."""
-        return self.judge(await self._thread.run(self._probe.look))
+        store, has_space = await self._thread.run(lambda: (self._probe.look(), self._has_space()))
+        return self.judge(store, has_space=has_space)
 
-    def judge(self, store: StoreState) -> Abilities:
+    def judge(self, store: StoreState, *, has_space: bool = True) -> Abilities:
         """Return what can be done with such a store, and with what is in memory."""
         writes, reads = store >= StoreState.USABLE, store >= StoreState.DAMAGED
         has_model = self._loaded is not None and bool(self._loaded.loaded())
         trains = writes and self._supervises()
-        return Abilities(trains=trains, writes=writes, reads=reads, translates=reads or has_model)
+        return Abilities(trains=trains, writes=writes and has_space, reads=reads, translates=reads or has_model)

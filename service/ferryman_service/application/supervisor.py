@@ -11,7 +11,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final
@@ -86,9 +86,11 @@ class Supervisor:
         thread: Threads,
         observer: LaunchObserver | None = None,
         ownership: FolderOwnership | None = None,
+        has_space: Callable[[], bool] = lambda: True,
     ) -> None:
         """Store the ports and the thread for `run`; `observer` is told of every start of a worker. Nothing is done to
-        runs and workers while `ownership` is not held."""
+        runs and workers while `ownership` is not held. Runs that have not begun yet wait while `has_space` is False."""
+        self._has_space = has_space
         self._runs = runs
         self._launcher = launcher
         self._config = config
@@ -192,7 +194,10 @@ class Supervisor:
         # A run whose worker died or was told to end keeps its place, also while it waits for its time.
         between_workers = [run for run in queued if run.not_before_ns]
         fresh = [run for run in queued if not run.not_before_ns]
+        may_begin = bool(fresh) and self._has_space()
         for run in [*between_workers, *fresh]:
+            if not run.attempt and not may_begin:
+                continue
             holding = holding | {run.run_id}
             if len(holding) > self._config.max_concurrent_runs:
                 break

@@ -148,8 +148,11 @@ class TrainingUseCases:
         pager: Pager,
         served: bool,
         limits: RunLimits,
+        require_space: Callable[[], None] = lambda: None,
     ) -> None:
-        """Store the ports; `served` tells whether this process may start, stop and delete runs."""
+        """Store the ports; `served` tells whether this process may start, stop and delete runs, `require_space` raises
+        DiskFull while the disk has no room for another run."""
+        self._require_space = require_space
         self._runs = runs
         self._folders = folders
         self._corpora = corpora
@@ -190,6 +193,7 @@ class TrainingUseCases:
                 self._check_files(initial, keep_optimizer=request.keep_optimizer)
             if request.validate_only:
                 return run
+            self._require_space()
             return self._runs.create(run, key, self._limits.max_queued)
 
     def get(self, run_id: str) -> TrainingRun:

@@ -90,6 +90,7 @@ class ServiceConfig:
     max_processes_per_run: int = 8
     worker_nice: int = 0
     max_corpus_bytes: int = 4 * 2**30
+    min_free_mib: int = 0
     translation_threads: int = 0
     compute_type: ComputeChoice = ComputeChoice.AUTO
     max_batch_rows: int = 0
@@ -168,6 +169,7 @@ RANGES: Final[Mapping[str, tuple[float, float]]] = {
     "max_processes_per_run": (1, 1024),
     "worker_nice": (0, 19),
     "max_corpus_bytes": (1, 2**50),
+    "min_free_mib": (0, 2**30),
     "translation_threads": (0, 256),
     "max_batch_rows": (0, 65_536),
     "max_sentences": (1, 100_000),
@@ -214,6 +216,8 @@ HELP: Final[Mapping[str, str]] = {
     "worker_nice": "nice value that training adds to the service's own, so that translation goes first where both want "
     "the same core; 0: equal priority",
     "max_corpus_bytes": "largest corpus that may be uploaded, bytes",
+    "min_free_mib": "MiB of the data folder's disk that must stay free: below, uploads, imports and new runs are "
+    "refused, and runs in progress go on; 0: 5 % of the disk, at most 2048",
     "translation_threads": "threads that decode for each loaded model, each on one core; 0: one for each usable CPU, "
     "at most one for each 512 MiB of usable memory",
     "compute_type": "arithmetic of translation: on a CPU fp32, or int8, which is faster and costs a little quality; on "

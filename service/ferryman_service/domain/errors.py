@@ -193,7 +193,7 @@ class CorpusTooLarge(ResourceExhausted):
 
 
 class DiskFull(ResourceExhausted):
-    """The disk has no space left."""
+    """The disk has no space left, or less than the operator keeps for runs in progress."""
 
 
 class MessageTooLarge(ResourceExhausted):

@@ -15,7 +15,7 @@ from ferryman_service.application.corpora import CorpusUseCases
 from ferryman_service.application.ports import CorpusUpload
 from ferryman_service.domain.corpora import CorpusHeader, Side, Split
 from ferryman_service.domain.errors import InvalidRequest, Violation
-from ferryman_service.domain.threads import Threads
+from ferryman_service.domain.threads import Threads, ThreadsBySize
 from ferryman_service.rpc import convert
 from ferryman_service.rpc.pages import WirePage
 
@@ -25,10 +25,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class UploadThreads:
-    """Those that write what arrives, and those that check whole corpora, which may take minutes."""
+    """Those that write what arrives, and those that check whole corpora, which may take minutes: the smallest first."""
 
     writing: Threads
-    checking: Threads
+    checking: ThreadsBySize
 
 
 class CorpusServicer(corpus_pb2_grpc.CorpusServiceServicer):
@@ -53,7 +53,7 @@ class CorpusServicer(corpus_pb2_grpc.CorpusServiceServicer):
             # The end of the messages is also what a call looks like whose caller has gone halfway; but then nothing can
             # be sent any more: this raises, or the call's task is cancelled.
             await context.send_initial_metadata(())
-            corpus = await _to_its_end(self._checking.run(upload.finish))
+            corpus = await _to_its_end(self._checking.run(upload.size_bytes, upload.finish))
         return corpus_pb2.UploadCorpusResponse(corpus=convert.corpus_to_wire(corpus))
 
     async def GetCorpus(self, request: corpus_pb2.GetCorpusRequest, context: Context) -> corpus_pb2.GetCorpusResponse:

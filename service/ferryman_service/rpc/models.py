@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import closing
+from contextlib import asynccontextmanager
 from typing import Any, Final, TypeAlias
 
 import grpc
 
 from ferryman.v1 import model_pb2, model_pb2_grpc
 from ferryman_service.application.models import ModelUseCases
+from ferryman_service.application.ports import BundleReader
+from ferryman_service.domain.threads import Threads
 from ferryman_service.rpc import convert
 from ferryman_service.rpc.pages import WirePage
 
@@ -22,8 +24,10 @@ _CHUNK_BYTES: Final = 1 << 20
 class ModelServicer(model_pb2_grpc.ModelServiceServicer):
     """Adapts ModelUseCases; see the contract for what each call means."""
 
-    def __init__(self, use_cases: ModelUseCases) -> None:
+    def __init__(self, use_cases: ModelUseCases, writes: Threads) -> None:
+        """Store; `writes` are the threads of the calls that change the database."""
         self._use_cases = use_cases
+        self._writes = writes
 
     async def ListModels(self, request: model_pb2.ListModelsRequest, context: Context) -> model_pb2.ListModelsResponse:
         """Return a page of models."""
@@ -45,22 +49,21 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
         self, request: model_pb2.DeleteModelAliasRequest, context: Context
     ) -> model_pb2.DeleteModelAliasResponse:
         """Remove an alias."""
-        await asyncio.to_thread(self._use_cases.delete_alias, request.name, request.alias)
+        await self._writes.run(self._use_cases.delete_alias, request.name, request.alias)
         return model_pb2.DeleteModelAliasResponse()
 
     async def DeleteModelVersion(
         self, request: model_pb2.DeleteModelVersionRequest, context: Context
     ) -> model_pb2.DeleteModelVersionResponse:
         """Remove a version."""
-        await asyncio.to_thread(self._use_cases.delete_version, request.model)
+        await self._writes.run(self._use_cases.delete_version, request.model)
         return model_pb2.DeleteModelVersionResponse()
 
     async def DownloadModel(
         self, request: model_pb2.DownloadModelRequest, context: Context
     ) -> AsyncIterator[model_pb2.DownloadModelResponse]:
         """Stream the files of a version."""
-        # Closing waits for a read in another thread, a chunk's at most.
-        with closing(await asyncio.to_thread(self._use_cases.open_bundle, request.model)) as bundle:
+        async with _opened(self._use_cases, request.model) as bundle:
             yield convert.download_header_to_wire(bundle.version, bundle.files)
             for number, file in enumerate(bundle.files):
                 offset = 0
@@ -93,3 +96,23 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
         page = self._use_cases.list_page(request.page_size, request.page_token, wire.takes)
         response.next_page_token = page.next_page_token
         return response
+
+
+@asynccontextmanager
+async def _opened(use_cases: ModelUseCases, model: str) -> AsyncIterator[BundleReader]:
+    """Open a bundle, and close it in the end, also if the caller leaves while it is being opened."""
+    opening = asyncio.ensure_future(asyncio.to_thread(use_cases.open_bundle, model))
+    try:
+        bundle = await asyncio.shield(opening)
+    except asyncio.CancelledError:
+        opening.add_done_callback(_close_opened)
+        raise
+    try:
+        yield bundle
+    finally:
+        bundle.close()  # waits for a read in another thread, a chunk's at most
+
+
+def _close_opened(opening: asyncio.Future[BundleReader]) -> None:
+    if not opening.cancelled() and opening.exception() is None:
+        opening.result().close()

@@ -36,11 +36,14 @@ class TrainingServicer(training_pb2_grpc.TrainingServiceServicer):
         use_cases: TrainingUseCases,
         feed: MetricsFeed,
         shutdown: Shutdown,
+        writes: Threads,
         tracer: Tracer = NULL_TRACER,
         threads: Threads = DEFAULT_THREADS,
     ) -> None:
-        """Store; `threads` build what is large."""
+        """Store; `writes` are the threads of the calls that change the database, which may have to wait for another
+        writer: they keep no thread from those that read. `threads` build what is large."""
         self._use_cases = use_cases
+        self._writes = writes
         self._feed = feed
         self._shutdown = shutdown
         self._tracer = tracer
@@ -63,7 +66,7 @@ class TrainingServicer(training_pb2_grpc.TrainingServiceServicer):
             trace_context=self._tracer.context(),
             unknown=unknown,
         )
-        run = await asyncio.to_thread(self._use_cases.start, start)
+        run = await self._writes.run(self._use_cases.start, start)
         self._about_run(run.run_id)
         return training_pb2.StartTrainingResponse(run=convert.run_to_wire(run))
 
@@ -125,7 +128,7 @@ class TrainingServicer(training_pb2_grpc.TrainingServiceServicer):
     ) -> training_pb2.CancelTrainingResponse:
         """Ask a run to stop."""
         self._about_run(request.run_id)
-        run = await asyncio.to_thread(self._use_cases.cancel, request.run_id)
+        run = await self._writes.run(self._use_cases.cancel, request.run_id)
         return training_pb2.CancelTrainingResponse(run=convert.run_to_wire(run))
 
     async def PauseTraining(
@@ -133,7 +136,7 @@ class TrainingServicer(training_pb2_grpc.TrainingServiceServicer):
     ) -> training_pb2.PauseTrainingResponse:
         """Ask a run to rest."""
         self._about_run(request.run_id)
-        run = await asyncio.to_thread(self._use_cases.pause, request.run_id)
+        run = await self._writes.run(self._use_cases.pause, request.run_id)
         return training_pb2.PauseTrainingResponse(run=convert.run_to_wire(run))
 
     async def ResumeTraining(
@@ -141,7 +144,7 @@ class TrainingServicer(training_pb2_grpc.TrainingServiceServicer):
     ) -> training_pb2.ResumeTrainingResponse:
         """Let a paused run go on."""
         self._about_run(request.run_id)
-        run = await asyncio.to_thread(self._use_cases.resume, request.run_id)
+        run = await self._writes.run(self._use_cases.resume, request.run_id)
         return training_pb2.ResumeTrainingResponse(run=convert.run_to_wire(run))
 
     async def ListCheckpoints(
@@ -157,7 +160,7 @@ class TrainingServicer(training_pb2_grpc.TrainingServiceServicer):
     ) -> training_pb2.DeleteTrainingRunResponse:
         """Remove a run."""
         self._about_run(request.run_id)
-        await asyncio.to_thread(self._use_cases.delete, request.run_id)
+        await self._writes.run(self._use_cases.delete, request.run_id)
         return training_pb2.DeleteTrainingRunResponse()
 
     def _curve(self, request: CurveRequest) -> training_pb2.GetLRScheduleResponse:

@@ -9,6 +9,7 @@ from typing import BinaryIO
 
 from ferryman_service.bundle.files import open_regular, size_of
 from ferryman_service.bundle.manifest import MANIFEST_FILE, manifest_digest, read_manifest
+from ferryman_service.domain.cleanup import clean_up
 from ferryman_service.domain.errors import ModelDamaged
 from ferryman_service.domain.models import BundleFile, ModelVersion
 
@@ -42,8 +43,8 @@ class BundleReader:
         return self._open[file.name].read(size_bytes)
 
     def close(self) -> None:
-        """Close the files; harmless when repeated."""
-        self._close()
+        """Close the files; harmless when repeated, and raises nothing."""
+        clean_up(self._close)
 
 
 def check_manifest(version: ModelVersion, bundle: Path) -> None:

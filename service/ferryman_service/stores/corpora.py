@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 from sqlalchemy import Connection, Engine, Row, insert, select, tuple_
 
+from ferryman_service.domain.cleanup import clean_up
 from ferryman_service.domain.corpora import Corpus, CorpusFiles, CorpusHeader
 from ferryman_service.domain.errors import CorpusNotFound, RequestIdReused
 from ferryman_service.stores import tables
@@ -25,6 +27,7 @@ from ferryman_service.stores.corpus_text import CorpusLimits as CorpusLimits
 from ferryman_service.stores.corpus_upload import FileCorpusUpload
 from ferryman_service.stores.database import disk_errors, reading, writing
 from ferryman_service.stores.folders import HeldFolder, move_folder, remove_abandoned
+from ferryman_service.stores.free_space import FreeSpace
 from ferryman_service.stores.layout import DataFolder
 from ferryman_service.stores.pending import FolderChange, announce, withdraw
 
@@ -35,15 +38,19 @@ _CORPORA: Final = tables.corpora
 class FileCorpusStore:
     """The CorpusStore. A folder moves into place in the transaction that inserts its row."""
 
-    def __init__(self, engine: Engine, folder: DataFolder, limits: CorpusLimits) -> None:
+    def __init__(
+        self, engine: Engine, folder: DataFolder, limits: CorpusLimits, space: FreeSpace | None = None
+    ) -> None:
+        """Store; `space` is asked before an upload writes, None: the folder's disk with the mark by default."""
         self._engine = engine
+        self._space = space or FreeSpace(folder.root)
         self._folder = folder
         self._limits = limits
 
     def recover(self) -> None:
         """Remove what uploads that never ended have left, and describe the corpora of earlier releases in their
         folders; call it when a service starts."""
-        remove_abandoned(self._folder.incoming)
+        self.sweep()
         with reading(self._engine) as connection:
             rows = connection.execute(select(_CORPORA)).all()
         for row in rows:
@@ -51,14 +58,19 @@ class FileCorpusStore:
             if folder.is_dir() and not (folder / DESCRIPTION_FILE).exists():
                 _describe_again(folder, row)
 
+    def sweep(self) -> None:
+        """Remove what uploads that ended have left, in this process or in one that died; harmless at any time."""
+        remove_abandoned(self._folder.incoming)
+
     def begin_upload(self, header: CorpusHeader, request_id: str) -> FileCorpusUpload:
-        """Start an upload; an empty request_id is no key."""
+        """Start an upload; an empty request_id is no key. Raises DiskFull."""
+        self._space.require()
 
         def keep(corpus: Corpus, files: Path) -> Corpus:
             return self._keep(corpus, files, request_id or None)
 
         with disk_errors():
-            return FileCorpusUpload(header, self._limits, HeldFolder(self._folder.incoming), keep)
+            return FileCorpusUpload(header, self._limits, HeldFolder(self._folder.incoming), self._space, keep)
 
     def get(self, corpus_id: str) -> Corpus:
         """Return the corpus; raises CorpusNotFound."""
@@ -101,7 +113,7 @@ class FileCorpusStore:
                     withdraw(connection, path)
                     return known
                 move_folder(files, target)
-                undo.callback(target.rename, files)  # the upload that made it removes it
+                undo.callback(clean_up, partial(target.rename, files))  # the upload that made it removes it
                 insert_corpus(connection, corpus, request_id)
                 withdraw(connection, path)
             undo.pop_all()

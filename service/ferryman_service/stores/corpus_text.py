@@ -11,7 +11,8 @@ import dataclasses
 import hashlib
 import io
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -65,7 +66,8 @@ def check_split(
         sides.append(_TextFile(name, raw_dir / name, checked_dir / name, limits))
     source, target = sides
     of_split = SplitSigns(split, signs)
-    statistics = _count(source.lines(), target.lines(), of_split)
+    with closing(source.lines()) as source_lines, closing(target.lines()) as target_lines:
+        statistics = _count(source_lines, target_lines, of_split)
     return CheckedSplit(
         statistics=dataclasses.replace(statistics, warnings=tuple(of_split.warnings())),
         digests=(source.sha256.hexdigest(), target.sha256.hexdigest()),
@@ -91,7 +93,7 @@ class _TextFile:
         self._max_line_bytes = limits.max_line_bytes
         self._max_violations = limits.max_violations
 
-    def lines(self) -> Iterator[str]:
+    def lines(self) -> Generator[str, None, None]:
         """Yield the lines without their ends, after writing each; a bad line is noted and yielded as well as may be."""
         with self._raw.open("rb") as raw, self._checked.open("wb") as checked:
             self.form = find_form(raw)

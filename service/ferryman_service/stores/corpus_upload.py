@@ -11,6 +11,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import IO, Final
 
+from ferryman_service.domain.cleanup import clean_up
 from ferryman_service.domain.corpora import Corpus, CorpusHeader, CorpusWarning, SentencePair, Side, Split
 from ferryman_service.domain.errors import CorpusTooLarge, InvalidCorpus, Violation
 from ferryman_service.domain.ids import CORPUS_PREFIX, new_id
@@ -18,6 +19,7 @@ from ferryman_service.stores.corpus_signs import CorpusSigns
 from ferryman_service.stores.corpus_text import CheckedSplit, CorpusLimits, check_split
 from ferryman_service.stores.database import disk_errors
 from ferryman_service.stores.folders import HeldFolder, sync_folder
+from ferryman_service.stores.free_space import FreeSpace
 
 _CHECKED: Final = "checked"
 
@@ -26,9 +28,15 @@ class FileCorpusUpload:
     """A CorpusUpload. Its files lie in a folder of its own, so an upload that is given up leaves nothing."""
 
     def __init__(
-        self, header: CorpusHeader, limits: CorpusLimits, held: HeldFolder, keep: Callable[[Corpus, Path], Corpus]
+        self,
+        header: CorpusHeader,
+        limits: CorpusLimits,
+        held: HeldFolder,
+        space: FreeSpace,
+        keep: Callable[[Corpus, Path], Corpus],
     ) -> None:
         """Store the parts; `keep` stores a corpus whose four checked files lie in the given folder."""
+        self._space = space
         self._header = header
         self._limits = limits
         self._held = held
@@ -38,11 +46,13 @@ class FileCorpusUpload:
         self._pairs: dict[Split, int] = dict.fromkeys(Split, 0)
         self._line_breaks: list[Violation] = []
         self._line_break_count = 0
-        self._size_bytes = 0
+        self.size_bytes = 0
+        """How much text has come so far."""
 
     def add_pairs(self, split: Split, pairs: Sequence[SentencePair]) -> None:
-        """Append pairs. Raises CorpusTooLarge, InvalidCorpus (the split came as files before)."""
+        """Append pairs. Raises CorpusTooLarge, DiskFull, InvalidCorpus (the split came as files before)."""
         self._check_form(split, "pairs")
+        self._space.require()
         for pair in pairs:
             self._pairs[split] += 1
             for side, sentence in ((Side.SOURCE, pair.source), (Side.TARGET, pair.target)):
@@ -51,15 +61,17 @@ class FileCorpusUpload:
                 self._write(split, side, sentence.replace("\n", " ").encode() + b"\n")
 
     def add_chunk(self, split: Split, side: Side, data: bytes) -> None:
-        """Append a piece of a file. Raises CorpusTooLarge, InvalidCorpus (the split came as pairs before)."""
+        """Append a piece of a file. Raises CorpusTooLarge, DiskFull, InvalidCorpus (the split came as pairs before)."""
         self._check_form(split, "files")
+        self._space.require(len(data))
         self._write(split, side, data)
 
     def finish(self) -> Corpus:
-        """Check and store the corpus, atomically. Raises InvalidCorpus, RequestIdReused."""
+        """Check and store the corpus, atomically. Raises DiskFull, InvalidCorpus, RequestIdReused."""
         try:
             with disk_errors():
                 self._close_files()
+                self._space.require(self.size_bytes)  # what is checked is written once more
                 checked_dir = self._held.path / _CHECKED
                 checked_dir.mkdir()
                 signs = CorpusSigns()
@@ -74,9 +86,11 @@ class FileCorpusUpload:
             self.abort()
 
     def abort(self) -> None:
-        """Throw the upload away; harmless after finish."""
-        self._close_files()
-        self._held.release()
+        """Throw the upload away; harmless after finish, and raises nothing."""
+        files = list(self._files.values())
+        self._files.clear()
+        # On a full disk closing a file fails too: it writes what is still in memory.
+        clean_up(*(file.close for file in files), self._held.release)
 
     def _check_form(self, split: Split, form: str) -> None:
         known = self._forms.setdefault(split, form)
@@ -91,8 +105,8 @@ class FileCorpusUpload:
             self._line_breaks.append(Violation(field=f"{split}.{side}", description=text, reason="LINE_BREAK"))
 
     def _write(self, split: Split, side: Side, data: bytes) -> None:
-        self._size_bytes += len(data)
-        if self._size_bytes > self._limits.max_bytes:
+        self.size_bytes += len(data)
+        if self.size_bytes > self._limits.max_bytes:
             raise CorpusTooLarge(
                 f"the corpus is over {self._limits.max_bytes} bytes, the limit of this server: upload less",
                 limit_bytes=self._limits.max_bytes,
@@ -103,8 +117,7 @@ class FileCorpusUpload:
             self._files[split, side].write(data)
 
     def _close_files(self) -> None:
-        while self._files:
-            _, file = self._files.popitem()
+        for file in self._files.values():
             file.close()
 
     def _refuse_violations(self, checked: Mapping[Split, CheckedSplit]) -> None:

@@ -20,7 +20,7 @@ from sqlalchemy import Connection, Engine
 
 from ferryman_service.domain.errors import DatabaseDamaged, DiskFull, StoreUnavailable
 from ferryman_service.domain.os_errors import domain_error
-from ferryman_service.stores.sqlite import WRITES_OPTION, create_sqlite_engine, translate_sqlite_error
+from ferryman_service.stores.sqlite import WRITES_OPTION, create_sqlite_engine, translate_sqlite_error, writer_turn
 
 _log = logging.getLogger(__name__)
 _MIGRATIONS: Final = Path(__file__).parent / "migrations"
@@ -64,7 +64,7 @@ def writing(engine: Engine) -> Iterator[Connection]:
     Raises StoreUnavailable, DiskFull, DatabaseDamaged.
     """
     writes = engine.execution_options(**{WRITES_OPTION: True})
-    with _told_failures(engine), _translated_errors(), writes.begin() as connection:
+    with _told_failures(engine), _translated_errors(), writer_turn(engine), writes.begin() as connection:
         yield connection
 
 

@@ -11,8 +11,11 @@ import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Final
+
+from ferryman_service.domain.cleanup import clean_up
 
 _log = logging.getLogger(__name__)
 _NAME_BYTES: Final = 16
@@ -28,18 +31,50 @@ class HeldFolder:
     def __init__(self, parent: Path) -> None:
         """Create the folder below `parent` and lock it."""
         self.path = parent / secrets.token_hex(_NAME_BYTES)
-        with _locked(parent):  # nobody takes the folder for abandoned before it is locked
-            self.path.mkdir()
-            self._descriptor = _open_folder(self.path)
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX)
+        self._descriptor = -1
+        try:
+            with _locked(parent):  # nobody takes the folder for abandoned before it is locked
+                self.path.mkdir()
+                self._descriptor = _open_folder(self.path)
+                fcntl.flock(self._descriptor, fcntl.LOCK_EX)
+        except OSError:
+            clean_up(partial(remove_folder, self.path), self.release)
+            raise
 
     def release(self) -> None:
-        """Remove the folder, unless it was renamed, and let go of it. Harmless when repeated."""
+        """Remove the folder, unless it was renamed, and let go of it. Harmless when repeated; raises nothing.
+
+        Files that cannot be removed now are left to `remove_abandoned`.
+        """
         if self._descriptor >= 0:
-            # Whatever cannot be removed now is removed at the next start.
-            shutil.rmtree(self.path, ignore_errors=True)
-            os.close(self._descriptor)
-            self._descriptor = -1
+            descriptor, self._descriptor = self._descriptor, -1
+            clean_up(partial(remove_folder, self.path), partial(os.close, descriptor))
+
+
+class Removals:
+    """Removes folders that no row names any more. Safe to use from every thread.
+
+    `remove` raises nothing: a folder that cannot be removed now is remembered, and `retry` tries again. A process that
+    dies forgets them; the next start finds them as folders without a row.
+    """
+
+    def __init__(self) -> None:
+        self._left: set[Path] = set()
+
+    def remove(self, folder: Path) -> None:
+        """Remove the folder, now or later."""
+        try:
+            remove_folder(folder)
+        except OSError as error:
+            _log.warning("%s could not be removed, trying again later: %s", folder, error)
+            self._left.add(folder)
+        else:
+            self._left.discard(folder)
+
+    def retry(self) -> None:
+        """Try again to remove the folders that are left."""
+        for folder in sorted(self._left.copy()):
+            self.remove(folder)
 
 
 def own_folders(parent: Path, is_own_name: Callable[[str], object]) -> list[Path]:
@@ -59,24 +94,11 @@ def own_folders(parent: Path, is_own_name: Callable[[str], object]) -> list[Path
 
 
 def remove_abandoned(parent: Path) -> None:
-    """Remove the folders below `parent` that were made by a HeldFolder and that no living process holds."""
-    with _locked(parent):
-        for path in own_folders(parent, _NAME.fullmatch):
-            try:
-                _remove_unless_held(path)
-            except OSError as error:
-                _log.warning("%s could not be removed, it is left alone: %s", path, error)
+    """Remove the folders below `parent` that were made by a HeldFolder and that no living process holds.
 
-
-def _remove_unless_held(path: Path) -> None:
-    descriptor = _open_folder(path)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        shutil.rmtree(path)
-    except BlockingIOError:
-        return
-    finally:
-        os.close(descriptor)
+    One that cannot be removed is logged, and keeps no other from being removed.
+    """
+    clean_up(*(partial(_remove_if_abandoned, path) for path in own_folders(parent, _NAME.fullmatch)))
 
 
 def move_folder(source: Path, target: Path) -> None:
@@ -86,12 +108,17 @@ def move_folder(source: Path, target: Path) -> None:
 
 
 def remove_folder(path: Path) -> None:
-    """Remove a folder with everything in it, or what else is in its place; harmless if there is none."""
-    with contextlib.suppress(FileNotFoundError):
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+    """Remove a folder with everything in it, or what else is in its place; harmless if there is none.
+
+    Raises OSError, after trying every file.
+    """
+    if path.is_symlink() or not path.is_dir():
+        path.unlink(missing_ok=True)
+        return
+    shutil.rmtree(path, ignore_errors=True)
+    if path.exists():
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(path)  # once more, for the error that says why
 
 
 def sync_folder(path: Path) -> None:
@@ -101,6 +128,19 @@ def sync_folder(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _remove_if_abandoned(path: Path) -> None:
+    with contextlib.suppress(FileNotFoundError), contextlib.ExitStack() as opened:  # its process was faster
+        with _locked(path.parent):
+            descriptor = _open_folder(path)
+            opened.callback(os.close, descriptor)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return
+        # The folder is this process's now: removing gigabytes does not keep anybody from making another one.
+        remove_folder(path)
 
 
 def _open_folder(path: Path) -> int:

@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from ferryman_service.domain.cleanup import clean_up
 from ferryman_service.domain.ids import CORPUS_PREFIX, RUN_PREFIX, is_id, is_model_name
 from ferryman_service.stores.modes import WorldWritable, close_to_others, umask_for
 
@@ -208,4 +209,4 @@ class DataFolder:
             except FileExistsError:
                 return
         finally:
-            aside.unlink()
+            clean_up(aside.unlink)

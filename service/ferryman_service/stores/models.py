@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -21,15 +21,24 @@ from ferryman_service.bundle.manifest import (
     read_manifest,
     verify,
 )
+from ferryman_service.domain.cleanup import clean_up
 from ferryman_service.domain.errors import AttemptFenced, InvalidRequest, ModelDamaged, ModelInUse, Violation
-from ferryman_service.domain.ids import is_model_name
+from ferryman_service.domain.ids import RUN_PREFIX, is_id, is_model_name
 from ferryman_service.domain.models import Model, ModelReference, ModelVersion
-from ferryman_service.domain.records import RunState
+from ferryman_service.domain.records import ACTIVE_STATES, RunState
 from ferryman_service.domain.training import RunCancelled
 from ferryman_service.stores import tables
 from ferryman_service.stores.bundle_reader import BundleReader, check_manifest
 from ferryman_service.stores.database import disk_errors, reading, writing
-from ferryman_service.stores.folders import HeldFolder, remove_abandoned, remove_folder, sync_folder
+from ferryman_service.stores.folders import (
+    HeldFolder,
+    Removals,
+    own_folders,
+    remove_abandoned,
+    remove_folder,
+    sync_folder,
+)
+from ferryman_service.stores.free_space import FreeSpace
 from ferryman_service.stores.layout import DataFolder
 from ferryman_service.stores.model_rows import (
     aliases_of,
@@ -54,17 +63,34 @@ class FileModelStore:
     """The ModelStore. A bundle moves into place in the transaction that inserts its row, and leaves after the one that
     deletes it. Both are announced (pending.py), so `sweep` knows what a crash in between has left."""
 
-    def __init__(self, engine: Engine, folder: DataFolder, *, examine: Callable[[Path], None] | None = None) -> None:
-        """Store the parts. `examine` raises ModelDamaged for an imported bundle that cannot or must not be loaded;
-        without it nothing can be imported."""
+    def __init__(
+        self,
+        engine: Engine,
+        folder: DataFolder,
+        space: FreeSpace | None = None,
+        *,
+        examine: Callable[[Path], None] | None = None,
+    ) -> None:
+        """Store the parts. `space` is asked before a bundle is copied, None: the folder's disk with the mark by
+        default. `examine` raises ModelDamaged for an imported bundle that cannot or must not be loaded; without it
+        nothing can be imported."""
         self._engine = engine
+        self._space = space or FreeSpace(folder.root)
         self._folder = folder
         self._examine = examine
         self._changes = ChangeCounter(engine)
+        self._removals = Removals()
 
     def recover(self) -> None:
         """Remove what copies of bundles that never ended have left; call it when a service starts."""
         remove_abandoned(self._folder.imports)
+
+    def sweep(self) -> None:
+        """Remove what imports, exports and deletions that ended have left; harmless at any time."""
+        remove_abandoned(self._folder.imports)
+        self._removals.retry()
+        staged = own_folders(self._folder.staging, lambda name: is_id(name, RUN_PREFIX))
+        clean_up(*(partial(self._remove_ended_staging, path) for path in staged))
 
     def staging_dir(self, run_id: str) -> Path:
         """Return an empty folder to write a run's bundle into."""
@@ -103,11 +129,13 @@ class FileModelStore:
             return self._publish(name, staged, end_run)
 
     def import_bundle(self, bundle: Path, name: str) -> ModelVersion:
-        """Copy a bundle from elsewhere, examine the copy, publish it. Raises ModelDamaged, InvalidRequest."""
+        """Copy a bundle from elsewhere, examine the copy, publish it. Raises DiskFull, ModelDamaged,
+        InvalidRequest."""
         assert self._examine is not None, "a bundle from elsewhere is examined before it is published"
         if not is_model_name(name):
             text = f'is {name[:80]!r}, must be 1 to 64 of a-z, 0-9, "-", "_", ".", beginning with a letter or digit'
             raise InvalidRequest([Violation(field="name", description=text, reason="INVALID_MODEL_NAME")])
+        self._space.require(bundle_size_bytes(bundle))
         with disk_errors(), ExitStack() as undo:
             held = HeldFolder(self._folder.imports)
             undo.callback(held.release)
@@ -216,7 +244,7 @@ class FileModelStore:
                     target.parent.mkdir(exist_ok=True)
                     sync_folder(self._folder.models)
                     staged.rename(target)
-                    undo.callback(target.rename, staged)
+                    undo.callback(clean_up, partial(target.rename, staged))
                     sync_folder(target.parent)
                 undo.pop_all()
             return version
@@ -240,15 +268,32 @@ class FileModelStore:
         return number < next_version(connection, name) or path not in announced(connection)
 
     def _remove_bundle(self, bundle: Path) -> None:
-        """Remove a bundle that has no row. Whoever moves it aside removes it: two may try at the same time."""
+        """Remove a bundle that has no row, now or later; raises nothing, for without its row it is deleted. Whoever
+        moves it aside removes it: two may try at the same time."""
         try:
             held = HeldFolder(self._folder.imports)
         except OSError:  # a full disk may have no room for a folder, and what is removed here may be what fills it
-            remove_folder(bundle)
+            self._removals.remove(bundle)
             return
         try:
-            with contextlib.suppress(FileNotFoundError):
-                bundle.rename(held.path / "deleted")
+            bundle.rename(held.path / "deleted")
+        except FileNotFoundError:
+            pass
+        except OSError:
+            self._removals.remove(bundle)
+        finally:
+            held.release()
+
+    def _remove_ended_staging(self, staged: Path) -> None:
+        """Remove what an attempt that is over has staged: the next one begins with an empty folder. A folder without a
+        run is left to the next start."""
+        held = HeldFolder(self._folder.imports)
+        try:
+            with writing(self._engine) as connection:  # no attempt begins to export meanwhile
+                query = select(tables.runs.c.state).where(tables.runs.c.run_id == staged.name)
+                state = connection.execute(query).scalar_one_or_none()
+                if state is not None and state not in ACTIVE_STATES:
+                    staged.rename(held.path / "staged")
         finally:
             held.release()
 

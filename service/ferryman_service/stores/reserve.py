@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Final
+
+from ferryman_service.domain.cleanup import clean_up
 
 _log = logging.getLogger(__name__)
 _SIZE_BYTES: Final = 1 << 20
@@ -18,7 +21,7 @@ def make_reserve(path: Path) -> None:
         path.write_bytes(bytes(_SIZE_BYTES))
     except OSError as error:
         _log.warning("no reserve for a full disk: %s", error)
-        free_reserve(path)
+        clean_up(partial(free_reserve, path))
 
 
 def free_reserve(path: Path) -> None:

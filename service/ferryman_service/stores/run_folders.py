@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -16,6 +15,7 @@ from typing import Any, Final
 from ferryman_service.domain.ids import RUN_PREFIX, is_id
 from ferryman_service.domain.os_errors import refuse_if_exhausted
 from ferryman_service.domain.runs import CheckpointInfo
+from ferryman_service.stores.folders import Removals
 from ferryman_service.stores.layout import DataFolder
 
 _log = logging.getLogger(__name__)
@@ -29,6 +29,7 @@ class FileRunFolders:
 
     def __init__(self, folder: DataFolder) -> None:
         self._folder = folder
+        self._removals = Removals()
 
     def checkpoints(self, run_id: str) -> Sequence[CheckpointInfo]:
         """Return the complete checkpoints, by rising step; damaged ones, and one that is pruned meanwhile, are left
@@ -42,21 +43,18 @@ class FileRunFolders:
         return next(iter(reversed(self._paths(run_id))), None)
 
     def delete(self, run_id: str) -> None:
-        """Remove the folder of a run that was deleted, if there is one; what cannot be removed now is removed later."""
-        _remove(self._folder.run_dir(run_id))
+        """Remove the run's folder, if there is one; what cannot be removed now is left to `sweep`."""
+        self._removals.remove(self._folder.run_dir(run_id))
+
+    def sweep(self) -> None:
+        """Remove what is left of the folders of deleted runs: a worker that was ending may have written into one."""
+        self._removals.retry()
 
     def _paths(self, run_id: str) -> list[Path]:
         if not is_id(run_id, RUN_PREFIX):
             return []  # the lineage of a model from elsewhere may name anything
         found = (self._folder.run_dir(run_id) / "checkpoints").glob(f"{_PREFIX}*")
         return sorted(path for path in found if path.name.removeprefix(_PREFIX).isdigit() and path.is_dir())
-
-
-def _remove(folder: Path) -> None:
-    # A worker that is just ending may still write into it.
-    shutil.rmtree(folder, ignore_errors=True)
-    if folder.exists():
-        _log.warning("%s could not be removed, it is tried again", folder)
 
 
 def _read(path: Path) -> tuple[CheckpointInfo, int] | None:

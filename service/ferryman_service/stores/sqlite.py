@@ -8,7 +8,8 @@ import sqlite3
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,6 +20,8 @@ from ferryman_service.domain.os_errors import NO_SPACE
 
 WRITES_OPTION: Final = "ferryman_writes"
 """Execution option of a connection whose next transaction will write."""
+_TURN_OPTION: Final = "ferryman_writer_turn"
+"""Execution option of an engine: the lock that a thread holds while it writes, and how long it waits for it, s."""
 
 _RETRY_S: Final = 0.02
 _PROBE_BYTES: Final = 64 * 1024
@@ -68,7 +71,9 @@ def create_sqlite_engine(path: Path, busy_timeout_s: float, has_room: Callable[[
     def connect() -> sqlite3.Connection:
         return open_existing(path, busy_timeout_s, check_same_thread=False)
 
-    engine = create_engine(URL.create("sqlite", database=str(path)), creator=connect)
+    # No thread waits for a connection: the threads bound their number, and writers take one at a time (writer_turn).
+    engine = create_engine(URL.create("sqlite", database=str(path)), creator=connect, max_overflow=-1)
+    engine.update_execution_options(**{_TURN_OPTION: (threading.Lock(), busy_timeout_s)})
 
     def configure(dbapi_connection: sqlite3.Connection, _record: object) -> None:
         dbapi_connection.isolation_level = None  # the driver begins no transaction of its own
@@ -96,6 +101,22 @@ def open_existing(path: Path, busy_timeout_s: float, *, check_same_thread: bool 
     return sqlite3.connect(
         uri, uri=True, timeout=busy_timeout_s, isolation_level=None, check_same_thread=check_same_thread
     )
+
+
+@contextmanager
+def writer_turn(engine: Engine) -> Iterator[None]:
+    """Be this process's only writer for the length of the block; raises StoreUnavailable after the engine's timeout.
+
+    To be taken before a connection: however many writers wait, they leave the connections to the readers, whom a
+    database in WAL mode never keeps waiting (https://www.sqlite.org/wal.html#concurrency).
+    """
+    lock, timeout_s = engine.get_execution_options()[_TURN_OPTION]
+    if not lock.acquire(timeout=timeout_s):
+        raise StoreUnavailable("the database cannot be used now (other transactions write to it): try again")
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 class ChangeCounter:

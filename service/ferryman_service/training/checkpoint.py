@@ -21,6 +21,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from ferryman_service.domain.cleanup import clean_up
 from ferryman_service.domain.os_errors import refuse_if_exhausted
 from ferryman_service.domain.records import decay_plan_from_dict
 from ferryman_service.domain.schedule import DecayPlan
@@ -105,7 +106,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, disk: Disk) -> Path:
         _write_all(partial, checkpoint, disk)
     except OSError:
         # On a full disk the half-written files would leave no room to record what happened.
-        disk.remove(partial)
+        clean_up(lambda: disk.remove(partial))
         raise
     if final.exists():
         disk.rename(final, replaced)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -16,6 +17,7 @@ from typing import Any, BinaryIO, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from ferryman_service.domain.cleanup import clean_up
 from ferryman_service.domain.tokens import EOS, PAD
 
 _SIDES: Final = ("source", "target")
@@ -104,21 +106,26 @@ class PairWriter:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._files: list[tuple[BinaryIO, BinaryIO]] = []
+        self._close = ExitStack().close
 
     def __enter__(self) -> PairWriter:
         self._folder.mkdir()
-        self._files = [
-            (_tokens_file(self._folder, side).open("wb"), _lengths_file(self._folder, side).open("wb"))
-            for side in _SIDES
-        ]
+        with ExitStack() as opened:
+            for side in _SIDES:
+                paths = (_tokens_file(self._folder, side), _lengths_file(self._folder, side))
+                tokens, lengths = (opened.enter_context(path.open("wb")) for path in paths)
+                self._files.append((tokens, lengths))
+            self._close = opened.pop_all().close
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for files in self._files:
-            for file in files:
-                file.close()
+        # All are closed, whatever the others raise; on the way out of an error, that one stays the caller's.
+        if kind is None:
+            self._close()
+        else:
+            clean_up(self._close)
 
     def add(self, sources: Sequence[Sequence[int]], targets: Sequence[Sequence[int]]) -> None:
         """Append pairs of subword ids; end symbols are added."""

@@ -43,6 +43,12 @@ async def test_a_supervisor_that_does_not_work_concerns_training_alone():
     assert await readiness.look() == Abilities(trains=False)
 
 
+async def test_a_disk_below_its_mark_concerns_uploads_alone():
+    probe, thread = FakeStoreProbe(StoreState.USABLE), Threads(1, "probe")
+    readiness = Readiness(probe, None, thread, has_space=lambda: False)
+    assert await readiness.look() == Abilities(writes=False)
+
+
 async def test_a_model_in_memory_translates_on_without_the_store(models, tmp_path):
     loaded = LoadedModels(models, FakeBundleLoader(), LoadingLimits())
     loaded.load(models.import_bundle(write_bundle(tmp_path / "bundle"), "en-de"))

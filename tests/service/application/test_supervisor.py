@@ -49,6 +49,20 @@ def test_runs_wait_for_a_free_place_in_order(runs, launcher, queue_run, worker):
     assert launcher.started == [(first.run_id, 1), (second.run_id, 1)]
 
 
+def test_below_the_mark_of_the_disk_no_run_begins_and_those_that_have_begun_go_on(runs, launcher, queue_run, worker):
+    space, config = [True], SupervisorConfig(max_concurrent_runs=2, backoff_s=0.0)
+    supervisor = Supervisor(runs, launcher, config, Threads(1, "supervisor"), has_space=lambda: space[0])
+    begun = queue_run()
+    supervisor.tick()
+    fresh, space[0] = queue_run(), False
+    die(runs, launcher, supervisor, begun, worker, 1)
+    supervisor.tick()
+    assert launcher.started == [(begun.run_id, 1), (begun.run_id, 2)]
+    space[0] = True
+    supervisor.tick()
+    assert launcher.started[2:] == [(fresh.run_id, 1)]
+
+
 def die(runs, launcher, supervisor, run, worker, attempt):
     """Let an attempt start, claim and die."""
     supervisor.tick()

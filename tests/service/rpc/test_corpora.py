@@ -9,7 +9,7 @@ import pytest
 
 from ferryman_service.application.corpora import CorpusUseCases
 from ferryman_service.application.paging import Pager
-from ferryman_service.domain.threads import Threads
+from ferryman_service.domain.threads import Threads, ThreadsBySize
 from ferryman_service.rpc.corpora import CorpusServicer, UploadThreads
 from ferryman_service.stores.corpora import CorpusLimits, FileCorpusStore
 from ferryman_service.stores.corpus_upload import FileCorpusUpload
@@ -49,7 +49,7 @@ def store(tmp_path):
 
 @pytest.fixture
 def threads():
-    threads = UploadThreads(writing=Threads(2, "upload"), checking=Threads(1, "check"))
+    threads = UploadThreads(writing=Threads(2, "upload"), checking=ThreadsBySize(2, "check", 1 << 24))
     yield threads
     threads.writing.close()
     threads.checking.close()

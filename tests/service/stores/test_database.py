@@ -539,3 +539,28 @@ def test_failed_transactions_are_told(tmp_path):
         raise ZeroDivisionError
     assert len(failures) == 2, "a mistake of ours is none of the database's"
     database.dispose()
+
+
+def test_readers_wait_for_no_writer_however_many_wait(folder, database):
+    """More writers than there were connections."""
+    other = open_database(folder.database)
+    patient = open_database(folder.database, busy_timeout_s=60)
+    wrote = []
+
+    def write():
+        with writing(patient):
+            wrote.append(True)
+
+    writers = [threading.Thread(target=write) for _ in range(20)]
+    with writing(other):
+        for writer in writers:
+            writer.start()
+        for _ in range(3):
+            with reading(patient) as connection:
+                assert connection.execute(text("SELECT count(*) FROM runs")).scalar_one() == 0
+        assert not wrote, "all of them still wait"
+    for writer in writers:
+        writer.join()
+    assert len(wrote) == 20
+    for engine in (other, patient):
+        engine.dispose()
