@@ -34,6 +34,15 @@ def _denormals_as_before():
         sys.modules["torch"].set_flush_denormal(False)
 
 
+@pytest.fixture(autouse=True)
+def _umask_as_before():
+    """A service sets the umask of its process."""
+    before = os.umask(0o022)
+    os.umask(before)
+    yield
+    os.umask(before)
+
+
 @pytest.fixture(scope="session")
 def trained_model(tmp_path_factory):
     from tests.fakes.random_model import random_trained_model, small_recipe

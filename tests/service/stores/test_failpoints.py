@@ -9,6 +9,7 @@ import os
 import shutil
 
 import pytest
+from sqlalchemy import select
 
 from ferryman_service.bundle.manifest import verify
 from ferryman_service.domain.corpora import CorpusHeader, SentencePair, Side, Split
@@ -17,12 +18,15 @@ from ferryman_service.domain.ids import RUN_PREFIX, is_id
 from ferryman_service.domain.models import ModelReference
 from ferryman_service.domain.records import RunState
 from ferryman_service.domain.runs import Handover
+from ferryman_service.stores import tables
 from ferryman_service.stores.corpora import CorpusLimits, FileCorpusStore
-from ferryman_service.stores.database import disk_errors, open_database
+from ferryman_service.stores.database import disk_errors, open_database, reading
 from ferryman_service.stores.layout import DataFolder
 from ferryman_service.stores.models import FileModelStore
 from ferryman_service.stores.run_folders import FileRunFolders
+from ferryman_service.stores.run_rows import DELETING
 from ferryman_service.stores.runs import SqlRunStore
+from ferryman_service.stores.sweep import finish_deletions, sweep
 from tests.fakes.bundles import write_bundle
 from tests.fakes.failpoints import CRASHED, Failpoints, Fault, in_child
 
@@ -40,7 +44,7 @@ class Stores:
         self.database = open_database(folder.database, busy_timeout_s=5)
         self.runs = SqlRunStore(self.database)
         self.corpora = FileCorpusStore(self.database, folder, CorpusLimits())
-        self.models = FileModelStore(self.database, folder)
+        self.models = FileModelStore(self.database, folder, examine=lambda bundle: None)
         self.run_folders = FileRunFolders(folder)
 
     def __enter__(self):
@@ -52,16 +56,23 @@ class Stores:
     def recover(self):
         """What a start does."""
         self.models.recover()
-        self.corpora.recover()
         self.runs.recover()
-        self.run_folders.delete_orphans(self.runs.ids())
+        sweep(self.database, self.folder)
+        self.corpora.recover()
 
     def sweep(self):
+        """What is done every hour."""
         for store in (self.corpora, self.models, self.run_folders):
             store.sweep()
+        finish_deletions(self.database, self.folder)
+
+    def run_ids(self):
+        with reading(self.database) as connection:
+            visible = tables.runs.c.state != DELETING
+            return list(connection.execute(select(tables.runs.c.run_id).where(visible)).scalars())
 
     def only_run(self):
-        [run_id] = self.runs.ids()
+        [run_id] = self.run_ids()
         return self.runs.get(run_id)
 
 
@@ -174,7 +185,7 @@ class RunDeletion:
         stores.run_folders.delete(run.run_id)
 
     def is_done(self, stores):
-        return not list(stores.runs.ids())
+        return not list(stores.run_ids())
 
 
 OPERATIONS = {kind.__name__: kind() for kind in (Upload, Publication, Import, ModelDeletion, RunDeletion)}
@@ -184,7 +195,7 @@ WORKER = None
 def leftovers(stores):
     """What lies in the data folder and no row names, or lies in a folder for what is in progress."""
     folder = stores.folder
-    runs = set(stores.runs.ids())
+    runs = set(stores.run_ids())
     left = [path for parent in (folder.incoming, folder.imports, folder.staging) for path in parent.iterdir()]
     corpora = {corpus.corpus_id for corpus in stores.corpora.list_page(None, 10)}
     left += [path for path in folder.corpora.iterdir() if path != folder.incoming and path.name not in corpora]

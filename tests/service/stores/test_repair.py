@@ -35,7 +35,7 @@ class Stores:
     def __init__(self, folder):
         self.folder = folder
         self.database = open_database(folder.database)
-        self.models = FileModelStore(self.database, folder)
+        self.models = FileModelStore(self.database, folder, examine=lambda bundle: None)
         self.corpora = FileCorpusStore(self.database, folder, CorpusLimits())
         self.runs = SqlRunStore(self.database)
 

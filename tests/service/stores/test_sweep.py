@@ -23,7 +23,7 @@ DAY_NS = 24 * 3600 * 10**9
 
 @pytest.fixture
 def models(database, folder):
-    return FileModelStore(database, folder)
+    return FileModelStore(database, folder, examine=lambda bundle: None)
 
 
 @pytest.fixture
