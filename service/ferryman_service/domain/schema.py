@@ -14,7 +14,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
@@ -64,7 +64,7 @@ def read_fields(cls: type[_Class], values: object, path: str, limits: Limits | N
     number is at least 0, and a text has at most 200 characters. Raises SchemaMismatch, whose field begins with `path`.
     """
     members = mapping_of(values, path)
-    fields = _fields_of(cls)
+    fields = _fields_of(typing.cast("Hashable", cls))
     for name in members:
         if name not in fields:
             raise SchemaMismatch(_join(path, shown(name)), "is not a field of this format")
@@ -143,8 +143,9 @@ def _read_number(annotation: type[int] | type[float], value: object, path: str, 
 
 
 @functools.cache
-def _fields_of(cls: type[Any]) -> Mapping[str, tuple[Any, bool]]:
+def _fields_of(cls: Hashable) -> Mapping[str, tuple[Any, bool]]:
     """Return each field's annotation, and whether it is required."""
+    assert isinstance(cls, type) and dataclasses.is_dataclass(cls), f"{cls} is no dataclass"
     annotations = typing.get_type_hints(cls)
     missing = dataclasses.MISSING
     return {

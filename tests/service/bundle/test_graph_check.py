@@ -1,12 +1,15 @@
 """Graphs are examined before they are loaded: every kind that export writes passes."""
 
 import dataclasses
+import math
 from collections import defaultdict
 
 import pytest
 
 from ferryman_service.bundle.graph_check import check_graphs
 from ferryman_service.bundle.manifest import REORDER_FILE, Architecture, FileDigest, Manifest, graph_files
+from ferryman_service.bundle.onnx_graph import read_graph
+from ferryman_service.bundle.sizes import NetworkSize
 from ferryman_service.domain.recipe import Activation, NormPlacement, Positions, resolve_recipe
 from ferryman_service.domain.translation import ComputeType
 from ferryman_service.training.export import write_fp16_graphs
@@ -54,6 +57,12 @@ def write_graphs(folder, vocabulary_size, **network):
     )
 
 
+def matrix_numbers(path):
+    """Return how many numbers the matrices of a graph have."""
+    constants = read_graph(memoryview(path.read_bytes())).constants.values()
+    return sum(math.prod(constant.dims) for constant in constants if len(constant.dims) == 2)
+
+
 @pytest.mark.parametrize("vocabulary_size", [120, 2404])
 @pytest.mark.parametrize(
     "network",
@@ -69,3 +78,10 @@ def write_graphs(folder, vocabulary_size, **network):
 def test_every_kind_of_export_passes(tmp_path, vocabulary_size, network):
     manifest = write_graphs(tmp_path, vocabulary_size, **network)
     check_graphs(tmp_path, manifest)
+    size = NetworkSize(
+        network=manifest.header.lineage.recipe.model, vocabulary_size=vocabulary_size, max_sentence_tokens=LONGEST
+    )
+    for compute_type in ComputeType:
+        files = graph_files(compute_type)
+        assert matrix_numbers(tmp_path / files.encoder) <= size.encoder
+        assert matrix_numbers(tmp_path / files.decoder) <= size.decoder
