@@ -154,7 +154,7 @@ def test_the_runbooks_commands_exist():
 def test_the_runbooks_flags_exist():
     flags = set(re.findall(r"(?<![\w-])--([a-z][a-z-]+)", re.sub(r"`kubectl[^`]*`", "", RUNBOOK)))
     settings = {name.replace("_", "-") for name in ServiceConfig.__dataclass_fields__}
-    assert flags - settings == {"server", "state", "check", "loaded", "json"}
+    assert flags - settings == {"server", "state", "check", "deep", "loaded", "json"}
 
 
 @pytest.mark.parametrize("rule", [*RECORDED, *ALERTS.values()], ids=lambda rule: rule.get("record") or rule["alert"])
