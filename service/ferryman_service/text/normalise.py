@@ -13,6 +13,10 @@ MAX_SENTENCE_BYTES: Final = 65_536
 MAX_MARKS: Final = 30
 """The longest run of combining marks, as in the Stream-Safe Text Format (UAX #15, section 13)."""
 
+_LONGEST_PIECE: Final = 16
+"""Characters of a subword, SentencePiece's max_sentencepiece_length."""
+_MOST_COMPOSED: Final = 4
+"""Characters of which NFC makes one, at most (UAX #15, section 6)."""
 _BYTE_ORDER_MARK: Final = "\ufeff"
 _BEFORE_TEXT: Final = re.compile(rf"[\s{_BYTE_ORDER_MARK}]*")
 _ALLOWED_CONTROLS: Final = frozenset("\t\n\v\f\r\x85")
@@ -93,6 +97,28 @@ def is_too_large(sentence: str) -> bool:
     if len(sentence) * _MAX_CHARACTER_BYTES <= MAX_SENTENCE_BYTES:
         return False
     return len(sentence) > MAX_SENTENCE_BYTES or len(sentence.encode(errors="surrogatepass")) > MAX_SENTENCE_BYTES
+
+
+def least_subwords(text: str) -> int:
+    """Return how many subwords a text has at least, the end symbol included, from its length alone: before it is
+    normalised, in no time; 0 for an empty one. A run of characters that a vocabulary does not have may have fewer."""
+    characters = len(text) - sum(map(text.count, " \t\n\r"))
+    if not characters:
+        return 0
+    return -(-characters // (_LONGEST_PIECE if text.isascii() else _LONGEST_PIECE * _MOST_COMPOSED)) + 1
+
+
+def size_violations(field: str, text: str, too_long: str, most_tokens: int) -> list[Violation]:
+    """Name what the length alone tells of a text: more bytes than a sentence may have, or more characters than
+    `most_tokens` subwords can hold. `too_long` is the reason. It takes no time."""
+    cure = "shorten it" if too_long == "PREFIX_TOO_LONG" else "split the sentence, or ask for split_sentences"
+    if is_too_large(text):
+        description = f"has more than {MAX_SENTENCE_BYTES:,} bytes of UTF-8: {cure}"
+    elif least_subwords(text) > most_tokens:
+        description = f"has {len(text):,} characters, too many for the {most_tokens} subwords that may be: {cure}"
+    else:
+        return []
+    return [Violation(field=field, description=description, reason=too_long)]
 
 
 def has_control_characters(sentence: str) -> bool:
