@@ -83,13 +83,15 @@ def _first_long_run(text: str) -> int | None:
 def mark_violations(field: str, text: str) -> list[Violation]:
     """Name the first run of combining marks that is too long to be normalised, if there is one."""
     begin = find_marks(text)
-    if begin is None:
-        return []
+    return [] if begin is None else [_marks_violation(field, begin)]
+
+
+def _marks_violation(field: str, begin: int) -> Violation:
     description = (
         f"has more than {MAX_MARKS} combining marks in a row, from character {begin + 1} on: remove those that are not "
         "text"
     )
-    return [Violation(field=field, description=description, reason="TOO_MANY_MARKS")]
+    return Violation(field=field, description=description, reason="TOO_MANY_MARKS")
 
 
 def is_too_large(sentence: str) -> bool:
@@ -110,11 +112,14 @@ def least_subwords(text: str) -> int:
 
 def size_violations(field: str, text: str, too_long: str, most_tokens: int) -> list[Violation]:
     """Name what the length alone tells of a text: more bytes than a sentence may have, or more characters than
-    `most_tokens` subwords can hold. `too_long` is the reason. It takes no time."""
+    `most_tokens` subwords can hold, or what makes them so many: a run of marks. `too_long` is the reason. It takes
+    little time."""
     cure = "shorten it" if too_long == "PREFIX_TOO_LONG" else "split the sentence, or ask for split_sentences"
     if is_too_large(text):
         description = f"has more than {MAX_SENTENCE_BYTES:,} bytes of UTF-8: {cure}"
     elif least_subwords(text) > most_tokens:
+        if not text.isascii() and (begin := _first_long_run(text)) is not None:
+            return [_marks_violation(field, begin)]
         description = f"has {len(text):,} characters, too many for the {most_tokens} subwords that may be: {cure}"
     else:
         return []

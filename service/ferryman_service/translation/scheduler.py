@@ -284,9 +284,9 @@ class _Worker:
             self._admit(kind, admitted)
         for lane in self._lanes.values():
             lane.let_go()
-        if (lane := self._next_lane()) is not None:
-            self._virtual_s = lane.virtual_s
-            self._charge(lane, lane.step)
+        if (chosen := self._next_lane()) is not None:
+            self._virtual_s = chosen.virtual_s
+            self._charge(chosen, chosen.step)
         self._count()
         if len(self._lanes) > _KEPT_LANES:
             self._forget_idle_lanes()
