@@ -66,11 +66,6 @@ def expected_tokens(
     return sum(_expected_subwords(text + prefix, least) for text, prefix in words) * options.rows
 
 
-def least_tokens(texts: Sequence[str], options: SearchOptions) -> int:
-    """Return what texts cost at least, row tokens: it takes no time to tell."""
-    return sum(map(least_subwords, texts)) * options.rows
-
-
 def _expected_subwords(text: str, least: int) -> int:
     """Count a subword for four characters, and the end symbol, and at least so many. But scripts without spaces, whose
     characters take three bytes of UTF-8, two more than ASCII's, have about a subword for each."""
@@ -254,6 +249,11 @@ class Admission:
         if not self.calls.try_take(tokens, peer):
             raise self._full(tokens)
         return Held(self.calls, tokens, peer)
+
+    def check_texts(self, texts: Sequence[str], options: SearchOptions) -> None:
+        """Raise InvalidRequest if the lengths of a call's texts tell that it costs more than the whole budget."""
+        if sum(map(len, texts)) * options.rows > self.calls.limit_tokens:  # fewer characters are fewer subwords
+            self.check_size(sum(map(least_subwords, texts)) * options.rows, at_least=True)
 
     def check_size(self, tokens: int, *, at_least: bool = False) -> None:
         """Raise InvalidRequest if a call costs more than the whole budget; `at_least`: it costs so much or more."""

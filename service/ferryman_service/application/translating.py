@@ -14,7 +14,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Final
 
-from ferryman_service.application.admission import Admission, Held, cost_tokens, expected_tokens, least_tokens
+from ferryman_service.application.admission import Admission, Held, cost_tokens, expected_tokens
 from ferryman_service.application.entries import Entry, Preparation, is_quick
 from ferryman_service.application.flight import Caller, Flight, Flights
 from ferryman_service.application.loaded_models import Lease, LoadedModels
@@ -171,7 +171,7 @@ class TranslationUseCases:
                 violations += size_violations(f"target_prefixes[{index}]", text, "PREFIX_TOO_LONG", most)
             if violations:
                 raise InvalidSentence(violations)
-        self._admission.check_size(least_tokens(request.sentences, request.options), at_least=True)
+        self._admission.check_texts(request.sentences, request.options)
         most_tokens = self._limits.max_translation_tokens or longest or MAX_TRANSLATION_TOKENS
         return expected_tokens(request.sentences, request.target_prefixes, request.options, most_tokens)
 
