@@ -76,6 +76,7 @@ from ferryman_service.stores.run_folders import FileRunFolders
 from ferryman_service.stores.runs import SqlRunStore
 from ferryman_service.stores.sweep import finish_deletions, is_new, refuse_new_database, sweep
 from ferryman_service.text.sentences import SentencexSplitter
+from ferryman_service.translation.cache_memory import CacheMemory
 from ferryman_service.translation.counts import EngineCounts
 from ferryman_service.trash import empty_trash
 
@@ -282,7 +283,7 @@ def build_service(config: ServiceConfig) -> Service:
     lock = FolderLock(folder.root / "training-service.lock") if trains else None
     if lock is not None:
         lock.acquire()
-    metrics = _build_metrics()
+    metrics = _build_metrics(config)
     stores = _open_stores(folder, config, metrics.store.failed)
     metrics.store.watch_damage(stores.integrity.damage)
     stores.models.recover()
@@ -347,14 +348,14 @@ def _build_threads() -> _Threads:
     )
 
 
-def _build_metrics() -> _Metrics:
+def _build_metrics(config: ServiceConfig) -> _Metrics:
     registry = new_registry()
     return _Metrics(
         registry=registry,
         store=StoreMetrics(registry),
         loads=LoadMetrics(registry),
         launches=LaunchMetrics(registry),
-        engines=EngineCounts(),
+        engines=EngineCounts(CacheMemory(config.cache_memory_mib * _BYTES_PER_MIB)),
     )
 
 
@@ -440,7 +441,11 @@ def _build_use_cases(
             models=stores.models,
             loaded=loaded,
             splitter=SentencexSplitter(),
-            limits=TranslationLimits(max_sentences=config.max_sentences, queue_tokens=config.queue_tokens),
+            limits=TranslationLimits(
+                max_sentences=config.max_sentences,
+                queue_tokens=config.queue_tokens,
+                max_translation_tokens=config.max_translation_tokens,
+            ),
             tracer=tracer,
         ),
         loaded=loaded,
@@ -480,7 +485,14 @@ def _build_loader(config: ServiceConfig, counts: EngineCounts) -> BundleLoader:
     if not _finds_gpu(config):
         int8 = config.compute_type is ComputeChoice.INT8
         onnx_config = OnnxConfig(compute_type=ComputeType.INT8 if int8 else ComputeType.FP32)
-    return OnnxBundleLoader(onnx_config, scheduler, on_a_gpu, rows_by_size=not config.max_batch_rows, counts=counts)
+    return OnnxBundleLoader(
+        onnx_config,
+        scheduler,
+        on_a_gpu,
+        rows_by_size=not config.max_batch_rows,
+        max_translation_tokens=config.max_translation_tokens,
+        counts=counts,
+    )
 
 
 def _finds_gpu(config: ServiceConfig) -> bool:

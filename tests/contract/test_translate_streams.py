@@ -245,6 +245,7 @@ def test_what_a_stream_does_is_measured(make_service):
     messages = [config(), sentences("a small dog", "yes", "", "long " * 9)]
     list(service.translation_stub.StreamTranslate(iter(messages), timeout=20))
     assert service.metric("ferryman_translate_sentences_total") == 3
+    assert set(service.loader.translator.peers) == {"ipv4:127.0.0.1"}
     assert service.metric("ferryman_translate_source_tokens_total") == 6
     assert service.metric("ferryman_translate_target_tokens_total") == 7
     assert service.metric("ferryman_translate_sentence_seconds_sum", stage="decode") == pytest.approx(9)

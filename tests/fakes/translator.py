@@ -40,9 +40,8 @@ class FakeEngine:
     A sentence "wait" is busy until its caller gives up, "break" is a bug in the engine. `busy` is set when a "wait" is
     being decoded, `given_up` when its caller gave up. `began` is set once anything is submitted, `preparing` when a
     sentence is prepared, which waits for `preparing_gate` if that is set to an event. `in_flight` counts what was
-    submitted and is not done, `peak` is the most that ever was; `shares` are the callers' weights in the order of their
-    sentences. Every step takes STEP_S
-    and looks at every token.
+    submitted and is not done, `peak` is the most that ever was; `shares` are the callers' weights and `peers` their
+    peers in the order of their sentences. Every step takes STEP_S and looks at every token.
     """
 
     def __init__(self, *, delay_s=0.0, seed=0, max_sentence_tokens=8, word_tokens=1):
@@ -56,6 +55,7 @@ class FakeEngine:
         self.peak = 0
         self.submitted = 0
         self.shares = []
+        self.peers = []
         self.seeds = []
         self.closed = False
         self._random = random.Random(seed)
@@ -110,7 +110,7 @@ class FakeEngine:
         if violations:
             raise InvalidSentence(violations)
         source = (1,) * (words * self._word_tokens) + (2,) if words else ()
-        return FakePrepared(source=source, text=sentence, prefix_text=prefix, max_length=99)
+        return FakePrepared(source=source, text=sentence, prefix_text=prefix, max_length=2 * len(source) + 10)
 
     def prepare_all(self, sentences, prefixes, options):
         prepared, violations = [], []
@@ -135,6 +135,7 @@ class FakeEngine:
             self.in_flight += len(work)
             self.peak = max(self.peak, self.in_flight)
             self.shares += [item.share.weight for item in work]
+            self.peers += [item.share.peer for item in work]
             self.seeds += [item.seed for item in work]
         empty = [item for item in work if not item.sentence.source]
         for item in empty:

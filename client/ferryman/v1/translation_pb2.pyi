@@ -139,7 +139,8 @@ class TranslateOptions(_message.Message):
     """
     max_length: _builtins.int
     """Optional. Longest translation in subwords, the end symbol included, 1 to 4096; an unfinished hypothesis is cut
-    there. Default: two times the source's subwords plus 10, at most the model's max_sentence_tokens.
+    there. At most the model's max_sentence_tokens counts, unless the operator sets another limit
+    (--max-translation-tokens). Default: two times the source's subwords plus 10, at most max_sentence_tokens.
     """
     max_length_ratio: _builtins.float
     """Optional. Longest translation as a multiple of the source's subwords, above 0 to 100, rounded up; with max_length,

@@ -90,8 +90,7 @@ class Preparation:
 
     def is_quick(self, texts: Sequence[str], prefixes: Sequence[str]) -> bool:
         """Tell whether these texts take so little time that an event loop can afford it (about 0.1 ms)."""
-        few = len(texts) <= _QUICK_TEXTS and self.splitter is None
-        return few and sum(map(len, (*texts, *prefixes))) <= _QUICK_CHARACTERS
+        return self.splitter is None and is_quick(texts, prefixes)
 
     def entries(self, texts: Sequence[str], prefixes: Sequence[str]) -> list[Entry]:
         """Prepare texts, each with its prefix, or all without. Raises InvalidSentence with every violation, fields
@@ -139,6 +138,11 @@ class Preparation:
         if violations:
             raise InvalidSentence(violations, total)
         return Entry(prepared, gaps, self.options)
+
+
+def is_quick(texts: Sequence[str], prefixes: Sequence[str]) -> bool:
+    """Tell whether these texts, each of one sentence, take so little time that an event loop can afford it."""
+    return len(texts) <= _QUICK_TEXTS and sum(map(len, (*texts, *prefixes))) <= _QUICK_CHARACTERS
 
 
 def split_text(text: str, language: str, splitter: SentenceSplitter, between: str = " ") -> tuple[list[str], list[str]]:

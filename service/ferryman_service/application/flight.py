@@ -28,7 +28,7 @@ K = TypeVar("K")
 
 @dataclass(frozen=True, kw_only=True)
 class Caller:
-    """For whom sentences are translated, and how; `budget` is what their tokens go back to."""
+    """For whom sentences are translated, and how; `budget` is what their tokens go back to, for the share's peer."""
 
     options: SearchOptions
     token: CancelToken
@@ -97,7 +97,7 @@ class Flight(Generic[K]):
         try:
             self.lease.engine.submit(work)
         except BaseException:
-            self._caller.budget.give_back(sum(cost_tokens(s, self._caller.options) for _, s in sentences))
+            self._give_back(sum(cost_tokens(s, self._caller.options) for _, s in sentences))
             raise
         self._in_flight += len(work)
 
@@ -121,6 +121,9 @@ class Flight(Generic[K]):
             seed=seed,
         )
 
+    def _give_back(self, tokens: int) -> None:
+        self._caller.budget.give_back(tokens, self._caller.share.peer)
+
     def _sentence_done(self, key: K, tokens: int, result: SentenceResult) -> None:
         """Take a result, in a thread of the engine."""
         with self._lock:
@@ -133,7 +136,7 @@ class Flight(Generic[K]):
         with self._lock:
             done, self._done = self._done, []
         self._in_flight -= len(done)
-        self._caller.budget.give_back(sum(tokens for _, tokens, _ in done))
+        self._give_back(sum(tokens for _, tokens, _ in done))
         if self._closed:
             self._land()
         else:

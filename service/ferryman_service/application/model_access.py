@@ -91,6 +91,10 @@ class ModelAccess:
             self._served[reference.name] = lease.version
         return lease
 
+    def known(self, reference: ModelReference) -> ModelVersion | None:
+        """Return the version that the reference names now, if that is known without asking the database."""
+        return self._versions.get(reference) if self._models.revision() == self._revision else None
+
     async def lease_in_memory(self, reference: ModelReference) -> Lease | None:
         """Return a lease of the version that the reference names now, None if that is not in memory: nothing is loaded.
 

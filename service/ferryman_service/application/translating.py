@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from ferryman_service.application.admission import Admission, Held, cost_tokens, expected_tokens
-from ferryman_service.application.entries import Entry, Preparation
+from ferryman_service.application.entries import Entry, Preparation, is_quick
 from ferryman_service.application.flight import Caller, Flight, Flights
 from ferryman_service.application.loaded_models import Lease, LoadedModels
 from ferryman_service.application.model_access import ModelAccess
@@ -28,7 +28,6 @@ from ferryman_service.domain.errors import (
     InvalidRequest,
     InvalidSentence,
     ModelNotFound,
-    QueueFull,
     RoleNotServed,
     StoreUnavailable,
     Violation,
@@ -36,6 +35,7 @@ from ferryman_service.domain.errors import (
 from ferryman_service.domain.models import ModelReference, ModelVersion, parse_model_reference
 from ferryman_service.domain.tracing import NULL_TRACER, Tracer
 from ferryman_service.domain.translation import (
+    MAX_TRANSLATION_TOKENS,
     CancelToken,
     FairShare,
     SearchOptions,
@@ -45,6 +45,7 @@ from ferryman_service.domain.translation import (
     option_violations,
     slowest,
 )
+from ferryman_service.text.normalise import size_violations
 
 MAX_CALL_BYTES: Final = 2**20
 """Sentences and prefixes of one Translate call together, bytes of UTF-8."""
@@ -59,10 +60,12 @@ _LOADING_THREADS: Final = 16
 
 @dataclass(frozen=True, kw_only=True)
 class TranslationLimits:
-    """What one process may be asked. `queue_tokens`: row tokens, see application/admission.py."""
+    """What one process may be asked. `queue_tokens`: row tokens, see application/admission.py.
+    `max_translation_tokens`: the longest translation in subwords, 0: as long as the longest source of its model."""
 
     max_sentences: int = 1024
     queue_tokens: int = 262_144
+    max_translation_tokens: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,10 +136,12 @@ class TranslationUseCases:
         self._flights = Flights(self._waiting)
         self._access = None if loaded is None else ModelAccess(models, loaded, self._waiting, self._loading, tracer)
 
-    async def translate(self, request: TranslateRequest) -> TranslateResult:
-        """Translate; cancelling the awaiting task frees its rows at the engine's next step.
+    async def translate(self, request: TranslateRequest, peer: str = "") -> TranslateResult:
+        """Translate; cancelling the awaiting task frees its rows at the engine's next step. Callers of one `peer` share
+        what a peer gets.
 
-        A request that is refused for its options is told of its sentences too, if the model is in memory.
+        What can be refused for its size is, before it takes room or anybody looks at its words. A request that is
+        refused for its options is told of its sentences too, if they are few and the model is in memory.
 
         Whether there is room for it is decided before anything is waited for. Raises RoleNotServed, InvalidRequest,
         ModelNotFound, InvalidSentence, ModelDamaged, ModelTooLarge, QueueFull, DeadlineExceeded, ServerShuttingDown.
@@ -146,18 +151,38 @@ class TranslationUseCases:
         reference, violations = self._checked(request)
         if violations:
             raise InvalidRequest([*violations, *await self._sentence_violations(request, access, reference)])
-        held = self._admission.admit(expected_tokens(request.sentences, request.target_prefixes, request.options))
+        expected = self._expected(request, access.known(reference))
+        held = self._admission.admit(expected, peer)
         try:
-            version, entries = await self._translated(request, access, reference, held)
+            version, entries = await self._translated(request, access, reference, held, peer)
         finally:
             held.release()
         return _result(version, entries, arrived_ns)
 
+    def _expected(self, request: TranslateRequest, version: ModelVersion | None) -> int:
+        """Return what a request is expected to cost, row tokens; `version` is None if it is not known yet. Raises
+        InvalidSentence and InvalidRequest for what must be refused for its size."""
+        longest = None if version is None else version.lineage.recipe.data.max_sentence_tokens
+        if longest is not None and not request.split_sentences:
+            most = self._limits.max_translation_tokens or longest
+            violations = [
+                violation
+                for index, text in enumerate(request.sentences)
+                for violation in size_violations(f"sentences[{index}]", text, "SENTENCE_TOO_LONG", longest)
+            ]
+            for index, text in enumerate(request.target_prefixes):
+                violations += size_violations(f"target_prefixes[{index}]", text, "PREFIX_TOO_LONG", most)
+            if violations:
+                raise InvalidSentence(violations)
+        self._admission.check_texts(request.sentences, request.options)
+        most_tokens = self._limits.max_translation_tokens or longest or MAX_TRANSLATION_TOKENS
+        return expected_tokens(request.sentences, request.target_prefixes, request.options, most_tokens)
+
     async def _translated(
-        self, request: TranslateRequest, access: ModelAccess, reference: ModelReference, held: Held
+        self, request: TranslateRequest, access: ModelAccess, reference: ModelReference, held: Held, peer: str
     ) -> tuple[ModelVersion, list[Entry]]:
         """Translate what is admitted; return the version that did, and the entries, complete."""
-        caller = self._caller(request, _CALL_WEIGHT)
+        caller = self._caller(request, _CALL_WEIGHT, peer)
         lease = await access.lease(reference)
         gathering = _Gathering()
         flight = Flight(lease, caller, self._flights, gathering.accept)
@@ -181,14 +206,15 @@ class TranslationUseCases:
         return lease.version, entries
 
     @asynccontextmanager
-    async def stream(self, request: StreamRequest) -> AsyncIterator[TranslationStream]:
-        """Open a stream, which keeps its model, and what it has in the engine, until the block ends.
+    async def stream(self, request: StreamRequest, peer: str = "") -> AsyncIterator[TranslationStream]:
+        """Open a stream, which keeps its model, and what it has in the engine, until the block ends. Callers of one
+        `peer` share what a peer gets.
 
         Raises RoleNotServed, InvalidRequest, ModelNotFound, ModelDamaged, ModelTooLarge.
         """
         access = self._served()
         reference = self._checked_stream(request)
-        caller = self._caller(request, _STREAM_WEIGHT)
+        caller = self._caller(request, _STREAM_WEIGHT, peer)
         lease = await access.lease(reference)
         preparation = self._preparation(request, lease)
         window = DEFAULT_WINDOW if request.window is None else request.window
@@ -245,12 +271,12 @@ class TranslationUseCases:
         self, request: TranslateRequest, access: ModelAccess, reference: ModelReference
     ) -> Sequence[Violation]:
         """Return what is wrong with the sentences of a request that is refused anyway; nothing where that would need
-        a load, or room that is not there."""
-        if not 1 <= len(request.sentences) <= self._limits.max_sentences:
-            return ()
+        a load, or more time than it takes to refuse."""
         complete = len(request.target_prefixes) == len(request.sentences)
         # The options are what is wrong: sentences are measured against the default ones.
         checked = replace(request, options=SearchOptions(), target_prefixes=request.target_prefixes if complete else ())
+        if checked.split_sentences or not is_quick(checked.sentences, checked.target_prefixes):
+            return ()
         try:
             lease = await access.lease_in_memory(reference)
         except (ModelNotFound, StoreUnavailable, DatabaseDamaged):
@@ -258,15 +284,9 @@ class TranslationUseCases:
         if lease is None:
             return ()
         try:
-            held = self._admission.admit(expected_tokens(checked.sentences, checked.target_prefixes, checked.options))
-            try:
-                await self._entries(checked, lease, self._caller(checked, _CALL_WEIGHT).token)
-            finally:
-                held.release()
+            self._preparation(checked, lease).entries(checked.sentences, checked.target_prefixes)
         except InvalidSentence as error:
             return error.violations
-        except (QueueFull, DeadlineExceeded):
-            return ()
         finally:
             lease.release(self._waiting)
         return ()
@@ -283,13 +303,13 @@ class TranslationUseCases:
             raise InvalidRequest(violations)
         return reference
 
-    def _caller(self, request: TranslateRequest | StreamRequest, weight: float) -> Caller:
+    def _caller(self, request: TranslateRequest | StreamRequest, weight: float, peer: str) -> Caller:
         deadline_s = None if request.timeout_s is None else time.monotonic() + request.timeout_s
         is_call = isinstance(request, TranslateRequest)
         return Caller(
             options=request.options,
             token=CancelToken(deadline_s),
-            share=FairShare(weight),
+            share=FairShare(weight, peer),
             budget=self._admission.calls if is_call else self._admission.streams,
         )
 

@@ -144,9 +144,9 @@ class TranslationStream:
     async def _held(self, tokens: int) -> Held:
         """Wait for room for so many tokens, at most a portion."""
         budget = self._caller.budget
-        tokens = min(tokens, budget.portion_tokens)
-        await budget.take(tokens)
-        return Held(budget, tokens)
+        tokens, peer = min(tokens, budget.portion_tokens), self._caller.share.peer
+        await budget.take(tokens, peer)
+        return Held(budget, tokens, peer)
 
     async def _submit(
         self, chunk: Sequence[StreamSentence], entries: Sequence[Entry | SentenceError], held: Held
@@ -165,7 +165,7 @@ class TranslationStream:
                 await held.settle(tokens)
                 held.hand_over()
             else:
-                await budget.take(tokens)
+                await budget.take(tokens, self._caller.share.peer)
             self._flight.submit(portion)
 
     async def _prepare(

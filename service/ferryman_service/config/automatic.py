@@ -38,16 +38,26 @@ def model_memory_mib(machine: Machine) -> int:
     return 0 if machine.memory is None else max(1, machine.memory.value // 2 // _BYTES_PER_MIB)
 
 
+def cache_memory_mib(machine: Machine) -> int:
+    """Return half of the usable memory, MiB; 0, which is no limit, if the memory is unknown.
+
+    It is booked for translations of the maximum length, which hardly any reaches.
+    """
+    return model_memory_mib(machine)
+
+
 def with_automatic(config: ServiceConfig, machine: Machine, *, on_gpu: bool) -> ServiceConfig:
     """Return the configuration with the automatic values in place of 0.
 
-    On a GPU models are not in the memory that is counted here: model_memory_mib stays 0, which is no limit.
+    On a GPU models are not in the memory that is counted here: model_memory_mib and cache_memory_mib stay 0, which is
+    no limit.
     """
     threads = config.translation_threads or decoding_threads(machine)
     return replace(
         config,
         translation_threads=threads,
         queue_tokens=config.queue_tokens or queue_tokens(threads),
+        cache_memory_mib=config.cache_memory_mib or (0 if on_gpu else cache_memory_mib(machine)),
         model_memory_mib=config.model_memory_mib or (0 if on_gpu else model_memory_mib(machine)),
     )
 
@@ -59,5 +69,7 @@ def automatic_lines(config: ServiceConfig, machine: Machine) -> Iterator[str]:
         yield f"automatic translation_threads: {resolved.translation_threads}"
     if not config.queue_tokens:
         yield f"automatic queue_tokens: {resolved.queue_tokens}"
+    if not config.cache_memory_mib:
+        yield f"automatic cache_memory_mib: {resolved.cache_memory_mib or 'no limit'} (on a GPU: no limit)"
     if not config.model_memory_mib:
         yield f"automatic model_memory_mib: {resolved.model_memory_mib or 'no limit'} (on a GPU: no limit)"

@@ -96,6 +96,8 @@ class ServiceConfig:
     max_batch_rows: int = 0
     max_sentences: int = 1024
     queue_tokens: int = 0
+    max_translation_tokens: int = 0
+    cache_memory_mib: int = 0
     max_loaded_models: int = 4
     model_memory_mib: int = 0
     drain_s: float = 0.0
@@ -174,6 +176,8 @@ RANGES: Final[Mapping[str, tuple[float, float]]] = {
     "max_batch_rows": (0, 65_536),
     "max_sentences": (1, 100_000),
     "queue_tokens": (0, 2**40),
+    "max_translation_tokens": (0, 4096),
+    "cache_memory_mib": (0, 2**30),
     "max_loaded_models": (1, 1000),
     "model_memory_mib": (0, 2**30),
     "drain_s": (0, 3600),
@@ -222,11 +226,17 @@ HELP: Final[Mapping[str, str]] = {
     "at most one for each 512 MiB of usable memory",
     "compute_type": "arithmetic of translation: on a CPU fp32, or int8, which is faster and costs a little quality; on "
     "a GPU fp16; auto is fp32 or fp16",
-    "max_batch_rows": "rows (sentences times beam) that a decoding thread runs at the same time; 0: on a CPU 160, of "
-    "models wider than 256 80, on a GPU 1024",
+    "max_batch_rows": "rows (sentences times beam) that a decoding thread runs at the same time for small calls, as "
+    "many for large ones, and as many for long sentences; 0: on a CPU 160, of models wider than 256 80, on a GPU 1024",
     "max_sentences": "most sentences in one Translate call",
-    "queue_tokens": "source subwords times beam that may wait or run before Translate calls are refused; streams may "
-    "have as many again, and wait; 0: 131,072 for each decoding thread, at least 262,144",
+    "queue_tokens": "source subwords times beam, or half of the maximum length times beam if that is longer than the "
+    "default, that may wait or run before Translate calls are refused; streams may have as many again, and wait; 0: "
+    "131,072 for each decoding thread, at least 262,144",
+    "max_translation_tokens": "most subwords of a translation, whatever max_length a caller asks for; 0: the model's "
+    "max_sentence_tokens",
+    "cache_memory_mib": "MiB of memory that the sentences being translated may come to take, of all models together, "
+    "if each becomes as long as it may; a sentence that has no room waits; 0: half of the usable memory, on a GPU no "
+    "limit",
     "max_loaded_models": "models kept in memory, the least recently used leaving first",
     "model_memory_mib": "MiB of memory that the models kept in memory may take, with caches; 0: half of the usable "
     "memory, on a GPU no limit",

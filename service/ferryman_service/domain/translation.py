@@ -13,6 +13,9 @@ from typing import Any, Final
 
 from ferryman_service.domain.errors import Cancelled, DeadlineExceeded, Violation
 
+MAX_TRANSLATION_TOKENS: Final = 4096
+"""The largest max_length that the contract allows, subwords with the end symbol."""
+
 
 class ComputeType(enum.StrEnum):
     """The arithmetic of a model's matrix products. INT8: weights and activations of 8 bits, sums of 32. FP16, on a GPU:
@@ -48,8 +51,8 @@ class Sampling:
 class SearchOptions:
     """How to search; the contract's TranslateOptions says what each option means.
 
-    `max_length` None: two times the source's subwords plus 10, at most the model's limit. With `sampling` there are
-    n_best independent samples and beam_size does not count.
+    `max_length` None: two times the source's subwords plus 10. It is at most the limit of the model, or the operator's.
+    With `sampling` there are n_best independent samples and beam_size does not count.
     """
 
     beam_size: int = 5
@@ -78,7 +81,7 @@ def option_violations(options: SearchOptions, path: str = "options") -> Iterator
         "beam_size": (1, 32),
         "n_best": (1, 32),
         "length_penalty": (-5, 5),
-        "max_length": (1, 4096),
+        "max_length": (1, MAX_TRANSLATION_TOKENS),
         "max_length_ratio": (_ABOVE_ZERO, 100),
         "min_length": (0, 4095),
         "patience": (1, 10),
@@ -218,6 +221,19 @@ class PreparedSentence:
         that is more; none for an empty sentence."""
         return max(len(self.source), self.min_length, len(self.prefix)) if self.source else 0
 
+    @property
+    def booked_tokens(self) -> int:
+        """What a row of it is booked with before its length is known, subwords; none for an empty sentence."""
+        return max(self.work_tokens, tokens_to_book(self.max_length)) if self.source else 0
+
+
+def tokens_to_book(max_length: int) -> int:
+    """Return what a row of at most `max_length` subwords is booked with: about half of them.
+
+    That of n subwords whose maximum length is the default, 2 n + 10, is booked with n; a longer maximum in proportion.
+    """
+    return max(1, -(-(max_length - 10) // 2))
+
 
 @dataclass(frozen=True, kw_only=True)
 class SentenceResult:
@@ -234,14 +250,20 @@ class FairShare:
     `cost` tokens lasting cost / weight. So callers advance by weight however much each has queued, and none waits for
     ever.
 
-    `finish` belongs to the engine, and so does `start_of`.
+    Peers, which may have many callers each, advance alike in the same way; callers of one peer share what it gets.
+
+    `finish` and `booked` belong to the engine, and so does `start_of`.
     """
 
-    def __init__(self, weight: float = 1.0) -> None:
-        """Store the weight: a caller of weight 4 gets four times the tokens of one of weight 1, while both wait."""
+    def __init__(self, weight: float = 1.0, peer: str = "") -> None:
+        """Store the weight: a caller of weight 4 gets four times the tokens of one of weight 1, while both wait.
+        `peer` tells where the caller is; callers with the same peer share its part."""
         assert weight > 0, "a share's weight must be positive"
         self.weight = weight
+        self.peer = peer
         self.finish = 0.0
+        self.booked = 0
+        """Rows times maximum lengths of the caller's sentences that wait or run."""
 
     def start_of(self, cost: float, now: float) -> float:
         """Return the virtual start time of the caller's next sentence and book its cost; `now` is the virtual time."""

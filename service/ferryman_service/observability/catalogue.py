@@ -91,6 +91,8 @@ LABELS: Final[Mapping[str, str]] = {
     "`succeeded`, `failed`, `cancelled`",
     "run": "the ids of active runs, at most 50; gone when the run ends",
     "outcome": "`started`, `failed_to_start`",
+    "size": "`small`: of a caller that has little in the engine; `large`: of one that has much; `long`: a sentence "
+    "that is much by itself, rows times maximum length",
     "gpu": "the GPU's index, from `0`",
 }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Final, Protocol
 
 from prometheus_client import CollectorRegistry
@@ -18,7 +18,21 @@ STEP_ROWS: Final = histogram(
     "ferryman_engine_step_rows", "Rows (sentences times beam) of a decoding step.", ROWS, unit="rows"
 )
 CACHE_BYTES: Final = gauge("ferryman_engine_cache_bytes", "Memory of all engines' key and value caches.", unit="bytes")
-METRICS: Final = (STEPS, STEP_ROWS, CACHE_BYTES)
+CACHE_BOOKED: Final = gauge(
+    "ferryman_engine_cache_booked_bytes",
+    "Memory that the caches would take if every sentence became as long as it may.",
+    unit="bytes",
+)
+CACHE_LIMIT: Final = gauge(
+    "ferryman_engine_cache_limit_bytes",
+    "How much of that may be booked before sentences wait; 0 without a limit.",
+    unit="bytes",
+)
+WAITING: Final = gauge(
+    "ferryman_engine_waiting_sentences", "Sentences that wait for rows of a batch or for memory.", ("size",)
+)
+SIZES: Final = ("small", "large", "long")
+METRICS: Final = (STEPS, STEP_ROWS, CACHE_BYTES, CACHE_BOOKED, CACHE_LIMIT, WAITING)
 
 
 class EngineCounts(Protocol):
@@ -31,6 +45,18 @@ class EngineCounts(Protocol):
 
     def cache_bytes(self) -> int:
         """Return how much memory the caches take now."""
+        ...
+
+    def booked_bytes(self) -> int:
+        """Return how much memory is booked for caches."""
+        ...
+
+    def limit_bytes(self) -> int:
+        """Return how much memory may be booked; 0 without a limit."""
+        ...
+
+    def waiting(self) -> Mapping[str, int]:
+        """Return how many sentences wait, by size."""
         ...
 
 
@@ -53,4 +79,10 @@ class EngineCollector(Collector):
         bounds = [*map(floatToGoString, STEP_ROWS.buckets), "+Inf"]
         step_rows.add_metric((), list(zip(bounds, map(float, itertools.accumulate(by_rows)), strict=True)), rows)
         cache_bytes.add_metric((), self._counts.cache_bytes())
-        yield from (steps, step_rows, cache_bytes)
+        booked, limit, waiting = CACHE_BOOKED.gauge_family(), CACHE_LIMIT.gauge_family(), WAITING.gauge_family()
+        booked.add_metric((), self._counts.booked_bytes())
+        limit.add_metric((), self._counts.limit_bytes())
+        by_size = self._counts.waiting()
+        for size in SIZES:
+            waiting.add_metric((size,), by_size.get(size, 0))
+        yield from (steps, step_rows, cache_bytes, booked, limit, waiting)

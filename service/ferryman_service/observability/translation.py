@@ -20,7 +20,10 @@ _METHODS: Final = ("Translate", "StreamTranslate")
 REQUESTS: Final = counter("ferryman_translate_requests_total", "Calls that were read.", ("method",))
 IN_FLIGHT: Final = gauge("ferryman_translate_in_flight", "Calls that are being served.", ("method",))
 QUEUE: Final = gauge(
-    "ferryman_translate_queue_tokens", "Source subwords times rows that wait or run.", ("method",), "tokens"
+    "ferryman_translate_queue_tokens",
+    "Rows times what each is booked with (source subwords, or half of a longer maximum length) that wait or run.",
+    ("method",),
+    "tokens",
 )
 QUEUE_LIMIT: Final = gauge(
     "ferryman_translate_queue_limit_tokens",

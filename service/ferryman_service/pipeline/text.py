@@ -11,13 +11,7 @@ from ferryman_service.domain.errors import InvalidSentence, Violation
 from ferryman_service.domain.tokens import EOS, UNK
 from ferryman_service.domain.translation import Hypothesis, PreparedSentence, SearchOptions, Translation
 from ferryman_service.search.sentence import RawHypothesis
-from ferryman_service.text.normalise import (
-    MAX_SENTENCE_BYTES,
-    has_control_characters,
-    is_too_large,
-    mark_violations,
-    normalise,
-)
+from ferryman_service.text.normalise import has_control_characters, mark_violations, normalise, size_violations
 from ferryman_service.text.subwords import Subwords
 
 _MAX_NAMED: Final = 10
@@ -27,10 +21,12 @@ _MAX_NAMED: Final = 10
 class SentenceText:
     """The text side of one model. Safe to use from several threads at once."""
 
-    def __init__(self, subwords: Subwords, max_sentence_tokens: int) -> None:
-        """Store the model's subwords and its longest source, in subwords with the end symbol."""
+    def __init__(self, subwords: Subwords, max_sentence_tokens: int, max_translation_tokens: int = 0) -> None:
+        """Store the model's subwords, its longest source and the longest translation, both in subwords with the end
+        symbol; 0: no translation is longer than the longest source."""
         self._subwords = subwords
         self.max_sentence_tokens = max_sentence_tokens
+        self._max_translation_tokens = max_translation_tokens or max_sentence_tokens
 
     def prepare(self, sentence: str, prefix: str, options: SearchOptions) -> PreparedSentence:
         """Normalise a sentence and split it into subwords; raises InvalidSentence with every violation, whose fields
@@ -68,9 +64,11 @@ class SentenceText:
         self, sentences: Sequence[str], prefixes: Sequence[str], options: SearchOptions, fields: tuple[str, str]
     ) -> tuple[list[PreparedSentence], list[Violation]]:
         started_ns = time.perf_counter_ns()
-        normalised, bad_sentences = _normalised(sentences, fields[0], "SENTENCE_TOO_LONG")
+        normalised, bad_sentences = _normalised(sentences, fields[0], "SENTENCE_TOO_LONG", self.max_sentence_tokens)
         sources = self._subwords.encode(normalised)
-        normalised_prefixes, bad_prefixes = _normalised(prefixes, fields[1], "PREFIX_TOO_LONG")
+        normalised_prefixes, bad_prefixes = _normalised(
+            prefixes, fields[1], "PREFIX_TOO_LONG", self._max_translation_tokens
+        )
         forced = self._subwords.encode(normalised_prefixes) if any(prefixes) else [[]] * len(sources)
         text_ns = (time.perf_counter_ns() - started_ns) // max(1, len(sentences))
         prepared: list[PreparedSentence] = []
@@ -96,6 +94,7 @@ class SentenceText:
 
     def _max_length(self, source_tokens: int, options: SearchOptions) -> int:
         longest = options.max_length or min(2 * source_tokens + 10, self.max_sentence_tokens)
+        longest = min(longest, self._max_translation_tokens)
         if options.max_length_ratio is not None:
             longest = min(longest, math.ceil(options.max_length_ratio * source_tokens))
         return max(1, longest)
@@ -163,24 +162,19 @@ class SentenceText:
         return [self._subwords.piece(token) for token in tokens]
 
 
-def _normalised(texts: Sequence[str], field: str, too_long: str) -> tuple[list[str], list[list[Violation]]]:
+def _normalised(
+    texts: Sequence[str], field: str, too_long: str, most_tokens: int
+) -> tuple[list[str], list[list[Violation]]]:
     """Return each text, normalised, and what is wrong with it before that: "" for one that must not be looked at any
-    further. `too_long` is the reason for a text over the bound in bytes."""
+    further. `too_long` and `most_tokens`: see `size_violations`."""
     normalised: list[str] = []
     violations: list[list[Violation]] = []
     for index, text in enumerate(texts):
-        found = _over_bounds(field.format(index), text, too_long)
+        found = size_violations(field.format(index), text, too_long, most_tokens)
+        found = found or mark_violations(field.format(index), text)
         normalised.append("" if found else normalise(text))
         violations.append(found or _control_characters(field.format(index), text))
     return normalised, violations
-
-
-def _over_bounds(field: str, text: str, too_long: str) -> list[Violation]:
-    if is_too_large(text):
-        cure = "shorten it" if too_long == "PREFIX_TOO_LONG" else "split the sentence, or ask for split_sentences"
-        description = f"has more than {MAX_SENTENCE_BYTES:,} bytes of UTF-8: {cure}"
-        return [Violation(field=field, description=description, reason=too_long)]
-    return mark_violations(field, text)
 
 
 def _control_characters(field: str, text: str) -> list[Violation]:

@@ -19,6 +19,7 @@ from ferryman_service.domain.translation import Hypothesis, Translation
 from ferryman_service.observability.translation import TranslationMetrics
 from ferryman_service.rpc import convert
 from ferryman_service.rpc.messages import DEFAULT_THREADS
+from ferryman_service.rpc.peers import peer_host
 from ferryman_service.rpc.shutdown import Shutdown
 from ferryman_service.rpc.translation_watch import DEFAULT_WATCH, TranslationWatch
 
@@ -58,7 +59,7 @@ class TranslationServicer(translation_pb2_grpc.TranslationServiceServicer):
         self._watch.sentences_read(work.sentences)
         with self._metrics.in_flight("Translate"):
             try:
-                result = await self._use_cases.translate(work)
+                result = await self._use_cases.translate(work, peer_host(context.peer()))
             except QueueFull:
                 self._metrics.rejected()
                 raise
@@ -78,7 +79,8 @@ class TranslationServicer(translation_pb2_grpc.TranslationServiceServicer):
         work = convert.stream_request_from_wire(first, context.time_remaining())
         self._watch.model_named(work.model)
         with self._metrics.in_flight("StreamTranslate"), self._watch.stream() as watch:
-            async with self._use_cases.stream(work) as stream, _reading(messages, work, stream, self._watch):
+            opened = self._use_cases.stream(work, peer_host(context.peer()))
+            async with opened as stream, _reading(messages, work, stream, self._watch):
                 watch.accepted(stream.version)
                 await context.send_initial_metadata(((ACCEPTED_KEY, stream.version.reference),))
                 while True:

@@ -1,12 +1,13 @@
-"""One running batch with its searches: sentences of the same width, each for a caller of its own."""
+"""One running batch with its searches: sentences of the same width and size, each for a caller of its own."""
 
 from __future__ import annotations
 
+import enum
 import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
 
@@ -19,6 +20,21 @@ from ferryman_service.search.sentence import RawHypothesis, SentenceSearch, need
 from ferryman_service.translation.counts import EngineCounts
 from ferryman_service.translation.waiting import Waiting
 
+_MOST_PEER_WEIGHT: Final = 8.0
+"""Twice that of a unary call: so a peer's crowd of calls leaves time for other batches."""
+
+
+class Size(enum.IntEnum):
+    """How much a sentence may take of a thread, and for how long. Sentences of different sizes share no batch: a small
+    call must not wait for the steps, nor for the rows, of a large one."""
+
+    SMALL = 0
+    """Of a caller that has little in the engine."""
+    LARGE = 1
+    """Of a caller that has much in the engine."""
+    LONG = 2
+    """Much by itself: it may keep its rows for many steps."""
+
 
 class LaneKind(NamedTuple):
     """What sentences must have in common to share a running batch."""
@@ -26,11 +42,12 @@ class LaneKind(NamedTuple):
     width: int
     logits: bool
     attention: bool
+    size: Size
 
 
-def lane_kind(options: SearchOptions, search: SentenceSearch) -> LaneKind:
+def lane_kind(options: SearchOptions, search: SentenceSearch, size: Size) -> LaneKind:
     """Return the kind of batch that the search needs."""
-    return LaneKind(options.rows, needs_logits(search), options.return_alignment)
+    return LaneKind(options.rows, needs_logits(search), options.return_alignment, size)
 
 
 @dataclass(slots=True)
@@ -47,13 +64,17 @@ class _Running:
 
 class Lane:
     """A running batch that sentences join and leave between steps. Used by one thread, and no more once it
-    `has_failed`."""
+    `has_failed`. `left` are the sentences that have left it; whoever reads them empties the list. `virtual_s` belongs
+    to the thread."""
 
     def __init__(self, kind: LaneKind, decoder: Decoder, text: SentenceText, counts: EngineCounts) -> None:
         """Make an empty batch; raises what the decoder raises, a lack of memory for instance. `counts` is told of every
         step."""
         self.kind = kind
         self.has_failed = False
+        self.left: list[SentenceWork] = []
+        self.virtual_s = 0.0
+        self._weight: float | None = None
         self._text = text
         self._counts = counts
         self._batch = decoder.batch(kind.width, attention=kind.attention)
@@ -73,6 +94,16 @@ class Lane:
         return len(self._running) * self.kind.width
 
     @property
+    def weight(self) -> float:
+        """The weights of all callers in the batch, but those of a peer count at most as two unary calls."""
+        if self._weight is None:
+            by_peer: dict[str, float] = {}
+            for share in {running.work.share for running in self._running}:
+                by_peer[share.peer] = by_peer.get(share.peer, 0.0) + share.weight
+            self._weight = sum(min(weight, _MOST_PEER_WEIGHT) for weight in by_peer.values())
+        return self._weight
+
+    @property
     def cache_bytes(self) -> int:
         """How much memory the batch's caches take; other threads may ask."""
         return self._batch.size_bytes
@@ -80,6 +111,7 @@ class Lane:
     def admit(self, admitted: Sequence[tuple[Waiting, SentenceSearch]]) -> None:
         """Encode sentences and let them join."""
         started_ns = time.perf_counter_ns()
+        self._weight = None
         for waiting, _ in admitted:
             work, queue_ns = waiting.work, started_ns - waiting.submitted_ns
             self._running.append(_Running(work, queue_ns, started_ns, self._steps, self._row_steps))
@@ -95,11 +127,8 @@ class Lane:
             running.encode_ns, running.joined_ns = now_ns - started_ns, now_ns
 
     def step(self) -> None:
-        """Let go those nobody waits for any more, feed a token to every row, and hand over what is done."""
+        """Feed a token to every row, and hand over what is done."""
         try:
-            self._let_go()
-            if not self._running:
-                return
             self._searches.step(self._batch)
             self._steps += 1
             self._row_steps += self.rows
@@ -110,12 +139,17 @@ class Lane:
         except Exception as error:  # noqa: BLE001
             self._fail_all(error)
 
-    def _let_go(self) -> None:
+    def let_go(self) -> None:
+        """Let those leave whom nobody waits for any more."""
         unwanted = {token for token in self._tokens if not token.is_wanted()}
         if not unwanted:
             return
         gone = [number for number, running in enumerate(self._running) if running.work.token in unwanted]
-        leaving = self._remove(gone)
+        try:
+            leaving = self._remove(gone)
+        except Exception as error:  # noqa: BLE001
+            self._fail_all(error)
+            return
         for running in leaving:
             running.work.done(
                 SentenceResult(translation=None, error=why_unwanted(running.work.token), timings=self._timings(running))
@@ -144,8 +178,10 @@ class Lane:
         self._batch.keep(kept_S)
         self._searches.keep(kept_S)
         self._running = [self._running[number] for number in kept_S.tolist()]
+        self._weight = None
         for running in leaving:
             self._forget(running.work.token)
+        self.left += [running.work for running in leaving]
         return leaving
 
     def _forget(self, token: CancelToken) -> None:
@@ -170,6 +206,7 @@ class Lane:
         self.has_failed = True
         failed, self._running = self._running, []
         self._tokens.clear()
+        self.left += [running.work for running in failed]
         for running in failed:
             running.work.done(SentenceResult(translation=None, error=error, timings=self._timings(running)))
 

@@ -11,6 +11,7 @@ from typing import Final
 import numpy as np
 from onnxruntime.capi import onnxruntime_pybind11_state as onnxruntime_errors
 
+from ferryman_service.bundle import graph_io
 from ferryman_service.bundle.graph_check import check_graphs
 from ferryman_service.bundle.manifest import SUBWORDS_FILE, Architecture, Manifest, read_manifest, verify
 from ferryman_service.config import open_files
@@ -20,6 +21,7 @@ from ferryman_service.domain.translation import ComputeType
 from ferryman_service.pipeline.text import SentenceText
 from ferryman_service.search.decoder import Decoder, RunningBatch
 from ferryman_service.text.subwords import Subwords
+from ferryman_service.translation.cache_memory import CacheShape
 from ferryman_service.translation.counts import EngineCounts
 from ferryman_service.translation.device_batch import DeviceRunningBatch
 from ferryman_service.translation.device_model import DeviceModel
@@ -61,15 +63,18 @@ class OnnxBundleLoader:
         on_a_gpu: SchedulerConfig = ON_A_GPU,
         *,
         rows_by_size: bool = True,
+        max_translation_tokens: int = 0,
         counts: EngineCounts | None = None,
     ) -> None:
         """Store the parts; `on_a_gpu` holds for models in fp16. With `rows_by_size` wide models run no more rows than
-        they make the most of, whatever `scheduler` says. `counts` is told what the engines do."""
+        they make the most of, whatever `scheduler` says. No translation has more than `max_translation_tokens`, 0: than
+        the longest source of its model. `counts` is told what the engines do."""
         assert on_a_gpu.threads == 1, "a model on a GPU is used by one thread"
         self._config = config
         self._scheduler = scheduler
         self._on_a_gpu = on_a_gpu
         self._rows_by_size = rows_by_size
+        self._max_translation_tokens = max_translation_tokens
         self._counts = counts
 
     def load(self, bundle: Path, compute_type: ComputeType | None = None) -> BatchingEngine:
@@ -88,8 +93,11 @@ class OnnxBundleLoader:
                 raise TooManyOpenFiles("the server has no file left to load the model with: try again") from error
             name = type(error).__name__  # its text names paths of this machine
             raise ModelDamaged(f"the bundle is as it was published, but cannot be loaded: {name}") from error
-        text = SentenceText(subwords, header.max_sentence_tokens)
-        scheduler = self._scheduling(header.architecture, config.compute_type)
+        text = SentenceText(subwords, header.max_sentence_tokens, self._max_translation_tokens)
+        scheduler = replace(
+            self._scheduling(header.architecture, config.compute_type),
+            cache_shape=_cache_shape(header.architecture, config.compute_type),
+        )
         return BatchingEngine(
             decoder,
             text,
@@ -117,6 +125,17 @@ class OnnxBundleLoader:
         if compute_type is ComputeType.FP16:
             return replace(self._config, compute_type=compute_type)
         return replace(self._config, compute_type=compute_type, device=CPU, cuda_graphs=False)
+
+
+def _cache_shape(architecture: Architecture, compute_type: ComputeType) -> CacheShape:
+    """Return what caches take: keys and values of each layer; on a GPU there are two pieces of memory."""
+    parts = 2 * architecture.decoder_layers * architecture.heads
+    size_bytes = 2 * 2 if compute_type is ComputeType.FP16 else 4
+    return CacheShape(
+        row_position_bytes=parts * graph_io.cache_width(architecture.head_dim) * size_bytes,
+        source_position_bytes=parts * architecture.head_dim * size_bytes,
+        powers_of_two=compute_type is ComputeType.FP16,
+    )
 
 
 def open_device_model(config: OnnxConfig, load: Callable[[OnnxConfig], DeviceModel]) -> DeviceModel:

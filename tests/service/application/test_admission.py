@@ -44,6 +44,22 @@ def test_a_translation_that_must_be_long_costs_its_length():
     assert cost_tokens(sentence, SearchOptions(beam_size=3)) == 12_000
 
 
+@pytest.mark.parametrize(
+    ("source_tokens", "max_length", "booked"), [(20, 50, 20), (20, 30, 20), (3, 256, 123), (3, 5, 3)]
+)
+def test_sentence_is_booked_with_its_maximum_length(source_tokens, max_length, booked):
+    """The default, 2 n + 10, costs n; a longer one in proportion."""
+    sentence = PreparedSentence(source=(1,) * source_tokens, max_length=max_length)
+    assert cost_tokens(sentence, SearchOptions(beam_size=32, patience=10)) == 32 * booked
+
+
+def test_expected_cost_follows_the_maximum_length_up_to_its_limit():
+    options = SearchOptions(beam_size=2, max_length=4096)
+    assert expected_tokens(["one"], (), options) == 2 * 2043
+    assert expected_tokens(["one", "two"], (), options, 256) == 2 * 2 * 123
+    assert expected_tokens(["four" * 300], (), options, 256) == 2 * 301
+
+
 def test_words_that_a_translation_must_begin_with_cost_too_unless_there_is_nothing_to_translate():
     prefix = (3,) * 40
     assert cost_tokens(PreparedSentence(source=(1, 2), prefix=prefix), SearchOptions(beam_size=2)) == 80
@@ -190,6 +206,46 @@ async def test_the_delay_counts_those_who_wait_already():
     assert (before.value.retry_delay_s, after.value.retry_delay_s) == (pytest.approx(2.0), pytest.approx(3.0))
     held.pop().release()
     await asyncio.wait_for(waiting, 5)
+
+
+def test_peer_within_its_share_is_not_refused_whatever_others_have_borrowed():
+    admission = Admission(100)
+    first = [admission.admit(10, "a") for _ in range(10)]
+    with pytest.raises(QueueFull):
+        admission.admit(1, "a")
+    neighbour = admission.admit(50, "b")
+    with pytest.raises(QueueFull):
+        admission.admit(1, "b")
+    admission.admit(33, "c").release()
+    with pytest.raises(QueueFull):
+        admission.admit(34, "c")
+    for held in (*first, neighbour):
+        held.release()
+    assert (admission.calls.used, admission.calls._used) == (0, {})
+    admission.admit(100, "b"), admission.admit(50, "a")
+
+
+async def test_peer_that_waits_with_least_is_served_first():
+    budget = TokenBudget(90)
+    await budget.take(90, "a")
+    order = []
+
+    async def take(name, tokens):
+        await budget.take(tokens, name[0])
+        order.append(name)
+
+    waiting = [asyncio.create_task(take(*item)) for item in (("a1", 10), ("a2", 10), ("b1", 60), ("b2", 1))]
+    await asyncio.sleep(0)
+    assert order == [], "60 is more than half, and nobody overtakes within a peer"
+    budget.give_back(10, "a")
+    await asyncio.sleep(0)
+    assert order == ["b1"]
+    budget.give_back(80, "a")
+    async with asyncio.timeout(5):
+        await asyncio.gather(*waiting)
+    assert order[1:] == ["a1", "a2", "b2"]
+    budget.give_back(20, "a"), budget.give_back(61, "b")
+    assert (budget.used, budget._used, budget._waiting) == (0, {}, {})
 
 
 def test_streams_and_calls_do_not_shut_each_other_out():

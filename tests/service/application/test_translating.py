@@ -275,6 +275,46 @@ async def test_a_call_over_the_whole_queue_is_refused_with_the_limit(make_cases,
     assert cases.queued_tokens() == (0, 0)
 
 
+async def test_call_that_is_too_large_is_refused_before_it_takes_room_or_is_split(make_cases, publish):
+    """1024 sentences would take the whole queue while they are cut into subwords, and other calls would be refused."""
+    publish()
+    loader = FakeBundleLoader()
+    cases = make_cases(loader=loader, queue_tokens=1000)
+    await cases.translate(request("x"))
+    loader.translator.preparing.clear()
+    long, options = "x" * 4096, {"n_best": 3, "max_length": 1}
+    refused = [
+        (request(*["fine"] * 9, long), InvalidSentence, [("sentences[9]", "SENTENCE_TOO_LONG")]),
+        (request("fine", prefixes=[long]), InvalidSentence, [("target_prefixes[0]", "PREFIX_TOO_LONG")]),
+        (request(*["x" * 800] * 20), InvalidRequest, [("sentences", "TOO_MANY_TOKENS")]),
+        (request(*["x" * 800] * 20, split=True), InvalidRequest, [("sentences", "TOO_MANY_TOKENS")]),
+        (request(*["long " * 9] * 20, **options), InvalidRequest, [("options.n_best", "CONFLICT")]),
+    ]
+    seen, take = [], cases._admission.calls.try_take
+    cases._admission.calls.try_take = lambda *arguments: seen.append(arguments) or take(*arguments)
+    for bad, error, violations in refused:
+        with pytest.raises(error) as caught:
+            await cases.translate(bad)
+        assert [(violation.field, violation.reason) for violation in caught.value.violations] == violations
+    assert (seen, loader.translator.preparing.is_set()) == ([], False)
+
+
+async def test_peer_is_served_while_another_has_filled_the_queue(make_cases, publish):
+    publish()
+    loader = FakeBundleLoader()
+    cases = make_cases(loader=loader, queue_tokens=100)
+    flood = [asyncio.create_task(cases.translate(request(*["wait"] * 5), "a")) for _ in range(10)]
+    await becomes(lambda: cases.queued_tokens() == (200, 0) or cases.queued_tokens()[0] >= 100)
+    with pytest.raises(QueueFull):
+        await cases.translate(request("one"), "a")
+    for number in range(50):
+        assert texts(await cases.translate(request(f"call {number}"), "b")) == [f"CALL {number}"]
+    assert set(loader.translator.peers) == {"a", "b"}
+    for call in flood:
+        call.cancel()
+    await asyncio.wait(flood)
+
+
 async def test_what_waits_for_a_load_is_counted(models, publish, loader):
     publish()
     loaded = LoadedModels(models, loader, LoadingLimits())

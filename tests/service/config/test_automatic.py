@@ -51,14 +51,15 @@ def test_models_may_take_half_of_the_usable_memory():
     assert with_automatic(ServiceConfig(), machine(memory_bytes=1), on_gpu=False).model_memory_mib == 1
 
 
-def test_models_have_no_limit_on_a_gpu_or_with_unknown_memory():
-    assert with_automatic(ServiceConfig(), machine(), on_gpu=True).model_memory_mib == 0
-    assert with_automatic(ServiceConfig(), machine(memory_bytes=None), on_gpu=False).model_memory_mib == 0
+def test_models_and_caches_have_no_limit_on_a_gpu_or_with_unknown_memory():
+    for where, on_gpu in ((machine(), True), (machine(memory_bytes=None), False)):
+        config = with_automatic(ServiceConfig(), where, on_gpu=on_gpu)
+        assert (config.model_memory_mib, config.cache_memory_mib) == (0, 0)
 
 
 @pytest.mark.parametrize("on_gpu", [True, False])
 def test_values_of_the_operator_stay(on_gpu):
-    config = ServiceConfig(translation_threads=3, queue_tokens=5, model_memory_mib=7)
+    config = ServiceConfig(translation_threads=3, queue_tokens=5, cache_memory_mib=6, model_memory_mib=7)
     assert with_automatic(config, machine(), on_gpu=on_gpu) == config
     assert not list(automatic_lines(config, machine()))
 
@@ -67,6 +68,7 @@ def test_lines_tell_what_automatic_options_become():
     assert list(automatic_lines(ServiceConfig(), machine(4, 4 * GIB))) == [
         "automatic translation_threads: 4",
         "automatic queue_tokens: 524288",
+        "automatic cache_memory_mib: 2048 (on a GPU: no limit)",
         "automatic model_memory_mib: 2048 (on a GPU: no limit)",
     ]
     lines = list(automatic_lines(ServiceConfig(), machine(memory_bytes=None)))

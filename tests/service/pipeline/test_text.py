@@ -7,6 +7,7 @@ from ferryman_service.domain.tokens import EOS
 from ferryman_service.domain.translation import Hypothesis, PreparedSentence, SearchOptions
 from ferryman_service.pipeline.text import SentenceText
 from ferryman_service.search.sentence import RawHypothesis
+from ferryman_service.text.normalise import least_subwords
 
 MAX_SENTENCE_TOKENS = 30
 LONG = " ".join(["one two three four"] * 20)
@@ -135,7 +136,7 @@ def test_the_longest_prefix_leaves_room_for_the_end_symbol(text, subwords):
     [
         ({}, (0, 18)),  # twice the source's 4 and 10
         ({"max_length": 5}, (0, 5)),
-        ({"max_length": 4096}, (0, 4096)),  # the caller's word counts, also beyond the model's sentences
+        ({"max_length": 4096}, (0, MAX_SENTENCE_TOKENS)),  # the model's limit counts
         ({"max_length_ratio": 1.5}, (0, 6)),
         ({"max_length_ratio": 1.3}, (0, 6)),  # 5.2, rounded up
         ({"max_length_ratio": 100.0}, (0, 18)),
@@ -218,3 +219,23 @@ def test_an_empty_sentence_begins_as_it_must(text, subwords):
     assert (hypothesis.alignment, sum(hypothesis.token_log_probabilities)) == ((), hypothesis.log_probability)
     [plain] = text.translation(text.prepare("", "one two", PLAIN), (), PLAIN).hypotheses
     assert (plain.text, plain.pieces, plain.token_log_probabilities) == ("one two", (), ())
+
+
+def test_operator_may_allow_longer_and_shorter_translations(subwords):
+    for limit in (5, 4000):
+        text = SentenceText(subwords, MAX_SENTENCE_TOKENS, limit)
+        assert text.prepare("one", "", SearchOptions(max_length=4096)).max_length == limit
+
+
+def test_length_alone_refuses_text_before_it_is_split(subwords):
+    class NoSubwords:
+        def encode(self, texts):
+            assert not any(texts), "a text that must be refused was looked at"
+            return [[] for _ in texts]
+
+    text = SentenceText(NoSubwords(), MAX_SENTENCE_TOKENS)
+    longest = "x " * (16 * (MAX_SENTENCE_TOKENS - 1))
+    assert violations(text.prepare, longest + "x", "", PLAIN) == [("sentence", "SENTENCE_TOO_LONG")]
+    assert violations(text.prepare, "", longest + "x", PLAIN) == [("prefix", "PREFIX_TOO_LONG")]
+    assert least_subwords(longest) == MAX_SENTENCE_TOKENS
+    assert [least_subwords(words) for words in (" \n", "x", "x" * 17, "\u00e9" * 64)] == [0, 2, 3, 2]

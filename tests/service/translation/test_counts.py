@@ -52,7 +52,7 @@ def test_engines_count_their_steps_and_caches_and_leave_the_steps_behind():
     decoder.gate.set()
     first.close()
     second.close()
-    assert counts.cache_bytes() == 0
+    assert (counts.cache_bytes(), counts.waiting()) == (0, {})
     assert sum(counts.steps_by_rows()[0]) == 11
 
 

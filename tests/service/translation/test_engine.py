@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from ferryman_service.bundle.manifest import SUBWORDS_FILE, read_manifest
 from ferryman_service.domain.errors import Cancelled, DeadlineExceeded, InvalidSentence
 from ferryman_service.domain.translation import (
     CancelToken,
@@ -21,10 +22,13 @@ from ferryman_service.domain.translation import (
     Timings,
     slowest,
 )
-from ferryman_service.translation.loader import OnnxBundleLoader
-from ferryman_service.translation.onnx_model import OnnxConfig
-from ferryman_service.translation.scheduler import SchedulerConfig
-from tests.fakes.random_model import random_sentences
+from ferryman_service.pipeline.text import SentenceText
+from ferryman_service.text.subwords import Subwords
+from ferryman_service.translation.counts import EngineCounts
+from ferryman_service.translation.loader import OnnxBundleLoader, OnnxDecoder
+from ferryman_service.translation.onnx_model import OnnxConfig, OnnxModel
+from ferryman_service.translation.scheduler import Scheduler, SchedulerConfig
+from tests.fakes.random_model import random_sentences, small_recipe
 from tests.fakes.scripted_decoder import Results
 
 KINDS = [
@@ -309,3 +313,73 @@ def test_batches_in_use_are_not_freed(start):
     finally:
         stop.set()
         asking.join()
+
+
+HOT = Sampling(temperature=50.0)
+
+
+class StepClock(EngineCounts):
+    """Counts steps, tells the rows of all of them as the time, and calls `on_step` after each, in its thread."""
+
+    def __init__(self):
+        super().__init__()
+        self.steps = self.rows = 0
+        self.on_step = lambda: None
+
+    def __call__(self):
+        return float(self.rows)
+
+    def step(self, rows):
+        self.steps, self.rows = self.steps + 1, self.rows + rows
+        self.on_step()
+
+
+@pytest.mark.parametrize(
+    ("options", "sentences"),
+    [
+        (SearchOptions(n_best=32, sampling=HOT), 100),
+        (SearchOptions(n_best=32, sampling=HOT, max_length=4096), 20),
+        (SearchOptions(beam_size=32, patience=10.0, max_length=4096, min_length=4000), 12),
+        (SearchOptions(max_length=4096, min_length=4000), 100),
+        (SearchOptions(beam_size=1, repetition_penalty=1.3), 400),
+    ],
+    ids=["samples", "long samples", "long beams", "long beams of five", "greedy with penalty"],
+)
+def test_large_request_gives_way_to_neighbours_and_finds_the_same(bundle_dir, options, sentences):
+    """A neighbour who calls with one sentence, again and again, waits for few steps besides its own; the request finds
+    the same, token for token, as alone. Rows are what time is counted in."""
+    texts = random_sentences(sentences, seed=3, max_words=1)
+    alone, waited = searched_beside_neighbours(bundle_dir, options, texts, has_neighbours=False)
+    assert not waited
+    together, waited = searched_beside_neighbours(bundle_dir, options, texts, has_neighbours=True)
+    assert waited
+    assert max(waited) <= 3
+    assert together == alone
+    assert max(map(len, itertools.chain(*alone))) <= small_recipe().data.max_sentence_tokens
+
+
+def searched_beside_neighbours(bundle_dir, options, texts, *, has_neighbours):
+    """Return the tokens that were found for each text, and how many steps that were not its own each neighbour saw."""
+    header = read_manifest(bundle_dir).header
+    decoder = OnnxDecoder(OnnxModel.load(bundle_dir, header.architecture, OnnxConfig()))
+    text = SentenceText(Subwords.load(bundle_dir / SUBWORDS_FILE), header.max_sentence_tokens)
+    results, clock, waited, share = Results(), StepClock(), [], FairShare(4.0)
+    scheduler = Scheduler(decoder, text, SchedulerConfig(), clock, clock)
+
+    def one(sentence, options, share, done, seed=0):
+        prepared = text.prepare(sentence, "", options)
+        return SentenceWork(sentence=prepared, options=options, token=CancelToken(), share=share, done=done, seed=seed)
+
+    def call():
+        begin = clock.steps
+        if has_neighbours and begin % 50 == 40 and len(results.order) < len(texts):
+            done = lambda result: waited.append(clock.steps - begin - result.timings.steps)  # noqa: E731
+            scheduler.submit([one("ba de", SearchOptions(), FairShare(4.0), done)])
+
+    clock.on_step = call
+    works = [one(each, options, share, results.of(number), number) for number, each in enumerate(texts)]
+    scheduler.submit(works)
+    results.wait(len(texts), timeout_s=120)
+    scheduler.close()
+    found = [results[number].translation.hypotheses for number in range(len(texts))]
+    return [[hypothesis.tokens for hypothesis in each] for each in found], waited

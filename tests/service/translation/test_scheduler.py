@@ -9,6 +9,8 @@ import pytest
 
 from ferryman_service.domain.errors import Cancelled, DeadlineExceeded
 from ferryman_service.domain.translation import CancelToken, FairShare, Sampling, SearchOptions
+from ferryman_service.translation.cache_memory import CacheMemory, CacheShape
+from ferryman_service.translation.counts import EngineCounts
 from ferryman_service.translation.scheduler import Scheduler, SchedulerConfig
 from tests.fakes.scripted_decoder import Results, ScriptedDecoder, ScriptedText, work
 
@@ -30,8 +32,8 @@ def start(decoder):
     """A maker of schedulers over the decoder; they are closed at the end."""
     made = []
 
-    def make(**config):
-        made.append(Scheduler(decoder, ScriptedText(), SchedulerConfig(**config)))
+    def make(counts=None, **config):
+        made.append(Scheduler(decoder, ScriptedText(), SchedulerConfig(**config), counts))
         return made[-1]
 
     yield make
@@ -284,7 +286,7 @@ def test_a_deadline_that_passes_in_the_line_is_told_soon(start, decoder, results
     scheduler = start(max_rows=1)
     scheduler.submit([work(100_000, results.of("endless"), token=(endless := CancelToken()))])
     started_s = time.monotonic()
-    scheduler.submit([work(1, results.of("late"), token=CancelToken(started_s + 0.05))])
+    scheduler.submit([work(1, results.of("late"), token=CancelToken(started_s + 0.05), max_length=100_000)])
     results.wait(1)
     late_s = time.monotonic() - started_s
     endless.cancel()
@@ -299,7 +301,7 @@ def test_a_cancelled_sentence_in_the_line_is_told_though_all_rows_are_taken(star
     scheduler = start(max_rows=1)
     endless, waiting = CancelToken(), CancelToken()
     scheduler.submit([work(100_000, results.of("endless"), token=endless)])
-    scheduler.submit([work(1, results.of(name), token=waiting) for name in range(300)])
+    scheduler.submit([work(1, results.of(name), token=waiting, max_length=100_000) for name in range(300)])
     waiting.cancel()
     results.wait(300)
     assert all(isinstance(results[name].error, Cancelled) for name in range(300))
@@ -409,3 +411,30 @@ def test_timings_count_the_sentences_own_steps_and_the_rows_beside_it(start, dec
     assert (plug.steps, plug.row_steps) == (10, 1 + 4 * 4 + 5)
     assert (short.steps, short.row_steps) == (4, 16)
     assert min(short.queue_ns, short.encode_ns, short.decode_ns) > 0
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_sentences_wait_for_cache_memory_and_small_callers_have_some_kept(start, decoder, results, threads):
+    """A large caller's sentence is booked with 2 rows of 64 positions, 1,280 bytes; 8 have room beside what is kept."""
+    memory = CacheMemory(12_000)
+    booked = []
+    decoder.on_step = lambda: booked.append(memory.booked_bytes)
+    scheduler = start(EngineCounts(memory), threads=threads, max_rows=40, cache_shape=CacheShape(row_position_bytes=10))
+    beam, large = SearchOptions(beam_size=2), FairShare()
+    scheduler.submit([work(9, results.of(name), options=beam, share=large, max_length=40) for name in range(60)])
+    results.wait(5)
+    scheduler.submit([work(3, results.of("small"), options=beam)])
+    results.wait(61)
+    assert results.order.index("small") < 40
+    assert max(booked) <= 12_000
+    assert max(booked) >= 8 * 1280, "what has room is used"
+    assert scheduler.waiting() == {"small": 0, "large": 0, "long": 0}
+    assert (large.booked, memory.booked_bytes) == (0, 0)
+
+
+def test_sentence_above_the_cache_memory_runs_alone(start, decoder, results):
+    memory = CacheMemory(10)
+    scheduler = start(EngineCounts(memory), cache_shape=CacheShape(row_position_bytes=10, source_position_bytes=1))
+    scheduler.submit([work(9, results.of(name)) for name in range(5)])
+    results.wait(5)
+    assert decoder.peak_rows == 1

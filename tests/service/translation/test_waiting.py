@@ -5,15 +5,15 @@ import random
 import pytest
 
 from ferryman_service.domain.translation import CancelToken, FairShare, SearchOptions
-from ferryman_service.translation.waiting import WaitingLine
+from ferryman_service.translation.waiting import PeerLines, WaitingLine
 from tests.fakes.scripted_decoder import work
 
 
 class Line:
     """A line of named sentences."""
 
-    def __init__(self):
-        self.line = WaitingLine()
+    def __init__(self, line=None):
+        self.line = WaitingLine() if line is None else line
         self._names = {}
 
     def add(self, name, share, tokens=10, **options):
@@ -154,3 +154,49 @@ def test_a_caller_is_asked_once_however_many_sentences_wait():
     assert line.take_all() == [number for number in range(100) if number % 3]
     line.line.take_abandoned()
     assert stays.asked == 2
+
+
+def test_peers_advance_alike_however_many_callers_each_has():
+    line, calm = Line(PeerLines()), FairShare(1.0, "calm")
+    for number in range(1000):
+        line.add(("crowd", number), FairShare(4.0, "crowd"))
+    for number in range(20):
+        line.add(("calm", number), calm)
+    first = [line.take()[0] for _ in range(40)]
+    assert first.count("calm") == 20
+    for _ in range(100):
+        line.take()
+    line.add("newcomer", FairShare(4.0, "new"), tokens=40)
+    assert "newcomer" in (line.take(), line.take())
+    token = CancelToken()
+    line.add("gone", FairShare(4.0, "gone"), token=token)
+    token.cancel()
+    assert len(line.line.take_abandoned()) == 1
+    assert len(line.take_all()) == len(line.line._lines) + 1000 + 20 + 1 - 40 - 100 - 2
+
+
+@pytest.mark.parametrize("peers", [1, 5])
+def test_peers_that_come_one_after_the_other_do_not_keep_a_bulk_waiting(peers):
+    line, bulk = Line(PeerLines()), FairShare(1.0, "bulk")
+    for name in range(60):
+        line.add(("bulk", name), bulk)
+    for name in range(peers):
+        line.add(("unary", name), FairShare(4.0, f"peer {name}"))
+    taken = []
+    while taken.count("bulk") < 60 and len(taken) < 10_000:
+        kind, name = line.take()
+        taken.append(kind)
+        if kind == "unary":
+            line.add(("unary", name), FairShare(4.0, f"peer {name}"))
+    assert taken.count("bulk") / len(taken) == pytest.approx(1 / (peers + 1), rel=0.15)
+
+
+def test_caller_whose_peer_had_nothing_in_line_is_not_held_up_by_what_it_took_before():
+    line, stream = Line(PeerLines()), FairShare(1.0, "peer")
+    for name in range(50):
+        line.add(name, stream)
+        assert line.take() == name
+    for name in range(3):
+        line.add(("stream", name), stream)
+        line.add(("call", name), FairShare(1.0, "peer"))
+    assert [line.take()[0] for _ in range(4)].count("stream") >= 1
