@@ -17,14 +17,16 @@ from prometheus_client import CollectorRegistry
 from sqlalchemy import Engine
 
 from ferryman_service.application.corpora import CorpusUseCases
+from ferryman_service.application.housekeeping import Duty, Housekeeping
 from ferryman_service.application.loaded_models import LoadedModels, LoadingLimits
 from ferryman_service.application.metrics_feed import FeedConfig, MetricsFeed
 from ferryman_service.application.models import ModelUseCases
 from ferryman_service.application.paging import Pager
 from ferryman_service.application.ports import BundleLoader
 from ferryman_service.application.readiness import Readiness
+from ferryman_service.application.run_limits import RunLimits
 from ferryman_service.application.supervisor import Supervisor, SupervisorConfig
-from ferryman_service.application.training import RunLimits, TrainingUseCases
+from ferryman_service.application.training import TrainingUseCases
 from ferryman_service.application.translating import TranslationLimits, TranslationUseCases
 from ferryman_service.config.automatic import with_automatic
 from ferryman_service.config.resources import find_machine
@@ -35,7 +37,7 @@ from ferryman_service.domain.tracing import Tracer
 from ferryman_service.domain.translation import ComputeType
 from ferryman_service.launch.torchrun import LaunchConfig, TorchrunLauncher, torchrun_command
 from ferryman_service.observability.engine import EngineCollector
-from ferryman_service.observability.gpu import GpuCollector, open_nvml
+from ferryman_service.observability.gpu import GpuCollector, gpu_memory_bytes, open_nvml
 from ferryman_service.observability.http import MetricsEndpoint, new_registry
 from ferryman_service.observability.launcher import LaunchMetrics
 from ferryman_service.observability.models import LoadedModelsCollector, LoadMetrics
@@ -61,8 +63,10 @@ from ferryman_service.stores.layout import DataFolder
 from ferryman_service.stores.lock import FolderLock
 from ferryman_service.stores.models import FileModelStore
 from ferryman_service.stores.probe import DatabaseProbe
+from ferryman_service.stores.retention import limit_prepared, remove_old_checkpoints
 from ferryman_service.stores.run_folders import FileRunFolders
 from ferryman_service.stores.runs import SqlRunStore
+from ferryman_service.stores.trash import empty_trash
 from ferryman_service.text.sentences import SentencexSplitter
 from ferryman_service.translation.counts import EngineCounts
 
@@ -72,12 +76,13 @@ _MAX_RESTART_PAUSE_S: Final = 60.0
 _CLOSE_S: Final = 3.0
 """What is left to do after the last call has ended, at most."""
 _BYTES_PER_MIB: Final = 2**20
+_HOUR_S: Final = 3600.0
 _FEED_THREADS: Final = 2
 _UPLOAD_WRITING_THREADS: Final = 4
 _UPLOAD_CHECKING_THREADS: Final = 2
 
 
-_Part: TypeAlias = Supervisor | RunObserver | health.HealthProber
+_Part: TypeAlias = Supervisor | RunObserver | health.HealthProber | Housekeeping
 
 
 @dataclass(frozen=True)
@@ -115,11 +120,12 @@ class _Threads:
     supervisor: Threads
     observer: Threads
     feed: Threads
+    housekeeping: Threads
     uploads: UploadThreads
 
     def others(self) -> tuple[Threads, ...]:
         """Return all but the supervisor's."""
-        return (self.probe, self.observer, self.feed, self.uploads.writing, self.uploads.checking)
+        return (self.probe, self.observer, self.feed, self.housekeeping, self.uploads.writing, self.uploads.checking)
 
 
 @dataclass(frozen=True)
@@ -244,7 +250,7 @@ def build_service(config: ServiceConfig) -> Service:
     if lock is not None:
         lock.acquire()
     metrics = _build_metrics()
-    stores = _open_stores(folder, config, metrics.store.failed)
+    stores = _open_stores(folder, config, metrics.store)
     stores.models.recover()
     if trains:
         stores.corpora.recover()
@@ -269,7 +275,7 @@ def build_service(config: ServiceConfig) -> Service:
         endpoint=MetricsEndpoint(metrics.registry, config.metrics_host, config.metrics_port),
         background=(
             _build_prober(stores, use_cases, around.health, threads.probe, config, supervisor),
-            *(() if supervisor is None else (supervisor, observer)),
+            *(() if supervisor is None else (supervisor, observer, _build_housekeeping(stores, config, threads))),
         ),
         use_cases=use_cases,
         threads=threads,
@@ -291,6 +297,7 @@ def _build_threads() -> _Threads:
         supervisor=Threads(1, "supervisor"),
         observer=Threads(1, "observer"),
         feed=Threads(_FEED_THREADS, "feed"),
+        housekeeping=Threads(1, "housekeeping"),
         uploads=UploadThreads(
             writing=Threads(_UPLOAD_WRITING_THREADS, "upload"), checking=Threads(_UPLOAD_CHECKING_THREADS, "check")
         ),
@@ -326,8 +333,12 @@ def _export_state(
         GpuCollector(registry, nvml)
 
 
-def _open_stores(folder: DataFolder, config: ServiceConfig, on_failure: Callable[[], None] | None = None) -> _Stores:
-    database = open_database(folder.database, on_failure=on_failure)
+def _open_stores(folder: DataFolder, config: ServiceConfig, metrics: StoreMetrics | None = None) -> _Stores:
+    database = (
+        open_database(folder.database)
+        if metrics is None
+        else open_database(folder.database, on_failure=metrics.failed, on_unreadable=metrics.found_unreadable)
+    )
     upgrade(database)
     return _Stores(
         folder=folder,
@@ -337,6 +348,22 @@ def _open_stores(folder: DataFolder, config: ServiceConfig, on_failure: Callable
         corpora=FileCorpusStore(database, folder, CorpusLimits(max_bytes=config.max_corpus_bytes)),
         models=FileModelStore(database, folder),
     )
+
+
+def _build_housekeeping(stores: _Stores, config: ServiceConfig, threads: _Threads) -> Housekeeping:
+    """Return what clears away, of which there is one: it belongs to the process that trains."""
+    database, folder = stores.database, stores.folder
+    works: dict[str, Callable[[], None]] = {"empty the trash": lambda: empty_trash(folder.trash, time.time_ns())}
+    if config.keep_checkpoints_days:
+        works["remove old checkpoints"] = lambda: remove_old_checkpoints(
+            database, folder, config.keep_checkpoints_days, time.time_ns()
+        )
+    if config.max_prepared_mib:
+        works["limit the prepared corpora"] = lambda: limit_prepared(
+            folder.prepared, config.max_prepared_mib * _BYTES_PER_MIB
+        )
+    duties = [Duty(name=name, work=work, interval_s=_HOUR_S, first_s=_HOUR_S) for name, work in works.items()]
+    return Housekeeping(duties, threads.housekeeping)
 
 
 def _build_use_cases(
@@ -356,6 +383,11 @@ def _build_use_cases(
                 max_queued=config.max_queued_runs,
                 processes=config.processes_per_run,
                 max_processes=config.max_processes_per_run,
+                max_unfinished=config.max_unfinished_runs,
+                max_parameters=config.max_parameters,
+                max_batch_tokens=config.max_batch_tokens,
+                max_hours=config.max_run_hours,
+                memory_bytes=_training_memory_bytes(config),
             ),
         ),
         feed=MetricsFeed(stores.runs, FeedConfig(heartbeat_s=config.heartbeat_s), threads.feed),
@@ -370,6 +402,16 @@ def _build_use_cases(
         ),
         loaded=loaded,
     )
+
+
+def _training_memory_bytes(config: ServiceConfig) -> int:
+    """Return the memory that a run's processes have together: that of the GPUs, if there are any to train on, else the
+    usable memory; 0 if nothing tells it."""
+    nvml = None if config.device is Device.CPU else open_nvml()
+    if nvml is not None and (of_gpus := gpu_memory_bytes(nvml)):
+        return of_gpus
+    memory = find_machine().memory
+    return 0 if memory is None else memory.value
 
 
 def _require_packages(config: ServiceConfig) -> None:

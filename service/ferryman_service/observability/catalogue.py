@@ -90,6 +90,7 @@ LABELS: Final[Mapping[str, str]] = {
     "run": "the ids of active runs, at most 50; gone when the run ends",
     "outcome": "`started`, `failed_to_start`",
     "gpu": "the GPU's index, from `0`",
+    "table": "the tables of the database: `runs`, `records`, `corpora`, `model_versions`, `model_aliases`",
 }
 
 _WIDTH: Final = 120

@@ -19,7 +19,12 @@ LAG_SECONDS: Final = histogram(
 ERRORS: Final = counter(
     "ferryman_store_errors_total", "Transactions that failed because the database or its disk could not be used."
 )
-METRICS: Final = (LAG_SECONDS, ERRORS)
+UNREADABLE: Final = counter(
+    "ferryman_store_unreadable_rows_total",
+    "Rows of the database that were found to be unreadable, each counted once; of a run's records only the first.",
+    ("table",),
+)
+METRICS: Final = (LAG_SECONDS, ERRORS, UNREADABLE)
 
 
 class StoreMetrics:
@@ -28,10 +33,15 @@ class StoreMetrics:
     def __init__(self, registry: CollectorRegistry) -> None:
         self._lag = LAG_SECONDS.histogram(registry)
         self._errors = ERRORS.counter(registry)
+        self._unreadable = UNREADABLE.counter(registry)
 
     def lagged(self, seconds: float) -> None:
         """Take note of how old a step was when it was read."""
         self._lag.observe(seconds)
+
+    def found_unreadable(self, table: str) -> None:
+        """Take note of a row of the table that cannot be read."""
+        self._unreadable.labels(table).inc()
 
     def failed(self) -> None:
         """Take note of a transaction that failed."""

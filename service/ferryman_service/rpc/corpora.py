@@ -66,8 +66,16 @@ class CorpusServicer(corpus_pb2_grpc.CorpusServiceServicer):
         """Return a page of corpora."""
         page = await asyncio.to_thread(self._use_cases.list_page, request.page_size, request.page_token)
         return corpus_pb2.ListCorporaResponse(
-            corpora=[convert.corpus_to_wire(corpus) for corpus in page.items], next_page_token=page.next_page_token
+            corpora=[convert.listed_corpus_to_wire(corpus) for corpus in page.items],
+            next_page_token=page.next_page_token,
         )
+
+    async def DeleteCorpus(
+        self, request: corpus_pb2.DeleteCorpusRequest, context: Context
+    ) -> corpus_pb2.DeleteCorpusResponse:
+        """Remove a corpus."""
+        await asyncio.to_thread(self._use_cases.delete, request.corpus_id)
+        return corpus_pb2.DeleteCorpusResponse()
 
     @asynccontextmanager
     async def _opened(self, header: CorpusHeader, request_id: str) -> AsyncIterator[CorpusUpload]:

@@ -110,7 +110,7 @@ class TrainingServicer(training_pb2_grpc.TrainingServiceServicer):
             self._use_cases.list_page, wanted, request.page_size, request.page_token, unknown
         )
         return training_pb2.ListTrainingRunsResponse(
-            runs=[convert.run_to_wire(run) for run in page.items], next_page_token=page.next_page_token
+            runs=[convert.listed_run_to_wire(run) for run in page.items], next_page_token=page.next_page_token
         )
 
     async def CancelTraining(

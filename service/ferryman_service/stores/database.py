@@ -18,6 +18,7 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, Engine
 
 from ferryman_service.domain.errors import DiskFull, StoreUnavailable
+from ferryman_service.stores.readable import UNREADABLE_OPTION, UnreadableRows
 from ferryman_service.stores.sqlite import WRITES_OPTION, create_sqlite_engine, translate_sqlite_error
 
 _log = logging.getLogger(__name__)
@@ -31,14 +32,22 @@ class DatabaseTooNew(Exception):
     """The database was written by a newer version of this program."""
 
 
-def open_database(path: Path, busy_timeout_s: float = 10.0, on_failure: Callable[[], None] | None = None) -> Engine:
+def open_database(
+    path: Path,
+    busy_timeout_s: float = 10.0,
+    on_failure: Callable[[], None] | None = None,
+    on_unreadable: Callable[[str], None] | None = None,
+) -> Engine:
     """Return an engine for the database file, safe to use from every thread. Its tables need `upgrade` first.
 
     A transaction waits `busy_timeout_s` for another process before it raises StoreUnavailable. `on_failure` is called
-    when one ends with StoreUnavailable or DiskFull.
+    when one ends with StoreUnavailable or DiskFull; `on_unreadable` is told the table of each row that is found to be
+    unreadable, once for each.
     """
     engine = create_sqlite_engine(path, busy_timeout_s)
-    engine.update_execution_options(**{_ON_FAILURE_OPTION: on_failure})
+    engine.update_execution_options(
+        **{_ON_FAILURE_OPTION: on_failure, UNREADABLE_OPTION: UnreadableRows(on_unreadable)}
+    )
     return engine
 
 

@@ -10,6 +10,7 @@ runs/<run_id>/                a run's checkpoints and logs
 models/<name>/<version>/      published bundles
 models/.staging/              bundles in the making
 models/.imports/              bundles on their way in or out
+trash/<id>/                   what was deleted; removed after a week (trash.py)
 """
 
 from __future__ import annotations
@@ -102,6 +103,11 @@ class DataFolder:
     def imports(self) -> Path:
         """The parent of all bundles that are being copied from elsewhere, or were deleted a moment ago."""
         return self.models / ".imports"
+
+    @property
+    def trash(self) -> Path:
+        """The parent of what was deleted, for a week."""
+        return self.root / "trash"
 
     def corpus_dir(self, corpus_id: str) -> Path:
         """Return the folder of a corpus."""

@@ -82,7 +82,7 @@ runs = SqlRunStore(open_database(Path(sys.argv[1])))
 print("ready", flush=True)
 sys.stdin.readline()
 for i in range(20):
-    run = TrainingRun(run_id=new_id("run"), state=RunState.QUEUED, corpus_id="c", model_name="m",
+    run = TrainingRun(run_id=new_id("run"), state=RunState.QUEUED, corpus_id="cor_x", model_name="m",
                       recipe=resolve_recipe({}), create_time_ns=time.time_ns())
     print(runs.create(run, RequestKey(request_id=f"request {i}", body_digest="d"), 1000).run_id, flush=True)
 """
