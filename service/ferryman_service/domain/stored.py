@@ -34,7 +34,8 @@ def readable(rows: Iterable[T | UnreadableRow]) -> list[T]:
 def check_fields(value: object) -> None:
     """Raise TypeError or ValueError if a field of this dataclass, or of one inside it, is not of the type that it
     declares: constructors take whatever a stored text holds."""
-    for name, allowed in _allowed_types(type(value)):
+    kind: Any = type(value)
+    for name, allowed in _allowed_types(kind):
         field = getattr(value, name)
         if type(field) not in allowed:
             raise TypeError(f"{name} is {_shown(field)}, which is of the wrong type")

@@ -29,7 +29,8 @@ def page_by_time(
     """Return the wanted rows of a table with `create_time_ns` that follow the place `after` (None: from the start), at
     most `limit`, each with its place."""
     [row_id] = table.primary_key.columns
-    time_ns, number = table.c.create_time_ns, literal_column(f"{table.name}.rowid")
+    time_ns = table.c.create_time_ns
+    number: ColumnElement[int] = literal_column(f"{table.name}.rowid")
     query = select(table, number.label("row_number")).where(*wanted)
     found: list[tuple[Row[Any], str]] = []
     if after is None or not after.startswith(_MARK):
