@@ -26,6 +26,7 @@ import torch
 
 from bench.result import Result, publish, watched_machine
 from ferryman_service.application.reporting import ReporterConfig, SilentReporter, StoreReporter
+from ferryman_service.domain.corpora import CorpusHeader, SentencePair, Split
 from ferryman_service.domain.ids import RUN_PREFIX, new_id
 from ferryman_service.domain.recipe import Recipe, SelectionMetric, resolve_recipe
 from ferryman_service.domain.records import EventLevel, RunState, StepMetrics, ValidationMetrics
@@ -35,6 +36,7 @@ from ferryman_service.domain.tokens import EOS
 from ferryman_service.launch.process import current_process_identity
 from ferryman_service.model.config import TransformerConfig
 from ferryman_service.model.transformer import Transformer
+from ferryman_service.stores.corpora import CorpusLimits, FileCorpusStore
 from ferryman_service.stores.database import open_database, upgrade
 from ferryman_service.stores.layout import DataFolder
 from ferryman_service.stores.runs import SqlRunStore
@@ -230,6 +232,14 @@ def _new_trainee(recipe: Recipe) -> TimedTrainee:
     return TimedTrainee(new_trainee(model, recipe, Ranks(rank=0, world_size=1, device=torch.device("cpu"))))
 
 
+def _corpus(corpora: FileCorpusStore) -> str:
+    """Store a corpus that nobody reads; return its id."""
+    upload = corpora.begin_upload(CorpusHeader(display_name="", source_language="en", target_language="de"), "")
+    for split in Split:
+        upload.add_pairs(split, [SentencePair(source="a", target="b")])
+    return upload.finish().corpus_id
+
+
 def _open_reporter(folder: Path, recipe: Recipe) -> StoreReporter:
     """Return the reporter of a claimed attempt in a new data folder."""
     data = DataFolder(folder)
@@ -240,7 +250,7 @@ def _open_reporter(folder: Path, recipe: Recipe) -> StoreReporter:
     run = TrainingRun(
         run_id=new_id(RUN_PREFIX),
         state=RunState.QUEUED,
-        corpus_id="none",
+        corpus_id=_corpus(FileCorpusStore(database, data, CorpusLimits())),
         model_name="overhead",
         recipe=recipe,
         create_time_ns=time.time_ns(),

@@ -224,6 +224,10 @@ class AsyncClient:
         """See `Client.get_corpus`."""
         return await self._call(_convert.get_corpus(corpus_id))
 
+    async def delete_corpus(self, corpus_id: str) -> None:
+        """See `Client.delete_corpus`."""
+        await self._call(_convert.delete_corpus(corpus_id))
+
     def list_corpora(self) -> AsyncIterator[types.Corpus]:
         """See `Client.list_corpora`; iterate with `async for`."""
         return self._all(_convert.list_corpora)

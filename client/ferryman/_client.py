@@ -137,7 +137,10 @@ class Client:
         return self._call(_convert.list_checkpoints(run_id))
 
     def delete_training_run(self, run_id: str) -> None:
-        """Remove a run that has ended; what it published stays. Raises RunNotFound, RunNotFinished."""
+        """Remove a run that has ended, or that the server cannot read; what it published stays.
+
+        Raises RunNotFound, RunNotFinished, RunStillNeeded.
+        """
         self._call(_convert.delete_training_run(run_id))
 
     @overload
@@ -250,11 +253,16 @@ class Client:
         return self._upload(call, requests, failures)
 
     def get_corpus(self, corpus_id: str) -> types.Corpus:
-        """Return the corpus. Raises CorpusNotFound."""
+        """Return the corpus. Raises CorpusNotFound, RowUnreadable."""
         return self._call(_convert.get_corpus(corpus_id))
 
+    def delete_corpus(self, corpus_id: str) -> None:
+        """Remove the corpus; runs that have ended and models keep working. The server's operator can bring its text
+        back for 7 days. Raises CorpusNotFound, CorpusInUse (unfinished runs train on it)."""
+        self._call(_convert.delete_corpus(corpus_id))
+
     def list_corpora(self) -> Iterator[types.Corpus]:
-        """Yield all corpora, newest first."""
+        """Yield all corpora, newest first; one that the server cannot read has `unreadable` set."""
         return self._all(_convert.list_corpora)
 
     # --- Models and translation ---------------------------------------------------------------------------------------

@@ -283,6 +283,16 @@ def get_corpus(corpus_id: str) -> Call[types.Corpus]:
     return Call(path=CORPUS + "GetCorpus", request=request, response_type=corpus_pb2.GetCorpusResponse, read=_corpus)
 
 
+def delete_corpus(corpus_id: str) -> Call[None]:
+    """DeleteCorpus."""
+    return Call(
+        path=CORPUS + "DeleteCorpus",
+        request=_request(corpus_pb2.DeleteCorpusRequest, corpus_id=corpus_id),
+        response_type=corpus_pb2.DeleteCorpusResponse,
+        read=lambda _: None,
+    )
+
+
 def list_corpora(token: str) -> Call[Page[types.Corpus]]:
     """ListCorpora, the page of the token."""
     return Call(

@@ -20,6 +20,7 @@
     │   ├── RunStillNeeded
     │   ├── ModelHasNoWeights
     │   ├── ModelInUse
+    │   ├── CorpusInUse
     │   ├── OptimizerNotKept
     │   └── RoleNotServed
     ├── OutOfRange
@@ -32,6 +33,7 @@
     │   ├── MessageTooLarge
     │   ├── ModelTooLarge
     │   ├── QueueFull
+    │   ├── TooManyAliases
     │   ├── TooManyCalls
     │   └── TooManyRuns
     ├── Unavailable              also: the server cannot be reached
@@ -43,7 +45,8 @@
     ├── Cancelled
     └── DataLoss
         ├── DatabaseDamaged
-        └── ModelDamaged
+        ├── ModelDamaged
+        └── RowUnreadable
 
 The classes below the root stand for a status code, the leaves for a reason. A reason that this client does not know yet
 becomes the class of its status code; a code that has no class becomes FerrymanError itself.
@@ -205,6 +208,10 @@ class ModelInUse(FailedPrecondition):
     """An alias points at the version, or an unfinished run starts from it: it cannot be deleted."""
 
 
+class CorpusInUse(FailedPrecondition):
+    """Unfinished runs train on the corpus: it cannot be deleted."""
+
+
 class OptimizerNotKept(FailedPrecondition):
     """The checkpoints of the run that made the model are gone, and with them Adam's moments."""
 
@@ -262,7 +269,11 @@ class TooManyCalls(ResourceExhausted):
 
 
 class TooManyRuns(ResourceExhausted):
-    """As many runs are waiting as the operator allows."""
+    """As many runs are waiting, or unfinished, as the operator allows."""
+
+
+class TooManyAliases(ResourceExhausted):
+    """A model has as many aliases as a model may have."""
 
 
 class Unavailable(FerrymanError):
@@ -311,6 +322,10 @@ class DatabaseDamaged(DataLoss):
 
 class ModelDamaged(DataLoss):
     """A file of a published model is missing or is not what was published, on the server or after a download."""
+
+
+class RowUnreadable(DataLoss):
+    """What the server's database holds of a run, a corpus or a version of a model cannot be read; it can be deleted."""
 
 
 def reason_of(error: type[FerrymanError]) -> str:

@@ -318,6 +318,19 @@ class _Backend:
         )
         return corpus_id
 
+    def delete_corpus(self, corpus_id: str) -> None:
+        with self.changed:
+            _found(self.corpora, corpus_id, errors.CorpusNotFound, "corpus")
+            users = [item for item in self.runs.values() if item.run.corpus_id == corpus_id]
+            unfinished = [item.run.run_id for item in users if not item.run.state.is_terminal]
+            if unfinished:
+                named = ",".join(unfinished)
+                raise errors.CorpusInUse(f"corpus {corpus_id} is trained on by {named}", metadata={"runs": named})
+            for item in users:
+                item.run = dataclasses.replace(item.run, corpus_deleted=True)
+            del self.corpora[corpus_id]
+            self.requests = {key: made for key, made in self.requests.items() if made[1] != corpus_id}
+
     def new_run(self, request: training_pb2.StartTrainingRequest) -> _FakeRun:
         run = types.TrainingRun(
             run_id="" if request.validate_only else f"run_{next(self._numbers):022}",
@@ -691,6 +704,13 @@ class _Corpora(_Servicer, corpus_pb2_grpc.CorpusServiceServicer):
         page, token = _page(list(self.backend.corpora.values())[::-1], request)
         corpora = [_filled(corpus_pb2.GetCorpusResponse(), "corpus", corpus).corpus for corpus in page]
         return corpus_pb2.ListCorporaResponse(corpora=corpora, next_page_token=token)
+
+    @_rpc
+    def DeleteCorpus(
+        self, request: corpus_pb2.DeleteCorpusRequest, context: grpc.ServicerContext
+    ) -> corpus_pb2.DeleteCorpusResponse:
+        self.backend.delete_corpus(request.corpus_id)
+        return corpus_pb2.DeleteCorpusResponse()
 
 
 class _Models(_Servicer, model_pb2_grpc.ModelServiceServicer):

@@ -294,7 +294,11 @@ class CorpusWarning:
 
 @dataclass(frozen=True, kw_only=True)
 class Corpus:
-    """A stored corpus; it never changes. `digest` is the SHA-256 of its content, hexadecimal."""
+    """A stored corpus; it never changes. `digest` is the SHA-256 of its content, hexadecimal.
+
+    `unreadable` says why the server cannot read it, in a list; then only the id is to be relied upon, and
+    `delete_corpus` removes it. It is empty for every other corpus.
+    """
 
     corpus_id: str
     display_name: str
@@ -305,6 +309,7 @@ class Corpus:
     digest: str
     create_time: datetime
     warnings: tuple[CorpusWarning, ...] = ()
+    unreadable: str = ""
 
 
 # --- Metrics ----------------------------------------------------------------------------------------------------------
@@ -462,7 +467,10 @@ class TrainingRun:
 
     `restarts` counts the workers in a row that died, or gave up, without a step of their own; `initial_model` is None
     or the version, "name/7", whose weights it starts from, and `keep_optimizer` says whether it starts with that
-    version's optimizer.
+    version's optimizer. `corpus_deleted` says that its corpus is gone.
+
+    `unreadable` says why the server cannot read it, in a list; then only the id is to be relied upon, and
+    `delete_training_run` removes it. It is empty for every other run.
     """
 
     run_id: str
@@ -484,6 +492,8 @@ class TrainingRun:
     initial_model: str | None = None
     processes: int = 1
     keep_optimizer: bool = False
+    unreadable: str = ""
+    corpus_deleted: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -531,7 +541,11 @@ class Int8Outcome:
 @dataclass(frozen=True, kw_only=True)
 class ModelVersion:
     """A published version; it never changes. `parameters` counts trained weights. `int8` is None if nobody has said
-    what it costs, as of versions of an earlier release."""
+    what it costs, as of versions of an earlier release.
+
+    `unreadable` says why the server cannot read it, in a list; then only name and number are to be relied upon, and
+    `delete_model_version` removes it. It is empty for every other version.
+    """
 
     name: str
     version: int
@@ -546,6 +560,7 @@ class ModelVersion:
     digest: str
     create_time: datetime
     int8: Int8Outcome | None = None
+    unreadable: str = ""
 
     @property
     def reference(self) -> str:
@@ -564,12 +579,14 @@ class ModelAlias:
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """A name with its newest version, the numbers of all, rising, and its aliases, by name."""
+    """A name with its newest version, the numbers of all, rising, and its aliases, by name. `unreadable` says of each
+    version and alias that the server cannot read why."""
 
     name: str
     latest_version: ModelVersion
     versions: tuple[int, ...]
     aliases: tuple[ModelAlias, ...] = ()
+    unreadable: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,8 +25,9 @@ from ferryman_service.application.models import ModelUseCases
 from ferryman_service.application.paging import Pager
 from ferryman_service.application.ports import BundleLoader
 from ferryman_service.application.readiness import Readiness
+from ferryman_service.application.run_limits import RunLimits
 from ferryman_service.application.supervisor import Supervisor, SupervisorConfig
-from ferryman_service.application.training import RunLimits, TrainingUseCases
+from ferryman_service.application.training import TrainingUseCases
 from ferryman_service.application.translating import TranslationLimits, TranslationUseCases
 from ferryman_service.config import open_files
 from ferryman_service.config.automatic import with_automatic
@@ -40,7 +41,7 @@ from ferryman_service.domain.translation import ComputeType
 from ferryman_service.launch.launcher import LaunchConfig, ProcessLauncher, worker_command
 from ferryman_service.launch.trial import examine_bundle
 from ferryman_service.observability.engine import EngineCollector
-from ferryman_service.observability.gpu import GpuCollector, open_nvml
+from ferryman_service.observability.gpu import GpuCollector, gpu_memory_bytes, open_nvml
 from ferryman_service.observability.http import MetricsEndpoint, new_registry
 from ferryman_service.observability.launcher import LaunchMetrics
 from ferryman_service.observability.models import LoadedModelsCollector, LoadMetrics
@@ -72,6 +73,7 @@ from ferryman_service.stores.layout import DataFolder
 from ferryman_service.stores.lock import FolderLock
 from ferryman_service.stores.models import FileModelStore
 from ferryman_service.stores.probe import DatabaseProbe
+from ferryman_service.stores.retention import limit_prepared, remove_old_checkpoints
 from ferryman_service.stores.run_folders import FileRunFolders
 from ferryman_service.stores.runs import SqlRunStore
 from ferryman_service.stores.sweep import finish_deletions, is_new, refuse_new_database, sweep
@@ -284,7 +286,7 @@ def build_service(config: ServiceConfig) -> Service:
     if lock is not None:
         lock.acquire()
     metrics = _build_metrics(config)
-    stores = _open_stores(folder, config, metrics.store.failed)
+    stores = _open_stores(folder, config, metrics.store)
     metrics.store.watch_damage(stores.integrity.damage)
     stores.models.recover()
     if trains:
@@ -313,7 +315,7 @@ def build_service(config: ServiceConfig) -> Service:
         ),
         background=(
             _build_prober(stores, use_cases, around.health, threads.probe, config, supervisor),
-            _build_housekeeping(stores, threads.housekeeping, trains=trains),
+            _build_housekeeping(stores, config, threads.housekeeping, trains=trains),
             *(() if supervisor is None else (supervisor, observer)),
         ),
         use_cases=use_cases,
@@ -377,12 +379,17 @@ def _export_state(
         GpuCollector(registry, nvml)
 
 
-def _open_stores(folder: DataFolder, config: ServiceConfig, on_failure: Callable[[], None] | None = None) -> _Stores:
+def _open_stores(folder: DataFolder, config: ServiceConfig, metrics: StoreMetrics | None = None) -> _Stores:
     refuse_new_database(folder)
     if not is_new(folder.database):
         refuse_damaged(folder.database)
     integrity = DatabaseIntegrity(folder.database)
-    database = open_database(folder.database, on_failure=on_failure, on_damage=integrity.met)
+    database = open_database(
+        folder.database,
+        on_failure=None if metrics is None else metrics.failed,
+        on_damage=integrity.met,
+        on_unreadable=None if metrics is None else metrics.found_unreadable,
+    )
     upgrade(database)
     space = FreeSpace(folder.root, config.min_free_mib)
     return _Stores(
@@ -397,8 +404,8 @@ def _open_stores(folder: DataFolder, config: ServiceConfig, on_failure: Callable
     )
 
 
-def _build_housekeeping(stores: _Stores, thread: Threads, *, trains: bool) -> Housekeeping:
-    """Every process clears away what its calls have left. The one that trains also deletes what others deleted."""
+def _build_housekeeping(stores: _Stores, config: ServiceConfig, thread: Threads, *, trains: bool) -> Housekeeping:
+    """Every process clears away what its calls have left. The one that trains also deletes what nobody needs."""
     database, folder = stores.database, stores.folder
 
     def clear_away() -> None:
@@ -407,11 +414,24 @@ def _build_housekeeping(stores: _Stores, thread: Threads, *, trains: bool) -> Ho
     def hourly(name: str, work: Callable[[], None]) -> Duty:
         return Duty(name=name, work=work, interval_s=_HOUR_S, first_s=_HOUR_S)
 
-    check = Duty(name="check the database", work=stores.integrity.check, interval_s=_DAY_S, first_s=_HOUR_S)
-    delete = hourly("delete", lambda: finish_deletions(database, folder))
-    empty = hourly("empty the trash", lambda: empty_trash(folder.trash, time.time_ns()))
-    duties = (check, hourly("clear away", clear_away))
-    return Housekeeping((*duties, delete, empty) if trains else duties, thread)
+    duties = [
+        Duty(name="check the database", work=stores.integrity.check, interval_s=_DAY_S, first_s=_HOUR_S),
+        hourly("clear away", clear_away),
+    ]
+    if trains:
+        duties.append(hourly("delete", lambda: finish_deletions(database, folder)))
+        duties.append(hourly("empty the trash", lambda: empty_trash(folder.trash, time.time_ns())))
+        if days := config.keep_checkpoints_days:
+            duties.append(
+                hourly("remove old checkpoints", lambda: remove_old_checkpoints(database, folder, days, time.time_ns()))
+            )
+        if limit_mib := config.max_prepared_mib:
+            duties.append(
+                hourly(
+                    "limit the prepared corpora", lambda: limit_prepared(folder.prepared, limit_mib * _BYTES_PER_MIB)
+                )
+            )
+    return Housekeeping(duties, thread)
 
 
 def _build_use_cases(
@@ -431,6 +451,11 @@ def _build_use_cases(
                 max_queued=config.max_queued_runs,
                 processes=config.processes_per_run,
                 max_processes=config.max_processes_per_run,
+                max_unfinished=config.max_unfinished_runs,
+                max_parameters=config.max_parameters,
+                max_batch_tokens=config.max_batch_tokens,
+                max_hours=config.max_run_hours,
+                memory_bytes=_training_memory_bytes(config),
             ),
             require_space=stores.space.require,
         ),
@@ -450,6 +475,16 @@ def _build_use_cases(
         ),
         loaded=loaded,
     )
+
+
+def _training_memory_bytes(config: ServiceConfig) -> int:
+    """Return the memory that a run's processes have together: that of the GPUs, if there are any to train on, else the
+    usable memory; 0 if nothing tells it."""
+    nvml = None if config.device is Device.CPU else open_nvml()
+    if nvml is not None and (of_gpus := gpu_memory_bytes(nvml)):
+        return of_gpus
+    memory = find_machine().memory
+    return 0 if memory is None else memory.value
 
 
 def _require_packages(config: ServiceConfig) -> None:

@@ -158,13 +158,14 @@ def test_large_requests_are_repeated_too(fake, client):
 def test_what_is_harmful_to_repeat_is_not_repeated(fake, client):
     for call, name in (
         (client.delete_training_run, "DeleteTrainingRun"),
+        (client.delete_corpus, "DeleteCorpus"),
         (client.delete_model_version, "DeleteModelVersion"),
         (client.unload_model, "UnloadModel"),
     ):
         fake.fail_next(name, errors.Unavailable("not now"))
         with pytest.raises(errors.Unavailable):
             call("x/1")
-    assert fake.calls == ["DeleteTrainingRun", "DeleteModelVersion", "UnloadModel"]
+    assert fake.calls == ["DeleteTrainingRun", "DeleteCorpus", "DeleteModelVersion", "UnloadModel"]
 
 
 async def test_a_service_that_is_down_is_soon_not_asked_four_times(fake):

@@ -201,3 +201,16 @@ async def test_the_async_client_does_the_same(fake, held):
         await client.delete_training_run(held)
         with pytest.raises(errors.RunNotFound):
             await client.get_training_run(held)
+
+
+def test_a_corpus_is_deleted_once_no_run_needs_it(fake, client, corpus):
+    fake.hold_after = 2
+    run_id = client.start_training(corpus.corpus_id, "m").run_id
+    with pytest.raises(errors.CorpusInUse) as caught:
+        client.delete_corpus(corpus.corpus_id)
+    assert caught.value.metadata["runs"] == run_id
+    fake.release(run_id)
+    client.delete_corpus(corpus.corpus_id)
+    assert client.get_training_run(run_id).corpus_deleted
+    with pytest.raises(errors.CorpusNotFound):
+        client.delete_corpus(corpus.corpus_id)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import grpc
 import pytest
+from sqlalchemy import insert
 
 from ferryman.v1 import corpus_pb2, model_pb2, training_pb2, translation_pb2
 from ferryman_service.application.loaded_models import LoadingLimits
@@ -14,6 +15,8 @@ from ferryman_service.bundle.manifest import verify
 from ferryman_service.domain.errors import DiskFull, ModelDamaged
 from ferryman_service.domain.models import parse_model_reference
 from ferryman_service.domain.records import RunState
+from ferryman_service.stores import tables
+from ferryman_service.stores.database import writing
 from ferryman_service.stores.free_space import FreeSpace
 from tests.fakes.bundle_loader import SpyBundleLoader
 from tests.fakes.loopback_service import upload_messages
@@ -211,6 +214,38 @@ def truncated_model(service):
     return by_model(service, "DownloadModel", "damaged")
 
 
+def unreadable(service, table):
+    """Damage every row of the table."""
+    with writing(service.runs._engine) as connection:
+        connection.exec_driver_sql(f"UPDATE {table} SET create_time_ns = 'x'")
+
+
+def unreadable_run(service):
+    run_id = service.start_run().run_id
+    unreadable(service, "runs")
+    return by_run(service, "GetTrainingRun", run_id)
+
+
+def unreadable_corpus(service):
+    corpus_id = service.upload().corpus_id
+    unreadable(service, "corpora")
+    return service.corpus_stub.GetCorpus, corpus_pb2.GetCorpusRequest(corpus_id=corpus_id)
+
+
+def corpus_in_use(service):
+    corpus_id = service.start_run().corpus_id
+    return service.corpus_stub.DeleteCorpus, corpus_pb2.DeleteCorpusRequest(corpus_id=corpus_id)
+
+
+def one_alias_too_many(service):
+    service.import_model("named")
+    rows = [{"name": "named", "alias": f"a{i}", "version": 1, "update_time_ns": 1} for i in range(100)]
+    with writing(service.runs._engine) as connection:
+        connection.execute(insert(tables.model_aliases), rows)
+    request = model_pb2.SetModelAliasRequest(name="named", alias="more", version=1)
+    return service.model_stub.SetModelAlias, request
+
+
 PROVOKED = {
     ("UploadCorpus", "INVALID_REQUEST"): lambda service: upload(service, source_language=""),
     ("UploadCorpus", "INVALID_CORPUS"): lambda service: upload(service, []),
@@ -221,6 +256,18 @@ PROVOKED = {
         service.corpus_stub.GetCorpus,
         corpus_pb2.GetCorpusRequest(corpus_id="nobody"),
     ),
+    ("GetCorpus", "ROW_UNREADABLE"): unreadable_corpus,
+    ("DeleteCorpus", "CORPUS_NOT_FOUND"): lambda service: (
+        service.corpus_stub.DeleteCorpus,
+        corpus_pb2.DeleteCorpusRequest(corpus_id="nobody"),
+    ),
+    ("DeleteCorpus", "CORPUS_IN_USE"): corpus_in_use,
+    ("DeleteCorpus", "INVALID_REQUEST"): lambda service: (
+        service.corpus_stub.DeleteCorpus,
+        corpus_pb2.DeleteCorpusRequest(),
+    ),
+    ("GetTrainingRun", "ROW_UNREADABLE"): unreadable_run,
+    ("SetModelAlias", "TOO_MANY_ALIASES"): one_alias_too_many,
     ("ListCorpora", "INVALID_REQUEST"): lambda service: (
         service.corpus_stub.ListCorpora,
         corpus_pb2.ListCorporaRequest(page_token="x"),

@@ -1,14 +1,16 @@
 """Pausing, resuming, deleting and fine-tuning, asked of the whole service with nothing but the generated stubs."""
 
 import json
+import time
 import uuid
 
 import grpc
 import pytest
 
-from ferryman.v1 import metrics_pb2, model_pb2, recipe_pb2, training_pb2
+from ferryman.v1 import corpus_pb2, metrics_pb2, model_pb2, recipe_pb2, training_pb2
 from ferryman_service.domain.records import RunState
 from ferryman_service.domain.runs import Handover, ProcessIdentity
+from ferryman_service.trash import empty_trash
 
 WORKER = ProcessIdentity(pid=4242, start_ticks=7, boot_id="boot")
 
@@ -233,3 +235,34 @@ def test_a_request_id_covers_the_new_fields(service, weights, refused, change):
     changed = training_pb2.StartTrainingRequest(**change)
     changed.MergeFrom(request)
     assert refused(service.training_stub.StartTraining, changed).reason == "REQUEST_ID_REUSED"
+
+
+def test_a_corpus_is_deleted_once_no_run_needs_it_and_ended_runs_tell(service, refused):
+    request_id = str(uuid.uuid4())
+    corpus_id = service.upload(request_id=request_id).corpus_id
+    wanted = training_pb2.StartTrainingRequest(corpus_id=corpus_id, model_name="m")
+    run_ids = [service.training_stub.StartTraining(wanted).run.run_id for _ in range(2)]
+    deletion = corpus_pb2.DeleteCorpusRequest(corpus_id=corpus_id)
+    ask(service, "CancelTraining", run_ids[0])
+    ask(service, "PauseTraining", run_ids[1])
+    refusal = refused(service.corpus_stub.DeleteCorpus, deletion)
+    assert (refusal.code, refusal.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "CORPUS_IN_USE")
+    assert refusal.details["ErrorInfo"].metadata["runs"] == run_ids[1]
+    ask(service, "CancelTraining", run_ids[1])
+    assert not get(service, run_ids[0]).corpus_deleted
+    service.corpus_stub.DeleteCorpus(deletion)
+    assert refused(service.corpus_stub.DeleteCorpus, deletion).reason == "CORPUS_NOT_FOUND"
+    listed = service.training_stub.ListTrainingRuns(training_pb2.ListTrainingRunsRequest(model_name="m", page_size=500))
+    for run in (get(service, run_ids[0]), *(run for run in listed.runs if run.run_id in run_ids)):
+        assert (run.corpus_id, run.corpus_deleted) == (corpus_id, True)
+    stream = training_pb2.StreamMetricsRequest(run_id=run_ids[0])
+    assert len(list(service.training_stub.StreamMetrics(stream))) == 2
+    assert refused(service.training_stub.StartTraining, wanted).reason == "CORPUS_NOT_FOUND"
+    assert service.upload(request_id=request_id).corpus_id != corpus_id, "its request_id is free again"
+    [content] = service.folder.trash.glob("*/content")
+    assert sorted(path.name for path in content.iterdir())[0] == "train.source"
+    assert not service.folder.corpus_dir(corpus_id).exists()
+    day_ns = 24 * 3600 * 10**9
+    for days, is_there in ((6, True), (8, False)):
+        empty_trash(service.folder.trash, time.time_ns() + days * day_ns)
+        assert content.exists() is is_there

@@ -22,7 +22,8 @@ from ferryman_service.application.loaded_models import LoadedModels, LoadingLimi
 from ferryman_service.application.metrics_feed import FeedConfig, MetricsFeed
 from ferryman_service.application.models import ModelUseCases
 from ferryman_service.application.paging import Pager
-from ferryman_service.application.training import RunLimits, TrainingUseCases
+from ferryman_service.application.run_limits import RunLimits
+from ferryman_service.application.training import TrainingUseCases
 from ferryman_service.application.translating import TranslationLimits, TranslationUseCases
 from ferryman_service.domain.records import RunState
 from ferryman_service.domain.runs import ProcessIdentity

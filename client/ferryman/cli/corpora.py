@@ -1,4 +1,4 @@
-"""`ferryman corpus`: upload corpora and look at them."""
+"""`ferryman corpus`: upload corpora, look at them, delete them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import typer
 
 from ferryman import Corpus, SplitStatistics
 from ferryman.cli.common import connect
-from ferryman.cli.output import print_fields, print_line, print_message, print_table
+from ferryman.cli.output import print_fields, print_line, print_message, print_table, unreadable
 
 app = typer.Typer(no_args_is_help=True, help="Parallel corpora.")
 
@@ -41,6 +41,8 @@ def list_(context: typer.Context) -> None:
     with connect(context) as client:
         rows = [
             (c.corpus_id, c.display_name, f"{c.source_language}-{c.target_language}", c.train.pairs, c.validation.pairs)
+            if not c.unreadable
+            else (c.corpus_id, unreadable(c.unreadable), "-", "-", "-")
             for c in client.list_corpora()
         ]
     print_table(("corpus", "name", "languages", "training pairs", "validation pairs"), rows)
@@ -64,6 +66,14 @@ def show(context: typer.Context, corpus_id: Annotated[str, typer.Argument(metava
             *(("warning", f"{warning.field}: {warning.message}") for warning in corpus.warnings),
         ]
     )
+
+
+@app.command()
+def delete(context: typer.Context, corpus_id: Annotated[str, typer.Argument(metavar="CORPUS")]) -> None:
+    """Delete a corpus that no unfinished run trains on; models and ended runs stay."""
+    with connect(context) as client:
+        client.delete_corpus(corpus_id)
+    print_line("deleted")
 
 
 def _describe(split: SplitStatistics) -> str:

@@ -8,7 +8,7 @@ from typing import Annotated, Final
 import typer
 
 from ferryman.cli.common import connect
-from ferryman.cli.output import print_fields, print_line, print_table
+from ferryman.cli.output import print_fields, print_line, print_table, unreadable
 from ferryman.types import Int8Outcome
 
 app = typer.Typer(no_args_is_help=True, help="Published models.")
@@ -39,6 +39,8 @@ def list_(
                 f"{latest.parameters:,}",
                 latest.create_time.isoformat(timespec="seconds"),
             )
+            if not latest.unreadable
+            else (latest.reference, unreadable(latest.unreadable), "-", "-", "-", "-")
             for latest in (model.latest_version for model in client.list_models())
         ]
     print_table(("latest version", "languages", "BLEU", "pairs", "parameters", "published"), rows)
@@ -58,6 +60,7 @@ def show(
             ("model", version.reference),
             ("all versions", ", ".join(map(str, details.model.versions))),
             ("aliases", ", ".join(f"{alias.alias} → {alias.version}" for alias in details.model.aliases) or "-"),
+            *(("unreadable", line) for line in details.model.unreadable),
             ("languages", f"{version.source_language} to {version.target_language}"),
             ("BLEU", f"{scores.bleu:.1f}{_of(scores.translated_pairs)}"),
             ("chrF", f"{scores.chrf:.1f}{_of(scores.translated_pairs)}"),

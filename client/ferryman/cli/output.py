@@ -54,6 +54,11 @@ def styled(text: str, style: str = "") -> Text:
     return Text(printable(text), style)
 
 
+def unreadable(why: str) -> str:
+    """Say in a list that the server cannot read this row."""
+    return f"unreadable: {why}"
+
+
 def print_line(text: object = "", *, flush: bool = False) -> None:
     """Print one line on standard output."""
     print(printable(str(text)), flush=flush)

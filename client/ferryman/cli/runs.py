@@ -11,7 +11,15 @@ import typer
 from ferryman import Client, Preset, RunState, TrainingRun
 from ferryman.cli.common import connect
 from ferryman.cli.ending import FAILED, INTERRUPTED
-from ferryman.cli.output import Terminal, print_fields, print_line, print_lines, print_message, print_table
+from ferryman.cli.output import (
+    Terminal,
+    print_fields,
+    print_line,
+    print_lines,
+    print_message,
+    print_table,
+    unreadable,
+)
 from ferryman.cli.progress import describe, follow, log_lines
 from ferryman.cli.recipes import build_recipe, to_toml
 
@@ -88,6 +96,8 @@ def list_(
     with connect(context) as client:
         rows = [
             (run.run_id, run.state, run.model_name, run.progress.step, *_best_bleu(run), _time(run))
+            if not run.unreadable
+            else (run.run_id, unreadable(run.unreadable), "-", "-", "-", "-", "-")
             for run in client.list_training_runs(states=state or (), model_name=model)
         ]
     print_table(("run", "state", "model", "step", "best BLEU", "pairs", "accepted"), rows)
@@ -103,7 +113,7 @@ def show(context: typer.Context, run_id: RunArgument) -> None:
     fields: list[tuple[str, object]] = [
         ("run", run.run_id),
         ("state", f"{run.state}{_requested(run)}"),
-        ("corpus", run.corpus_id),
+        ("corpus", f"{run.corpus_id}, which was deleted" if run.corpus_deleted else run.corpus_id),
         ("model", f"{run.model_name}{version}"),
         ("step", f"{run.progress.step:,} (epoch {run.progress.epoch}, {run.progress.fraction:.0%})"),
         ("target tokens", f"{run.progress.target_tokens:,}"),
@@ -156,7 +166,7 @@ def resume(context: typer.Context, run_id: RunArgument) -> None:
 
 @app.command()
 def delete(context: typer.Context, run_id: RunArgument) -> None:
-    """Remove a run that has ended, with its records and checkpoints; what it published stays."""
+    """Remove a run that has ended or is unreadable, with its records and checkpoints; what it published stays."""
     with connect(context) as client:
         client.delete_training_run(run_id)
     print_line("deleted")

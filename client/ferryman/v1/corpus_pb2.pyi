@@ -83,6 +83,7 @@ class Corpus(_message.Message):
     DIGEST_FIELD_NUMBER: _builtins.int
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     WARNINGS_FIELD_NUMBER: _builtins.int
+    UNREADABLE_FIELD_NUMBER: _builtins.int
     corpus_id: _builtins.str
     """Output only. Server-made id, such as "cor_01jd…"."""
     display_name: _builtins.str
@@ -93,6 +94,10 @@ class Corpus(_message.Message):
     """Output only. Language of the target side."""
     digest: _builtins.str
     """Output only. SHA-256 of the content, hexadecimal."""
+    unreadable: _builtins.str
+    """Output only. Why the server cannot read this corpus, in ListCorpora; then only corpus_id is to be relied upon, all
+    else is unset, and DeleteCorpus removes the corpus. Empty for every other corpus.
+    """
     @_builtins.property
     def train(self) -> Global___SplitStatistics:
         """Output only. The training pairs."""
@@ -121,10 +126,11 @@ class Corpus(_message.Message):
         digest: _builtins.str = ...,
         create_time: _timestamp_pb2.Timestamp | None = ...,
         warnings: _abc.Iterable[Global___CorpusWarning] | None = ...,
+        unreadable: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "train", b"train", "validation", b"validation"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["corpus_id", b"corpus_id", "create_time", b"create_time", "digest", b"digest", "display_name", b"display_name", "source_language", b"source_language", "target_language", b"target_language", "train", b"train", "validation", b"validation", "warnings", b"warnings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["corpus_id", b"corpus_id", "create_time", b"create_time", "digest", b"digest", "display_name", b"display_name", "source_language", b"source_language", "target_language", b"target_language", "train", b"train", "unreadable", b"unreadable", "validation", b"validation", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -504,3 +510,42 @@ class ListCorporaResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ListCorporaResponse: _TypeAlias = ListCorporaResponse  # noqa: Y015
+
+@_typing.final
+class DeleteCorpusRequest(_message.Message):
+    """Request of DeleteCorpus."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CORPUS_ID_FIELD_NUMBER: _builtins.int
+    corpus_id: _builtins.str
+    """Required. The corpus."""
+    def __init__(
+        self,
+        *,
+        corpus_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["corpus_id", b"corpus_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteCorpusRequest: _TypeAlias = DeleteCorpusRequest  # noqa: Y015
+
+@_typing.final
+class DeleteCorpusResponse(_message.Message):
+    """Response of DeleteCorpus."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteCorpusResponse: _TypeAlias = DeleteCorpusResponse  # noqa: Y015

@@ -50,6 +50,11 @@ class CorpusServiceStub:
                 request_serializer=ferryman_dot_v1_dot_corpus__pb2.ListCorporaRequest.SerializeToString,
                 response_deserializer=ferryman_dot_v1_dot_corpus__pb2.ListCorporaResponse.FromString,
                 _registered_method=True)
+        self.DeleteCorpus = channel.unary_unary(
+                '/ferryman.v1.CorpusService/DeleteCorpus',
+                request_serializer=ferryman_dot_v1_dot_corpus__pb2.DeleteCorpusRequest.SerializeToString,
+                response_deserializer=ferryman_dot_v1_dot_corpus__pb2.DeleteCorpusResponse.FromString,
+                _registered_method=True)
 
 
 class CorpusServiceServicer:
@@ -68,14 +73,26 @@ class CorpusServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GetCorpus(self, request, context):
-        """One corpus. NOT_FOUND (CORPUS_NOT_FOUND).
+        """One corpus. NOT_FOUND (CORPUS_NOT_FOUND), DATA_LOSS (ROW_UNREADABLE: its row in the server's database cannot be
+        read; DeleteCorpus removes it).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListCorpora(self, request, context):
-        """Corpora, newest first, page by page. INVALID_ARGUMENT (INVALID_REQUEST: a page token that is not ours).
+        """Corpora, newest first, page by page; one that cannot be read is among them, with `unreadable` set. INVALID_ARGUMENT
+        (INVALID_REQUEST: a page token that is not ours).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteCorpus(self, request, context):
+        """Removes a corpus. Its request_id is free again. Runs that have ended and models keep working, and such a run says
+        `corpus_deleted`. The server keeps the text aside for 7 days, where an operator can find it. NOT_FOUND
+        (CORPUS_NOT_FOUND), FAILED_PRECONDITION (CORPUS_IN_USE: unfinished runs train on it, which the metadata's `runs`
+        names), INVALID_ARGUMENT (INVALID_REQUEST).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -98,6 +115,11 @@ def add_CorpusServiceServicer_to_server(servicer, server):
                     servicer.ListCorpora,
                     request_deserializer=ferryman_dot_v1_dot_corpus__pb2.ListCorporaRequest.FromString,
                     response_serializer=ferryman_dot_v1_dot_corpus__pb2.ListCorporaResponse.SerializeToString,
+            ),
+            'DeleteCorpus': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteCorpus,
+                    request_deserializer=ferryman_dot_v1_dot_corpus__pb2.DeleteCorpusRequest.FromString,
+                    response_serializer=ferryman_dot_v1_dot_corpus__pb2.DeleteCorpusResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -182,6 +204,33 @@ class CorpusService:
             '/ferryman.v1.CorpusService/ListCorpora',
             ferryman_dot_v1_dot_corpus__pb2.ListCorporaRequest.SerializeToString,
             ferryman_dot_v1_dot_corpus__pb2.ListCorporaResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteCorpus(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/ferryman.v1.CorpusService/DeleteCorpus',
+            ferryman_dot_v1_dot_corpus__pb2.DeleteCorpusRequest.SerializeToString,
+            ferryman_dot_v1_dot_corpus__pb2.DeleteCorpusResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -41,9 +41,19 @@ class CorpusServiceStub:
     probably not meant is stored all the same, with `Corpus.warnings`.
     """
     GetCorpus: _grpc.UnaryUnaryMultiCallable[_corpus_pb2.GetCorpusRequest, _corpus_pb2.GetCorpusResponse]
-    """One corpus. NOT_FOUND (CORPUS_NOT_FOUND)."""
+    """One corpus. NOT_FOUND (CORPUS_NOT_FOUND), DATA_LOSS (ROW_UNREADABLE: its row in the server's database cannot be
+    read; DeleteCorpus removes it).
+    """
     ListCorpora: _grpc.UnaryUnaryMultiCallable[_corpus_pb2.ListCorporaRequest, _corpus_pb2.ListCorporaResponse]
-    """Corpora, newest first, page by page. INVALID_ARGUMENT (INVALID_REQUEST: a page token that is not ours)."""
+    """Corpora, newest first, page by page; one that cannot be read is among them, with `unreadable` set. INVALID_ARGUMENT
+    (INVALID_REQUEST: a page token that is not ours).
+    """
+    DeleteCorpus: _grpc.UnaryUnaryMultiCallable[_corpus_pb2.DeleteCorpusRequest, _corpus_pb2.DeleteCorpusResponse]
+    """Removes a corpus. Its request_id is free again. Runs that have ended and models keep working, and such a run says
+    `corpus_deleted`. The server keeps the text aside for 7 days, where an operator can find it. NOT_FOUND
+    (CORPUS_NOT_FOUND), FAILED_PRECONDITION (CORPUS_IN_USE: unfinished runs train on it, which the metadata's `runs`
+    names), INVALID_ARGUMENT (INVALID_REQUEST).
+    """
 
 @_typing.type_check_only
 class CorpusServiceAsyncStub(CorpusServiceStub):
@@ -58,9 +68,19 @@ class CorpusServiceAsyncStub(CorpusServiceStub):
     probably not meant is stored all the same, with `Corpus.warnings`.
     """
     GetCorpus: _aio.UnaryUnaryMultiCallable[_corpus_pb2.GetCorpusRequest, _corpus_pb2.GetCorpusResponse]  # type: ignore[assignment]
-    """One corpus. NOT_FOUND (CORPUS_NOT_FOUND)."""
+    """One corpus. NOT_FOUND (CORPUS_NOT_FOUND), DATA_LOSS (ROW_UNREADABLE: its row in the server's database cannot be
+    read; DeleteCorpus removes it).
+    """
     ListCorpora: _aio.UnaryUnaryMultiCallable[_corpus_pb2.ListCorporaRequest, _corpus_pb2.ListCorporaResponse]  # type: ignore[assignment]
-    """Corpora, newest first, page by page. INVALID_ARGUMENT (INVALID_REQUEST: a page token that is not ours)."""
+    """Corpora, newest first, page by page; one that cannot be read is among them, with `unreadable` set. INVALID_ARGUMENT
+    (INVALID_REQUEST: a page token that is not ours).
+    """
+    DeleteCorpus: _aio.UnaryUnaryMultiCallable[_corpus_pb2.DeleteCorpusRequest, _corpus_pb2.DeleteCorpusResponse]  # type: ignore[assignment]
+    """Removes a corpus. Its request_id is free again. Runs that have ended and models keep working, and such a run says
+    `corpus_deleted`. The server keeps the text aside for 7 days, where an operator can find it. NOT_FOUND
+    (CORPUS_NOT_FOUND), FAILED_PRECONDITION (CORPUS_IN_USE: unfinished runs train on it, which the metadata's `runs`
+    names), INVALID_ARGUMENT (INVALID_REQUEST).
+    """
 
 class CorpusServiceServicer(metaclass=_abc_1.ABCMeta):
     """Holds parallel corpora. Every error carries google.rpc.ErrorInfo (domain "ferryman.v1")."""
@@ -84,7 +104,9 @@ class CorpusServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _corpus_pb2.GetCorpusRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_corpus_pb2.GetCorpusResponse, _abc.Awaitable[_corpus_pb2.GetCorpusResponse]]:
-        """One corpus. NOT_FOUND (CORPUS_NOT_FOUND)."""
+        """One corpus. NOT_FOUND (CORPUS_NOT_FOUND), DATA_LOSS (ROW_UNREADABLE: its row in the server's database cannot be
+        read; DeleteCorpus removes it).
+        """
 
     @_abc_1.abstractmethod
     def ListCorpora(
@@ -92,6 +114,20 @@ class CorpusServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _corpus_pb2.ListCorporaRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_corpus_pb2.ListCorporaResponse, _abc.Awaitable[_corpus_pb2.ListCorporaResponse]]:
-        """Corpora, newest first, page by page. INVALID_ARGUMENT (INVALID_REQUEST: a page token that is not ours)."""
+        """Corpora, newest first, page by page; one that cannot be read is among them, with `unreadable` set. INVALID_ARGUMENT
+        (INVALID_REQUEST: a page token that is not ours).
+        """
+
+    @_abc_1.abstractmethod
+    def DeleteCorpus(
+        self,
+        request: _corpus_pb2.DeleteCorpusRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_corpus_pb2.DeleteCorpusResponse, _abc.Awaitable[_corpus_pb2.DeleteCorpusResponse]]:
+        """Removes a corpus. Its request_id is free again. Runs that have ended and models keep working, and such a run says
+        `corpus_deleted`. The server keeps the text aside for 7 days, where an operator can find it. NOT_FOUND
+        (CORPUS_NOT_FOUND), FAILED_PRECONDITION (CORPUS_IN_USE: unfinished runs train on it, which the metadata's `runs`
+        names), INVALID_ARGUMENT (INVALID_REQUEST).
+        """
 
 def add_CorpusServiceServicer_to_server(servicer: CorpusServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -31,6 +31,7 @@ class Model(_message.Message):
     LATEST_VERSION_FIELD_NUMBER: _builtins.int
     VERSIONS_FIELD_NUMBER: _builtins.int
     ALIASES_FIELD_NUMBER: _builtins.int
+    UNREADABLE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Output only. Its name."""
     @_builtins.property
@@ -45,6 +46,12 @@ class Model(_message.Message):
     def aliases(self) -> _containers.RepeatedCompositeFieldContainer[Global___ModelAlias]:
         """Output only. Its aliases, by name."""
 
+    @_builtins.property
+    def unreadable(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Output only. The versions and aliases that the server cannot read, a line each that says why; empty if it can read
+        all. A version among them is in `versions`, an alias is not in `aliases`; both can be deleted.
+        """
+
     def __init__(
         self,
         *,
@@ -52,10 +59,11 @@ class Model(_message.Message):
         latest_version: Global___ModelVersion | None = ...,
         versions: _abc.Iterable[_builtins.int] | None = ...,
         aliases: _abc.Iterable[Global___ModelAlias] | None = ...,
+        unreadable: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["latest_version", b"latest_version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "latest_version", b"latest_version", "name", b"name", "versions", b"versions"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "latest_version", b"latest_version", "name", b"name", "unreadable", b"unreadable", "versions", b"versions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -112,6 +120,7 @@ class ModelVersion(_message.Message):
     DIGEST_FIELD_NUMBER: _builtins.int
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     INT8_FIELD_NUMBER: _builtins.int
+    UNREADABLE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Output only. The model's name."""
     version: _builtins.int
@@ -130,6 +139,10 @@ class ModelVersion(_message.Message):
     """Output only. Size of the stored files, bytes."""
     digest: _builtins.str
     """Output only. SHA-256 of the manifest, which holds the digest of every file; hexadecimal."""
+    unreadable: _builtins.str
+    """Output only. Why the server cannot read this version, as `latest_version` of ListModels; then only name and version
+    are to be relied upon, all else is unset, and DeleteModelVersion removes the version. Empty for every other version.
+    """
     @_builtins.property
     def recipe(self) -> _recipe_pb2.Recipe:
         """Output only. The resolved recipe."""
@@ -164,10 +177,11 @@ class ModelVersion(_message.Message):
         digest: _builtins.str = ...,
         create_time: _timestamp_pb2.Timestamp | None = ...,
         int8: Global___Int8Outcome | None = ...,
+        unreadable: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_int8", b"_int8", "create_time", b"create_time", "int8", b"int8", "recipe", b"recipe", "scores", b"scores"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_int8", b"_int8", "corpus_id", b"corpus_id", "create_time", b"create_time", "digest", b"digest", "int8", b"int8", "name", b"name", "parameters", b"parameters", "recipe", b"recipe", "run_id", b"run_id", "scores", b"scores", "size_bytes", b"size_bytes", "source_language", b"source_language", "target_language", b"target_language", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_int8", b"_int8", "corpus_id", b"corpus_id", "create_time", b"create_time", "digest", b"digest", "int8", b"int8", "name", b"name", "parameters", b"parameters", "recipe", b"recipe", "run_id", b"run_id", "scores", b"scores", "size_bytes", b"size_bytes", "source_language", b"source_language", "target_language", b"target_language", "unreadable", b"unreadable", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__int8: _TypeAlias = _typing.Literal["int8"]  # noqa: Y015
     _WhichOneofArgType__int8: _TypeAlias = _typing.Literal["_int8", b"_int8"]  # noqa: Y015

@@ -28,7 +28,9 @@ if _version_not_supported:
 class ModelServiceStub:
     """Holds published models. A *reference* names a version of one: "name" the latest, "name/7" exactly that one,
     "name@production" the one that the alias points at now. Every error carries google.rpc.ErrorInfo (domain
-    "ferryman.v1"); INVALID_ARGUMENT also carries google.rpc.BadRequest with all violations at once.
+    "ferryman.v1"); INVALID_ARGUMENT also carries google.rpc.BadRequest with all violations at once. A version whose row in
+    the server's database cannot be read is DATA_LOSS (ROW_UNREADABLE) for every call that names it, but DeleteModelVersion
+    removes it, and ListModels lists it.
     """
 
     def __init__(self, channel):
@@ -87,7 +89,9 @@ class ModelServiceStub:
 class ModelServiceServicer:
     """Holds published models. A *reference* names a version of one: "name" the latest, "name/7" exactly that one,
     "name@production" the one that the alias points at now. Every error carries google.rpc.ErrorInfo (domain
-    "ferryman.v1"); INVALID_ARGUMENT also carries google.rpc.BadRequest with all violations at once.
+    "ferryman.v1"); INVALID_ARGUMENT also carries google.rpc.BadRequest with all violations at once. A version whose row in
+    the server's database cannot be read is DATA_LOSS (ROW_UNREADABLE) for every call that names it, but DeleteModelVersion
+    removes it, and ListModels lists it.
     """
 
     def ListModels(self, request, context):
@@ -110,7 +114,8 @@ class ModelServiceServicer:
         one, and no request fails. If the server translates and has the alias's present target in memory, it loads and warms
         up the new one before the alias moves. Setting an alias where it is is no error. NOT_FOUND (MODEL_NOT_FOUND: no such
         version), INVALID_ARGUMENT (INVALID_REQUEST), and, the alias staying where it was, DATA_LOSS (MODEL_DAMAGED) and
-        RESOURCE_EXHAUSTED (MODEL_TOO_LARGE) of that load.
+        RESOURCE_EXHAUSTED (MODEL_TOO_LARGE) of that load. A new alias of a model that has as many as a model may have is
+        RESOURCE_EXHAUSTED (TOO_MANY_ALIASES).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -231,7 +236,9 @@ def add_ModelServiceServicer_to_server(servicer, server):
 class ModelService:
     """Holds published models. A *reference* names a version of one: "name" the latest, "name/7" exactly that one,
     "name@production" the one that the alias points at now. Every error carries google.rpc.ErrorInfo (domain
-    "ferryman.v1"); INVALID_ARGUMENT also carries google.rpc.BadRequest with all violations at once.
+    "ferryman.v1"); INVALID_ARGUMENT also carries google.rpc.BadRequest with all violations at once. A version whose row in
+    the server's database cannot be read is DATA_LOSS (ROW_UNREADABLE) for every call that names it, but DeleteModelVersion
+    removes it, and ListModels lists it.
     """
 
     @staticmethod

@@ -29,7 +29,9 @@ GRPC_VERSION: str
 class ModelServiceStub:
     """Holds published models. A *reference* names a version of one: "name" the latest, "name/7" exactly that one,
     "name@production" the one that the alias points at now. Every error carries google.rpc.ErrorInfo (domain
-    "ferryman.v1"); INVALID_ARGUMENT also carries google.rpc.BadRequest with all violations at once.
+    "ferryman.v1"); INVALID_ARGUMENT also carries google.rpc.BadRequest with all violations at once. A version whose row in
+    the server's database cannot be read is DATA_LOSS (ROW_UNREADABLE) for every call that names it, but DeleteModelVersion
+    removes it, and ListModels lists it.
     """
 
     @_typing.overload
@@ -47,7 +49,8 @@ class ModelServiceStub:
     one, and no request fails. If the server translates and has the alias's present target in memory, it loads and warms
     up the new one before the alias moves. Setting an alias where it is is no error. NOT_FOUND (MODEL_NOT_FOUND: no such
     version), INVALID_ARGUMENT (INVALID_REQUEST), and, the alias staying where it was, DATA_LOSS (MODEL_DAMAGED) and
-    RESOURCE_EXHAUSTED (MODEL_TOO_LARGE) of that load.
+    RESOURCE_EXHAUSTED (MODEL_TOO_LARGE) of that load. A new alias of a model that has as many as a model may have is
+    RESOURCE_EXHAUSTED (TOO_MANY_ALIASES).
     """
     DeleteModelAlias: _grpc.UnaryUnaryMultiCallable[_model_pb2.DeleteModelAliasRequest, _model_pb2.DeleteModelAliasResponse]
     """Removes an alias; what it pointed at stays. NOT_FOUND (MODEL_NOT_FOUND: no such alias), INVALID_ARGUMENT
@@ -85,7 +88,9 @@ class ModelServiceStub:
 class ModelServiceAsyncStub(ModelServiceStub):
     """Holds published models. A *reference* names a version of one: "name" the latest, "name/7" exactly that one,
     "name@production" the one that the alias points at now. Every error carries google.rpc.ErrorInfo (domain
-    "ferryman.v1"); INVALID_ARGUMENT also carries google.rpc.BadRequest with all violations at once.
+    "ferryman.v1"); INVALID_ARGUMENT also carries google.rpc.BadRequest with all violations at once. A version whose row in
+    the server's database cannot be read is DATA_LOSS (ROW_UNREADABLE) for every call that names it, but DeleteModelVersion
+    removes it, and ListModels lists it.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -100,7 +105,8 @@ class ModelServiceAsyncStub(ModelServiceStub):
     one, and no request fails. If the server translates and has the alias's present target in memory, it loads and warms
     up the new one before the alias moves. Setting an alias where it is is no error. NOT_FOUND (MODEL_NOT_FOUND: no such
     version), INVALID_ARGUMENT (INVALID_REQUEST), and, the alias staying where it was, DATA_LOSS (MODEL_DAMAGED) and
-    RESOURCE_EXHAUSTED (MODEL_TOO_LARGE) of that load.
+    RESOURCE_EXHAUSTED (MODEL_TOO_LARGE) of that load. A new alias of a model that has as many as a model may have is
+    RESOURCE_EXHAUSTED (TOO_MANY_ALIASES).
     """
     DeleteModelAlias: _aio.UnaryUnaryMultiCallable[_model_pb2.DeleteModelAliasRequest, _model_pb2.DeleteModelAliasResponse]  # type: ignore[assignment]
     """Removes an alias; what it pointed at stays. NOT_FOUND (MODEL_NOT_FOUND: no such alias), INVALID_ARGUMENT
@@ -137,7 +143,9 @@ class ModelServiceAsyncStub(ModelServiceStub):
 class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
     """Holds published models. A *reference* names a version of one: "name" the latest, "name/7" exactly that one,
     "name@production" the one that the alias points at now. Every error carries google.rpc.ErrorInfo (domain
-    "ferryman.v1"); INVALID_ARGUMENT also carries google.rpc.BadRequest with all violations at once.
+    "ferryman.v1"); INVALID_ARGUMENT also carries google.rpc.BadRequest with all violations at once. A version whose row in
+    the server's database cannot be read is DATA_LOSS (ROW_UNREADABLE) for every call that names it, but DeleteModelVersion
+    removes it, and ListModels lists it.
     """
 
     @_abc_1.abstractmethod
@@ -168,7 +176,8 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         one, and no request fails. If the server translates and has the alias's present target in memory, it loads and warms
         up the new one before the alias moves. Setting an alias where it is is no error. NOT_FOUND (MODEL_NOT_FOUND: no such
         version), INVALID_ARGUMENT (INVALID_REQUEST), and, the alias staying where it was, DATA_LOSS (MODEL_DAMAGED) and
-        RESOURCE_EXHAUSTED (MODEL_TOO_LARGE) of that load.
+        RESOURCE_EXHAUSTED (MODEL_TOO_LARGE) of that load. A new alias of a model that has as many as a model may have is
+        RESOURCE_EXHAUSTED (TOO_MANY_ALIASES).
         """
 
     @_abc_1.abstractmethod

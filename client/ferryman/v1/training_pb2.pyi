@@ -72,6 +72,8 @@ class TrainingRun(_message.Message):
     INITIAL_MODEL_FIELD_NUMBER: _builtins.int
     PROCESSES_FIELD_NUMBER: _builtins.int
     KEEP_OPTIMIZER_FIELD_NUMBER: _builtins.int
+    UNREADABLE_FIELD_NUMBER: _builtins.int
+    CORPUS_DELETED_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     """Output only. Server-made id, such as "run_01jd…"."""
     state: _metrics_pb2.RunState.ValueType
@@ -100,6 +102,12 @@ class TrainingRun(_message.Message):
     """Output only. Processes that train it together."""
     keep_optimizer: _builtins.bool
     """Output only. Whether it starts with Adam's moments of the run that made initial_model, instead of fresh ones."""
+    unreadable: _builtins.str
+    """Output only. Why the server cannot read this run, in ListTrainingRuns; then only run_id is to be relied upon, all
+    else may be unset, and DeleteTrainingRun removes the run. Empty for every other run.
+    """
+    corpus_deleted: _builtins.bool
+    """Output only. Whether the corpus was deleted after the run had ended."""
     @_builtins.property
     def recipe(self) -> _recipe_pb2.Recipe:
         """Output only. The resolved recipe: every field is set."""
@@ -146,10 +154,12 @@ class TrainingRun(_message.Message):
         initial_model: _builtins.str = ...,
         processes: _builtins.int = ...,
         keep_optimizer: _builtins.bool = ...,
+        unreadable: _builtins.str = ...,
+        corpus_deleted: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "end_time", b"end_time", "error", b"error", "progress", b"progress", "recipe", b"recipe", "start_time", b"start_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "cancel_requested", b"cancel_requested", "corpus_id", b"corpus_id", "create_time", b"create_time", "end_time", b"end_time", "error", b"error", "initial_model", b"initial_model", "keep_optimizer", b"keep_optimizer", "last_sequence", b"last_sequence", "model_name", b"model_name", "model_version", b"model_version", "pause_requested", b"pause_requested", "processes", b"processes", "progress", b"progress", "recipe", b"recipe", "restarts", b"restarts", "run_id", b"run_id", "start_time", b"start_time", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "cancel_requested", b"cancel_requested", "corpus_deleted", b"corpus_deleted", "corpus_id", b"corpus_id", "create_time", b"create_time", "end_time", b"end_time", "error", b"error", "initial_model", b"initial_model", "keep_optimizer", b"keep_optimizer", "last_sequence", b"last_sequence", "model_name", b"model_name", "model_version", b"model_version", "pause_requested", b"pause_requested", "processes", b"processes", "progress", b"progress", "recipe", b"recipe", "restarts", b"restarts", "run_id", b"run_id", "start_time", b"start_time", "state", b"state", "unreadable", b"unreadable"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -284,7 +294,10 @@ class StartTrainingRequest(_message.Message):
     """
     @_builtins.property
     def recipe(self) -> _recipe_pb2.Recipe:
-        """Optional. What to train and how. Default: the preset "tiny"."""
+        """Optional. What to train and how. Default: the preset "tiny". What is over a limit of the server's operator
+        (parameters, target tokens of an update, time, memory) is a violation with the reason OVER_LIMIT that names the
+        limit.
+        """
 
     def __init__(
         self,

@@ -29,7 +29,8 @@ class TrainingServiceStub:
     """Trains models. Every error carries google.rpc.ErrorInfo (domain "ferryman.v1"); INVALID_ARGUMENT also carries
     google.rpc.BadRequest with all violations at once. A server that does not serve the training role answers
     FAILED_PRECONDITION, reason ROLE_NOT_SERVED, to StartTraining, CancelTraining, PauseTraining, ResumeTraining and
-    DeleteTrainingRun.
+    DeleteTrainingRun. A run whose row in the server's database cannot be read is DATA_LOSS (ROW_UNREADABLE) for every
+    call that names it, but DeleteTrainingRun removes it, whatever its state, and ListTrainingRuns lists it.
     """
 
     def __init__(self, channel):
@@ -94,7 +95,8 @@ class TrainingServiceServicer:
     """Trains models. Every error carries google.rpc.ErrorInfo (domain "ferryman.v1"); INVALID_ARGUMENT also carries
     google.rpc.BadRequest with all violations at once. A server that does not serve the training role answers
     FAILED_PRECONDITION, reason ROLE_NOT_SERVED, to StartTraining, CancelTraining, PauseTraining, ResumeTraining and
-    DeleteTrainingRun.
+    DeleteTrainingRun. A run whose row in the server's database cannot be read is DATA_LOSS (ROW_UNREADABLE) for every
+    call that names it, but DeleteTrainingRun removes it, whatever its state, and ListTrainingRuns lists it.
     """
 
     def StartTraining(self, request, context):
@@ -129,14 +131,14 @@ class TrainingServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GetTrainingRun(self, request, context):
-        """One run. NOT_FOUND (RUN_NOT_FOUND).
+        """One run. NOT_FOUND (RUN_NOT_FOUND), DATA_LOSS (ROW_UNREADABLE).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListTrainingRuns(self, request, context):
-        """Runs, page by page. INVALID_ARGUMENT (INVALID_REQUEST: a page token that is not ours or belongs to another filter).
+        """Runs, page by page; one that cannot be read is among them, with `unreadable` set. INVALID_ARGUMENT (INVALID_REQUEST: a page token that is not ours or belongs to another filter).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -250,7 +252,8 @@ class TrainingService:
     """Trains models. Every error carries google.rpc.ErrorInfo (domain "ferryman.v1"); INVALID_ARGUMENT also carries
     google.rpc.BadRequest with all violations at once. A server that does not serve the training role answers
     FAILED_PRECONDITION, reason ROLE_NOT_SERVED, to StartTraining, CancelTraining, PauseTraining, ResumeTraining and
-    DeleteTrainingRun.
+    DeleteTrainingRun. A run whose row in the server's database cannot be read is DATA_LOSS (ROW_UNREADABLE) for every
+    call that names it, but DeleteTrainingRun removes it, whatever its state, and ListTrainingRuns lists it.
     """
 
     @staticmethod

@@ -30,7 +30,8 @@ class TrainingServiceStub:
     """Trains models. Every error carries google.rpc.ErrorInfo (domain "ferryman.v1"); INVALID_ARGUMENT also carries
     google.rpc.BadRequest with all violations at once. A server that does not serve the training role answers
     FAILED_PRECONDITION, reason ROLE_NOT_SERVED, to StartTraining, CancelTraining, PauseTraining, ResumeTraining and
-    DeleteTrainingRun.
+    DeleteTrainingRun. A run whose row in the server's database cannot be read is DATA_LOSS (ROW_UNREADABLE) for every
+    call that names it, but DeleteTrainingRun removes it, whatever its state, and ListTrainingRuns lists it.
     """
 
     @_typing.overload
@@ -57,9 +58,9 @@ class TrainingServiceStub:
     INVALID_ARGUMENT (INVALID_RECIPE, INVALID_REQUEST), NOT_FOUND (RUN_NOT_FOUND).
     """
     GetTrainingRun: _grpc.UnaryUnaryMultiCallable[_training_pb2.GetTrainingRunRequest, _training_pb2.GetTrainingRunResponse]
-    """One run. NOT_FOUND (RUN_NOT_FOUND)."""
+    """One run. NOT_FOUND (RUN_NOT_FOUND), DATA_LOSS (ROW_UNREADABLE)."""
     ListTrainingRuns: _grpc.UnaryUnaryMultiCallable[_training_pb2.ListTrainingRunsRequest, _training_pb2.ListTrainingRunsResponse]
-    """Runs, page by page. INVALID_ARGUMENT (INVALID_REQUEST: a page token that is not ours or belongs to another filter)."""
+    """Runs, page by page; one that cannot be read is among them, with `unreadable` set. INVALID_ARGUMENT (INVALID_REQUEST: a page token that is not ours or belongs to another filter)."""
     CancelTraining: _grpc.UnaryUnaryMultiCallable[_training_pb2.CancelTrainingRequest, _training_pb2.CancelTrainingResponse]
     """Asks a run to stop. A queued or paused run is CANCELLED at once, a running one after its current step; nothing is
     published. Cancelling a cancelled run is no error. NOT_FOUND (RUN_NOT_FOUND), FAILED_PRECONDITION
@@ -88,7 +89,8 @@ class TrainingServiceAsyncStub(TrainingServiceStub):
     """Trains models. Every error carries google.rpc.ErrorInfo (domain "ferryman.v1"); INVALID_ARGUMENT also carries
     google.rpc.BadRequest with all violations at once. A server that does not serve the training role answers
     FAILED_PRECONDITION, reason ROLE_NOT_SERVED, to StartTraining, CancelTraining, PauseTraining, ResumeTraining and
-    DeleteTrainingRun.
+    DeleteTrainingRun. A run whose row in the server's database cannot be read is DATA_LOSS (ROW_UNREADABLE) for every
+    call that names it, but DeleteTrainingRun removes it, whatever its state, and ListTrainingRuns lists it.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -112,9 +114,9 @@ class TrainingServiceAsyncStub(TrainingServiceStub):
     INVALID_ARGUMENT (INVALID_RECIPE, INVALID_REQUEST), NOT_FOUND (RUN_NOT_FOUND).
     """
     GetTrainingRun: _aio.UnaryUnaryMultiCallable[_training_pb2.GetTrainingRunRequest, _training_pb2.GetTrainingRunResponse]  # type: ignore[assignment]
-    """One run. NOT_FOUND (RUN_NOT_FOUND)."""
+    """One run. NOT_FOUND (RUN_NOT_FOUND), DATA_LOSS (ROW_UNREADABLE)."""
     ListTrainingRuns: _aio.UnaryUnaryMultiCallable[_training_pb2.ListTrainingRunsRequest, _training_pb2.ListTrainingRunsResponse]  # type: ignore[assignment]
-    """Runs, page by page. INVALID_ARGUMENT (INVALID_REQUEST: a page token that is not ours or belongs to another filter)."""
+    """Runs, page by page; one that cannot be read is among them, with `unreadable` set. INVALID_ARGUMENT (INVALID_REQUEST: a page token that is not ours or belongs to another filter)."""
     CancelTraining: _aio.UnaryUnaryMultiCallable[_training_pb2.CancelTrainingRequest, _training_pb2.CancelTrainingResponse]  # type: ignore[assignment]
     """Asks a run to stop. A queued or paused run is CANCELLED at once, a running one after its current step; nothing is
     published. Cancelling a cancelled run is no error. NOT_FOUND (RUN_NOT_FOUND), FAILED_PRECONDITION
@@ -142,7 +144,8 @@ class TrainingServiceServicer(metaclass=_abc_1.ABCMeta):
     """Trains models. Every error carries google.rpc.ErrorInfo (domain "ferryman.v1"); INVALID_ARGUMENT also carries
     google.rpc.BadRequest with all violations at once. A server that does not serve the training role answers
     FAILED_PRECONDITION, reason ROLE_NOT_SERVED, to StartTraining, CancelTraining, PauseTraining, ResumeTraining and
-    DeleteTrainingRun.
+    DeleteTrainingRun. A run whose row in the server's database cannot be read is DATA_LOSS (ROW_UNREADABLE) for every
+    call that names it, but DeleteTrainingRun removes it, whatever its state, and ListTrainingRuns lists it.
     """
 
     @_abc_1.abstractmethod
@@ -188,7 +191,7 @@ class TrainingServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _training_pb2.GetTrainingRunRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_training_pb2.GetTrainingRunResponse, _abc.Awaitable[_training_pb2.GetTrainingRunResponse]]:
-        """One run. NOT_FOUND (RUN_NOT_FOUND)."""
+        """One run. NOT_FOUND (RUN_NOT_FOUND), DATA_LOSS (ROW_UNREADABLE)."""
 
     @_abc_1.abstractmethod
     def ListTrainingRuns(
@@ -196,7 +199,7 @@ class TrainingServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _training_pb2.ListTrainingRunsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_training_pb2.ListTrainingRunsResponse, _abc.Awaitable[_training_pb2.ListTrainingRunsResponse]]:
-        """Runs, page by page. INVALID_ARGUMENT (INVALID_REQUEST: a page token that is not ours or belongs to another filter)."""
+        """Runs, page by page; one that cannot be read is among them, with `unreadable` set. INVALID_ARGUMENT (INVALID_REQUEST: a page token that is not ours or belongs to another filter)."""
 
     @_abc_1.abstractmethod
     def CancelTraining(

@@ -11,6 +11,7 @@ from ferryman_service.domain.corpora import Corpus, CorpusHeader
 from ferryman_service.domain.errors import InvalidRequest, Violation
 from ferryman_service.domain.language_tags import language_tag_violation
 from ferryman_service.domain.names import name_violations
+from ferryman_service.domain.stored import UnreadableRow
 
 
 class CorpusUseCases:
@@ -33,18 +34,26 @@ class CorpusUseCases:
         return self._corpora.begin_upload(header, request_id.lower())
 
     def get(self, corpus_id: str) -> Corpus:
-        """Return a corpus; raises InvalidRequest (empty id), CorpusNotFound."""
+        """Return a corpus; raises InvalidRequest (empty id), CorpusNotFound, RowUnreadable."""
         if violations := list(required(corpus_id, "corpus_id")):
             raise InvalidRequest(violations)
         return self._corpora.get(corpus_id)
 
-    def list_page(self, page_size: int, page_token: str, takes: Callable[[Corpus], bool]) -> Page[Corpus]:
+    def delete(self, corpus_id: str) -> None:
+        """Remove a corpus; raises InvalidRequest (empty id), CorpusNotFound, CorpusInUse."""
+        if violations := list(required(corpus_id, "corpus_id")):
+            raise InvalidRequest(violations)
+        self._corpora.delete(corpus_id)
+
+    def list_page(
+        self, page_size: int, page_token: str, takes: Callable[[Corpus | UnreadableRow], bool]
+    ) -> Page[Corpus | UnreadableRow]:
         """Return a page of corpora, newest first; `takes` is the Pager's."""
         return self._pager.page(
-            listing="corpora",
+            listing="corpora by place",
             page_size=page_size,
             page_token=page_token,
             fetch=self._corpora.list_page,
-            key_of=lambda corpus: corpus.corpus_id,
+            key_of=lambda corpus: corpus.place,
             takes=takes,
         )

@@ -35,12 +35,15 @@ from ferryman_service.application.verification import (
     translate_held_out,
 )
 from ferryman_service.domain.cleanup import clean_up
+from ferryman_service.domain.corpora import Corpus
 from ferryman_service.domain.errors import (
     AttemptFenced,
+    CorpusNotFound,
     DatabaseDamaged,
     DiskFull,
     ModelDamaged,
     ModelNotFound,
+    RowUnreadable,
     RunNotFound,
     StoreUnavailable,
 )
@@ -227,8 +230,16 @@ def _check_corpus(ports: WorkerPorts, corpus_id: str) -> None:
         raise TrainingFailed(FailureReason.CORPUS_DAMAGED, f"{damage}: upload it again, and start a run on that")
 
 
+def _corpus(ports: WorkerPorts, run: TrainingRun) -> Corpus:
+    """Return the run's corpus; raises TrainingFailed if it is gone or cannot be read, for no other worker can."""
+    try:
+        return ports.corpora.get(run.corpus_id)
+    except (CorpusNotFound, RowUnreadable) as error:
+        raise TrainingFailed(FailureReason.CORPUS_DAMAGED, error.message) from error
+
+
 def _job(ports: WorkerPorts, run: TrainingRun, run_dir: Path) -> TrainingJob:
-    corpus = ports.corpora.get(run.corpus_id)
+    corpus = _corpus(ports, run)
     return TrainingJob(
         run_id=run.run_id,
         recipe=run.recipe,
@@ -251,7 +262,7 @@ def initial_weights(models: ModelStore, folders: RunFolders, run: TrainingRun) -
     try:
         version = models.resolve(parse_model_reference(run.initial_model))
         weights, subwords = models.weights(version)
-    except (ModelNotFound, ModelDamaged) as error:
+    except (ModelNotFound, ModelDamaged, RowUnreadable) as error:
         raise TrainingFailed(FailureReason.INITIAL_MODEL_UNUSABLE, error.message) from error
     checkpoint = folders.last_checkpoint(version.lineage.run_id) if run.keep_optimizer else None
     # Later attempts go on from a checkpoint of their own.
@@ -287,7 +298,7 @@ def _train_and_publish(ports: WorkerPorts, run: TrainingRun, run_dir: Path) -> N
 
 
 def _export(ports: WorkerPorts, run: TrainingRun, trained: TrainedModel, reporter: StoreReporter) -> Path:
-    corpus = ports.corpora.get(run.corpus_id)
+    corpus = _corpus(ports, run)
     lineage = ModelLineage(
         run_id=run.run_id,
         corpus_id=run.corpus_id,

@@ -17,6 +17,7 @@ from ferryman_service.application.ports import RunHead, RunStore
 from ferryman_service.domain.errors import (
     DatabaseDamaged,
     DiskFull,
+    FerrymanError,
     InvalidRequest,
     RunNotFound,
     SequenceOutOfRange,
@@ -74,12 +75,13 @@ class MetricsFeed:
         """Yield the records after `after_sequence`; with `follow`, go on until the run's end.
 
         Raises InvalidRequest, RunNotFound, SequenceOutOfRange before the first item; RunNotFound also when the run is
-        deleted before its records were read.
+        deleted before its records were read; RowUnreadable.
         """
         head = await self._first_head(run_id, after_sequence)
         cursor, last_of_history = after_sequence, head.last_sequence
         with _Watching(self, run_id, head) as watch:
             while True:
+                head = watch.head
                 records = await self._threads.run(self._runs.records_after, run_id, cursor, _READ_LIMIT)
                 for record in records:
                     if not follow and record.sequence > last_of_history:
@@ -89,11 +91,21 @@ class MetricsFeed:
                     if isinstance(record.payload, StateChange) and record.payload.state.is_terminal:
                         return
                 if not records and watch.deleted:
-                    raise _not_found(run_id)
-                if self._is_over(watch.head, cursor) or (not follow and cursor >= last_of_history):
+                    raise await self._why_gone(run_id)
+                # The last records of a damaged run may be missing, whatever its head says.
+                read_all = not records and (head.state.is_terminal or not follow)
+                if read_all or self._is_over(watch.head, cursor) or (not follow and cursor >= last_of_history):
                     return
-                if not records and not await self._moves(watch, cursor):
+                if not records and not await self._moves(watch, head, cursor):
                     yield Heartbeat(last_sequence=cursor, state=watch.head.state, interval_s=self._config.heartbeat_s)
+
+    async def _why_gone(self, run_id: str) -> FerrymanError:
+        """Return why a run has no head: it does not exist, or its row cannot be read."""
+        try:
+            await self._threads.run(self._runs.get, run_id)
+        except FerrymanError as error:
+            return error
+        return _not_found(run_id)
 
     async def _first_head(self, run_id: str, after_sequence: int) -> RunHead:
         violations = []
@@ -106,7 +118,7 @@ class MetricsFeed:
             raise InvalidRequest(violations)
         heads = await self._threads.run(self._runs.heads, [run_id])
         if run_id not in heads:
-            raise _not_found(run_id)
+            raise await self._why_gone(run_id)
         head = heads[run_id]
         if after_sequence > head.last_sequence:
             raise SequenceOutOfRange(
@@ -120,9 +132,10 @@ class MetricsFeed:
     def _is_over(head: RunHead, cursor: int) -> bool:
         return head.state.is_terminal and cursor >= head.last_sequence
 
-    async def _moves(self, watch: _Watch, cursor: int) -> bool:
-        """Wait until the run has records after the cursor; False if a heartbeat is due first."""
-        if watch.head.last_sequence > cursor:
+    async def _moves(self, watch: _Watch, read: RunHead, cursor: int) -> bool:
+        """Wait until the run has records after the cursor, of which a look at the head `read` has found none; False if
+        a heartbeat is due first."""
+        if watch.head != read and watch.head.last_sequence > cursor:
             return True
         try:
             await asyncio.wait_for(watch.moved.wait(), self._config.heartbeat_s)

@@ -11,7 +11,7 @@ from typing import Final
 from ferryman_service.application.loaded_models import Lease, LoadedModels
 from ferryman_service.application.paging import Page, Pager
 from ferryman_service.application.ports import BundleReader, ModelStore
-from ferryman_service.domain.errors import InvalidRequest, ModelNotFound, RoleNotServed, Violation
+from ferryman_service.domain.errors import InvalidRequest, ModelNotFound, RoleNotServed, RowUnreadable, Violation
 from ferryman_service.domain.ids import is_alias, is_model_name
 from ferryman_service.domain.models import (
     LoadedModel,
@@ -61,7 +61,7 @@ class ModelUseCases:
         """Let the alias point at the version. If its present target is in memory here, the new one is loaded and warmed
         up before the alias moves.
 
-        Raises InvalidRequest, ModelNotFound; then, and the alias stays, ModelDamaged, ModelTooLarge.
+        Raises InvalidRequest, ModelNotFound, TooManyAliases; then, and the alias stays, ModelDamaged, ModelTooLarge.
         """
         violations = [*_name_violations(name, alias), *_version_violations(version)]
         if violations:
@@ -85,9 +85,14 @@ class ModelUseCases:
 
         Raises InvalidRequest, ModelNotFound, ModelInUse.
         """
-        version = self._models.resolve(parse_exact_reference(reference))
-        self._models.delete_version(version.name, version.version)
-        if self._loaded is not None:
+        parsed = parse_exact_reference(reference)
+        assert parsed.version is not None, "an exact reference has a version"
+        try:
+            version = self._models.resolve(parsed)
+        except RowUnreadable:
+            version = None  # such a one is deleted all the same; what is in memory leaves when its place is needed
+        self._models.delete_version(parsed.name, parsed.version)
+        if self._loaded is not None and version is not None:
             # After the files are gone: whoever loads it from now on learns that there is no such version.
             self._loaded.unload(version)
 
@@ -151,7 +156,7 @@ class ModelUseCases:
         """Return a lease of what the reference names, if it names anything and that is in memory."""
         try:
             return self._served().try_acquire(self._models.resolve(reference))
-        except ModelNotFound:
+        except (ModelNotFound, RowUnreadable):
             return None
 
     def _served(self) -> LoadedModels:

@@ -3,7 +3,7 @@ file's classes to inherit from them; the values that cross the ports are defined
 
 Every method is synchronous, may block, and may be called from any thread unless it says otherwise. Every store raises
 StoreUnavailable when the database cannot be reached, DatabaseDamaged when it is damaged, and DiskFull when the disk has
-no space left.
+no space left; for what it names by an id or a reference it raises RowUnreadable when its row cannot be read.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from ferryman_service.domain.runs import (
 from ferryman_service.domain.runs import RequestKey as RequestKey
 from ferryman_service.domain.runs import RunHead as RunHead
 from ferryman_service.domain.schedule import DecayPlan
+from ferryman_service.domain.stored import UnreadableRow
 from ferryman_service.domain.training import RunCancelled as RunCancelled
 from ferryman_service.domain.training import TrainedModel as TrainedModel
 from ferryman_service.domain.training import TrainingJob as TrainingJob
@@ -48,11 +49,16 @@ class RunStore(Protocol):
     """Runs and their records. Every state change is written together with its StateChange record, in one
     transaction."""
 
-    def create(self, run: TrainingRun, key: RequestKey | None, max_queued: int) -> TrainingRun:
+    def create(self, run: TrainingRun, key: RequestKey | None, max_queued: int, max_unfinished: int) -> TrainingRun:
         """Store a QUEUED run and its first record. With a known key, return the run of that key in its present state.
 
-        Raises RequestIdReused (same id, other digest), TooManyRuns (max_queued runs are QUEUED).
+        Raises RequestIdReused (same id, other digest), CorpusNotFound, TooManyRuns (max_queued runs are QUEUED, or
+        max_unfinished are not terminal).
         """
+        ...
+
+    def check_capacity(self, max_queued: int, max_unfinished: int) -> None:
+        """Raise TooManyRuns where `create` would."""
         ...
 
     def find(self, key: RequestKey) -> TrainingRun | None:
@@ -63,14 +69,14 @@ class RunStore(Protocol):
         """Return the run; raises RunNotFound."""
         ...
 
-    def list_page(self, wanted: RunFilter, after: str | None, limit: int) -> Sequence[TrainingRun]:
+    def list_page(self, wanted: RunFilter, after: str | None, limit: int) -> Sequence[TrainingRun | UnreadableRow]:
         """Return at most `limit` runs that follow the place `after` (None: from the start) in the filter's order.
 
         `after` is a TrainingRun.place; its run may be gone.
         """
         ...
 
-    def unfinished(self) -> Sequence[TrainingRun]:
+    def unfinished(self) -> Sequence[TrainingRun | UnreadableRow]:
         """Return all runs that are not terminal, in the order in which they were created, whatever the clock said."""
         ...
 
@@ -135,7 +141,7 @@ class RunStore(Protocol):
         ...
 
     def delete(self, run_id: str) -> None:
-        """Remove a terminal run with its records; raises RunNotFound, RunNotFinished."""
+        """Remove a terminal run, or one that cannot be read, with its records; raises RunNotFound, RunNotFinished."""
         ...
 
     def request_cancel(self, run_id: str) -> TrainingRun:
@@ -146,11 +152,12 @@ class RunStore(Protocol):
         ...
 
     def records_after(self, run_id: str, after_sequence: int, limit: int) -> Sequence[Record]:
-        """Return at most `limit` records with a larger sequence, in order, without gap."""
+        """Return at most `limit` records with a larger sequence, in order, without gap: one that cannot be read is an
+        event RECORD_UNREADABLE."""
         ...
 
     def heads(self, run_ids: Iterable[str]) -> Mapping[str, RunHead]:
-        """Return the heads of the runs that exist. Cheap: called several times a second."""
+        """Return the heads of the runs that exist and can be read. Cheap: called several times a second."""
         ...
 
 
@@ -210,8 +217,17 @@ class CorpusStore(Protocol):
         """Return the corpus; raises CorpusNotFound."""
         ...
 
-    def list_page(self, after: str | None, limit: int) -> Sequence[Corpus]:
-        """Return at most `limit` corpora that follow the one with id `after`, newest first."""
+    def list_page(self, after: str | None, limit: int) -> Sequence[Corpus | UnreadableRow]:
+        """Return at most `limit` corpora that follow the place `after`, newest first; its corpus may be gone."""
+        ...
+
+    def present(self, corpus_ids: Iterable[str]) -> Set[str]:
+        """Return those of the ids that are a corpus's."""
+        ...
+
+    def delete(self, corpus_id: str) -> None:
+        """Remove the corpus; its files move to the trash. Raises CorpusNotFound, CorpusInUse (unfinished runs train on
+        it)."""
         ...
 
     def files(self, corpus_id: str) -> CorpusFiles:

@@ -22,6 +22,7 @@ from ferryman_service.domain.log_context import logging_with
 from ferryman_service.domain.os_errors import NO_SPACE, is_exhaustion
 from ferryman_service.domain.records import ACTIVE_STATES, EventLevel, RunEvent, RunState
 from ferryman_service.domain.runs import FailureReason, Handover, RunFailure, TrainingRun, disk_full_handover
+from ferryman_service.domain.stored import UnreadableRow, readable
 from ferryman_service.domain.threads import Threads
 
 _log = logging.getLogger(__name__)
@@ -140,13 +141,16 @@ class Supervisor:
         Raises FolderNotHeld, StoreUnavailable, DiskFull, DatabaseDamaged.
         """
         self._check_ownership()
-        unfinished = self._runs.unfinished()
+        found = self._runs.unfinished()
+        unfinished = readable(found)
+        unreadable = {row.name for row in found if isinstance(row, UnreadableRow)}
         active = [run for run in unfinished if run.state in ACTIVE_STATES]
         for run in active:
             with self._apart(run):
                 self._look_after(run)
         queued = [run for run in unfinished if run.state is RunState.QUEUED]
-        leftovers = self._end_leftovers(active, at_once=bool(queued) and len(active) < self._config.max_concurrent_runs)
+        has_place = bool(queued) and len(active) < self._config.max_concurrent_runs
+        leftovers = self._end_leftovers(active, unreadable, at_once=has_place)
         self._start_waiting(queued, {run.run_id for run in active} | leftovers)
         self._forget(unfinished)
 
@@ -264,16 +268,20 @@ class Supervisor:
         if run.state in ACTIVE_STATES:
             self._restart(run, why)
 
-    def _end_leftovers(self, active: Sequence[TrainingRun], *, at_once: bool) -> Set[str]:
+    def _end_leftovers(self, active: Sequence[TrainingRun], unreadable: Set[str], *, at_once: bool) -> Set[str]:
         """See to it that the processes of attempts that are over end; return the runs of which some are left. Such a
-        run may be gone. It has been a while since they were looked for, unless `at_once`."""
+        run may be gone. It has been a while since they were looked for, unless `at_once`.
+
+        A run whose row cannot be read keeps its worker, which may well go on, and its place.
+        """
         now_s = time.monotonic()
         if at_once or now_s - self._leftovers_seen_at_s > self._config.leftovers_interval_s:
             self._leftovers_seen_at_s = now_s
             over = self._launcher.living() - {(run.run_id, run.attempt) for run in active}
-            self._leftovers_since_s = {key: self._leftovers_since_s.get(key, now_s) for key in over}
-            for (run_id, attempt), since_s in self._leftovers_since_s.items():
-                if now_s - since_s > self._config.exit_grace_s:
+            since_s = self._leftovers_since_s
+            self._leftovers_since_s = {key: now_s if key[0] in unreadable else since_s.get(key, now_s) for key in over}
+            for (run_id, attempt), found_s in self._leftovers_since_s.items():
+                if now_s - found_s > self._config.exit_grace_s:
                     self._check_ownership()
                     _log.warning("attempt %d of %s is over, but has not ended; killing it", attempt, run_id)
                     self._launcher.kill(run_id, attempt, None)

@@ -10,13 +10,14 @@ import hashlib
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence, Set
+from dataclasses import dataclass, replace
 from typing import Any, Final, TypeVar
 
 from ferryman_service.application.paging import Page, Pager
 from ferryman_service.application.ports import CorpusStore, ModelStore, RequestKey, RunFolders, RunStore
 from ferryman_service.application.requests import request_id_violations, required
+from ferryman_service.application.run_limits import RunLimits, limit_violations
 from ferryman_service.domain.errors import (
     InvalidRecipe,
     InvalidRequest,
@@ -24,6 +25,7 @@ from ferryman_service.domain.errors import (
     ModelNotFound,
     OptimizerNotKept,
     RoleNotServed,
+    RowUnreadable,
     RunStillNeeded,
     Violation,
 )
@@ -41,6 +43,7 @@ from ferryman_service.domain.schedule import (
     sample_steps,
     scheduled_decay_step,
 )
+from ferryman_service.domain.stored import UnreadableRow, readable
 
 _DEFAULT_CURVE_STEPS: Final = 50_000
 _MAX_STEP: Final = 10**9
@@ -65,15 +68,6 @@ class StartRequest:
     processes: int = 0
     trace_context: str = ""
     unknown: Sequence[Violation] = ()
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunLimits:
-    """How many runs may wait, and how many processes train one: what a caller gets who does not say, and the most."""
-
-    max_queued: int = 100
-    processes: int = 1
-    max_processes: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,7 +167,7 @@ class TrainingUseCases:
         self._require_role()
         key = _request_key(request)
         if key is not None and (known := self._runs.find(key)) is not None:
-            return known
+            return self._told(known)
         recipe, initial = self._check(request)
         self._corpora.get(request.corpus_id)
         run = TrainingRun(
@@ -192,27 +186,28 @@ class TrainingUseCases:
             if initial is not None:
                 self._check_files(initial, keep_optimizer=request.keep_optimizer)
             if request.validate_only:
+                self._runs.check_capacity(self._limits.max_queued, self._limits.max_unfinished)
                 return run
             self._require_space()
-            return self._runs.create(run, key, self._limits.max_queued)
+            return self._runs.create(run, key, self._limits.max_queued, self._limits.max_unfinished)
 
     def get(self, run_id: str) -> TrainingRun:
-        """Return a run; raises InvalidRequest (empty id), RunNotFound."""
+        """Return a run; raises InvalidRequest (empty id), RunNotFound, RowUnreadable."""
         _require(run_id, "run_id")
-        return self._runs.get(run_id)
+        return self._told(self._runs.get(run_id))
 
     def list_page(
         self,
         wanted: RunFilter,
         page_size: int,
         page_token: str,
-        takes: Callable[[TrainingRun], bool],
+        takes: Callable[[TrainingRun | UnreadableRow], bool],
         unknown: Sequence[Violation] = (),
-    ) -> Page[TrainingRun]:
+    ) -> Page[TrainingRun | UnreadableRow]:
         """Return a page of runs; `takes` is the Pager's. Raises InvalidRequest."""
         listing = json.dumps(["runs by place", sorted(set(wanted.states)), wanted.model_name, wanted.oldest_first])
 
-        def fetch(after: str | None, limit: int) -> Sequence[TrainingRun]:
+        def fetch(after: str | None, limit: int) -> Sequence[TrainingRun | UnreadableRow]:
             return [] if unknown else self._runs.list_page(wanted, after, limit)
 
         try:
@@ -228,7 +223,11 @@ class TrainingUseCases:
             raise InvalidRequest([*unknown, *error.violations]) from None
         if unknown:
             raise InvalidRequest(unknown)
-        return page
+        present = self._corpora.present({run.corpus_id for run in readable(page.items)})
+        return replace(page, items=[_with_corpus(run, present) for run in page.items])
+
+    def _told(self, run: TrainingRun) -> TrainingRun:
+        return replace(run, corpus_deleted=not self._corpora.present([run.corpus_id]))
 
     def cancel(self, run_id: str) -> TrainingRun:
         """Ask a run to stop; raises RunNotFound, IllegalTransition."""
@@ -339,7 +338,7 @@ class TrainingUseCases:
 
     def _check_not_needed(self, run_id: str) -> None:
         """Raise RunStillNeeded if a run has yet to take over the optimizer of this one."""
-        for run in self._runs.unfinished():
+        for run in readable(self._runs.unfinished()):
             waits = run.keep_optimizer and self._folders.last_checkpoint(run.run_id) is None
             if waits and self._source(run) == run_id:
                 raise RunStillNeeded(
@@ -353,7 +352,7 @@ class TrainingUseCases:
         """Return the id of the run that made the version that a fine-tuning run starts from."""
         try:
             return self._models.resolve(parse_model_reference(run.initial_model)).lineage.run_id
-        except ModelNotFound:
+        except (InvalidRequest, ModelNotFound, RowUnreadable):
             return None
 
     def _check(self, request: StartRequest) -> tuple[Recipe, ModelVersion | None]:
@@ -371,6 +370,8 @@ class TrainingUseCases:
             overrides, mismatches = _on_top_of(initial, overrides)
             violations += mismatches
         recipe, found = _resolve(resolve_recipe, overrides, request.unknown)
+        if not request.unknown:  # an unknown value may stand for a smaller one
+            found += limit_violations(overrides, request.processes, self._limits)
         _raise_any(violations, found)
         if missing is not None:
             raise missing
@@ -396,6 +397,11 @@ class TrainingUseCases:
         if request.keep_optimizer and not request.initial_model:
             text = "needs initial_model: there is no optimizer to keep without one"
             yield Violation(field="keep_optimizer", description=text, reason="CONFLICT")
+
+
+def _with_corpus(run: TrainingRun | UnreadableRow, present: Set[str]) -> TrainingRun | UnreadableRow:
+    """Return the run, which says whether its corpus is among those that are there."""
+    return run if isinstance(run, UnreadableRow) else replace(run, corpus_deleted=run.corpus_id not in present)
 
 
 def _on_top_of(initial: ModelVersion, overrides: Overrides) -> tuple[Overrides, list[Violation]]:

@@ -82,6 +82,10 @@ class ServiceConfig:
     reflection: bool = True
     max_concurrent_runs: int = 1
     max_queued_runs: int = 100
+    max_unfinished_runs: int = 1000
+    max_parameters: int = 4_000_000_000
+    max_batch_tokens: int = 1_000_000
+    max_run_hours: float = 0.0
     max_restarts: int = 5
     restart_backoff_s: float = 1.0
     pause_grace_s: float = 600.0
@@ -91,6 +95,8 @@ class ServiceConfig:
     worker_nice: int = 0
     max_corpus_bytes: int = 4 * 2**30
     min_free_mib: int = 0
+    keep_checkpoints_days: float = 30.0
+    max_prepared_mib: int = 65_536
     translation_threads: int = 0
     compute_type: ComputeChoice = ComputeChoice.AUTO
     max_batch_rows: int = 0
@@ -163,6 +169,10 @@ RANGES: Final[Mapping[str, tuple[float, float]]] = {
     "probe_port": (0, 65_535),
     "max_concurrent_runs": (1, 64),
     "max_queued_runs": (1, 100_000),
+    "max_unfinished_runs": (1, 1_000_000),
+    "max_parameters": (0, 2**50),
+    "max_batch_tokens": (0, 10_000_000),
+    "max_run_hours": (0, 1_000_000),
     "max_restarts": (0, 1000),
     "restart_backoff_s": (0, 60),
     "pause_grace_s": (1, 86_400),
@@ -172,6 +182,8 @@ RANGES: Final[Mapping[str, tuple[float, float]]] = {
     "worker_nice": (0, 19),
     "max_corpus_bytes": (1, 2**50),
     "min_free_mib": (0, 2**30),
+    "keep_checkpoints_days": (0, 36_500),
+    "max_prepared_mib": (0, 2**30),
     "translation_threads": (0, 256),
     "max_batch_rows": (0, 65_536),
     "max_sentences": (1, 100_000),
@@ -210,6 +222,11 @@ HELP: Final[Mapping[str, str]] = {
     "reflection": "serve gRPC reflection, which grpcurl and its like need",
     "max_concurrent_runs": "runs that train at the same time",
     "max_queued_runs": "runs that may wait; more are refused",
+    "max_unfinished_runs": "runs that may be unfinished in all: waiting, paused or training; more are refused",
+    "max_parameters": "most parameters of a model that may be trained; 0: no limit. A model whose weights, gradients "
+    "and moments do not fit into the memory is refused in any case",
+    "max_batch_tokens": "most target tokens of an update; 0: no limit",
+    "max_run_hours": "most hours that a run may train, which its recipe must then limit itself to; 0: no limit",
     "max_restarts": "workers of a run that may die one after another without getting further before it fails",
     "restart_backoff_s": "seconds before a worker that died is followed by another; doubles each time, up to 60",
     "pause_grace_s": "seconds that a worker gets to write its checkpoint after PauseTraining before it is killed",
@@ -222,6 +239,10 @@ HELP: Final[Mapping[str, str]] = {
     "max_corpus_bytes": "largest corpus that may be uploaded, bytes",
     "min_free_mib": "MiB of the data folder's disk that must stay free: below, uploads, imports and new runs are "
     "refused, and runs in progress go on; 0: 5 % of the disk, at most 2048",
+    "keep_checkpoints_days": "days after which the checkpoints of an ended run are removed, but for the last one of a "
+    "run that made a published version, which fine-tuning with keep_optimizer starts from; 0: never",
+    "max_prepared_mib": "MiB of disk that tokenised corpora may take, which runs share; the least recently used are "
+    "removed first, those of running runs never, and are made again when they are needed; 0: no limit",
     "translation_threads": "threads that decode for each loaded model, each on one core; 0: one for each usable CPU, "
     "at most one for each 512 MiB of usable memory",
     "compute_type": "arithmetic of translation: on a CPU fp32, or int8, which is faster and costs a little quality; on "

@@ -94,6 +94,11 @@ class Corpus:
     create_time_ns: int
 
     @property
+    def place(self) -> str:
+        """Where the corpus stands in lists, which are ordered by time; it says so also when the corpus is gone."""
+        return f"{self.create_time_ns}/{self.corpus_id}"
+
+    @property
     def warnings(self) -> Sequence[CorpusWarning]:
         """What was probably not meant, of both splits."""
         return (*self.train.warnings, *self.validation.warnings)

@@ -18,6 +18,7 @@
     │   ├── RunStillNeeded
     │   ├── ModelHasNoWeights
     │   ├── ModelInUse
+    │   ├── CorpusInUse
     │   ├── OptimizerNotKept
     │   └── RoleNotServed
     ├── OutOfRange
@@ -30,6 +31,7 @@
     │   ├── MessageTooLarge
     │   ├── ModelTooLarge
     │   ├── QueueFull
+    │   ├── TooManyAliases
     │   ├── TooManyCalls
     │   └── TooManyRuns
     ├── Unavailable
@@ -41,7 +43,8 @@
     ├── Cancelled
     ├── DataLoss
     │   ├── DatabaseDamaged
-    │   └── ModelDamaged
+    │   ├── ModelDamaged
+    │   └── RowUnreadable
     └── AttemptFenced            never leaves the worker: a newer attempt owns the run
 
 The middle classes carry the status, the leaves the reason: `reason` is the class name in UPPER_SNAKE_CASE.
@@ -160,6 +163,10 @@ class ModelInUse(FailedPrecondition):
     """An alias points at the version, or an unfinished run starts from it."""
 
 
+class CorpusInUse(FailedPrecondition):
+    """Unfinished runs train on the corpus."""
+
+
 class OptimizerNotKept(FailedPrecondition):
     """The checkpoints of the run that made the model are gone, and with them Adam's moments."""
 
@@ -217,7 +224,11 @@ class TooManyCalls(ResourceExhausted):
 
 
 class TooManyRuns(ResourceExhausted):
-    """As many runs are waiting as the operator allows."""
+    """As many runs are waiting, or unfinished, as the operator allows."""
+
+
+class TooManyAliases(ResourceExhausted):
+    """A model has as many aliases as a model may have."""
 
 
 class Unavailable(FerrymanError):
@@ -258,6 +269,10 @@ class DatabaseDamaged(DataLoss):
 
 class ModelDamaged(DataLoss):
     """A file of a published model is missing or is not what was published."""
+
+
+class RowUnreadable(DataLoss):
+    """What the database holds of a run, a corpus or a version of a model cannot be read; it can be deleted."""
 
 
 class AttemptFenced(FerrymanError):

@@ -10,6 +10,7 @@ from ferryman_service.domain.errors import InvalidRequest, Violation
 from ferryman_service.domain.ids import ID_PATTERN, is_alias, is_model_name
 from ferryman_service.domain.recipe import Recipe
 from ferryman_service.domain.schema import Limits, Number, Text
+from ferryman_service.domain.stored import UnreadableRow
 from ferryman_service.domain.translation import ComputeType
 
 
@@ -116,12 +117,14 @@ class ModelAlias:
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """A name with its versions, rising, and its aliases, by name."""
+    """A name with its versions, rising, and its aliases, by name. `unreadable` says of each version and alias that
+    cannot be read why."""
 
     name: str
-    latest_version: ModelVersion
+    latest_version: ModelVersion | UnreadableRow
     versions: Sequence[int]
     aliases: Sequence[ModelAlias] = ()
+    unreadable: Sequence[str] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -385,7 +385,7 @@ def resolve_recipe(overrides: Overrides, path: str = "recipe") -> Recipe:
     Raises InvalidRecipe with every violation; `path` is the prefix of their field names.
     """
     preset = overrides.get("preset", Preset.TINY)
-    values = _merge(PRESETS[preset], overrides)
+    values = _merged(overrides)
     is_default = "vocabulary_size" not in overrides.get("data", {})
     values["data"] = {"reduce_vocabulary": is_default, **values["data"]}
     if "max_steps" not in overrides.get("stop", {}) and _has_other_limit(overrides.get("stop", {})):
@@ -422,6 +422,36 @@ def resolve_recipe(overrides: Overrides, path: str = "recipe") -> Recipe:
         validation=ValidationRecipe(**values["validation"]),
         seed=values["seed"],
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeParts:
+    """The parts of a recipe that say how much it takes; None: that part has values that are out of range."""
+
+    model: ModelRecipe | None
+    vocabulary_size: int | None
+    optimization: OptimizationRecipe | None
+    max_time_seconds: float | None
+
+
+def recipe_parts(overrides: Overrides) -> RecipeParts:
+    """Return the parts that the preset with the overrides has, also of a recipe that breaks rules elsewhere."""
+    values = _merged(overrides)
+    bad = [violation.field for violation in _out_of_range(values, "recipe")]
+
+    def is_legal(part: str) -> bool:
+        return not any(field.startswith(f"recipe.{part}") for field in bad)
+
+    return RecipeParts(
+        model=ModelRecipe(**values["model"]) if is_legal("model.") else None,
+        vocabulary_size=values["data"]["vocabulary_size"] if is_legal("data.vocabulary_size") else None,
+        optimization=OptimizationRecipe(**values["optimization"]) if is_legal("optimization.") else None,
+        max_time_seconds=values["stop"]["max_time_seconds"] if is_legal("stop.max_time_seconds") else None,
+    )
+
+
+def _merged(overrides: Overrides) -> dict[str, Any]:
+    return _merge(PRESETS[overrides.get("preset", Preset.TINY)], overrides)
 
 
 def resolve_schedule(overrides: Overrides, path: str = "schedule") -> LearningRateSchedule:

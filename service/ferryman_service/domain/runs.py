@@ -87,7 +87,8 @@ class TrainingRun:
     `restarts` counts the workers that died, or were told to end, without getting further than those before them. The
     next attempt starts no earlier than `not_before_ns`, which is 0 unless it follows one that was given up.
     `initial_model` is "" or the version, "name/7", whose weights training starts from. `trace_context` is "" or the
-    span (W3C's `traceparent`) that the spans of its workers belong to.
+    span (W3C's `traceparent`) that the spans of its workers belong to. `corpus_deleted`, which no store keeps, tells
+    that the corpus is gone; it is of no run that is unfinished.
     """
 
     run_id: str
@@ -112,6 +113,7 @@ class TrainingRun:
     initial_model: str = ""
     keep_optimizer: bool = False
     trace_context: str = ""
+    corpus_deleted: bool = False
 
     @property
     def place(self) -> str:

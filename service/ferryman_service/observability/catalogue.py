@@ -94,6 +94,7 @@ LABELS: Final[Mapping[str, str]] = {
     "size": "`small`: of a caller that has little in the engine; `large`: of one that has much; `long`: a sentence "
     "that is much by itself, rows times maximum length",
     "gpu": "the GPU's index, from `0`",
+    "table": "the tables of the database: `runs`, `records`, `corpora`, `model_versions`, `model_aliases`",
 }
 
 _WIDTH: Final = 120

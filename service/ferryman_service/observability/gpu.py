@@ -31,6 +31,15 @@ def open_nvml() -> Any | None:  # noqa: ANN401 (a module without types)
     return nvml
 
 
+def gpu_memory_bytes(nvml: Any) -> int:  # noqa: ANN401
+    """Return the memory of all GPUs together, 0 if none tells it."""
+    total = 0
+    with contextlib.suppress(nvml.NVMLError):
+        for index in range(nvml.nvmlDeviceGetCount()):
+            total += int(nvml.nvmlDeviceGetMemoryInfo(nvml.nvmlDeviceGetHandleByIndex(index)).total)
+    return total
+
+
 class GpuCollector(Collector):
     """Exports what NVML tells of each GPU; `gpu` is its index. What a GPU does not answer is left out."""
 

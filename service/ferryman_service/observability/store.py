@@ -24,7 +24,12 @@ DAMAGED: Final = gauge(
     "ferryman_database_damaged",
     "1 while the database is known to be damaged, by the daily check or by a transaction, else 0.",
 )
-METRICS: Final = (LAG_SECONDS, ERRORS, DAMAGED)
+UNREADABLE: Final = counter(
+    "ferryman_store_unreadable_rows_total",
+    "Rows of the database that were found to be unreadable, each counted once; of a run's records only the first.",
+    ("table",),
+)
+METRICS: Final = (LAG_SECONDS, ERRORS, DAMAGED, UNREADABLE)
 
 
 class StoreMetrics:
@@ -34,6 +39,7 @@ class StoreMetrics:
         self._lag = LAG_SECONDS.histogram(registry)
         self._errors = ERRORS.counter(registry)
         self._damaged = DAMAGED.gauge(registry)
+        self._unreadable = UNREADABLE.counter(registry)
 
     def lagged(self, seconds: float) -> None:
         """Take note of how old a step was when it was read."""
@@ -42,6 +48,10 @@ class StoreMetrics:
     def watch_damage(self, damage: Callable[[], str]) -> None:
         """Export whether `damage`, which is asked from every thread, says anything."""
         self._damaged.set_function(lambda: float(bool(damage())))
+
+    def found_unreadable(self, table: str) -> None:
+        """Take note of a row of the table that cannot be read."""
+        self._unreadable.labels(table).inc()
 
     def failed(self) -> None:
         """Take note of a transaction that failed."""

@@ -17,6 +17,7 @@ from prometheus_client import CollectorRegistry
 from ferryman_service.domain.errors import DatabaseDamaged, DiskFull, StoreUnavailable
 from ferryman_service.domain.records import Record, RunEvent, RunState, StateChange, StepMetrics, ValidationMetrics
 from ferryman_service.domain.runs import CheckpointInfo, RunFilter, TrainingRun
+from ferryman_service.domain.stored import UnreadableRow, readable
 from ferryman_service.domain.threads import Threads
 from ferryman_service.observability.definitions import counter, gauge, histogram
 from ferryman_service.observability.run_gauges import RunGauges
@@ -51,11 +52,11 @@ METRICS: Final = (STEPS, TOKENS, STEP_SECONDS, RUNS, RUNS_ENDED, CHECKPOINTS, SK
 class RunReader(Protocol):
     """The part of the run store that is read here."""
 
-    def unfinished(self) -> Sequence[TrainingRun]:
+    def unfinished(self) -> Sequence[TrainingRun | UnreadableRow]:
         """Return all runs that are not terminal, oldest first."""
         ...
 
-    def list_page(self, wanted: RunFilter, after: str | None, limit: int) -> Sequence[TrainingRun]:
+    def list_page(self, wanted: RunFilter, after: str | None, limit: int) -> Sequence[TrainingRun | UnreadableRow]:
         """Return runs that follow the run `after` in the filter's order, at most `limit`."""
         ...
 
@@ -120,7 +121,7 @@ class RunObserver:
 
     def look(self) -> None:
         """Read what is new. What was recorded before the first look is not counted: another process has done that."""
-        unfinished = self._runs.unfinished()
+        unfinished = readable(self._runs.unfinished())
         if self._cursors is None:
             self._begin(unfinished)
         cursors = self._cursors
@@ -167,7 +168,7 @@ class RunObserver:
         """Return the runs that were created since the last look, as many as one page holds."""
         runs = self._runs.list_page(_OLDEST_FIRST, self._newest, _READ_LIMIT)
         self._newest = runs[-1].place if runs else self._newest
-        return [run.run_id for run in runs]
+        return [run.run_id for run in readable(runs)]
 
     @property
     def _pages(self) -> int:

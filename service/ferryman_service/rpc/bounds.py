@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import DecodeError, Message
@@ -82,7 +82,7 @@ class RequestBounds:
     def read(self, kind: type[Message], data: bytes) -> Message:
         """Return the message that the bytes are. Raises InvalidRequest with every field that has too many elements, and
         DecodeError."""
-        plan = self._plan(kind.DESCRIPTOR)
+        plan = self._plan(cast("Descriptor", kind.DESCRIPTOR))
         if len(data) > _COUNTED_BYTES:
             plan.count(data)
         message = kind.FromString(data)
@@ -134,7 +134,9 @@ class _Plan:
                 is_packable=child is None and field.type not in (field.TYPE_STRING, field.TYPE_BYTES),
                 child=child,
             )
-        self._looks_at = [each for each in self.fields.values() if each.bound or (each.child and each.child._looks_at)]
+        self._looks_at: list[_Field] = [
+            each for each in self.fields.values() if each.bound or (each.child and each.child._looks_at)
+        ]
 
     def violations(self, message: Any) -> Iterator[Violation]:  # noqa: ANN401 - protobuf has no common type
         """Yield every field that has too many elements."""

@@ -16,7 +16,7 @@ from ferryman_service.application.training import Curve
 from ferryman_service.application.translating import StreamRequest, TranslateRequest, TranslateResult
 from ferryman_service.application.translation_stream import SentenceError, StreamResult, StreamSentence
 from ferryman_service.domain.corpora import Corpus, CorpusHeader, SentencePair, Side, Split, SplitStatistics
-from ferryman_service.domain.errors import InvalidRequest, Violation
+from ferryman_service.domain.errors import InvalidRequest, RowUnreadable, Violation
 from ferryman_service.domain.models import BundleFile, Int8Outcome, LoadedModel, Model, ModelAlias, ModelVersion
 from ferryman_service.domain.recipe import (
     Activation,
@@ -40,6 +40,7 @@ from ferryman_service.domain.records import (
 )
 from ferryman_service.domain.runs import CheckpointInfo, RunProgress, TrainingRun
 from ferryman_service.domain.schedule import DecayPlan, DecayReason, DecayShape, LearningRateSchedule, ScheduleKind
+from ferryman_service.domain.stored import UnreadableRow
 from ferryman_service.domain.translation import EarlyStopping, Hypothesis, Sampling, SearchOptions, Translation
 from ferryman_service.rpc.answer_budget import LARGEST_ANSWER_BYTES, answer_too_large
 from ferryman_service.rpc.bounds import MAX_STREAM_SENTENCES
@@ -48,6 +49,9 @@ E = TypeVar("E", bound=enum.StrEnum)
 
 _MAX_ID_BYTES: Final = 128
 _RESPONSE_BYTES: Final = 1 << 20
+
+_MISFITS: Final = (ValueError, TypeError, OverflowError)
+"""What protobuf raises for a value that a field cannot hold, such as 2**40 in an int32."""
 
 _ENUMS: Final[Mapping[type[enum.StrEnum], tuple[Any, str]]] = {
     Preset: (recipe_pb2.Preset, "PRESET_"),
@@ -173,7 +177,19 @@ def curve_to_wire(curve: Curve) -> training_pb2.GetLRScheduleResponse:
 
 
 def record_to_wire(record: Record) -> metrics_pb2.MetricRecord:
-    """Return a record."""
+    """Return a record; one with a value that the contract cannot hold is a remark which says so."""
+    try:
+        return _record_to_wire(record)
+    except _MISFITS as error:
+        event = metrics_pb2.RunEvent(
+            level=metrics_pb2.EVENT_LEVEL_ERROR,
+            code="RECORD_UNREADABLE",
+            message=_why(f"record {record.sequence} cannot be read: {error}"),
+        )
+        return metrics_pb2.MetricRecord(sequence=record.sequence, event=event)
+
+
+def _record_to_wire(record: Record) -> metrics_pb2.MetricRecord:
     wire = metrics_pb2.MetricRecord(sequence=record.sequence, time=_timestamp(record.time_ns))
     match record.payload:
         case StepMetrics():
@@ -201,8 +217,26 @@ def stream_item_to_wire(item: Record | Heartbeat) -> training_pb2.StreamMetricsR
     return training_pb2.StreamMetricsResponse(heartbeat=heartbeat)
 
 
+def listed_run_to_wire(run: TrainingRun | UnreadableRow) -> training_pb2.TrainingRun:
+    """Return a run as a list holds it: `unreadable` tells what cannot be read, or has a value that the contract cannot
+    hold."""
+    if isinstance(run, UnreadableRow):
+        return training_pb2.TrainingRun(run_id=run.name, unreadable=run.why)
+    try:
+        return _run_to_wire(run)
+    except _MISFITS as error:
+        return training_pb2.TrainingRun(run_id=run.run_id, unreadable=_why(str(error)))
+
+
 def run_to_wire(run: TrainingRun) -> training_pb2.TrainingRun:
-    """Return a run."""
+    """Return a run; raises RowUnreadable if it has a value that the contract cannot hold."""
+    try:
+        return _run_to_wire(run)
+    except _MISFITS as error:
+        raise _row_unreadable(run.run_id, error) from error
+
+
+def _run_to_wire(run: TrainingRun) -> training_pb2.TrainingRun:
     wire = training_pb2.TrainingRun(
         run_id=run.run_id,
         state=enum_to_wire(run.state),
@@ -222,6 +256,7 @@ def run_to_wire(run: TrainingRun) -> training_pb2.TrainingRun:
         initial_model=run.initial_model,
         processes=run.processes,
         keep_optimizer=run.keep_optimizer,
+        corpus_deleted=run.corpus_deleted,
     )
     if run.failure is not None:
         wire.error.CopyFrom(
@@ -273,8 +308,26 @@ def pairs_from_wire(wire: Iterable[corpus_pb2.SentencePair]) -> list[SentencePai
     return [SentencePair(source=pair.source, target=pair.target) for pair in wire]
 
 
+def listed_corpus_to_wire(corpus: Corpus | UnreadableRow) -> corpus_pb2.Corpus:
+    """Return a corpus as a list holds it: `unreadable` tells what cannot be read, or has a value that the contract
+    cannot hold."""
+    if isinstance(corpus, UnreadableRow):
+        return corpus_pb2.Corpus(corpus_id=corpus.name, unreadable=corpus.why)
+    try:
+        return _corpus_to_wire(corpus)
+    except _MISFITS as error:
+        return corpus_pb2.Corpus(corpus_id=corpus.corpus_id, unreadable=_why(str(error)))
+
+
 def corpus_to_wire(corpus: Corpus) -> corpus_pb2.Corpus:
-    """Return a corpus."""
+    """Return a corpus; raises RowUnreadable if it has a value that the contract cannot hold."""
+    try:
+        return _corpus_to_wire(corpus)
+    except _MISFITS as error:
+        raise _row_unreadable(corpus.corpus_id, error) from error
+
+
+def _corpus_to_wire(corpus: Corpus) -> corpus_pb2.Corpus:
     return corpus_pb2.Corpus(
         corpus_id=corpus.corpus_id,
         display_name=corpus.header.display_name,
@@ -300,13 +353,23 @@ def _statistics_to_wire(statistics: SplitStatistics) -> corpus_pb2.SplitStatisti
 
 
 def model_to_wire(model: Model) -> model_pb2.Model:
-    """Return a model."""
+    """Return a model; `unreadable` tells what of it cannot be read."""
     return model_pb2.Model(
         name=model.name,
-        latest_version=version_to_wire(model.latest_version),
+        latest_version=_listed_version_to_wire(model.name, model.versions[-1], model.latest_version),
         versions=model.versions,
         aliases=[_alias_to_wire(alias) for alias in model.aliases],
+        unreadable=model.unreadable,
     )
+
+
+def _listed_version_to_wire(name: str, number: int, version: ModelVersion | UnreadableRow) -> model_pb2.ModelVersion:
+    if isinstance(version, UnreadableRow):
+        return model_pb2.ModelVersion(name=name, version=number, unreadable=version.why)
+    try:
+        return _version_to_wire(version)
+    except _MISFITS as error:
+        return model_pb2.ModelVersion(name=name, version=number, unreadable=_why(str(error)))
 
 
 def _alias_to_wire(alias: ModelAlias) -> model_pb2.ModelAlias:
@@ -314,7 +377,14 @@ def _alias_to_wire(alias: ModelAlias) -> model_pb2.ModelAlias:
 
 
 def version_to_wire(version: ModelVersion) -> model_pb2.ModelVersion:
-    """Return a version of a model."""
+    """Return a version of a model; raises RowUnreadable if it has a value that the contract cannot hold."""
+    try:
+        return _version_to_wire(version)
+    except _MISFITS as error:
+        raise _row_unreadable(version.reference, error) from error
+
+
+def _version_to_wire(version: ModelVersion) -> model_pb2.ModelVersion:
     return model_pb2.ModelVersion(
         name=version.name,
         version=version.version,
@@ -490,6 +560,15 @@ def _hypothesis_to_wire(hypothesis: Hypothesis) -> translation_pb2.Hypothesis:
         token_log_probabilities=hypothesis.token_log_probabilities,
         alignment=hypothesis.alignment,
     )
+
+
+def _row_unreadable(name: str, error: Exception) -> RowUnreadable:
+    text = f"{name} cannot be read: in the database it has a value that no answer can hold ({error}). Delete it"
+    return RowUnreadable(text, name=name)
+
+
+def _why(text: str) -> str:
+    return text.encode(errors="replace").decode()[:300]
 
 
 def _timestamp(time_ns: int) -> Timestamp:

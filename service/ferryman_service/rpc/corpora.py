@@ -69,10 +69,17 @@ class CorpusServicer(corpus_pb2_grpc.CorpusServiceServicer):
 
     def _page(self, request: corpus_pb2.ListCorporaRequest) -> corpus_pb2.ListCorporaResponse:
         response = corpus_pb2.ListCorporaResponse()
-        wire = WirePage(response.corpora, convert.corpus_to_wire)
+        wire = WirePage(response.corpora, convert.listed_corpus_to_wire)
         page = self._use_cases.list_page(request.page_size, request.page_token, wire.takes)
         response.next_page_token = page.next_page_token
         return response
+
+    async def DeleteCorpus(
+        self, request: corpus_pb2.DeleteCorpusRequest, context: Context
+    ) -> corpus_pb2.DeleteCorpusResponse:
+        """Remove a corpus."""
+        await asyncio.to_thread(self._use_cases.delete, request.corpus_id)
+        return corpus_pb2.DeleteCorpusResponse()
 
     @asynccontextmanager
     async def _opened(self, header: CorpusHeader, request_id: str) -> AsyncIterator[CorpusUpload]:

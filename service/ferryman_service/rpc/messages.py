@@ -78,14 +78,14 @@ class Messages:
             booking = None
             if largest_bytes:
                 booking = await self._answers.book(context.peer(), largest_bytes)
-                context.add_done_callback(lambda _: booking.release())
+                context.add_done_callback(_releasing(booking))
             response: Message = await respond(request, context)
             size_bytes = _checked_size(response)
             if booking is not None:
                 booking.settle(size_bytes)
             elif size_bytes > SMALL_ANSWER_BYTES:
                 late = await self._answers.book(context.peer(), size_bytes)
-                context.add_done_callback(lambda _: late.release())
+                context.add_done_callback(_releasing(late))
             return await self._serialised(response, size_bytes)
 
         return answer
@@ -111,6 +111,10 @@ class Messages:
         if size_bytes <= SMALL_ANSWER_BYTES:
             return response.SerializeToString()
         return await self._threads.run(response.SerializeToString)
+
+
+def _releasing(booking: Booking) -> Any:  # noqa: ANN401 (the stubs have a class of their own for callbacks)
+    return lambda _context: booking.release()
 
 
 def _checked_size(response: Message) -> int:

@@ -170,7 +170,7 @@ class TrainingServicer(training_pb2_grpc.TrainingServiceServicer):
         self, request: training_pb2.ListTrainingRunsRequest, wanted: RunFilter, unknown: Sequence[Violation]
     ) -> training_pb2.ListTrainingRunsResponse:
         response = training_pb2.ListTrainingRunsResponse()
-        wire = WirePage(response.runs, convert.run_to_wire)
+        wire = WirePage(response.runs, convert.listed_run_to_wire)
         page = self._use_cases.list_page(wanted, request.page_size, request.page_token, wire.takes, unknown)
         response.next_page_token = page.next_page_token
         return response

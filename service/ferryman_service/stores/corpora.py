@@ -3,36 +3,45 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence, Set
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-from sqlalchemy import Connection, Engine, Row, insert, select, tuple_
+from sqlalchemy import Connection, Engine, delete, insert, select
 
 from ferryman_service.domain.cleanup import clean_up
 from ferryman_service.domain.corpora import Corpus, CorpusFiles, CorpusHeader
-from ferryman_service.domain.errors import CorpusNotFound, RequestIdReused
+from ferryman_service.domain.errors import CorpusInUse, RequestIdReused
+from ferryman_service.domain.ids import CORPUS_PREFIX, is_id
+from ferryman_service.domain.records import RunState
+from ferryman_service.domain.stored import UnreadableRow
 from ferryman_service.stores import tables
 from ferryman_service.stores.corpus_description import (
     DESCRIPTION_FILE,
-    corpus_from_values,
     corpus_to_values,
     find_damage,
     text_files,
     write_description,
 )
+from ferryman_service.stores.corpus_rows import corpus_from_row, corpus_not_found
 from ferryman_service.stores.corpus_text import CorpusLimits as CorpusLimits
 from ferryman_service.stores.corpus_upload import FileCorpusUpload
 from ferryman_service.stores.database import disk_errors, reading, writing
 from ferryman_service.stores.folders import HeldFolder, move_folder, remove_abandoned
 from ferryman_service.stores.free_space import FreeSpace
 from ferryman_service.stores.layout import DataFolder
+from ferryman_service.stores.pages import page_by_time
 from ferryman_service.stores.pending import FolderChange, announce, withdraw
+from ferryman_service.stores.readable import require
+from ferryman_service.trash import move_to_trash
 
 _log = logging.getLogger(__name__)
 _CORPORA: Final = tables.corpora
+_UNFINISHED: Final = [state.value for state in RunState if not state.is_terminal]
+_NAMED_RUNS: Final = 7
+"""A run's id has 30 characters, and what a status says of one thing is cut at 256."""
 
 
 class FileCorpusStore:
@@ -53,10 +62,13 @@ class FileCorpusStore:
         self.sweep()
         with reading(self._engine) as connection:
             rows = connection.execute(select(_CORPORA)).all()
-        for row in rows:
-            folder = self._folder.corpora / row.corpus_id
+            found = [(corpus_from_row(connection, row), row.request_id) for row in rows]
+        for corpus, request_id in found:
+            if isinstance(corpus, UnreadableRow) or not is_id(corpus.corpus_id, CORPUS_PREFIX):
+                continue
+            folder = self._folder.corpus_dir(corpus.corpus_id)
             if folder.is_dir() and not (folder / DESCRIPTION_FILE).exists():
-                _describe_again(folder, row)
+                _describe_again(folder, corpus, request_id)
 
     def sweep(self) -> None:
         """Remove what uploads that ended have left, in this process or in one that died; harmless at any time."""
@@ -76,20 +88,39 @@ class FileCorpusStore:
         """Return the corpus; raises CorpusNotFound."""
         with reading(self._engine) as connection:
             row = connection.execute(select(_CORPORA).where(_CORPORA.c.corpus_id == corpus_id)).one_or_none()
-        if row is None:
-            shown = corpus_id[:80]
-            raise CorpusNotFound(f"there is no corpus {shown!r}: ListCorpora names those there are", corpus_id=shown)
-        return corpus_from_row(row)
+            if row is None:
+                raise corpus_not_found(corpus_id)
+            return require(corpus_from_row(connection, row))
 
-    def list_page(self, after: str | None, limit: int) -> Sequence[Corpus]:
-        """Return the corpora that follow `after`, newest first, at most `limit`."""
-        place = (_CORPORA.c.create_time_ns, _CORPORA.c.corpus_id)
-        query = select(_CORPORA).order_by(*(column.desc() for column in place)).limit(limit)
-        if after is not None:
-            last = select(*place).where(_CORPORA.c.corpus_id == after).scalar_subquery()
-            query = query.where(tuple_(*place) < last)
+    def list_page(self, after: str | None, limit: int) -> Sequence[Corpus | UnreadableRow]:
+        """Return the corpora that follow the place `after`, newest first, at most `limit`."""
         with reading(self._engine) as connection:
-            return [corpus_from_row(row) for row in connection.execute(query)]
+            page = page_by_time(connection, _CORPORA, (), after, limit)
+            return [corpus_from_row(connection, row, place) for row, place in page]
+
+    def present(self, corpus_ids: Iterable[str]) -> Set[str]:
+        """Return those of the ids that are a corpus's."""
+        query = select(_CORPORA.c.corpus_id).where(_CORPORA.c.corpus_id.in_(list(corpus_ids)))
+        with reading(self._engine) as connection:
+            return set(connection.execute(query).scalars())
+
+    def delete(self, corpus_id: str) -> None:
+        """Remove the corpus, first its row, then its files, which move to the trash.
+
+        Raises CorpusNotFound; CorpusInUse if unfinished runs train on it.
+        """
+        of_corpus = _CORPORA.c.corpus_id == corpus_id
+        with writing(self._engine) as connection:
+            if connection.execute(select(_CORPORA.c.corpus_id).where(of_corpus)).one_or_none() is None:
+                raise corpus_not_found(corpus_id)
+            _check_not_in_use(connection, corpus_id)
+            connection.execute(delete(_CORPORA).where(of_corpus))
+            if not is_id(corpus_id, CORPUS_PREFIX):  # the id of a damaged row may be anything
+                return
+            folder = self._folder.corpus_dir(corpus_id)
+            announce(connection, self._folder.relative(folder), FolderChange.TO_TRASH)
+        # What fails here is done by the next `finish_deletions`.
+        clean_up(partial(move_to_trash, self._folder.trash, folder, "deleted by DeleteCorpus"))
 
     def files(self, corpus_id: str) -> CorpusFiles:
         """Return where the corpus lies; raises CorpusNotFound."""
@@ -125,15 +156,10 @@ def insert_corpus(connection: Connection, corpus: Corpus, request_id: str | None
     connection.execute(insert(_CORPORA).values(corpus_to_values(corpus) | {"request_id": request_id}))
 
 
-def corpus_from_row(row: Row[Any]) -> Corpus:
-    """Return the corpus of a whole row."""
-    return corpus_from_values(dict(row._mapping))
-
-
-def _describe_again(folder: Path, row: Row[Any]) -> None:
+def _describe_again(folder: Path, corpus: Corpus, request_id: str | None) -> None:
     try:
-        write_description(folder, corpus_from_row(row), row.request_id)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        write_description(folder, corpus, request_id)
+    except OSError as error:
         _log.warning("%s has no %s, without which its row cannot be rebuilt: %r", folder, DESCRIPTION_FILE, error)
 
 
@@ -141,10 +167,21 @@ def _corpus_of_request(connection: Connection, request_id: str, wanted: Corpus) 
     row = connection.execute(select(_CORPORA).where(_CORPORA.c.request_id == request_id)).one_or_none()
     if row is None:
         return None
-    known = corpus_from_row(row)
+    known = require(corpus_from_row(connection, row))
     if (known.digest, known.header) != (wanted.digest, wanted.header):
         raise RequestIdReused(
             f"request_id {request_id} came before with another corpus, {known.corpus_id}: use a new request_id",
             request_id=request_id,
         )
     return known
+
+
+def _check_not_in_use(connection: Connection, corpus_id: str) -> None:
+    """Raise CorpusInUse if unfinished runs train on the corpus: each reads it again whenever it is resumed."""
+    runs = tables.runs.c
+    query = select(runs.run_id).where(runs.corpus_id == corpus_id, runs.state.in_(_UNFINISHED)).order_by(runs.run_id)
+    if run_ids := connection.execute(query).scalars().all():
+        more = len(run_ids) - _NAMED_RUNS
+        named = ", ".join(run_ids[:_NAMED_RUNS]) + (f" and {more:,} more" if more > 0 else "")
+        text = f"corpus {corpus_id} is trained on by {named}: wait until they have ended, or cancel them"
+        raise CorpusInUse(text, corpus_id=corpus_id, runs=",".join(run_ids[:_NAMED_RUNS]))

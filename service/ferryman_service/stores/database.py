@@ -20,6 +20,7 @@ from sqlalchemy import Connection, Engine
 
 from ferryman_service.domain.errors import DatabaseDamaged, DiskFull, StoreUnavailable
 from ferryman_service.domain.os_errors import domain_error
+from ferryman_service.stores.readable import UNREADABLE_OPTION, UnreadableRows
 from ferryman_service.stores.sqlite import WRITES_OPTION, create_sqlite_engine, translate_sqlite_error, writer_turn
 
 _log = logging.getLogger(__name__)
@@ -39,14 +40,22 @@ def open_database(
     busy_timeout_s: float = 10.0,
     on_failure: Callable[[], None] | None = None,
     on_damage: Callable[[str], None] | None = None,
+    on_unreadable: Callable[[str], None] | None = None,
 ) -> Engine:
     """Return an engine for the database file, safe to use from every thread. File and tables need `upgrade` first.
 
     A transaction waits `busy_timeout_s` for another process before it raises StoreUnavailable. `on_failure` is called
-    when one ends with StoreUnavailable, DiskFull or DatabaseDamaged, and `on_damage` with the message of the last.
+    when one ends with StoreUnavailable, DiskFull or DatabaseDamaged, and `on_damage` with the message of the last;
+    `on_unreadable` is told the table of each row that is found to be unreadable, once for each.
     """
     engine = create_sqlite_engine(path, busy_timeout_s)
-    engine.update_execution_options(**{_ON_FAILURE_OPTION: on_failure, _ON_DAMAGE_OPTION: on_damage})
+    engine.update_execution_options(
+        **{
+            _ON_FAILURE_OPTION: on_failure,
+            _ON_DAMAGE_OPTION: on_damage,
+            UNREADABLE_OPTION: UnreadableRows(on_unreadable),
+        }
+    )
     return engine
 
 

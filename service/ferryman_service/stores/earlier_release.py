@@ -35,5 +35,9 @@ def uncounted_reports(connection: Connection, run_id: str) -> dict[str, Any]:
     kind, payload = tables.records.c.kind, tables.records.c.payload
     metrics = select(func.count()).select_from(tables.records).where(of_run, kind.in_(["step", "validation"]))
     events = connection.execute(select(payload).where(of_run, kind == "event")).scalars()
-    reports = connection.execute(metrics).scalar_one() + sum(event["code"] in _EVENTS for event in events)
+    reports = connection.execute(metrics).scalar_one() + sum(_code(event) in _EVENTS for event in events)
     return {"progress": progress | {"reports": reports}}
+
+
+def _code(event: object) -> object:
+    return event.get("code") if isinstance(event, dict) else None  # a record that cannot be read counts for nothing

@@ -11,7 +11,7 @@ runs/<run_id>/attempt-<n>/    temporary files of a worker, removed at its end
 models/<name>/<version>/      published bundles
 models/.staging/              bundles in the making
 models/.imports/              bundles on their way in or out
-trash/<id>/                   what was found without its row, or damaged; deleted after a week (trash.py)
+trash/<id>/                   what was deleted, found without its row, or damaged; removed after a week (trash.py)
 """
 
 from __future__ import annotations

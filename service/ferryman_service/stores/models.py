@@ -41,10 +41,14 @@ from ferryman_service.stores.folders import (
 from ferryman_service.stores.free_space import FreeSpace
 from ferryman_service.stores.layout import DataFolder
 from ferryman_service.stores.model_rows import (
+    NUMBERED,
     aliases_of,
+    check_alias,
+    find_number,
     find_version,
     insert_version,
     next_version,
+    note_nameless,
     put_alias,
     read_models,
 )
@@ -82,8 +86,11 @@ class FileModelStore:
         self._removals = Removals()
 
     def recover(self) -> None:
-        """Remove what copies of bundles that never ended have left; call it when a service starts."""
+        """Remove what copies of bundles that never ended have left, and note the rows that nothing can name; call it
+        when a service starts."""
         remove_abandoned(self._folder.imports)
+        with reading(self._engine) as connection:
+            note_nameless(connection)
 
     def sweep(self) -> None:
         """Remove what imports, exports and deletions that ended have left; harmless at any time."""
@@ -157,13 +164,14 @@ class FileModelStore:
     def get(self, name: str) -> Model:
         """Return the model; raises ModelNotFound."""
         with reading(self._engine) as connection:
-            find_version(connection, ModelReference(name=name))
-            [model] = read_models(connection, [name])
+            if not (models := read_models(connection, [name])):
+                find_version(connection, ModelReference(name=name))  # says why
+            [model] = models
         return model
 
     def list_page(self, after: str | None, limit: int) -> Sequence[Model]:
         """Return the models that follow `after`, by name, at most `limit`."""
-        query = select(_VERSIONS.c.name).distinct().order_by(_VERSIONS.c.name).limit(limit)
+        query = select(_VERSIONS.c.name).where(NUMBERED).distinct().order_by(_VERSIONS.c.name).limit(limit)
         if after is not None:
             query = query.where(_VERSIONS.c.name > after)
         with reading(self._engine) as connection:
@@ -172,7 +180,8 @@ class FileModelStore:
     def set_alias(self, name: str, alias: str, version: int) -> Model:
         """Let the alias point at the version, at once for everybody, and return the model; raises ModelNotFound."""
         with writing(self._engine) as connection:
-            target = find_version(connection, ModelReference(name=name, version=version), lock=True)
+            find_number(connection, name, version)
+            target = find_version(connection, ModelReference(name=name, version=version))
             put_alias(connection, target, alias)
             [model] = read_models(connection, [name])
         return model
@@ -180,7 +189,7 @@ class FileModelStore:
     def delete_alias(self, name: str, alias: str) -> None:
         """Remove the alias, not what it points at; raises ModelNotFound."""
         with writing(self._engine) as connection:
-            find_version(connection, ModelReference(name=name, alias=alias))
+            check_alias(connection, name, alias)
             connection.execute(delete(_ALIASES).where(_ALIASES.c.name == name, _ALIASES.c.alias == alias))
 
     def delete_version(self, name: str, version: int) -> None:
@@ -189,11 +198,11 @@ class FileModelStore:
         Raises ModelNotFound; ModelInUse if an alias points at it or an unfinished run starts from it.
         """
         with writing(self._engine) as connection:
-            found = find_version(connection, ModelReference(name=name, version=version), lock=True)
-            _check_not_in_use(connection, found)
+            find_number(connection, name, version)
+            _check_not_in_use(connection, name, version)
             connection.execute(delete(_VERSIONS).where(_VERSIONS.c.name == name, _VERSIONS.c.version == version))
-            announce(connection, self._folder.relative(self.bundle_dir(found)), FolderChange.DELETING)
-        self._remove_bundle(self.bundle_dir(found))
+            announce(connection, self._folder.relative(self._folder.bundle_dir(name, version)), FolderChange.DELETING)
+        self._remove_bundle(self._folder.bundle_dir(name, version))
 
     def open_bundle(self, version: ModelVersion) -> BundleReader:
         """Open the published files for reading; raises ModelDamaged, and ModelNotFound if it was deleted meanwhile."""
@@ -315,19 +324,20 @@ def describe_bundle(name: str, number: int, bundle: Path, create_time_ns: int) -
     )
 
 
-def _check_not_in_use(connection: Connection, version: ModelVersion) -> None:
+def _check_not_in_use(connection: Connection, name: str, number: int) -> None:
     """Raise ModelInUse if the version may not go: what an alias names is loadable, and a run that was accepted to
     start from it reads its weights again whenever it is resumed."""
-    if aliases := aliases_of(connection, version):
-        named = ", ".join(f"{version.name}@{alias}" for alias in aliases)
-        text = f"{version.reference} is what {named} points at: move or delete that first"
-        raise ModelInUse(text, model=version.reference, aliases=",".join(aliases))
+    reference = f"{name}/{number}"
+    if aliases := aliases_of(connection, name, number):
+        named = ", ".join(f"{name}@{alias}" for alias in aliases)
+        text = f"{reference} is what {named} points at: move or delete that first"
+        raise ModelInUse(text, model=reference, aliases=",".join(aliases))
     runs = tables.runs.c
-    starts = (runs.initial_model == version.reference) & runs.state.in_(_UNFINISHED)
+    starts = (runs.initial_model == reference) & runs.state.in_(_UNFINISHED)
     needed_by = connection.execute(select(runs.run_id).where(starts).order_by(runs.run_id).limit(1)).scalar()
     if needed_by is not None:
-        text = f"run {needed_by} starts from {version.reference}: wait until it has ended, or cancel it"
-        raise ModelInUse(text, model=version.reference, needed_by=needed_by)
+        text = f"run {needed_by} starts from {reference}: wait until it has ended, or cancel it"
+        raise ModelInUse(text, model=reference, needed_by=needed_by)
 
 
 def _make_read_only(bundle: Path) -> None:

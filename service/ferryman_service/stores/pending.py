@@ -1,9 +1,9 @@
 """Announcing that a folder will be published or deleted.
 
 A row and a folder cannot change in one step. Before a folder moves into place its path is announced, in a transaction
-of its own, and the transaction that inserts the folder's row withdraws the announcement. A deletion is announced by the
-transaction that deletes the row. So a folder without a row that is announced is what a crash has left; one that is not
-announced has lost its row in some other way, and may be data.
+of its own, and the transaction that inserts the folder's row withdraws the announcement. A deletion, or a move to the
+trash, is announced by the transaction that deletes the row. So a folder without a row that is announced is what a crash
+has left; one that is not announced has lost its row in some other way, and may be data.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ class FolderChange(enum.StrEnum):
 
     PUBLISHING = "publishing"
     DELETING = "deleting"
+    TO_TRASH = "to_trash"
 
 
 def announce(connection: Connection, path: str, change: FolderChange) -> None:

@@ -52,6 +52,7 @@ _LOGS: Final = ("-wal", "-shm")
 _INTERRUPTED: Final = {
     FolderChange.PUBLISHING.value: "its publication was interrupted",
     FolderChange.DELETING.value: "its deletion was interrupted",
+    FolderChange.TO_TRASH.value: "its deletion was interrupted",
 }
 
 

@@ -44,17 +44,23 @@ class FileRunFolders:
 
     def delete(self, run_id: str) -> None:
         """Remove the run's folder, if there is one; what cannot be removed now is left to `sweep`."""
-        self._removals.remove(self._folder.run_dir(run_id))
+        if is_id(run_id, RUN_PREFIX):  # the id of a damaged row may be anything
+            self._removals.remove(self._folder.run_dir(run_id))
 
     def sweep(self) -> None:
         """Remove what is left of the folders of deleted runs: a worker that was ending may have written into one."""
         self._removals.retry()
 
     def _paths(self, run_id: str) -> list[Path]:
-        if not is_id(run_id, RUN_PREFIX):
-            return []  # the lineage of a model from elsewhere may name anything
-        found = (self._folder.run_dir(run_id) / "checkpoints").glob(f"{_PREFIX}*")
-        return sorted(path for path in found if path.name.removeprefix(_PREFIX).isdigit() and path.is_dir())
+        return checkpoint_paths(self._folder, run_id)
+
+
+def checkpoint_paths(folder: DataFolder, run_id: str) -> list[Path]:
+    """Return the folders of the run's complete checkpoints, by rising step."""
+    if not is_id(run_id, RUN_PREFIX):
+        return []  # the lineage of a model from elsewhere may name anything
+    found = (folder.run_dir(run_id) / "checkpoints").glob(f"{_PREFIX}*")
+    return sorted(path for path in found if path.name.removeprefix(_PREFIX).isdigit() and path.is_dir())
 
 
 def _read(path: Path) -> tuple[CheckpointInfo, int] | None:

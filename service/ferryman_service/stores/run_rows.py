@@ -13,6 +13,7 @@ from ferryman_service.domain.errors import AttemptFenced, RunNotFound
 from ferryman_service.domain.recipe import recipe_from_dict, recipe_to_dict
 from ferryman_service.domain.records import (
     ACTIVE_STATES,
+    EventLevel,
     Payload,
     Record,
     RunEvent,
@@ -25,11 +26,17 @@ from ferryman_service.domain.records import (
     payload_to_dict,
 )
 from ferryman_service.domain.runs import FailureReason, ProcessIdentity, RunFailure, RunProgress, TrainingRun
+from ferryman_service.domain.stored import UnreadableRow
 from ferryman_service.stores import tables
+from ferryman_service.stores.readable import parse_row, read_row, require, shown
 
 DELETING: Final = "deleting"
 """In place of a state: the run was deleted, and its records are being removed. Nobody sees it any more."""
 
+IS_THERE: Final = tables.runs.c.state.is_distinct_from(DELETING)
+"""Whether a run was not deleted. Also true of a row whose state is missing: it is damaged, not gone."""
+
+_STATES: Final = frozenset(state.value for state in RunState)
 _HEAD: Final = [
     tables.runs.c[name]
     for name in (
@@ -46,9 +53,7 @@ _HEAD: Final = [
     )
 ]
 # Built once: a statement takes longer to build than to run, and training waits for the interpreter meanwhile.
-_HEAD_OF_RUN: Final = (
-    select(*_HEAD).where(tables.runs.c.run_id == bindparam("of_run"), tables.runs.c.state != DELETING).with_for_update()
-)
+_HEAD_OF_RUN: Final = select(*_HEAD).where(tables.runs.c.run_id == bindparam("of_run"), IS_THERE).with_for_update()
 _INSERT_RECORDS: Final = insert(tables.records)
 
 
@@ -56,6 +61,7 @@ def run_to_values(run: TrainingRun) -> dict[str, Any]:
     """Return the row of a run, without its request id."""
     values = {field.name: getattr(run, field.name) for field in dataclasses.fields(run)}
     worker = values.pop("worker")
+    values.pop("corpus_deleted")
     return (
         values
         | worker_to_values(worker)
@@ -84,8 +90,17 @@ def failure_to_value(failure: RunFailure | None) -> dict[str, Any] | None:
     return None if failure is None else dataclasses.asdict(failure)
 
 
-def run_from_row(row: Row[Any]) -> TrainingRun:
-    """Return the run of a whole row."""
+def run_from_row(connection: Connection, row: Row[Any], place: str = "") -> TrainingRun | UnreadableRow:
+    """Return the run of a whole row, if it can be read; `place` is where it stands in its list."""
+    return read_row(connection, tables.runs, row, _parse_run, shown(row.run_id), place)
+
+
+def parse_run_row(row: Row[Any]) -> TrainingRun:
+    """Return the run of a whole row; raises one of `UNPARSABLE`."""
+    return parse_row(tables.runs, row, _parse_run)
+
+
+def _parse_run(row: Row[Any]) -> TrainingRun:
     worker = None
     if row.worker_pid is not None:
         worker = ProcessIdentity(pid=row.worker_pid, start_ticks=row.worker_start_ticks, boot_id=row.worker_boot_id)
@@ -115,26 +130,57 @@ def run_from_row(row: Row[Any]) -> TrainingRun:
     )
 
 
-def record_from_row(row: Row[Any]) -> Record:
-    """Return the record of a row."""
+def record_from_row(connection: Connection, row: Row[Any]) -> Record:
+    """Return the record of a row; one that cannot be read is a remark which says so, so that no number is missing."""
+    record = read_row(connection, tables.records, row, _parse_record, f"{shown(row.run_id)}/{shown(row.sequence)}")
+    if isinstance(record, UnreadableRow):
+        return unreadable_record(row.sequence, row.time_ns if type(row.time_ns) is int else 0, record.why)
+    return record
+
+
+def unreadable_record(sequence: int, time_ns: int, why: str) -> Record:
+    """Return what stands in the place of a record that cannot be read."""
+    text = f"record {sequence} cannot be read: in the database its {why}"
+    remark = RunEvent(level=EventLevel.ERROR, code="RECORD_UNREADABLE", message=text)
+    return Record(sequence=sequence, time_ns=max(0, time_ns), payload=remark)
+
+
+def parse_record_row(row: Row[Any]) -> Record:
+    """Return the record of a whole row; raises one of `UNPARSABLE`."""
+    return parse_row(tables.records, row, _parse_record)
+
+
+def _parse_record(row: Row[Any]) -> Record:
     return Record(sequence=row.sequence, time_ns=row.time_ns, payload=payload_from_dict(row.kind, row.payload))
 
 
 def read_run(connection: Connection, run_id: str) -> TrainingRun:
-    """Return the run; raises RunNotFound."""
-    query = select(tables.runs).where(tables.runs.c.run_id == run_id, tables.runs.c.state != DELETING)
+    """Return the run; raises RunNotFound, RowUnreadable."""
+    return require(find_run(connection, run_id))
+
+
+def find_run(connection: Connection, run_id: str) -> TrainingRun | UnreadableRow:
+    """Return the run, if it can be read; raises RunNotFound."""
+    query = select(tables.runs).where(tables.runs.c.run_id == run_id, IS_THERE)
     row = connection.execute(query).one_or_none()
     if row is None:
         raise run_not_found(run_id)
-    return run_from_row(row)
+    return run_from_row(connection, row)
 
 
 def lock_head(connection: Connection, run_id: str) -> Row[Any]:
-    """Return the moving part of a run's row, locked until the transaction ends; raises RunNotFound."""
+    """Return the moving part of a run's row, locked until the transaction ends; raises RunNotFound, RowUnreadable."""
     head = connection.execute(_HEAD_OF_RUN, {"of_run": run_id}).one_or_none()
     if head is None:
         raise run_not_found(run_id)
+    if not is_readable_head(head):
+        require(find_run(connection, run_id))
     return head
+
+
+def is_readable_head(head: Any) -> bool:  # noqa: ANN401 (a row of whatever columns)
+    """Tell whether the state and the last number of a run's row are what they should be."""
+    return head.state in _STATES and type(head.last_sequence) is int
 
 
 def check_attempt(head: Row[Any], attempt: int) -> None:
@@ -158,10 +204,10 @@ def got_further(connection: Connection, run_id: str) -> bool:
         .limit(2)
     )
     for row in connection.execute(query):  # its last steps may be followed by the change to EXPORTING
-        payload = payload_from_dict(row.kind, row.payload)
-        if not isinstance(payload, StateChange):
+        if row.kind == "step":
             return True
-        if payload.state is not RunState.EXPORTING:
+        state = row.payload.get("state") if isinstance(row.payload, dict) else None
+        if state != RunState.EXPORTING.value:
             return False
     return False
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
@@ -17,12 +18,11 @@ from sqlalchemy import (
     delete,
     func,
     insert,
-    literal,
     literal_column,
     select,
-    tuple_,
     update,
 )
+from sqlalchemy.sql import ColumnElement
 
 from ferryman_service.domain.errors import (
     AttemptFenced,
@@ -34,6 +34,7 @@ from ferryman_service.domain.errors import (
     StoreUnavailable,
     TooManyRuns,
 )
+from ferryman_service.domain.ids import RUN_PREFIX, is_id
 from ferryman_service.domain.records import Payload, Record, RunState, StateChange, StepMetrics
 from ferryman_service.domain.runs import (
     AppendAck,
@@ -46,22 +47,30 @@ from ferryman_service.domain.runs import (
     RunProgress,
     TrainingRun,
 )
+from ferryman_service.domain.stored import UnreadableRow
 from ferryman_service.stores import tables
+from ferryman_service.stores.corpus_rows import corpus_not_found
 from ferryman_service.stores.database import reading, writing
 from ferryman_service.stores.earlier_release import uncounted_reports
+from ferryman_service.stores.pages import page_by_time
 from ferryman_service.stores.pending import FolderChange, announce
+from ferryman_service.stores.readable import note_unreadable, require
 from ferryman_service.stores.run_rows import (
     DELETING,
+    IS_THERE,
     add_records,
     check_attempt,
     enter_state,
     failure_to_value,
+    find_run,
     got_further,
+    is_readable_head,
     lock_head,
     read_run,
     record_from_row,
     run_from_row,
     run_to_values,
+    unreadable_record,
     worker_to_values,
 )
 
@@ -85,18 +94,29 @@ class SqlRunStore:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
 
-    def create(self, run: TrainingRun, key: RequestKey | None, max_queued: int) -> TrainingRun:
-        """Store a QUEUED run and its first record, or return the run of a known key."""
+    def create(
+        self, run: TrainingRun, key: RequestKey | None, max_queued: int, max_unfinished: int = sys.maxsize
+    ) -> TrainingRun:
+        """Store a QUEUED run and its first record, or return the run of a known key.
+
+        Raises RequestIdReused, TooManyRuns; CorpusNotFound if the corpus was deleted meanwhile.
+        """
         assert run.state is RunState.QUEUED, "a run begins QUEUED"
         with writing(self._engine) as connection:
             if key is not None and (known := _run_of_key(connection, key)) is not None:
                 return known
-            self._check_queue(connection, max_queued)
+            _check_corpus(connection, run.corpus_id)
+            _check_capacity(connection, max_queued, max_unfinished)
             values = run_to_values(dataclasses.replace(run, last_sequence=1))
             values |= {"request_id": key and key.request_id, "body_digest": key and key.body_digest}
             connection.execute(insert(_RUNS).values(values))
             add_records(connection, run.run_id, 0, [StateChange(state=run.state, attempt=run.attempt)])
             return read_run(connection, run.run_id)
+
+    def check_capacity(self, max_queued: int, max_unfinished: int) -> None:
+        """Raise TooManyRuns where `create` would."""
+        with reading(self._engine) as connection:
+            _check_capacity(connection, max_queued, max_unfinished)
 
     def find(self, key: RequestKey) -> TrainingRun | None:
         """Return the run of the key, None if the key is unknown; raises RequestIdReused."""
@@ -108,27 +128,22 @@ class SqlRunStore:
         with reading(self._engine) as connection:
             return read_run(connection, run_id)
 
-    def list_page(self, wanted: RunFilter, after: str | None, limit: int) -> Sequence[TrainingRun]:
+    def list_page(self, wanted: RunFilter, after: str | None, limit: int) -> Sequence[TrainingRun | UnreadableRow]:
         """Return the runs that follow the place `after` in the filter's order, at most `limit`."""
-        place = (_RUNS.c.create_time_ns, _RUNS.c.run_id)
-        query = select(_RUNS).where(_RUNS.c.state != DELETING)
+        filters: list[ColumnElement[bool]] = [IS_THERE]
         if wanted.states:
-            query = query.where(_RUNS.c.state.in_([state.value for state in wanted.states]))
+            filters.append(_RUNS.c.state.in_([state.value for state in wanted.states]))
         if wanted.model_name:
-            query = query.where(_RUNS.c.model_name == wanted.model_name)
-        if after is not None:
-            time_ns, _, run_id = after.partition("/")
-            last = tuple_(literal(int(time_ns)), literal(run_id))
-            query = query.where(tuple_(*place) > last if wanted.oldest_first else tuple_(*place) < last)
-        order = [column.asc() if wanted.oldest_first else column.desc() for column in place]
+            filters.append(_RUNS.c.model_name == wanted.model_name)
         with reading(self._engine) as connection:
-            return [run_from_row(row) for row in connection.execute(query.order_by(*order).limit(limit))]
+            page = page_by_time(connection, _RUNS, filters, after, limit, oldest_first=wanted.oldest_first)
+            return [run_from_row(connection, row, place) for row, place in page]
 
-    def unfinished(self) -> Sequence[TrainingRun]:
+    def unfinished(self) -> Sequence[TrainingRun | UnreadableRow]:
         """Return all runs that are not terminal, in the order in which they were created."""
         query = select(_RUNS).where(_RUNS.c.state.in_(_UNFINISHED)).order_by(_INSERTION)
         with reading(self._engine) as connection:
-            return [run_from_row(row) for row in connection.execute(query)]
+            return [run_from_row(connection, row) for row in connection.execute(query)]
 
     def begin_attempt(self, run_id: str, previous_attempt: int) -> TrainingRun | None:
         """Make the run STARTING with the next attempt; None if somebody else was faster. Raises RunNotFound."""
@@ -249,28 +264,30 @@ class SqlRunStore:
             return read_run(connection, run_id)
 
     def delete(self, run_id: str) -> None:
-        """Remove a terminal run and its records. Raises RunNotFound, RunNotFinished.
+        """Remove a terminal run, or one that cannot be read, and its records. Raises RunNotFound, RunNotFinished.
 
         From its first transaction on the run is gone; the records follow in slices. What a crash leaves of them is
         removed by `recover`.
         """
         with writing(self._engine) as connection:
-            head = lock_head(connection, run_id)
-            if not RunState(head.state).is_terminal:
-                text = f"run {run_id} is {head.state}: cancel it and wait for its end, then delete it"
-                raise RunNotFinished(text, run_id=run_id, state=head.state)
+            run = find_run(connection, run_id)
+            if isinstance(run, TrainingRun) and not run.state.is_terminal:
+                text = f"run {run_id} is {run.state}: cancel it and wait for its end, then delete it"
+                raise RunNotFinished(text, run_id=run_id, state=run.state)
             hidden = {"state": DELETING, "request_id": None}
             connection.execute(update(_RUNS).where(_RUNS.c.run_id == run_id).values(hidden))
-            announce(connection, f"runs/{run_id}", FolderChange.DELETING)
-        self._finish_deletion(run_id, head.last_sequence)
+            if is_id(run_id, RUN_PREFIX):  # the id of a damaged row may be anything
+                announce(connection, f"runs/{run_id}", FolderChange.DELETING)
+            last_sequence = _last_sequence(connection, run_id)
+        self._finish_deletion(run_id, last_sequence)
 
     def recover(self) -> None:
         """Finish the deletions that a crash has interrupted; call it when a service starts."""
-        query = select(_RUNS.c.run_id, _RUNS.c.last_sequence).where(_RUNS.c.state == DELETING)
         with reading(self._engine) as connection:
-            rows = connection.execute(query).all()
-        for row in rows:
-            self._finish_deletion(row.run_id, row.last_sequence)
+            run_ids = connection.execute(select(_RUNS.c.run_id).where(_RUNS.c.state == DELETING)).scalars().all()
+            last_sequences = [_last_sequence(connection, run_id) for run_id in run_ids]
+        for run_id, last_sequence in zip(run_ids, last_sequences, strict=True):
+            self._finish_deletion(run_id, last_sequence)
 
     def request_cancel(self, run_id: str) -> TrainingRun:
         """Cancel a QUEUED run, ask an active one to stop. Raises RunNotFound, IllegalTransition."""
@@ -289,7 +306,7 @@ class SqlRunStore:
             return read_run(connection, run_id)
 
     def records_after(self, run_id: str, after_sequence: int, limit: int) -> Sequence[Record]:
-        """Return the records that follow, in order, at most `limit`."""
+        """Return the records that follow, in order and without gap, at most `limit`."""
         query = (
             select(_RECORDS)
             .where(_RECORDS.c.run_id == run_id, _RECORDS.c.sequence > after_sequence)
@@ -297,15 +314,20 @@ class SqlRunStore:
             .limit(limit)
         )
         with reading(self._engine) as connection:
-            return [record_from_row(row) for row in connection.execute(query)]
+            rows = {row.sequence: row for row in connection.execute(query)}
+            wanted = range(after_sequence + 1, after_sequence + 1 + len(rows))
+            if list(rows) != list(wanted):
+                return _filled(connection, run_id, range(wanted.start, wanted.start + limit), rows)
+            return [record_from_row(connection, row) for row in rows.values()]
 
     def heads(self, run_ids: Iterable[str]) -> Mapping[str, RunHead]:
-        """Return the heads of the runs that exist."""
+        """Return the heads of the runs that exist and whose heads can be read."""
         query = select(_RUNS.c.run_id, _RUNS.c.state, _RUNS.c.last_sequence).where(_RUNS.c.run_id.in_(list(run_ids)))
         with reading(self._engine) as connection:
             return {
                 row.run_id: RunHead(state=RunState(row.state), last_sequence=row.last_sequence)
-                for row in connection.execute(query.where(_RUNS.c.state != DELETING))
+                for row in connection.execute(query.where(IS_THERE))
+                if is_readable_head(row)
             }
 
     def _finish_deletion(self, run_id: str, last_sequence: int) -> None:
@@ -317,6 +339,7 @@ class SqlRunStore:
                     connection.execute(delete(_RECORDS).where(of_run, _RECORDS.c.sequence > after))
                 time.sleep(_SLICE_PAUSE_S)
             with writing(self._engine) as connection:
+                connection.execute(delete(_RECORDS).where(of_run))  # those that have no number, or a negative one
                 connection.execute(delete(_RUNS).where(_RUNS.c.run_id == run_id))
         except (DiskFull, StoreUnavailable, DatabaseDamaged) as error:
             _log.warning("records of %s, which was deleted, are left until the next start: %s", run_id, error)
@@ -331,17 +354,6 @@ class SqlRunStore:
             pause_requested=head.pause_requested,
         )
 
-    @staticmethod
-    def _check_queue(connection: Connection, max_queued: int) -> None:
-        query = select(func.count()).select_from(_RUNS).where(_RUNS.c.state == RunState.QUEUED.value)
-        queued = connection.execute(query).scalar_one()
-        if queued >= max_queued:
-            raise TooManyRuns(
-                f"{queued} runs are waiting, the limit is {max_queued}: try again when one has started, or cancel one",
-                queued=queued,
-                limit=max_queued,
-            )
-
 
 def _run_of_key(connection: Connection, key: RequestKey) -> TrainingRun | None:
     row = connection.execute(select(_RUNS).where(_RUNS.c.request_id == key.request_id)).one_or_none()
@@ -352,7 +364,65 @@ def _run_of_key(connection: Connection, key: RequestKey) -> TrainingRun | None:
             f"request_id {key.request_id} came before with another body, for run {row.run_id}: use a new request_id",
             request_id=key.request_id,
         )
-    return run_from_row(row)
+    return require(run_from_row(connection, row))
+
+
+def _last_sequence(connection: Connection, run_id: str) -> int:
+    """Return the highest number that a record of the run has, whatever the run's row says; 1 if there is none."""
+    numbered = (_RECORDS.c.run_id == run_id) & (func.typeof(_RECORDS.c.sequence) == "integer")
+    last: int | None = connection.execute(select(func.max(_RECORDS.c.sequence)).where(numbered)).scalar()
+    return last or 1
+
+
+def _check_capacity(connection: Connection, max_queued: int, max_unfinished: int) -> None:
+    """Raise TooManyRuns if another run would be one too many."""
+    query = select(_RUNS.c.state, func.count()).where(_RUNS.c.state.in_(_UNFINISHED)).group_by(_RUNS.c.state)
+    counts = {state: int(count) for state, count in connection.execute(query)}
+    queued, unfinished = counts.get(RunState.QUEUED.value, 0), sum(counts.values())
+    if queued >= max_queued:
+        raise TooManyRuns(
+            f"{queued} runs are waiting, the limit is {max_queued}, this server's --max-queued-runs: try again when "
+            "one has started, or cancel one",
+            queued=queued,
+            limit=max_queued,
+        )
+    if unfinished >= max_unfinished:
+        raise TooManyRuns(
+            f"{unfinished} runs are waiting, paused or running, the limit is {max_unfinished}, this server's "
+            "--max-unfinished-runs: try again when one has ended, or cancel one",
+            unfinished=unfinished,
+            limit=max_unfinished,
+        )
+
+
+def _check_corpus(connection: Connection, corpus_id: str) -> None:
+    """Raise CorpusNotFound unless the corpus is there: within the transaction, so that no deletion comes between."""
+    query = select(tables.corpora.c.corpus_id).where(tables.corpora.c.corpus_id == corpus_id)
+    if connection.execute(query).one_or_none() is None:
+        raise corpus_not_found(corpus_id)
+
+
+def _filled(connection: Connection, run_id: str, wanted: range, rows: Mapping[Any, Row[Any]]) -> list[Record]:
+    """Return the records of these numbers that the run has, and for each that is missing among them one that says so.
+
+    Numbers beyond the run's last one are no records of it.
+    """
+    head = connection.execute(
+        select(_RUNS.c.state, _RUNS.c.last_sequence).where(_RUNS.c.run_id == run_id)
+    ).one_or_none()
+    if head is None or not is_readable_head(head):
+        return [record_from_row(connection, row) for number, row in rows.items() if type(number) is int]
+    records = []
+    present = [number for number in rows if type(number) is int and number <= head.last_sequence]
+    for sequence in range(wanted.start, min(wanted.stop, max(present, default=0) + 1)):
+        row = rows.get(sequence)
+        if row is None:
+            missing = UnreadableRow(table=_RECORDS.name, name=f"{run_id}/{sequence}", why="row is missing")
+            note_unreadable(connection, missing)
+            records.append(unreadable_record(sequence, time.time_ns(), missing.why))
+        else:
+            records.append(record_from_row(connection, row))
+    return records
 
 
 def _hand_over(connection: Connection, head: Row[Any], handover: Handover) -> None:

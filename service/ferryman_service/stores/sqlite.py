@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import sqlite3
@@ -77,6 +78,9 @@ def create_sqlite_engine(path: Path, busy_timeout_s: float, has_room: Callable[[
 
     def configure(dbapi_connection: sqlite3.Connection, _record: object) -> None:
         dbapi_connection.isolation_level = None  # the driver begins no transaction of its own
+        # Text that is not UTF-8 arrives with surrogates, which `readable` refuses: an error here would refuse every
+        # other row of the query.
+        dbapi_connection.text_factory = functools.partial(str, encoding="utf-8", errors="surrogateescape")
         _enter_wal_mode(dbapi_connection, busy_timeout_s)
         # FULL: in WAL mode a commit is on the disk when it returns, also after a loss of power.
         dbapi_connection.execute("PRAGMA synchronous = FULL")

@@ -136,7 +136,9 @@ def sweep(engine: Engine, folder: DataFolder) -> None:
 def finish_deletions(engine: Engine, folder: DataFolder) -> None:
     """Delete the folders whose deletion was interrupted or failed; call it now and then."""
     with writing(engine) as connection:
-        changes = {path: change for path, change in announced(connection).items() if change is FolderChange.DELETING}
+        changes = {
+            path: change for path, change in announced(connection).items() if change is not FolderChange.PUBLISHING
+        }
         paths = {folder.root / path for path in changes}
         contents = find_contents(folder) if paths else None
         orphans = [] if contents is None else find_orphans(connection, folder, contents)
@@ -149,9 +151,10 @@ def find_orphans(connection: Connection, folder: DataFolder, contents: Contents)
     """Return the paths of the contents that have no row. A path that has gone in the meantime is left out."""
     versions = tables.model_versions.c
     rows = connection.execute(select(versions.name, versions.version))
-    known = {folder.models / row.name / str(row.version) for row in rows}
-    known |= {folder.corpora / id_ for id_ in connection.execute(select(tables.corpora.c.corpus_id)).scalars()}
-    known |= {folder.runs / id_ for id_ in connection.execute(select(tables.runs.c.run_id)).scalars()}
+    # In a damaged row the name may be anything.
+    known = {folder.models / str(row.name) / str(row.version) for row in rows}
+    known |= {folder.corpora / str(id_) for id_ in connection.execute(select(tables.corpora.c.corpus_id)).scalars()}
+    known |= {folder.runs / str(id_) for id_ in connection.execute(select(tables.runs.c.run_id)).scalars()}
     return [path for path in contents.paths() if path not in known and path.exists()]
 
 
@@ -164,7 +167,7 @@ def _finish(
         absolute = folder.root / path
         if absolute in orphans:
             deletes = change is FolderChange.DELETING
-            reason = "its deletion was interrupted" if deletes else "its publication was interrupted"
+            reason = f"its {'publication' if change is FolderChange.PUBLISHING else 'deletion'} was interrupted"
             with _left_on_failure(absolute):
                 entry = move_to_trash(folder.trash, absolute, reason)
                 if entry is not None and deletes:

@@ -6,6 +6,7 @@ A change here needs a script in migrations/versions; a test compares the two.
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from typing import Any, Final
 
 from sqlalchemy import (
@@ -25,6 +26,13 @@ from sqlalchemy import (
 )
 
 
+@dataclass(frozen=True)
+class BadJson:
+    """In place of the value of a column whose text is no JSON: a row that holds one cannot be read."""
+
+    why: str
+
+
 class JsonText(TypeDecorator[Any]):
     """JSON kept as text, in Python's form: NaN and the infinities survive, which no database's own type allows."""
 
@@ -36,8 +44,11 @@ class JsonText(TypeDecorator[Any]):
         return None if value is None else json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
     def process_result_value(self, value: str | None, dialect: Dialect) -> Any:  # noqa: ANN401
-        """Return what was stored."""
-        return None if value is None else json.loads(value)
+        """Return what was stored, BadJson if that is no JSON: an error here would take the other rows with it."""
+        try:
+            return None if value is None else json.loads(value)
+        except (ValueError, TypeError, RecursionError) as error:
+            return BadJson(str(error))
 
 
 metadata: Final = MetaData(

@@ -20,15 +20,15 @@ from ferryman_service.domain.corpora import Corpus
 from ferryman_service.domain.errors import FerrymanError, ModelDamaged
 from ferryman_service.stores import tables
 from ferryman_service.stores.bundle_reader import check_manifest
-from ferryman_service.stores.corpora import corpus_from_row
 from ferryman_service.stores.corpus_description import DESCRIPTION_FILE, find_damage, read_description, text_files
+from ferryman_service.stores.corpus_rows import parse_corpus_row
 from ferryman_service.stores.database import is_current, open_database, reading
 from ferryman_service.stores.integrity import find_damage as find_database_damage
 from ferryman_service.stores.layout import DataFolder
-from ferryman_service.stores.model_rows import version_from_row
+from ferryman_service.stores.model_rows import parse_version_row
 from ferryman_service.stores.models import describe_bundle
 from ferryman_service.stores.pending import announced
-from ferryman_service.stores.run_rows import DELETING, record_from_row, run_from_row
+from ferryman_service.stores.run_rows import DELETING, parse_record_row, parse_run_row
 from ferryman_service.stores.sweep import NO_ROW, find_contents, find_orphans, is_new
 
 _CHECKPOINT_MANIFEST: Final = "manifest.json"
@@ -117,7 +117,7 @@ class _Check:
             return connection.execute(select(func.count()).select_from(table).where(*of_row)).scalar_one() > 0
 
     def _version(self, row: Row[Any]) -> Iterator[str]:
-        version = version_from_row(row)
+        version = parse_version_row(row)
         bundle = self._folder.bundle_dir(version.name, version.version)
         try:
             check_manifest(version, bundle)
@@ -129,7 +129,7 @@ class _Check:
             yield error.message
 
     def _corpus(self, row: Row[Any]) -> Iterator[str]:
-        corpus = corpus_from_row(row)
+        corpus = parse_corpus_row(row)
         folder = self._folder.corpus_dir(corpus.corpus_id)
         missing = [path.name for path in text_files(folder).files.values() if not path.is_file()]
         if missing:
@@ -145,7 +145,7 @@ class _Check:
     def _run(self, row: Row[Any]) -> Iterator[str]:
         if row.state == DELETING:
             return
-        run = run_from_row(row)
+        run = parse_run_row(row)
         records = tables.records.c
         of_run = records.run_id == run.run_id
         with reading(self._engine) as connection:
@@ -167,7 +167,7 @@ class _Check:
                 with reading(self._engine) as connection:
                     rows = connection.execute(select(tables.records).where(of_run, portion)).all()
                 for row in rows:
-                    record_from_row(row)
+                    parse_record_row(row)
             except (*_UNREADABLE, FerrymanError) as error:
                 yield f"one of its records from {first} on cannot be read: {error!r}"
 

@@ -73,7 +73,7 @@ def prepare_corpus(job: TrainingJob, reporter: Reporter, *, threads: int) -> Pre
     with _locked(job.prepared_dir):
         if (found := _open_checked(final)) is not None:
             found.keep()
-            return found
+            return _held(found)
         _prune(job.prepared_dir)
         is_damaged = final.exists()
     if is_damaged:
@@ -90,12 +90,18 @@ def prepare_corpus(job: TrainingJob, reporter: Reporter, *, threads: int) -> Pre
 def _put_in_place(aside: Path, final: Path) -> PreparedCorpus:
     with _locked(final.parent):
         if (found := _open_checked(final)) is not None:  # another worker was faster, with the same
-            return found
+            return _held(found)
         shutil.rmtree(final, ignore_errors=True)  # a damaged one
         aside.rename(final)
-    made = open_prepared(final)
-    assert made is not None, "what was just written can be read"
-    return made
+        made = open_prepared(final)
+        assert made is not None, "what was just written can be read"
+        return _held(made)
+
+
+def _held(prepared: PreparedCorpus) -> PreparedCorpus:
+    """Keep the entry from being removed as long as this process lives: the kernel drops the lock when it ends."""
+    fcntl.flock(os.open(prepared.folder, os.O_RDONLY | os.O_DIRECTORY), fcntl.LOCK_SH)
+    return prepared
 
 
 def open_prepared(folder: Path) -> PreparedCorpus | None:

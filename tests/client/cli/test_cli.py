@@ -57,6 +57,8 @@ def test_corpus_upload_list_show(run, fake, tmp_path):
     assert summary == "2 training pairs, 2 validation pairs"
     assert run("corpus", "list").stdout == f"{corpus_id}\ttoy\ten-de\t2\t2\n"
     assert "one → eins" in run("corpus", "show", corpus_id).stdout
+    assert run("corpus", "delete", corpus_id).stdout == "deleted\n"
+    assert run("corpus", "list").stdout == ""
     missing = run(*upload, "--train", "nope", "nope", "--validation", *files)
     assert (missing.exit_code, missing.stderr) == (2, "Error: nope: No such file or directory\n")
 

@@ -13,12 +13,13 @@ from ferryman_service.stores.models import FileModelStore
 from ferryman_service.stores.runs import SqlRunStore
 from tests.fakes.bundle_loader import SpyBundleLoader
 from tests.fakes.bundles import write_bundle
-from tests.fakes.databases import open_migrated
+from tests.fakes.databases import add_corpus, open_migrated
 
 
 @pytest.fixture
 def runs(tmp_path):
     database = open_migrated(tmp_path / "ferryman.db")
+    add_corpus(database)
     yield SqlRunStore(database)
     database.dispose()
 

@@ -7,16 +7,19 @@ import uuid
 import pytest
 
 from ferryman_service.application.paging import Pager
-from ferryman_service.application.training import CurveRequest, RunLimits, StartRequest, TrainingUseCases
+from ferryman_service.application.run_limits import RunLimits
+from ferryman_service.application.training import CurveRequest, StartRequest, TrainingUseCases
 from ferryman_service.bundle.manifest import CONTENT_FILES, WEIGHTS_FILE, Architecture, ManifestHeader, seal
 from ferryman_service.domain.corpora import CorpusHeader, SentencePair, Split
 from ferryman_service.domain.errors import (
+    CorpusNotFound,
     InvalidRecipe,
     OptimizerNotKept,
     RequestIdReused,
     RunNotFinished,
     RunNotFound,
     RunStillNeeded,
+    TooManyRuns,
     Violation,
 )
 from ferryman_service.domain.models import ModelLineage, ModelScores
@@ -157,7 +160,7 @@ def test_a_request_id_finds_its_run_whatever_has_changed(house, change, limits):
     first = house.use_cases().start(request)
     change(house)
     changed = house.use_cases(**limits)
-    assert changed.start(request) == first
+    assert dataclasses.replace(changed.start(request), corpus_deleted=False) == first
     with pytest.raises(RequestIdReused):
         changed.start(dataclasses.replace(request, model_name="another"))
 
@@ -322,3 +325,57 @@ def test_curve_of_a_schedule_without_steps_is_provisional(house):
     bare = CurveRequest(schedule=WSD, recipe=None, run_id=None, first_step=0, last_step=0, max_points=0)
     curve = house.use_cases().learning_rate_curve(bare)
     assert (curve.provisional_from_step, curve.points[-1]) == (1, (50_000, 1e-3))
+
+
+def test_all_that_is_over_the_operators_limits_is_told_at_once(house):
+    limits = {"max_parameters": 10**6, "max_batch_tokens": 2000, "max_hours": 0.5, "memory_bytes": 2**29}
+    recipe = {
+        "model": {"d_model": 1024, "heads": 16},
+        "optimization": {"batch_target_tokens": 2001, "adam_beta1": 0.5},
+        "stop": {"max_time_seconds": 1801.0},
+        "validation": {"keep_last": 0},
+    }
+    for request in (house.request(recipe=recipe), house.request(recipe=recipe, validate_only=True, model_name="")):
+        with pytest.raises(InvalidRecipe) as caught:
+            house.use_cases(**limits).start(request)
+        found = [(violation.field, violation.reason) for violation in caught.value.violations]
+        assert found[-5:] == [
+            ("recipe.validation.keep_last", "OUT_OF_RANGE"),
+            ("recipe.model", "OVER_LIMIT"),
+            ("recipe.model", "OVER_LIMIT"),
+            ("recipe.optimization.batch_target_tokens", "OVER_LIMIT"),
+            ("recipe.stop.max_time_seconds", "OVER_LIMIT"),
+        ]
+        text = "".join(violation.description for violation in caught.value.violations)
+        for name in ("--max-parameters", "--max-batch-tokens", "--max-run-hours", "0.5 GiB of memory"):
+            assert name in text
+    with pytest.raises(InvalidRecipe, match=r"stop.max_time_seconds: is not set, must be at most 1800"):
+        house.use_cases(max_hours=0.5).start(house.request())
+    with pytest.raises(InvalidRecipe, match="in 4 processes"):
+        house.use_cases(memory_bytes=2**27).start(house.request(processes=4))
+    on_the_limit = {"stop": {"max_time_seconds": 1800.0}, "optimization": {"batch_target_tokens": 2000}}
+    house.use_cases(max_hours=0.5, max_batch_tokens=2000, max_parameters=10**7).start(
+        house.request(recipe=on_the_limit)
+    )
+
+
+@pytest.mark.parametrize("validate_only", [False, True])
+def test_unfinished_runs_are_bounded_paused_ones_too(house, validate_only):
+    run = house.use_cases(max_unfinished=1).start(house.request())
+    house.runs.request_pause(run.run_id)
+    with pytest.raises(TooManyRuns, match="--max-unfinished-runs"):
+        house.use_cases(max_unfinished=1).start(house.request(validate_only=validate_only))
+    house.runs.request_cancel(run.run_id)
+    house.use_cases(max_unfinished=1).start(house.request(validate_only=validate_only))
+
+
+def test_a_run_cannot_start_on_a_corpus_that_is_deleted_meanwhile(house):
+    class Deleting(FileCorpusStore):
+        def get(self, corpus_id):
+            corpus = super().get(corpus_id)
+            self.delete(corpus_id)
+            return corpus
+
+    house.corpora = Deleting(house.database, house.folder, CorpusLimits())
+    with pytest.raises(CorpusNotFound):
+        house.use_cases().start(house.request())

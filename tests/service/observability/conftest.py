@@ -10,7 +10,7 @@ from ferryman_service.domain.recipe import resolve_recipe
 from ferryman_service.domain.records import RunState
 from ferryman_service.domain.runs import ProcessIdentity, TrainingRun
 from ferryman_service.stores.runs import SqlRunStore
-from tests.fakes.databases import open_migrated
+from tests.fakes.databases import add_corpus, open_migrated
 
 
 @pytest.fixture
@@ -27,6 +27,7 @@ def sample(registry):
 @pytest.fixture
 def runs(tmp_path):
     database = open_migrated(tmp_path / "ferryman.db")
+    add_corpus(database)
     yield SqlRunStore(database)
     database.dispose()
 

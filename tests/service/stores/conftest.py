@@ -13,7 +13,7 @@ from ferryman_service.domain.records import RunState
 from ferryman_service.domain.runs import ProcessIdentity, TrainingRun
 from ferryman_service.stores.layout import DataFolder
 from ferryman_service.stores.runs import SqlRunStore
-from tests.fakes.databases import open_migrated
+from tests.fakes.databases import add_corpus, open_migrated
 
 
 @pytest.fixture
@@ -59,6 +59,7 @@ def free_disk(database):
 
 @pytest.fixture
 def runs(database):
+    add_corpus(database)
     return SqlRunStore(database)
 
 

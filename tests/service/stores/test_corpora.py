@@ -385,7 +385,7 @@ def test_the_same_request_at_the_same_time(store, folder):
 def test_pages_newest_first(store):
     made = [upload(store).corpus_id for _ in range(5)]
     first = store.list_page(None, 2)
-    second = store.list_page(first[-1].corpus_id, 9)
+    second = store.list_page(first[-1].place, 9)
     assert [corpus.corpus_id for corpus in [*first, *second]] == made[::-1]
 
 

@@ -82,7 +82,7 @@ runs = SqlRunStore(open_database(Path(sys.argv[1])))
 print("ready", flush=True)
 sys.stdin.readline()
 for i in range(20):
-    run = TrainingRun(run_id=new_id("run"), state=RunState.QUEUED, corpus_id="c", model_name="m",
+    run = TrainingRun(run_id=new_id("run"), state=RunState.QUEUED, corpus_id="cor_x", model_name="m",
                       recipe=resolve_recipe({}), create_time_ns=time.time_ns())
     print(runs.create(run, RequestKey(request_id=f"request {i}", body_digest="d"), 1000).run_id, flush=True)
 """
@@ -535,3 +535,19 @@ def test_the_request_of_a_deleted_run_is_forgotten(runs, make_run):
     runs.request_cancel(run.run_id)
     runs.delete(run.run_id)
     assert runs.create(make_run(), key, 1).run_id != run.run_id
+
+
+def test_a_row_that_cannot_be_read_is_told_once(folder, database, runs, make_run, caplog):
+    run = runs.create(make_run(), None, 1)
+    with database.begin() as connection:
+        connection.exec_driver_sql("UPDATE runs SET recipe = '{'")
+        connection.exec_driver_sql("UPDATE records SET payload = '{'")
+    found = []
+    looking = open_database(folder.database, on_unreadable=found.append)
+    for _ in range(2):
+        [row] = SqlRunStore(looking).unfinished()
+        assert (row.name, row.table) == (run.run_id, "runs")
+        SqlRunStore(looking).records_after(run.run_id, 0, 9)
+    looking.dispose()
+    assert found == ["runs", "records"]
+    assert [record.levelname for record in caplog.records if run.run_id in record.message] == ["ERROR", "ERROR"]
