@@ -8,6 +8,7 @@ import pytest
 
 from ferryman.v1 import corpus_pb2, model_pb2, training_pb2, translation_pb2
 from ferryman_service.rpc.bounds import element_bounds, repeated_fields
+from ferryman_service.rpc.request_limits import RequestLimits
 from tests.fakes.loopback_service import upload_messages
 
 CONTRACT = (corpus_pb2, model_pb2, training_pb2, translation_pb2)
@@ -77,8 +78,8 @@ def length_delimited(field, content):
 
 PACKED_STATES = length_delimited(3, b"\x01" * MIB)
 UNKNOWN_STATES = length_delimited(3, b"\xff\x7f" * (MIB // 2))
-EMPTY_SENTENCES = length_delimited(2, b"\x0a\x00" * (2 * MIB))
-EMPTY_PAIRS = length_delimited(2, b"\x08\x01" + b"\x12\x00" * (2 * MIB))
+EMPTY_SENTENCES = length_delimited(2, b"\x0a\x00" * (RequestLimits.message_bytes // 2 - 8))
+EMPTY_PAIRS = length_delimited(2, b"\x08\x01" + b"\x12\x00" * (RequestLimits.upload_message_bytes // 2 - 8))
 MANY = {
     "states": ("TrainingService/ListTrainingRuns", PACKED_STATES, "states", "OUT_OF_RANGE"),
     "unknown states": ("TrainingService/ListTrainingRuns", UNKNOWN_STATES, "states", "OUT_OF_RANGE"),

@@ -208,7 +208,9 @@ class CallGate:
         """Wait for memory for one message, and return what gives it back when it is closed."""
         if parts.locked():
             try:
-                await asyncio.wait_for(parts.acquire(), self._limits.memory_wait_s)
+                # wait_for swallows a cancellation, in Python 3.11, that comes at the same moment as the memory.
+                async with asyncio.timeout(self._limits.memory_wait_s):
+                    await parts.acquire()
             except TimeoutError:
                 self._metrics.refused("message_memory")
                 text = "the server has no memory left for messages that are not complete: try again"
