@@ -177,6 +177,10 @@ def known_requests() -> Iterator[Request]:
     yield one("line feeds to split", "Translate", lines)
     lines = translate(model=MODEL, sentences=["a. " * 80_000], split_sentences=True)
     yield one("sentences to split", "Translate", lines)
+    texts = ["Bado gemi. " * 2_000] * 8
+    short = translation_pb2.TranslateOptions(beam_size=1, max_length=1)
+    lines = translate(model=MODEL, sentences=texts, split_sentences=True, options=short)
+    yield one("16,000 sentences, split", "Translate", lines)
     stream = translation_pb2.StreamTranslateRequest
     config = stream(config=translation_pb2.StreamTranslateConfig(model=MODEL))
     empty = translation_pb2.StreamSentences(sentences=[translation_pb2.StreamSentence()] * (2 * mib - 100))

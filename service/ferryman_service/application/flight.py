@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Final, Generic, TypeVar
 
 from ferryman_service.application.admission import TokenBudget, cost_tokens
 from ferryman_service.application.loaded_models import Lease
@@ -24,6 +24,8 @@ from ferryman_service.domain.translation import (
 )
 
 K = TypeVar("K")
+_AT_ONCE: Final = 256
+"""Sentences, a few milliseconds of the event loop's time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +102,22 @@ class Flight(Generic[K]):
             self._give_back(sum(cost_tokens(s, self._caller.options) for _, s in sentences))
             raise
         self._in_flight += len(work)
+
+    async def submit_in_turns(self, sentences: Sequence[tuple[K, PreparedSentence]]) -> None:
+        """Hand the sentences to the engine, some at a time: in between the event loop does what else there is.
+
+        The tokens of those that are not handed over, because this is cancelled, go back.
+        """
+        handed = 0
+        try:
+            while handed < len(sentences):
+                some = sentences[handed : handed + _AT_ONCE]
+                handed += len(some)
+                self.submit(some)
+                await asyncio.sleep(0)
+        finally:
+            if rest := sentences[handed:]:
+                self._give_back(sum(cost_tokens(sentence, self._caller.options) for _, sentence in rest))
 
     def close(self) -> None:
         """Say that nothing more will be submitted; call it once. Results that still come are not delivered."""

@@ -196,8 +196,9 @@ class TranslationUseCases:
             self._admission.check_size(tokens)
             await _settle(held, tokens, caller.token)
             held.hand_over()
-            flight.submit(sentences)
-            await gathering.all_of(entries)
+            gathering.expect(entries)
+            await flight.submit_in_turns(sentences)
+            await gathering.finished()
         except BaseException:
             caller.token.cancel()
             raise
@@ -335,12 +336,17 @@ class _Gathering:
 
     def __init__(self) -> None:
         self._finished: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        # A caller that leaves before it waits never asks for the error.
+        self._finished.add_done_callback(lambda finished: finished.cancelled() or finished.exception())
         self._entries_finished = 0
         self._entries = 0
 
-    async def all_of(self, entries: Sequence[Entry]) -> None:
-        """Wait until every sentence of the entries is translated; raises the error of one that is not."""
+    def expect(self, entries: Sequence[Entry]) -> None:
+        """Say whose results will come, before the first one does."""
         self._entries = len(entries)
+
+    async def finished(self) -> None:
+        """Wait until every sentence of the entries is translated; raises the error of one that is not."""
         await self._finished
 
     def accept(self, results: Sequence[tuple[tuple[Entry, int], SentenceResult]]) -> None:
