@@ -7,6 +7,7 @@ subwords and random weights; every translation is made to have 15 subwords.
 from __future__ import annotations
 
 import json
+import math
 import random
 import shutil
 import subprocess
@@ -163,7 +164,7 @@ def random_bundle(recipe: Recipe, training: Sequence[str], held_out: Sequence[st
         subwords=subwords,
         recipe=recipe,
         scores=ModelScores(bleu=0.0, chrf=0.0, nll_per_token=0.0, weights="best", step=0),
-        parameters=0,
+        parameters=count_numbers(weights),
         check_sentences=held_out[:_CHECK_SENTENCES],
     )
     lineage = ModelLineage(
@@ -175,6 +176,13 @@ def random_bundle(recipe: Recipe, training: Sequence[str], held_out: Sequence[st
         recipe=recipe,
     )
     return _exported(trained, lineage, folder)
+
+
+def count_numbers(weights: Path) -> int:
+    """Return how many numbers a safetensors file holds, by its header."""
+    with weights.open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    return sum(math.prod(part["shape"]) for name, part in header.items() if name != "__metadata__")
 
 
 def write_random_weights(recipe: Recipe, path: Path) -> None:

@@ -17,6 +17,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")
 
+_UMASK = os.umask(0o022)
+os.umask(_UMASK)
+
 _FIRST = ("tests/docs/", "tests/system/", "tests/service/training/", "tests/service/search/")
 """What takes longest, so that no process is left with it at the end."""
 
@@ -24,6 +27,14 @@ _FIRST = ("tests/docs/", "tests/system/", "tests/service/training/", "tests/serv
 def pytest_collection_modifyitems(items):
     if os.environ.get("PYTEST_XDIST_WORKER"):
         items.sort(key=lambda item: [not item.nodeid.startswith(folder) for folder in _FIRST])
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport():
+    """A log line may name a file whose name is not UTF-8; pytest-xdist sends reports as UTF-8."""
+    report = yield
+    report.sections = [(title, text.encode(errors="backslashreplace").decode()) for title, text in report.sections]
+    return report
 
 
 @pytest.fixture(autouse=True)
@@ -36,11 +47,10 @@ def _denormals_as_before():
 
 @pytest.fixture(autouse=True)
 def _umask_as_before():
-    """A service sets the umask of its process."""
-    before = os.umask(0o022)
-    os.umask(before)
+    """A service sets the umask of its process; one that several tests share has done so before the first of them."""
+    os.umask(_UMASK)
     yield
-    os.umask(before)
+    os.umask(_UMASK)
 
 
 @pytest.fixture(scope="session")

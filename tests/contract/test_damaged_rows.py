@@ -7,6 +7,7 @@ from contextlib import closing
 import grpc
 import pytest
 from prometheus_client import CollectorRegistry
+from sqlalchemy import select
 
 from ferryman.v1 import corpus_pb2, metrics_pb2, model_pb2, training_pb2
 from ferryman_service.application.supervisor import Supervisor, SupervisorConfig
@@ -16,7 +17,10 @@ from ferryman_service.domain.threads import Threads
 from ferryman_service.observability.store import StoreMetrics
 from ferryman_service.observability.training import ObserverConfig, RunObserver
 from ferryman_service.stores import tables
+from ferryman_service.stores.database import reading
 from ferryman_service.stores.run_folders import FileRunFolders
+from ferryman_service.stores.run_rows import IS_THERE
+from ferryman_service.stores.sweep import sweep
 from ferryman_service.stores.tables import JsonText
 from tests.fakes.launcher import FakeLauncher
 
@@ -159,9 +163,15 @@ def test_whatever_its_row_holds_no_run_holds_up_another(house):
     RunObserver(service.runs, folders, registry, store, ObserverConfig(), Threads(1, "observer")).look()
     assert registry.get_sample_value("ferryman_training_runs", {"state": "starting"}) == 1
     service.runs.recover()
-    assert len(service.runs.ids()) == count + 1
+    sweep(service.database, service.folder)
+    assert len(rows_of(service)) == count + 1
     house.delete_run(bad)
-    assert len(service.runs.ids()) == count
+    assert len(rows_of(service)) == count
+
+
+def rows_of(service):
+    with reading(service.database) as connection:
+        return connection.execute(select(tables.runs.c.run_id).where(IS_THERE)).all()
 
 
 def test_whatever_its_row_holds_no_corpus_and_no_model_holds_up_another(house):

@@ -260,7 +260,7 @@ def test_a_corpus_is_deleted_once_no_run_needs_it_and_ended_runs_tell(service, r
     assert refused(service.training_stub.StartTraining, wanted).reason == "CORPUS_NOT_FOUND"
     assert service.upload(request_id=request_id).corpus_id != corpus_id, "its request_id is free again"
     [content] = service.folder.trash.glob("*/content")
-    assert sorted(path.name for path in content.iterdir())[0] == "train.source"
+    assert "train.source" in {path.name for path in content.iterdir()}
     assert not service.folder.corpus_dir(corpus_id).exists()
     day_ns = 24 * 3600 * 10**9
     for days, is_there in ((6, True), (8, False)):

@@ -6,7 +6,7 @@ import functools
 import tempfile
 from pathlib import Path
 
-from sqlalchemy import Engine, insert
+from sqlalchemy import Engine, delete, insert
 
 from ferryman_service.stores import tables
 from ferryman_service.stores.database import open_database, reading, upgrade, writing
@@ -33,6 +33,12 @@ def open_migrated(path: Path, *args, **options) -> Engine:
     with reading(database) as connection:
         connection.exec_driver_sql("SELECT 1 FROM runs")
     return database
+
+
+def drop_corpus(database: Engine, corpus_id: str = "cor_x") -> None:
+    """Remove the row that `add_corpus` added, once the runs that need it are there."""
+    with writing(database) as connection:
+        connection.execute(delete(tables.corpora).where(tables.corpora.c.corpus_id == corpus_id))
 
 
 def add_corpus(database: Engine, corpus_id: str = "cor_x") -> None:

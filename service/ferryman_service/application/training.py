@@ -208,7 +208,9 @@ class TrainingUseCases:
         listing = json.dumps(["runs by place", sorted(set(wanted.states)), wanted.model_name, wanted.oldest_first])
 
         def fetch(after: str | None, limit: int) -> Sequence[TrainingRun | UnreadableRow]:
-            return [] if unknown else self._runs.list_page(wanted, after, limit)
+            runs = [] if unknown else self._runs.list_page(wanted, after, limit)
+            present = self._corpora.present({run.corpus_id for run in readable(runs)})
+            return [_with_corpus(run, present) for run in runs]
 
         try:
             page = self._pager.page(
@@ -223,8 +225,7 @@ class TrainingUseCases:
             raise InvalidRequest([*unknown, *error.violations]) from None
         if unknown:
             raise InvalidRequest(unknown)
-        present = self._corpora.present({run.corpus_id for run in readable(page.items)})
-        return replace(page, items=[_with_corpus(run, present) for run in page.items])
+        return page
 
     def _told(self, run: TrainingRun) -> TrainingRun:
         return replace(run, corpus_deleted=not self._corpora.present([run.corpus_id]))

@@ -28,8 +28,6 @@ _RETRY_S: Final = 0.02
 _PROBE_BYTES: Final = 64 * 1024
 _DISK_FULL: Final = "the disk that holds the database has no space left: free some and try again"
 _DAMAGED_CODES: Final = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
-_UNDECODABLE: Final = "Could not decode to UTF-8"
-"""How Python begins the error, which has no code, about text that was written as UTF-8 and is none any more."""
 CURE: Final = (
     "stop all processes that use the data folder, then restore ferryman.db from a backup, or rebuild it from the "
     "folders with 'ferryman-service repair', which says with --dry-run what it would do"
@@ -163,7 +161,7 @@ class ChangeCounter:
 def translate_sqlite_error(error: sqlite3.Error) -> FerrymanError | None:
     """Return the domain error for what the world did to the database; None for a mistake of ours."""
     primary_code = _primary_code(error)
-    if primary_code in _DAMAGED_CODES or _UNDECODABLE in str(error):
+    if primary_code in _DAMAGED_CODES:
         return DatabaseDamaged(f"the database, ferryman.db in the data folder, is damaged ({error}): {CURE}")
     if primary_code == sqlite3.SQLITE_FULL:
         return DiskFull(_DISK_FULL)

@@ -446,13 +446,6 @@ def test_damaged_database_is_data_loss(folder, database):
         database.dispose()
 
 
-def test_text_that_is_no_text_any_more_is_data_loss(database):
-    with writing(database) as connection:
-        connection.exec_driver_sql("INSERT INTO models VALUES (CAST(x'c328' AS TEXT), 1)")
-    with pytest.raises(DatabaseDamaged), reading(database) as connection:
-        connection.execute(text("SELECT name FROM models")).all()
-
-
 def test_a_database_that_has_gone_is_not_replaced_by_an_empty_one(folder, database):
     database.dispose()
     folder.database.unlink()

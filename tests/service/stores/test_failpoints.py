@@ -28,6 +28,7 @@ from ferryman_service.stores.run_rows import DELETING
 from ferryman_service.stores.runs import SqlRunStore
 from ferryman_service.stores.sweep import finish_deletions, sweep
 from tests.fakes.bundles import write_bundle
+from tests.fakes.databases import add_corpus, drop_corpus
 from tests.fakes.failpoints import CRASHED, Failpoints, Fault, in_child
 
 _EVERY = 1 if os.environ.get("FERRYMAN_SOAK") else 15
@@ -106,7 +107,9 @@ class Publication:
     """A worker stages a bundle and publishes it; the next attempt of the run does it again."""
 
     def prepare(self, stores, make_run, tmp_path):
+        add_corpus(stores.database)
         run = stores.runs.create(make_run(), None, 100)
+        drop_corpus(stores.database)
         self._to_exporting(stores, run)
 
     def act(self, stores):
@@ -173,7 +176,9 @@ class RunDeletion:
     """A caller deletes a run that has ended, with its checkpoints."""
 
     def prepare(self, stores, make_run, tmp_path):
+        add_corpus(stores.database)
         run = stores.runs.create(make_run(), None, 100)
+        drop_corpus(stores.database)
         stores.runs.request_cancel(run.run_id)
         checkpoint = stores.folder.run_dir(run.run_id) / "checkpoints" / "step-0000000001"
         checkpoint.mkdir(parents=True)

@@ -122,6 +122,8 @@ def test_a_database_that_can_only_be_read(writes, found):
         folder = DataFolder(Path(root) / "data")
         folder.create()
         engine = open_migrated(folder.database)
+        for path in (folder.root, *folder.root.glob("ferryman.db*")):
+            path.chmod(path.stat().st_mode | 0o055)
         command = [sys.executable, "-c", LOOK, str(folder.database), writes]
         result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
         assert result.stdout.strip() == found, result.stderr

@@ -27,6 +27,7 @@ from ferryman_service.stores.sweep import FolderInDoubt, refuse_new_database, sw
 from ferryman_service.stores.verify import verify
 from ferryman_service.trash import list_trash
 from tests.fakes.crashes import each_crash, tree_of
+from tests.fakes.databases import drop_corpus
 
 
 class Stores:
@@ -69,6 +70,7 @@ def full(folder, database, runs, exporting, running, write_bundle):
     published = stores.models.publish(run.run_id, 1, staged)
     stores.models.import_bundle(stores.models.bundle_dir(published), "en-de")
     failed = runs.change_state(running().run_id, 1, RunState.FAILED)
+    drop_corpus(database)
     for each in (run, failed):
         checkpoint = folder.run_dir(each.run_id) / "checkpoints" / "step-0000000001"
         checkpoint.mkdir(parents=True)

@@ -17,6 +17,7 @@ from ferryman_service.stores.sweep import FolderInDoubt, find_contents, finish_d
 from ferryman_service.trash import KEPT_DAYS, empty_trash, list_trash, move_to_trash
 from tests.fakes.bundles import write_bundle as write_foreign_bundle
 from tests.fakes.crashes import each_crash, tree_of
+from tests.fakes.databases import add_corpus, drop_corpus
 
 DAY_NS = 24 * 3600 * 10**9
 
@@ -33,6 +34,7 @@ def fill(models, runs, running, database, folder, tmp_path):
     bundle = write_foreign_bundle(tmp_path / "bundle")
 
     def fill(count):
+        add_corpus(database)
         corpora = FileCorpusStore(database, folder, CorpusLimits())
         for _ in range(count):
             models.import_bundle(bundle, "en-de")
@@ -42,6 +44,7 @@ def fill(models, runs, running, database, folder, tmp_path):
             upload.finish()
             run = runs.change_state(running().run_id, 1, RunState.FAILED)
             (folder.run_dir(run.run_id) / "checkpoints").mkdir(parents=True)
+        drop_corpus(database)
 
     return fill
 
