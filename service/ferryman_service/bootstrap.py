@@ -638,7 +638,7 @@ def _build_server(
         training=TrainingServicer(
             use_cases.training, use_cases.feed, shutdown, threads.writes, around.tracer, threads.messages
         ),
-        corpora=CorpusServicer(use_cases.corpora, threads.uploads),
+        corpora=CorpusServicer(use_cases.corpora, threads.uploads, threads.writes),
         models=ModelServicer(use_cases.models, threads.writes),
         translation=TranslationServicer(use_cases.translation, translations, shutdown, watch, threads.messages),
     )

@@ -198,7 +198,9 @@ class LoopbackService:
         watch = TranslationWatch(self._tracer, log_sentences=self._log_sentences)
         servicers = rpc.Servicers(
             training=TrainingServicer(training, feed, shutdown, self._writes, self._tracer),
-            corpora=CorpusServicer(CorpusUseCases(corpora=self.corpora, pager=pager), self._upload_threads),
+            corpora=CorpusServicer(
+                CorpusUseCases(corpora=self.corpora, pager=pager), self._upload_threads, self._writes
+            ),
             models=ModelServicer(self._models, self._writes),
             translation=TranslationServicer(self._translation, translation_metrics, shutdown, watch),
         )

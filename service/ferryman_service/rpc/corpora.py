@@ -34,8 +34,10 @@ class UploadThreads:
 class CorpusServicer(corpus_pb2_grpc.CorpusServiceServicer):
     """Adapts CorpusUseCases; see the contract for what each call means."""
 
-    def __init__(self, use_cases: CorpusUseCases, threads: UploadThreads) -> None:
+    def __init__(self, use_cases: CorpusUseCases, threads: UploadThreads, writes: Threads) -> None:
+        """Store; `writes` are the threads of the calls that change the database."""
         self._use_cases = use_cases
+        self._writes = writes
         self._writing = threads.writing
         self._checking = threads.checking
 
@@ -78,7 +80,7 @@ class CorpusServicer(corpus_pb2_grpc.CorpusServiceServicer):
         self, request: corpus_pb2.DeleteCorpusRequest, context: Context
     ) -> corpus_pb2.DeleteCorpusResponse:
         """Remove a corpus."""
-        await asyncio.to_thread(self._use_cases.delete, request.corpus_id)
+        await self._writes.run(self._use_cases.delete, request.corpus_id)
         return corpus_pb2.DeleteCorpusResponse()
 
     @asynccontextmanager

@@ -56,7 +56,7 @@ def threads():
 
 
 def upload(store, threads, caller):
-    servicer = CorpusServicer(CorpusUseCases(corpora=store, pager=Pager(b"key")), threads)
+    servicer = CorpusServicer(CorpusUseCases(corpora=store, pager=Pager(b"key")), threads, threads.writing)
     return asyncio.ensure_future(servicer.UploadCorpus(caller.messages(), caller))
 
 
