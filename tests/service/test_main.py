@@ -186,11 +186,12 @@ def test_a_right_configuration_is_shown(monkeypatch, capsys):
     assert ["port", "=", "7", "#", "FERRYMAN_PORT"] in lines
     assert ["grace_s", "=", "3", "#", "--grace-s"] in lines
     assert tomllib.loads(told.out)["port"] == 7
-    *_, cpus, memory, threads, queue, models = told.out.splitlines()
+    *_, cpus, memory, threads, queue, caches, models = told.out.splitlines()
     machine = find_machine()
     assert [cpus, memory] == [f"# {line}" for line in machine.lines()]
     assert threads == f"# automatic translation_threads: {decoding_threads(machine)}"
-    assert (queue.split(":")[0], models.split(":")[0]) == ("# automatic queue_tokens", "# automatic model_memory_mib")
+    automatic = [line.split(":")[0] for line in (queue, caches, models)]
+    assert automatic == [f"# automatic {name}" for name in ("queue_tokens", "cache_memory_mib", "model_memory_mib")]
     assert "warning: FERRYMAN_PROT is no option" in told.err
     assert main(["config", "--check"]) == 0
 
