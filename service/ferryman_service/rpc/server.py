@@ -16,6 +16,7 @@ from ferryman.v1 import (
     training_pb2_grpc,
     translation_pb2_grpc,
 )
+from ferryman_service.rpc.answer_budget import LARGEST_ANSWER_BYTES
 from ferryman_service.rpc.corpora import CorpusServicer
 from ferryman_service.rpc.health import ALL_SERVICES, HealthServicer, listen
 from ferryman_service.rpc.interceptors import CallInterceptor
@@ -46,7 +47,7 @@ class RpcConfig:
     max_connection_age_grace_s: float = 3600.0
     hold_s: float = 0.25
     limits: RequestLimits = DEFAULT_LIMITS
-    max_send_bytes: int = 64 * 2**20
+    max_send_bytes: int = LARGEST_ANSWER_BYTES
     max_metadata_bytes: int = 16 * 2**10
 
     def options(self) -> Sequence[tuple[str, int]]:
