@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import contextvars
 import logging
 import os
 import signal
@@ -284,7 +285,8 @@ class _StopSignals:
         self._told = True
         self._bound(limit_s)
         with contextlib.suppress(RuntimeError):  # the loop has ended
-            self._loop.call_soon_threadsafe(tell)
+            # Without the log fields of the call that is interrupted.
+            self._loop.call_soon_threadsafe(tell, context=contextvars.Context())
 
     def _bound(self, limit_s: float) -> None:
         timer = threading.Timer(limit_s, _end_process, (self._status,))

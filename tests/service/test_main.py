@@ -1,6 +1,7 @@
 """The command `ferryman-service`: what it says of a wrong configuration, and an end that nothing holds up."""
 
 import argparse
+import asyncio
 import json
 import signal
 import socket
@@ -12,10 +13,11 @@ from importlib.metadata import version
 
 import pytest
 
-from ferryman_service.__main__ import _STORE_COMMANDS, main
+from ferryman_service.__main__ import _STORE_COMMANDS, _StopSignals, main
 from ferryman_service.config.automatic import decoding_threads
 from ferryman_service.config.resources import find_machine
 from ferryman_service.config.service_config import ServiceConfig
+from ferryman_service.domain.log_context import log_fields, logging_with
 from tests.fakes.bundles import write_bundle
 from tests.fakes.crashes import tree_of
 
@@ -52,6 +54,18 @@ def test_a_second_signal_ends_a_process_that_is_stuck(what):
     process.send_signal(signal.SIGTERM)
     assert process.wait(10) == 0
     assert b"something has not ended in time" in process.communicate()[1]
+
+
+async def test_a_signal_during_a_call_is_logged_without_the_fields_of_that_call(monkeypatch, caplog):
+    fields = []
+    monkeypatch.setattr(_StopSignals, "_bound", lambda *_: None)
+    monkeypatch.setattr(caplog.handler, "emit", lambda record: fields.append((record.getMessage(), log_fields())))
+    caplog.set_level("INFO")
+    signals = _StopSignals(asyncio.get_running_loop(), limit_s=1)
+    with logging_with(request_id="of a call"):
+        signals._heed()
+        await signals.stop.wait()
+    assert fields == [("told to stop", {})]
 
 
 def test_a_wrong_configuration_ends_every_command_with_2(monkeypatch, capsys):
