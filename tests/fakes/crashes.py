@@ -8,6 +8,7 @@ import sys
 
 from ferryman_service.stores.layout import DataFolder
 
+_STEP = 1 if os.environ.get("FERRYMAN_SOAK") else 4
 _CHANGES = {"os.rename", "os.mkdir", "os.link", "os.remove", "os.rmdir"}
 
 
@@ -22,8 +23,8 @@ def tree_of(root):
 
 
 def each_crash(folder, copies, work):
-    """Yield copies of a data folder in which `work(copy)` has died before its first change, its second, and so on until
-    it came to its end."""
+    """Yield copies of a data folder in which `work(copy)` has died before its first change, its fifth, and so on until
+    it came to its end; in `make soak` before each."""
     number = 0
     while True:
         copy = DataFolder(shutil.copytree(folder.root, copies / str(number), symlinks=True))
@@ -37,7 +38,7 @@ def each_crash(folder, copies, work):
             return
         yield copy
         shutil.rmtree(copy.root)
-        number += 1
+        number += _STEP
 
 
 def _work_and_die(work, before):
