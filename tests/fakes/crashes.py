@@ -8,7 +8,7 @@ import sys
 
 from ferryman_service.stores.layout import DataFolder
 
-_STEP = 1 if os.environ.get("FERRYMAN_SOAK") else 4
+STEP = 1 if os.environ.get("FERRYMAN_SOAK") else 4
 _CHANGES = {"os.rename", "os.mkdir", "os.link", "os.remove", "os.rmdir"}
 
 
@@ -38,7 +38,7 @@ def each_crash(folder, copies, work):
             return
         yield copy
         shutil.rmtree(copy.root)
-        number += _STEP
+        number += STEP
 
 
 def _work_and_die(work, before):

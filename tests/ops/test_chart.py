@@ -194,8 +194,7 @@ def test_the_service_understands_what_every_pod_tells_it(manifests, tmp_path):
         config = settings.config
         assert not settings.warnings
         assert {"grpc": config.port, "probe": config.probe_port, "metrics": config.metrics_port} == ports
-        own = {volume["name"]: volume for volume in pod["spec"]["volumes"]}["data"].keys() == {"name", "emptyDir"}
-        assert str(config.data_dir) == ("/data/own" if own else "/data")
+        assert str(config.data_dir) == "/data/own"
         assert config.host == config.probe_host == config.metrics_host
 
 

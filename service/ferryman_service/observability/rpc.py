@@ -29,6 +29,13 @@ INCOMPLETE: Final = gauge(
 METRICS: Final[tuple[Metric, ...]] = (STARTED, HANDLED, SECONDS, RECEIVED, SENT, IN_FLIGHT, REFUSED, INCOMPLETE)
 
 
+LIMITS: Final = (
+    *("calls", "streams", "transfers", "health_calls"),
+    *("open_files", "message_memory", "silence"),
+)
+"""What may refuse or end a call; each is exported from the start."""
+
+
 class RpcMetrics:
     """What is counted of every call; belongs to one event loop."""
 
@@ -40,6 +47,8 @@ class RpcMetrics:
         self._sent = SENT.counter(registry)
         self._in_flight = IN_FLIGHT.gauge(registry)
         self._refused = REFUSED.counter(registry)
+        for limit in LIMITS:
+            self._refused.labels(limit)
         self._incomplete = INCOMPLETE.gauge(registry)
         self._calls: dict[tuple[str, str, str], CallMetrics] = {}
 

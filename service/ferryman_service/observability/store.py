@@ -32,6 +32,10 @@ UNREADABLE: Final = counter(
 METRICS: Final = (LAG_SECONDS, ERRORS, DAMAGED, UNREADABLE)
 
 
+TABLES: Final = ("corpora", "model_aliases", "model_versions", "records", "runs")
+"""Whose rows are counted if they cannot be read; each is exported from the start."""
+
+
 class StoreMetrics:
     """Filled by the store and by those who read it. Safe to use from every thread."""
 
@@ -40,6 +44,8 @@ class StoreMetrics:
         self._errors = ERRORS.counter(registry)
         self._damaged = DAMAGED.gauge(registry)
         self._unreadable = UNREADABLE.counter(registry)
+        for table in TABLES:
+            self._unreadable.labels(table)
 
     def lagged(self, seconds: float) -> None:
         """Take note of how old a step was when it was read."""

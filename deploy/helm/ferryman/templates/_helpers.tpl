@@ -155,6 +155,12 @@ lifecycle:
 {{- add $shutdown.preStopSeconds $shutdown.drainSeconds $shutdown.graceSeconds $shutdown.marginSeconds -}}
 {{- end -}}
 
+{{/* Many volumes, an emptyDir among them, can be written by every user: the service makes a folder in them that only it
+can use. */}}
+{{- define "ferryman.dataFolder" -}}
+/data/own
+{{- end -}}
+
 {{- define "ferryman.mounts" -}}
 - name: data
   mountPath: /data
