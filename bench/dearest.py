@@ -79,7 +79,7 @@ class Cost:
     @property
     def over(self) -> float:
         """The largest cost over its limit."""
-        return max(getattr(self, name) / limit for name, limit in LIMITS.items())
+        return max(float(getattr(self, name)) / limit for name, limit in LIMITS.items())
 
 
 @dataclass
@@ -165,7 +165,8 @@ def known_requests() -> Iterator[Request]:
 
     runs = training_pb2.ListTrainingRunsRequest
     yield one("a MiB of states", "ListTrainingRuns", runs(states=[metrics_pb2.RUN_STATE_RUNNING] * mib))
-    yield one("a MiB of states without a name", "ListTrainingRuns", runs(states=[77] * mib))
+    nameless: Any = [77] * mib
+    yield one("a MiB of states without a name", "ListTrainingRuns", runs(states=nameless))
     translate, options = translation_pb2.TranslateRequest, translation_pb2.TranslateOptions
     yield one("combining marks", "Translate", translate(model=MODEL, sentences=["a" + "\u0301" * (mib // 16)]))
     long_beam = options(beam_size=32, patience=10, max_length=4096, n_best=32)

@@ -8,6 +8,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import grpc
 
@@ -21,7 +22,7 @@ class CallerCommands:
 
     def __init__(self) -> None:
         self._channel: grpc.Channel | None = None
-        self._call: grpc.Call | None = None
+        self._call: Any = None
         self._thread: threading.Thread | None = None
         self._answer_bytes = 0
 
@@ -54,10 +55,10 @@ class CallerCommands:
     def _read(self, streams: bool) -> None:
         with contextlib.suppress(grpc.RpcError, grpc.FutureCancelledError):
             if streams:
-                for answer in self._call:  # type: ignore[attr-defined]
+                for answer in self._call:
                     self._answer_bytes += len(answer)
             else:
-                self._answer_bytes = len(self._call.result())  # type: ignore[attr-defined]
+                self._answer_bytes = len(self._call.result())
 
 
 def main() -> None:

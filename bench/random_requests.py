@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
-from typing import Final
+from typing import Any, Final
 
 from google.protobuf.descriptor import Descriptor, FieldDescriptor, FileDescriptor
 from google.protobuf.message import Message
@@ -113,7 +113,7 @@ class RequestMaker:
                     break
                 where = getattr(where, self._random.choice(inner).name)
             if where.DESCRIPTOR.fields:
-                field = self._random.choice(where.DESCRIPTOR.fields)
+                field: Any = self._random.choice(where.DESCRIPTOR.fields)
                 self._set(where, field, size_bytes if self._random.random() < 0.5 else 0, 0)
         return [*messages[:-1], message.SerializePartialToString()]
 
@@ -149,7 +149,7 @@ class RequestMaker:
         if size_bytes and self._random.random() < 0.3:  # one large element
             self._add(message, field, size_bytes, depth)
             return
-        some = GetMessageClass(message.DESCRIPTOR)()
+        some = type(message)()
         for _ in range(self._random.choice(_REPEATS)):
             self._add(some, field, 0, depth)
         encoded = some.SerializePartialToString()

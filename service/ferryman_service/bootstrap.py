@@ -405,7 +405,7 @@ def _open_stores(folder: DataFolder, config: ServiceConfig, metrics: StoreMetric
 
 
 def _build_housekeeping(stores: _Stores, config: ServiceConfig, thread: Threads, *, trains: bool) -> Housekeeping:
-    """Every process clears away what its calls have left. The one that trains also deletes what nobody needs."""
+    """Every process clears away what calls have left. The one that trains also deletes what nobody needs any more."""
     database, folder = stores.database, stores.folder
 
     def clear_away() -> None:
@@ -417,9 +417,9 @@ def _build_housekeeping(stores: _Stores, config: ServiceConfig, thread: Threads,
     duties = [
         Duty(name="check the database", work=stores.integrity.check, interval_s=_DAY_S, first_s=_HOUR_S),
         hourly("clear away", clear_away),
+        hourly("delete", lambda: finish_deletions(database, folder)),
     ]
     if trains:
-        duties.append(hourly("delete", lambda: finish_deletions(database, folder)))
         duties.append(hourly("empty the trash", lambda: empty_trash(folder.trash, time.time_ns())))
         if days := config.keep_checkpoints_days:
             duties.append(

@@ -32,7 +32,7 @@ RECIPE = {
 
 @pytest.fixture
 def folder(tmp_path):
-    folder = DataFolder(tmp_path / "data")
+    folder = DataFolder(tmp_path / "a folder, 100 % ours # ü")
     folder.create()
     return folder
 

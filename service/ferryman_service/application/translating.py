@@ -29,6 +29,7 @@ from ferryman_service.domain.errors import (
     InvalidSentence,
     ModelNotFound,
     RoleNotServed,
+    RowUnreadable,
     StoreUnavailable,
     Violation,
 )
@@ -280,7 +281,7 @@ class TranslationUseCases:
             return ()
         try:
             lease = await access.lease_in_memory(reference)
-        except (ModelNotFound, StoreUnavailable, DatabaseDamaged):
+        except (ModelNotFound, RowUnreadable, StoreUnavailable, DatabaseDamaged):
             return ()
         if lease is None:
             return ()

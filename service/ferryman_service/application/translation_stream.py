@@ -23,6 +23,8 @@ from ferryman_service.domain.translation import SentenceResult, Timings, Transla
 
 _CHUNK_SENTENCES: Final = 64
 _MOST_RESULTS: Final = 256
+_UNREAD_TOKENS: Final = 200_000
+"""No more sentences are taken while finished ones have as many subwords: some 20 MiB if all is asked for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +53,13 @@ class StreamResult:
     timings: Sequence[Timings] = ()
 
 
+def _tokens(result: StreamResult) -> int:
+    """Return the subwords of a result's hypotheses, which its memory follows."""
+    if isinstance(result.outcome, SentenceError):
+        return 1
+    return sum(hypothesis.target_tokens for hypothesis in result.outcome.hypotheses)
+
+
 class TranslationStream:
     """One stream; belongs to an event loop. One task puts sentences in, one takes results out; `close` ends both."""
 
@@ -71,6 +80,8 @@ class TranslationStream:
         self._flight: Flight[tuple[str, Entry, int]] = Flight(lease, caller, flights, self._deliver)
         self._in_window = 0
         self._finished: deque[StreamResult] = deque()
+        self._unread_tokens = 0
+        self._taken_tokens = 0
         self._taken = 0
         self._input_ended = False
         self._failure: BaseException | None = None
@@ -112,8 +123,9 @@ class TranslationStream:
         What was returned before counts as written, and leaves the window. Raises DeadlineExceeded, the failure that
         ended the input, and what a bug raises in the engine.
         """
+        self._unread_tokens -= self._taken_tokens
         self._change_window(-self._taken)
-        self._taken = 0
+        self._taken = self._taken_tokens = 0
         while not self._finished and not (self._input_ended and self._in_window == 0):
             if self._failure is not None:
                 break
@@ -122,7 +134,9 @@ class TranslationStream:
         if self._failure is not None:
             raise self._failure
         self._taken = min(len(self._finished), _MOST_RESULTS)
-        return [self._finished.popleft() for _ in range(self._taken)]
+        taken = [self._finished.popleft() for _ in range(self._taken)]
+        self._taken_tokens = sum(map(_tokens, taken))
+        return taken
 
     def close(self) -> None:
         """Stop all work that is left; call it once, when no other call is under way."""
@@ -195,11 +209,13 @@ class TranslationStream:
 
     def _finish(self, result: StreamResult) -> None:
         self._finished.append(result)
+        self._unread_tokens += _tokens(result)
+        self._change_window(0)
         self._has_news.set()
 
     def _change_window(self, change: int) -> None:
         self._in_window += change
-        if self._in_window < self._window:
+        if self._in_window < self._window and self._unread_tokens < _UNREAD_TOKENS:
             self._has_room.set()
         else:
             self._has_room.clear()

@@ -7,7 +7,7 @@ import math
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -252,7 +252,7 @@ class FairShare:
 
     Peers, which may have many callers each, advance alike in the same way; callers of one peer share what it gets.
 
-    `finish` and `booked` belong to the engine, and so does `start_of`.
+    `booked` belongs to the engine, and so does `start_of`.
     """
 
     def __init__(self, weight: float = 1.0, peer: str = "") -> None:
@@ -261,14 +261,15 @@ class FairShare:
         assert weight > 0, "a share's weight must be positive"
         self.weight = weight
         self.peer = peer
-        self.finish = 0.0
+        self._finish: dict[Hashable, float] = {}
         self.booked = 0
         """Rows times maximum lengths of the caller's sentences that wait or run."""
 
-    def start_of(self, cost: float, now: float) -> float:
-        """Return the virtual start time of the caller's next sentence and book its cost; `now` is the virtual time."""
-        start = max(now, self.finish)
-        self.finish = start + cost / self.weight
+    def start_of(self, cost: float, now: float, clock: Hashable = None) -> float:
+        """Return the virtual start time of the caller's next sentence and book its cost; `now` is the virtual time of
+        the `clock`, which knows nothing of other clocks' times."""
+        start = max(now, self._finish.get(clock, 0.0))
+        self._finish[clock] = start + cost / self.weight
         return start
 
 

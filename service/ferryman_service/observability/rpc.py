@@ -30,7 +30,7 @@ METRICS: Final[tuple[Metric, ...]] = (STARTED, HANDLED, SECONDS, RECEIVED, SENT,
 
 
 LIMITS: Final = (
-    *("calls", "streams", "transfers", "health_calls"),
+    *("calls", "streams", "transfers", "health_calls", "health_watches"),
     *("open_files", "message_memory", "silence"),
 )
 """What may refuse or end a call; each is exported from the start."""

@@ -173,7 +173,10 @@ class ProbeServer:
             # Without it a second server on the same port would silently get half of the calls.
             ("grpc.so_reuseport", 0),
             ("grpc.max_receive_message_length", PROBE_LIMITS.message_bytes),
-            ("grpc.max_concurrent_streams", PROBE_LIMITS.health_calls),
+            ("grpc.max_concurrent_streams", PROBE_LIMITS.health_calls + PROBE_LIMITS.health_watches),
+            # A watcher whose machine is gone keeps its place no longer than 60 s + 20 s.
+            ("grpc.keepalive_time_ms", 60_000),
+            ("grpc.keepalive_timeout_ms", 20_000),
             ("grpc.max_allowed_incoming_connections", PROBE_LIMITS.connections),
             ("grpc.max_connection_idle_ms", _PROBE_IDLE_MS),
         )

@@ -126,7 +126,9 @@ def _checked_size(response: Message) -> int:
 
 def _reading(respond: _Behaviour, read: Callable[[bytes], Any]) -> _Behaviour:
     async def read_and_respond(request: bytes, context: _Context) -> Any:  # noqa: ANN401 (any message)
-        return await respond(await read(request), context)
+        message = await read(request)
+        del request  # a call may take minutes
+        return await respond(message, context)
 
     return read_and_respond
 

@@ -110,9 +110,14 @@ async def _opened(use_cases: ModelUseCases, model: str) -> AsyncIterator[BundleR
     try:
         yield bundle
     finally:
-        bundle.close()  # waits for a read in another thread, a chunk's at most
+        _close(bundle)
 
 
 def _close_opened(opening: asyncio.Future[BundleReader]) -> None:
     if not opening.cancelled() and opening.exception() is None:
-        opening.result().close()
+        _close(opening.result())
+
+
+def _close(bundle: BundleReader) -> None:
+    """Close in a thread: it waits for a read in another one, which on a disk that hangs has no end."""
+    asyncio.get_running_loop().run_in_executor(None, bundle.close)

@@ -42,18 +42,19 @@ _Behaviour: TypeAlias = "Callable[[Any, _Context], Any]"
 class RequestLimits:
     """What callers may hold at the same time, of all connections together, and how long the server waits for them.
 
-    `calls` counts all calls but health checks, which have `health_calls`; uploads and downloads (`transfers`) and the
-    other streams (`streams`) also count by themselves. A message has at most `message_bytes`, in an upload
-    `upload_message_bytes`. `message_memory_bytes` is the memory for messages that have not arrived completely, at their
-    largest size: half of it for streams, which hold their part while they send, half for unary calls, which wait for a
-    part up to `memory_wait_s`. The first message of a call must arrive within `first_message_s`, that of a health check
-    within 5 s, each next one of an upload within `next_upload_message_s`.
+    `calls` counts all calls but those of health, which have `health_calls` and `health_watches`; uploads and downloads
+    (`transfers`) and the other streams (`streams`) also count by themselves. A message has at most `message_bytes`, in
+    an upload `upload_message_bytes`. `message_memory_bytes` is the memory for messages that have not arrived
+    completely, at their largest size: half of it for streams, which hold their part while they send, half for unary
+    calls, which wait for a part up to `memory_wait_s`. The first message of a call must arrive within
+    `first_message_s`, that of a health check within 5 s, each next one of an upload within `next_upload_message_s`.
     """
 
     calls: int = 512
     transfers: int = 64
     streams: int = 256
     health_calls: int = 64
+    health_watches: int = 64
     connections: int = 1024
     message_bytes: int = 4 * _MIB
     upload_message_bytes: int = _MIB
@@ -83,12 +84,13 @@ class CallKind(enum.StrEnum):
     STREAM = "stream"
     TRANSFER = "transfer"
     HEALTH = "health"
+    WATCH = "watch"
 
 
 def kind_of(method: str, *, streaming: bool) -> CallKind:
     """Return the kind of a call of the method, which is given as its path."""
     if method.startswith(_HEALTH):
-        return CallKind.HEALTH
+        return CallKind.WATCH if streaming else CallKind.HEALTH
     if method in _TRANSFERS:
         return CallKind.TRANSFER
     return CallKind.STREAM if streaming else CallKind.UNARY
@@ -154,8 +156,8 @@ class CallGate:
 
     def _check_room(self, kind: CallKind) -> None:
         counted = [(kind, self._in_flight[kind], self._own_limit(kind))]
-        if kind is not CallKind.HEALTH:
-            all_calls = sum(self._in_flight.values()) - self._in_flight[CallKind.HEALTH]
+        if kind not in _OF_HEALTH:
+            all_calls = sum(count for each, count in self._in_flight.items() if each not in _OF_HEALTH)
             counted.append((CallKind.UNARY, all_calls, self._limits.calls))
         for limited, found, limit in counted:
             if found >= limit:
@@ -170,6 +172,7 @@ class CallGate:
             CallKind.STREAM: self._limits.streams,
             CallKind.TRANSFER: self._limits.transfers,
             CallKind.HEALTH: self._limits.health_calls,
+            CallKind.WATCH: self._limits.health_watches,
         }[kind]
 
     def _count(self, kind: CallKind, change: int) -> None:
@@ -178,7 +181,7 @@ class CallGate:
 
     def _one_message(self, kind: CallKind) -> Callable[[Any, _Context], Any]:
         memory, first_s = self._unary_messages, self._limits.first_message_s
-        if kind is CallKind.HEALTH:
+        if kind in _OF_HEALTH:
             memory, first_s = self._health_messages, min(first_s, _FIRST_HEALTH_MESSAGE_S)
 
         @asynccontextmanager
@@ -266,15 +269,18 @@ class _TimedMessages:
         return message
 
 
+_OF_HEALTH: Final = (CallKind.HEALTH, CallKind.WATCH)
 _LIMIT_NAMES: Final = {
     CallKind.UNARY: "calls",
     CallKind.STREAM: "streams",
     CallKind.TRANSFER: "transfers",
     CallKind.HEALTH: "health_calls",
+    CallKind.WATCH: "health_watches",
 }
 _LIMIT_TEXTS: Final = {
     CallKind.UNARY: "calls",
     CallKind.STREAM: "streams",
     CallKind.TRANSFER: "uploads and downloads",
     CallKind.HEALTH: "health checks",
+    CallKind.WATCH: "watches of health",
 }

@@ -42,7 +42,8 @@ def close_to_others(folder: Path) -> None:
             return
     if mode & _WORLD_WRITES:
         text = f"every user of this machine can write to the data folder {folder.absolute()}: look whether what it"
-        raise WorldWritable(f"{text} holds is yours, then take that right away: chmod o-w {folder.absolute()}")
+        give = "" if is_own else f"chown -R {os.geteuid()}:{os.getegid()} {folder.absolute()} && "
+        raise WorldWritable(f"{text} holds is yours, then make it so: {give}chmod o-w {folder.absolute()}")
     _log.warning("every user of this machine can read the data folder %s, %s", folder.absolute(), trouble)
 
 

@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Final
 
@@ -54,7 +55,8 @@ def limit_prepared(prepared: Path, max_bytes: int) -> None:
     entries = [path for path in prepared.iterdir() if _PREPARED.fullmatch(path.name) and path.is_dir()]
     sizes = {path: _size_bytes(path) for path in entries}
     total = sum(sizes.values())
-    for path in sorted(entries, key=lambda path: path.stat().st_mtime):
+    used_s = {path: path.stat().st_mtime for path in entries if path.exists()}
+    for path in sorted(used_s, key=used_s.__getitem__):
         if total <= max_bytes:
             return
         if _remove_unless_held(path):
@@ -80,18 +82,22 @@ def _runs_of_versions(engine: Engine) -> set[str] | None:
 
 def _remove_unless_held(path: Path) -> bool:
     # Workers hold, find and put entries in their place under the lock of the folder above (training/prepared.py).
-    parent, entry = os.open(path.parent, os.O_RDONLY), os.open(path, os.O_RDONLY)
-    try:
+    with ExitStack() as opened:
+        descriptors = []
+        for folder in (path.parent, path):
+            try:
+                descriptors.append(os.open(folder, os.O_RDONLY))
+            except FileNotFoundError:  # a worker was faster
+                return True
+            opened.callback(os.close, descriptors[-1])
+        parent, entry = descriptors
         fcntl.flock(parent, fcntl.LOCK_EX)
         try:
             fcntl.flock(entry, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
-        shutil.rmtree(path)
+        shutil.rmtree(path, ignore_errors=True)
         return True
-    finally:
-        os.close(entry)
-        os.close(parent)
 
 
 def _size_bytes(folder: Path) -> int:

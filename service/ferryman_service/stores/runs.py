@@ -286,6 +286,11 @@ class SqlRunStore:
         with reading(self._engine) as connection:
             run_ids = connection.execute(select(_RUNS.c.run_id).where(_RUNS.c.state == DELETING)).scalars().all()
             last_sequences = [_last_sequence(connection, run_id) for run_id in run_ids]
+        if run_ids:
+            with writing(self._engine) as connection:  # an earlier release did not announce it
+                for run_id in run_ids:
+                    if is_id(run_id, RUN_PREFIX):
+                        announce(connection, f"runs/{run_id}", FolderChange.DELETING)
         for run_id, last_sequence in zip(run_ids, last_sequences, strict=True):
             self._finish_deletion(run_id, last_sequence)
 

@@ -89,8 +89,15 @@ def refuse_new_database(folder: DataFolder) -> None:
         )
     if not is_new(folder.database):
         return
+    above = folder.root.absolute().parent / folder.database.name
+    if above.exists():
+        raise FolderInDoubt(
+            f"{folder.root.absolute()} has no database, but the folder above it has one, {above}: if that is this "
+            "service's, move all that lies beside it into the data folder, or give --data-dir the folder above"
+        )
     contents = find_contents(folder)
-    if contents.paths() or _has_log(folder.database):
+    # Beside a file with content the log is of a process that makes the database now.
+    if contents.paths() or (_is_nothing(folder.database) and _has_log(folder.database)):
         found = "is empty" if folder.database.exists() else "is missing"
         raise FolderInDoubt(
             f"the database {folder.database.absolute()} {found}, but the folders beside it are not ({contents}). "
@@ -102,6 +109,10 @@ def refuse_new_database(folder: DataFolder) -> None:
 def rebuilt_database(folder: DataFolder) -> Path:
     """Return where a repair puts a database that is complete and will take the place of the present one."""
     return folder.database.with_name(f"{folder.database.name}.rebuilt")
+
+
+def _is_nothing(path: Path) -> bool:
+    return not path.exists() or path.stat().st_size == 0
 
 
 def _has_log(database: Path) -> bool:
@@ -135,13 +146,12 @@ def sweep(engine: Engine, folder: DataFolder) -> None:
 
 def finish_deletions(engine: Engine, folder: DataFolder) -> None:
     """Delete the folders whose deletion was interrupted or failed; call it now and then."""
+    contents = find_contents(folder)  # before the transaction: nobody waits for it
     with writing(engine) as connection:
         changes = {
             path: change for path, change in announced(connection).items() if change is not FolderChange.PUBLISHING
         }
-        paths = {folder.root / path for path in changes}
-        contents = find_contents(folder) if paths else None
-        orphans = [] if contents is None else find_orphans(connection, folder, contents)
+        orphans = find_orphans(connection, folder, contents) if changes else []
         deleted = _finish(connection, folder, changes, orphans)
     for entry in deleted:
         delete_entry(entry)

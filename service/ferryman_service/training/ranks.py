@@ -143,7 +143,8 @@ def join_ranks(device: torch.device, group: Group = ALONE, heartbeat: Heartbeat 
     with heartbeat.waiting():
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-            init_method=group.meeting.absolute().as_uri(),
+            # Not by its URI: torch does not decode what that escapes, such as a space.
+            store=dist.FileStore(str(group.meeting.absolute()), group.size),  # type: ignore[attr-defined]
             rank=group.rank,
             world_size=group.size,
             timeout=_PATIENCE,

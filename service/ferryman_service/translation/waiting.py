@@ -6,6 +6,7 @@ from __future__ import annotations
 import heapq
 import itertools
 from collections import Counter
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 
 from ferryman_service.domain.translation import CancelToken, FairShare, SentenceWork
@@ -32,8 +33,10 @@ class WaitingLine:
     start at the same virtual time, and one that has queued many would wait for as long as they come.
     """
 
-    def __init__(self, now: float = 0.0) -> None:
-        """Make an empty line whose virtual time begins with `now`."""
+    def __init__(self, now: float = 0.0, clock: Hashable = None) -> None:
+        """Make an empty line whose virtual time begins with `now`, and is that of `clock`: callers' sentences in lines
+        of other clocks say nothing of their place in this one."""
+        self._clock = clock
         self._heap: list[Waiting] = []
         self._order = itertools.count()
         self._now = now
@@ -53,7 +56,7 @@ class WaitingLine:
         """Put a sentence in line; its cost is its rows times the subwords that each is booked with."""
         cost = work.options.rows * work.sentence.booked_tokens
         share = work.share
-        start = share.start_of(cost, self._now)
+        start = share.start_of(cost, self._now, self._clock)
         if not self._sentences[share]:
             self._weight += share.weight
         self._sentences[share] += 1
@@ -127,7 +130,7 @@ class PeerLines:
         """Put a sentence in line."""
         peer = work.share.peer
         if peer not in self._lines:
-            self._lines[peer] = _PeerLine(WaitingLine(self._callers_now), self._now)
+            self._lines[peer] = _PeerLine(WaitingLine(self._callers_now, self), self._now)
             self._push(peer)
         self._lines[peer].line.add(work, submitted_ns)
         self._count += 1

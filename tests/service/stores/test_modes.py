@@ -3,6 +3,8 @@
 import logging
 import os
 import stat
+import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -27,12 +29,11 @@ def as_user(action):
 
 
 @pytest.fixture
-def root(tmp_path_factory):
-    """A folder that its parents hide from nobody."""
-    path = tmp_path_factory.mktemp("modes")
-    for parent in (path, path.parent, path.parent.parent):
-        parent.chmod(parent.stat().st_mode | 0o011)
-    return path / "data"
+def root():
+    """A folder that its parents hide from nobody; pytest's own are closed to other users."""
+    with tempfile.TemporaryDirectory() as parent:
+        Path(parent).chmod(0o755)
+        yield Path(parent) / "data"
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give folders away")

@@ -86,6 +86,21 @@ def _database_without_tables(folder):
     return path
 
 
+def test_a_folder_inside_the_old_data_folder_is_no_new_installation(fill, folder):
+    fill(1)
+    inside = DataFolder(folder.root / "own")
+    with pytest.raises(FolderInDoubt, match="the folder above it has one"):
+        refuse_new_database(inside)
+
+
+def test_a_database_that_another_process_is_making_is_no_reason_to_refuse(folder, database):
+    database.dispose()
+    folder.database.unlink()
+    shutil.copyfile(_database_without_tables(folder), folder.database)
+    folder.database.with_name("ferryman.db-wal").write_bytes(b"the tables are on their way")
+    refuse_new_database(folder)
+
+
 def test_new_database_in_an_empty_folder_is_made(folder):
     refuse_new_database(folder)
     engine = open_database(folder.database)

@@ -35,6 +35,18 @@ def test_one_callers_sentences_come_in_order():
     assert line.take_all() == list(range(50))
 
 
+def test_what_a_caller_had_in_other_lines_says_nothing_of_its_place_in_this_one():
+    """Small and large calls wait in lines of their own, whose virtual times know nothing of each other."""
+    small, large, ours, other = Line(PeerLines()), Line(PeerLines()), FairShare(), FairShare()
+    for name in range(1_000):
+        small.add(name, ours)
+    small.take_all()
+    for name in range(10):
+        large.add(f"other {name}", other)
+        large.add(f"ours {name}", ours)
+    assert "ours 0" in [large.take() for _ in range(2)]
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_callers_that_wait_get_tokens_by_weight(seed):
     """However much each has queued, in which order they came, and how long their sentences are."""
