@@ -12,6 +12,7 @@ from ferryman_service.domain.records import RunState
 from ferryman_service.stores import tables
 from ferryman_service.stores.corpora import CorpusLimits, FileCorpusStore
 from ferryman_service.stores.database import open_database, upgrade, writing
+from ferryman_service.stores.layout import DataFolder
 from ferryman_service.stores.models import FileModelStore
 from ferryman_service.stores.sweep import FolderInDoubt, find_contents, finish_deletions, refuse_new_database, sweep
 from ferryman_service.trash import KEPT_DAYS, empty_trash, list_trash, move_to_trash
