@@ -14,7 +14,7 @@ from ferryman import Client, RunState
 from tests.system.conftest import Stubs, reversal_corpus, small_recipe
 from tests.system.service_process import ServiceProcess
 
-pytestmark = pytest.mark.system
+pytestmark = pytest.mark.full
 
 AGE_FLAGS = ("--max-connection-age-s", "1", "--max-connection-age-grace-s", "1")
 SENTENCES = 200

@@ -7,7 +7,7 @@ import pytest
 from bench.kill import STEPS, after_s, at_step, in_a_write, kill_points, open_arena
 from ferryman_service.domain.records import RunState, StepMetrics
 
-pytestmark = pytest.mark.system
+pytestmark = pytest.mark.full
 
 
 @pytest.fixture(scope="module")

@@ -181,11 +181,6 @@ def test_health_follows_the_data_folder_on_both_ports(start_with_model, data_dir
     assert service.stop() == 0
 
 
-UNREADABLE_RUN = """
-INSERT INTO runs (run_id, state, corpus_id, model_name, recipe, create_time_ns, attempt, last_sequence,
-  cancel_requested, progress)
-VALUES ('run_00000000000000000000ab', 'queued', 'corpus', 'model', '{}', 1, 0, 0, 0, '{}')
-"""
 FOREIGN_FILES = (
     ".DS_Store",
     "corpora/.DS_Store",
@@ -216,14 +211,14 @@ def test_foreign_files_stay_and_a_supervisor_that_fails_leaves_translation_alone
     service = start_with_model("--probe-port", str(probe_port), "--metrics-port", str(metrics_port))
     assert {health(probe_port, name) for name in (TRAINING, TRANSLATION)} == {"SERVING"}
     with contextlib.closing(sqlite3.connect(data_dir / "ferryman.db")) as database, database:
-        database.execute(UNREADABLE_RUN)
+        database.execute("ALTER TABLE runs RENAME TO runs_elsewhere")
     wait_until(lambda: health(probe_port, TRAINING) == "NOT_SERVING")
     assert health(probe_port, TRANSLATION) == "SERVING"
     stubs = Stubs(service.address)
     translate(stubs)
     assert metric(service, "ferryman_supervisor_failures_total") >= 1
     with contextlib.closing(sqlite3.connect(data_dir / "ferryman.db")) as database, database:
-        database.execute("DELETE FROM runs")
+        database.execute("ALTER TABLE runs_elsewhere RENAME TO runs")
     wait_until(lambda: health(probe_port, TRAINING) == "SERVING", timeout_s=90)
     assert service.stop() == 0
     assert all((data_dir / name).read_text() == "somebody's" for name in FOREIGN_FILES)

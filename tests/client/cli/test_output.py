@@ -27,6 +27,7 @@ COMMANDS = {
     "corpus upload": (HOSTILE, "--source", "en", "--target", "de", *FILES),
     "corpus list": (),
     "corpus show": ("CORPUS",),
+    "corpus delete": ("CORPUS",),
     "schedule": ("--run", "RUN"),
     "train": ("CORPUS", "m", "--watch"),
     "watch": ("RUN",),

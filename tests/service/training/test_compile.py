@@ -105,7 +105,7 @@ def test_evaluation_runs_the_layers_as_they_are(small_recipe):
     assert list(model.state_dict()) == names
 
 
-@pytest.mark.system
+@pytest.mark.full
 def test_a_compiled_run_learns_as_one_that_is_not(job, small_recipe, tmp_path, reporter, compiler):
     """Also in batches with and without padding. Its checkpoint has the same names, and is gone on from uncompiled."""
     short, long = (small_recipe(stop={"max_steps": steps}) for steps in (10, 20))

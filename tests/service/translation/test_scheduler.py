@@ -221,7 +221,7 @@ def test_a_single_sentence_does_not_wait_for_a_flood(start, decoder, results):
 
     decoder.on_step = come_at_step_50
     decoder.gate.set()
-    results.wait(2001)
+    results.wait(2002)
     joined = next(index for index, source in enumerate(decoder.admitted) if len(source) == 50)
     assert joined == seen["admitted"], "nobody else joined between"
     assert decoder.admitted_at[joined] - seen["step"] <= 10
