@@ -75,7 +75,7 @@ class Cluster:
 async def running_cluster(folder: Path, objects: Sequence[dict[str, Any]]) -> AsyncIterator[Cluster]:
     """Start everything that the rendered chart says, with one published version; end it all with the block."""
     _clear(folder)
-    data, network = folder / "data", _network()
+    data, network = folder / "data" / "own", _network()  # a folder of the service's own in the volume, as in the chart
     serving, training = (pod_template(objects, role) for role in ("translation", "training"))
     replicas = [_pod(serving, f"serving-{n + 1}", network, _SERVING_HOST + n, folder) for n in range(serving.replicas)]
     trainer = _pod(training, "training", network, _TRAINING_HOST, folder)
