@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Final
 
 from ferryman_service.application.admission import Admission, Held, cost_tokens, expected_tokens
@@ -39,6 +40,7 @@ from ferryman_service.domain.translation import (
     MAX_TRANSLATION_TOKENS,
     CancelToken,
     FairShare,
+    PreparedSentence,
     SearchOptions,
     SentenceResult,
     Timings,
@@ -55,6 +57,8 @@ DEFAULT_WINDOW: Final = 256
 _CALL_WEIGHT: Final = 4.0
 _STREAM_WEIGHT: Final = 1.0
 _TEXT_THREADS: Final = 2
+_QUICK_SENTENCES: Final = 1_000
+"""So many are measured in the event loop, in a few milliseconds."""
 _WAITING_THREADS: Final = 4
 _LOADING_THREADS: Final = 16
 
@@ -190,10 +194,9 @@ class TranslationUseCases:
         try:
             caller.token.check()
             entries = await self._entries(request, lease, caller.token)
-            sentences = [
-                ((entry, place), sentence) for entry in entries for place, sentence in enumerate(entry.sentences)
-            ]
-            tokens = sum(cost_tokens(sentence, request.options) for _, sentence in sentences)
+            measure = partial(_measured, entries, request.options)
+            is_quick = sum(len(entry.sentences) for entry in entries) <= _QUICK_SENTENCES
+            sentences, tokens = measure() if is_quick else await asyncio.to_thread(measure)
             self._admission.check_size(tokens)
             await _settle(held, tokens, caller.token)
             held.hand_over()
@@ -330,6 +333,14 @@ class TranslationUseCases:
         if preparation.is_quick(texts, prefixes):
             return preparation.entries(texts, prefixes)
         return await self._call_texts.run(token, lambda: preparation.entries(texts, prefixes))
+
+
+def _measured(
+    entries: Sequence[Entry], options: SearchOptions
+) -> tuple[list[tuple[tuple[Entry, int], PreparedSentence]], int]:
+    """Return the sentences of all entries with their places, and what they cost together."""
+    sentences = [((entry, place), sentence) for entry in entries for place, sentence in enumerate(entry.sentences)]
+    return sentences, sum(cost_tokens(sentence, options) for _, sentence in sentences)
 
 
 class _Gathering:
