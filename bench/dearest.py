@@ -20,9 +20,7 @@ import argparse
 import base64
 import contextlib
 import os
-import shutil
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,19 +30,18 @@ from random import Random
 from typing import Any, Final
 
 from bench.dearest_server import SECONDS
-from bench.neighbour import made_up_text
+from bench.neighbour import SERVED as MODEL
+from bench.neighbour import import_served_model, made_up_text, remove_data
 from bench.random_requests import RequestMaker, Rpc, all_rpcs
 from bench.result import Result, publish, watched_machine
 from bench.server_program import Server, ServerFailed, started_server
-from bench.serving_models import random_bundle
 from bench.serving_process import ProcessFailed, ServingProcess, memory_mib
+from examples.local_service import ServiceFailed
 from ferryman import Client
-from ferryman.errors import ResourceExhausted
+from ferryman.errors import FerrymanError, ResourceExhausted
 from ferryman.v1 import corpus_pb2, metrics_pb2, training_pb2, translation_pb2
-from ferryman_service.domain.recipe import resolve_recipe
 
 FOLDER: Final = Path("bench-output/dearest")
-MODEL: Final = "served"
 LIMITS: Final = {"loop_ms": 50.0, "memory_mib": 256.0, "wait_ratio": 10.0}
 CALL_S: Final = 10.0
 IDLE_S: Final = 10.0
@@ -230,18 +227,12 @@ def _tell(request: Request, cost: Cost) -> None:
 def scene(folder: Path) -> Iterator[tuple[Search, dict[str, list[str]]]]:
     """Start the service with a model, a corpus and a run; yield the search and what the service knows.
 
-    Raises ServerFailed, ProcessFailed, FerrymanError.
+    Raises ServiceFailed, ServerFailed, ProcessFailed, FerrymanError.
     """
-    _remove(folder / "data")
-    folder.mkdir(parents=True, exist_ok=True)
+    remove_data(folder)
     text = made_up_text(_PAIRS)
-    recipe = resolve_recipe({"preset": "tiny", "data": {"vocabulary_size": _VOCABULARY}})
-    bundle = random_bundle(recipe, [*text.source, *text.target], text.source[:64], folder / "random")
+    import_served_model(folder / "data", text, text.source[:64], _VOCABULARY)
     environment = {"FERRYMAN_DATA_DIR": str(folder / "data"), "PYTHONPATH": os.getcwd(), "PYTHONSAFEPATH": ""}
-    command = [sys.executable, "-m", "ferryman_service", "import-model", str(bundle), MODEL]
-    published = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
-    if published.returncode:
-        raise ServerFailed(f"the bundle cannot be published:\n{published.stderr[-2000:]}")
     seen = folder / "seen"
     seen.write_bytes(SECONDS.pack(0.0))
     serve = [sys.executable, "-m", "bench.dearest_server", str(seen), "serve", "--port", "0", "--metrics-port", "0"]
@@ -268,15 +259,8 @@ def scene(folder: Path) -> Iterator[tuple[Search, dict[str, list[str]]]]:
         yield Search(server=server, seen=seen, neighbour=client, caller=caller), known
 
 
-def _remove(data: Path) -> None:
-    for path in (data, *data.rglob("*")):
-        if path.is_dir():
-            path.chmod(0o755)  # published bundles are read-only folders
-    shutil.rmtree(data, ignore_errors=True)
-
-
 def measure(seconds: float, seed: int) -> Result:
-    """Run the search; raises ServerFailed, ProcessFailed, FerrymanError."""
+    """Run the search; raises ServiceFailed, ServerFailed, ProcessFailed, FerrymanError."""
     random = Random(seed)
     with scene(FOLDER) as (running, known):
         running.measure_quiet()  # loads the model
@@ -329,7 +313,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with watched_machine():
         try:
             result = measure(60 * arguments.minutes, arguments.seed)
-        except (ServerFailed, ProcessFailed) as error:
+        except (ServiceFailed, ServerFailed, ProcessFailed, FerrymanError) as error:
             print(error, file=sys.stderr)
             return 2
     return publish(result)

@@ -273,7 +273,7 @@ def scene(folder: Path, task: Task, effort: Effort) -> Iterator[Scene]:
 
     Raises TextMissing, ServiceFailed, ProcessFailed, TrainingFailed.
     """
-    _remove(folder)
+    remove_data(folder)
     train, validation = text_of(task)
     data_dir = folder / "data"
     import_served_model(data_dir, train, validation.source, task.vocabulary_size)
@@ -349,7 +349,7 @@ def _capacity(client: ServingProcess, address: str, seconds: float) -> float:
     return float(client.ask("capacity", address=address, seconds=seconds, **options))
 
 
-def _remove(folder: Path) -> None:
+def remove_data(folder: Path) -> None:
     """Remove the last run's data; the model with random weights stays. Published bundles are read-only folders."""
     data = folder / "data"
     for path in (data, *data.rglob("*")):

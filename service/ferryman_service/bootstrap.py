@@ -409,7 +409,7 @@ def _build_housekeeping(stores: _Stores, config: ServiceConfig, thread: Threads,
     database, folder = stores.database, stores.folder
 
     def clear_away() -> None:
-        clean_up(stores.corpora.sweep, stores.models.sweep, stores.folders.sweep)
+        clean_up(stores.corpora.sweep, stores.models.sweep)
 
     def hourly(name: str, work: Callable[[], None]) -> Duty:
         return Duty(name=name, work=work, interval_s=_HOUR_S, first_s=_HOUR_S)

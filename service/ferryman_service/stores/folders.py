@@ -51,32 +51,6 @@ class HeldFolder:
             clean_up(partial(remove_folder, self.path), partial(os.close, descriptor))
 
 
-class Removals:
-    """Removes folders that no row names any more. Safe to use from every thread.
-
-    `remove` raises nothing: a folder that cannot be removed now is remembered, and `retry` tries again. A process that
-    dies forgets them; the next start finds them as folders without a row.
-    """
-
-    def __init__(self) -> None:
-        self._left: set[Path] = set()
-
-    def remove(self, folder: Path) -> None:
-        """Remove the folder, now or later."""
-        try:
-            remove_folder(folder)
-        except OSError as error:
-            _log.warning("%s could not be removed, trying again later: %s", folder, error)
-            self._left.add(folder)
-        else:
-            self._left.discard(folder)
-
-    def retry(self) -> None:
-        """Try again to remove the folders that are left."""
-        for folder in sorted(self._left.copy()):
-            self.remove(folder)
-
-
 def own_folders(parent: Path, is_own_name: Callable[[str], object]) -> list[Path]:
     """Return the folders in `parent` whose names this program gives, and log what else is there but hidden folders.
 

@@ -32,7 +32,6 @@ from ferryman_service.stores.bundle_reader import BundleReader, check_manifest
 from ferryman_service.stores.database import disk_errors, reading, writing
 from ferryman_service.stores.folders import (
     HeldFolder,
-    Removals,
     own_folders,
     remove_abandoned,
     remove_folder,
@@ -83,7 +82,6 @@ class FileModelStore:
         self._folder = folder
         self._examine = examine
         self._changes = ChangeCounter(engine)
-        self._removals = Removals()
 
     def recover(self) -> None:
         """Remove what copies of bundles that never ended have left, and note the rows that nothing can name; call it
@@ -93,9 +91,8 @@ class FileModelStore:
             note_nameless(connection)
 
     def sweep(self) -> None:
-        """Remove what imports, exports and deletions that ended have left; harmless at any time."""
+        """Remove what imports and exports that ended have left; harmless at any time."""
         remove_abandoned(self._folder.imports)
-        self._removals.retry()
         staged = own_folders(self._folder.staging, lambda name: is_id(name, RUN_PREFIX))
         clean_up(*(partial(self._remove_ended_staging, path) for path in staged))
 
@@ -277,19 +274,19 @@ class FileModelStore:
         return number < next_version(connection, name) or path not in announced(connection)
 
     def _remove_bundle(self, bundle: Path) -> None:
-        """Remove a bundle that has no row, now or later; raises nothing, for without its row it is deleted. Whoever
+        """Remove a bundle that has no row; raises nothing, for what is left was announced and is deleted later. Whoever
         moves it aside removes it: two may try at the same time."""
         try:
             held = HeldFolder(self._folder.imports)
         except OSError:  # a full disk may have no room for a folder, and what is removed here may be what fills it
-            self._removals.remove(bundle)
+            clean_up(partial(remove_folder, bundle))
             return
         try:
             bundle.rename(held.path / "deleted")
         except FileNotFoundError:
             pass
         except OSError:
-            self._removals.remove(bundle)
+            clean_up(partial(remove_folder, bundle))
         finally:
             held.release()
 

@@ -9,13 +9,15 @@ import dataclasses
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
+from ferryman_service.domain.cleanup import clean_up
 from ferryman_service.domain.ids import RUN_PREFIX, is_id
 from ferryman_service.domain.os_errors import refuse_if_exhausted
 from ferryman_service.domain.runs import CheckpointInfo
-from ferryman_service.stores.folders import Removals
+from ferryman_service.stores.folders import remove_folder
 from ferryman_service.stores.layout import DataFolder
 
 _log = logging.getLogger(__name__)
@@ -29,7 +31,6 @@ class FileRunFolders:
 
     def __init__(self, folder: DataFolder) -> None:
         self._folder = folder
-        self._removals = Removals()
 
     def checkpoints(self, run_id: str) -> Sequence[CheckpointInfo]:
         """Return the complete checkpoints, by rising step; damaged ones, and one that is pruned meanwhile, are left
@@ -43,13 +44,10 @@ class FileRunFolders:
         return next(iter(reversed(self._paths(run_id))), None)
 
     def delete(self, run_id: str) -> None:
-        """Remove the run's folder, if there is one; what cannot be removed now is left to `sweep`."""
+        """Remove the run's folder, if there is one; what cannot be removed now was announced, and
+        is deleted later."""
         if is_id(run_id, RUN_PREFIX):  # the id of a damaged row may be anything
-            self._removals.remove(self._folder.run_dir(run_id))
-
-    def sweep(self) -> None:
-        """Remove what is left of the folders of deleted runs: a worker that was ending may have written into one."""
-        self._removals.retry()
+            clean_up(partial(remove_folder, self._folder.run_dir(run_id)))
 
     def _paths(self, run_id: str) -> list[Path]:
         return checkpoint_paths(self._folder, run_id)

@@ -63,7 +63,7 @@ class Stores:
 
     def sweep(self):
         """What is done every hour."""
-        for store in (self.corpora, self.models, self.run_folders):
+        for store in (self.corpora, self.models):
             store.sweep()
         finish_deletions(self.database, self.folder)
 
