@@ -24,8 +24,8 @@ from ferryman_service.domain.translation import (
 )
 
 K = TypeVar("K")
-_AT_ONCE: Final = 256
-"""Sentences, a few milliseconds of the event loop's time."""
+_QUICK_SENTENCES: Final = 256
+"""So many take a few milliseconds of the event loop's time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,21 +103,25 @@ class Flight(Generic[K]):
             raise
         self._in_flight += len(work)
 
-    async def submit_in_turns(self, sentences: Sequence[tuple[K, PreparedSentence]]) -> None:
-        """Hand the sentences to the engine, some at a time: in between the event loop does what else there is.
+    async def submit_many(self, sentences: Sequence[tuple[K, PreparedSentence]]) -> None:
+        """Hand the sentences to the engine, in a thread if they are many; a cancellation does not keep them from it."""
+        if len(sentences) <= _QUICK_SENTENCES:
+            self.submit(sentences)
+            return
+        self._in_flight += len(sentences)
+        submitting = asyncio.ensure_future(asyncio.to_thread(self._hand_over, sentences))
+        submitting.add_done_callback(functools.partial(self._handed_over, sentences))
+        await asyncio.shield(submitting)
 
-        The tokens of those that are not handed over, because this is cancelled, go back.
-        """
-        handed = 0
-        try:
-            while handed < len(sentences):
-                some = sentences[handed : handed + _AT_ONCE]
-                handed += len(some)
-                self.submit(some)
-                await asyncio.sleep(0)
-        finally:
-            if rest := sentences[handed:]:
-                self._give_back(sum(cost_tokens(sentence, self._caller.options) for _, sentence in rest))
+    def _hand_over(self, sentences: Sequence[tuple[K, PreparedSentence]]) -> None:
+        self.lease.engine.submit([self._work(key, sentence) for key, sentence in sentences])
+
+    def _handed_over(self, sentences: Sequence[tuple[K, PreparedSentence]], submitting: asyncio.Future[None]) -> None:
+        if submitting.cancelled() or submitting.exception() is not None:
+            self._in_flight -= len(sentences)
+            self._give_back(sum(cost_tokens(sentence, self._caller.options) for _, sentence in sentences))
+            if self._closed:
+                self._land()
 
     def close(self) -> None:
         """Say that nothing more will be submitted; call it once. Results that still come are not delivered."""

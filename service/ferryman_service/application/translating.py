@@ -201,7 +201,7 @@ class TranslationUseCases:
             await _settle(held, tokens, caller.token)
             held.hand_over()
             gathering.expect(entries)
-            await flight.submit_in_turns(sentences)
+            await flight.submit_many(sentences)
             await gathering.finished()
         except BaseException:
             caller.token.cancel()

@@ -31,6 +31,7 @@ from ferryman_service.translation.counts import EngineCounts
 from ferryman_service.translation.lane import Lane, LaneKind, Size, lane_kind, why_unwanted
 from ferryman_service.translation.waiting import PeerLines, Waiting
 
+_ADDED_AT_ONCE: Final = 256
 _ABANDONED_INTERVAL_S: Final = 0.02
 _NEARLY_FULL: Final = 1 / 2
 _WORTH_ENCODING: Final = 1 / 8
@@ -101,9 +102,12 @@ class Scheduler:
             assert not self._closing, "nothing may be submitted to an engine that is closed"
             for work in waiting:
                 work.share.booked += _positions(work)
-            for work in waiting:
-                self._lines[self._size(work)].add(work, now_ns)
-            self._changed.notify(min(len(waiting), len(self._threads)))
+        # What is booked says how large the call is. The lines are filled some at a time, for others wait for the lock.
+        for first in range(0, len(waiting), _ADDED_AT_ONCE):
+            with self._changed:
+                for work in waiting[first : first + _ADDED_AT_ONCE]:
+                    self._lines[self._size(work)].add(work, now_ns)
+                self._changed.notify(min(len(waiting), len(self._threads)))
         for work in works:
             if not work.sentence.source:
                 translation = self._text.translation(work.sentence, (), work.options)

@@ -117,25 +117,29 @@ async def test_callers_that_give_up_at_random_harm_nobody(make_cases, publish):
     await asyncio.gather(*(call(number) for number in range(200)))
 
 
-async def test_many_sentences_are_submitted_in_turns_with_the_event_loop(make_cases, publish):
-    """A caller that leaves in between gives back the tokens of all of them, as make_cases checks."""
+async def test_many_sentences_are_submitted_beside_the_event_loop(make_cases, publish):
+    """It turns while the engine takes them; a caller that leaves meanwhile gives back all its tokens, as make_cases
+    checks."""
     publish()
     loader = FakeBundleLoader()
     cases = make_cases(loader=loader, max_sentences=3_000)
-    turns = []
-    call = asyncio.create_task(cases.translate(request(*["one"] * 3_000)))
-    while not call.done():
-        turns.append(loader.translator.submitted)
-        await asyncio.sleep(0)
-    assert texts(await call) == ["ONE"] * 3_000
-    assert len({count for count in turns if 0 < count < 3_000}) >= 8
+    assert texts(await cases.translate(request(*["one"] * 3_000))) == ["ONE"] * 3_000
+    submit, begun, released = loader.translator.submit, threading.Event(), threading.Event()
+
+    def slow_submit(work):
+        begun.set()
+        assert released.wait(10)
+        submit(work)
+
+    loader.translator.submit = slow_submit
     leaving = asyncio.create_task(cases.translate(request(*["one"] * 3_000)))
-    while loader.translator.submitted < 3_500:
-        await asyncio.sleep(0)
-    assert loader.translator.submitted < 6_000
+    await becomes(begun.is_set)
     leaving.cancel()
     with pytest.raises(asyncio.CancelledError):
         await leaving
+    assert cases.queued_tokens()[0] > 0, "they are on their way to the engine"
+    released.set()
+    await becomes(lambda: cases.queued_tokens() == (0, 0))
 
 
 async def test_timings_are_of_the_slowest_sentence(make_cases, publish):
