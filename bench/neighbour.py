@@ -6,9 +6,10 @@ its workers itself. By turns in one run: training alone, training beside a proce
 translating alone, beside that process, and while training. A worker whose turn it is not is halted (SIGSTOP). The value
 is the share of the conditions that hold; each compares medians over the turns.
 
-Translations come from random weights and are forced to one length; their arrivals are a Poisson process at half of the
-rate that the service answers with some calls always in flight. The client runs on the same cores, and what it takes
-counts: against that rate, and against training.
+Translations come from random weights and are forced to one length. Their arrivals are a Poisson process. While the
+service trains, its rate is half of what the service answers with some calls always in flight. Beside a busy process,
+the rate is a third: half of what a fair share of two cores leaves. Each is compared with the quiet service at the same
+rate. The client runs on the same cores, and what it takes counts: against that rate, and against training.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ TRAINING_AT_MOST: Final = 1.6
 TRAINING_GOAL: Final = 1.4
 P95_AT_MOST: Final = 2.0
 TRAINING_AT_LEAST: Final = 0.5
-LOAD_SHARE: Final = 0.5
+LOAD_SHARE: Final = 1 / 2
+BUSY_LOAD_SHARE: Final = 1 / 3
 _IN_FLIGHT: Final = 8
 _SETTLE_S: Final = 1.0
 _VALIDATION_PAIRS: Final = 200
@@ -57,20 +59,21 @@ _SEED: Final = 1
 
 @dataclass(frozen=True, kw_only=True)
 class Mode:
-    """What runs during a turn."""
+    """What runs during a turn; calls arrive at `load_share` of the quiet capacity, 0 for none."""
 
     name: str
     trains: bool = False
-    translates: bool = False
+    load_share: float = 0.0
     has_neighbour: bool = False
 
 
 TRAINING: Final = Mode(name="training", trains=True)
 TRAINING_BUSY: Final = Mode(name="training beside a busy process", trains=True, has_neighbour=True)
-SERVING: Final = Mode(name="translating", translates=True)
-SERVING_BUSY: Final = Mode(name="translating beside a busy process", translates=True, has_neighbour=True)
-BOTH: Final = Mode(name="translating while training", trains=True, translates=True)
-MODES: Final = (TRAINING, TRAINING_BUSY, SERVING, SERVING_BUSY, BOTH)
+SERVING: Final = Mode(name="translating", load_share=LOAD_SHARE)
+BOTH: Final = Mode(name="translating while training", trains=True, load_share=LOAD_SHARE)
+SERVING_LIGHT: Final = Mode(name="translating at a lower rate", load_share=BUSY_LOAD_SHARE)
+SERVING_BUSY: Final = Mode(name="translating beside a busy process", load_share=BUSY_LOAD_SHARE, has_neighbour=True)
+MODES: Final = (TRAINING, TRAINING_BUSY, SERVING, BOTH, SERVING_LIGHT, SERVING_BUSY)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,12 +166,13 @@ class Part:
 
 @dataclass
 class Scene:
-    """Everything that takes part: the service, the client process, the run, the rate of calls; and the turns so far."""
+    """Everything that takes part: the service with its capacity in requests/s, the client process, the run; and the
+    turns so far."""
 
     address: str
     client: ServingProcess
     run: HaltableRun
-    rate: float
+    capacity: float
     effort: Effort
     turns: list[Turn] = field(default_factory=list)
 
@@ -182,7 +186,7 @@ class Scene:
                 running.callback(self.run.halt)
             time.sleep(_SETTLE_S)
             begin_s = time.time()
-            seen = self._translate() if mode.translates else self._wait()
+            seen = self._translate(mode.load_share * self.capacity) if mode.load_share else self._wait()
             turn = Turn(mode=mode, begin_s=begin_s, end_s=time.time(), **seen)
         self.turns.append(turn)
 
@@ -194,8 +198,8 @@ class Scene:
         time.sleep(self.effort.turn_s)
         return {}
 
-    def _translate(self) -> dict[str, Any]:
-        window = {"rate": self.rate, "warm_up_s": 0.0, "seconds": self.effort.turn_s, "seed": _SEED + len(self.turns)}
+    def _translate(self, rate: float) -> dict[str, Any]:
+        window = {"rate": rate, "warm_up_s": 0.0, "seconds": self.effort.turn_s, "seed": _SEED + len(self.turns)}
         window |= {"beam_size": BEAM_SIZE, "length": LENGTH, "several_share": 0.0, "timeout_s": 60.0}
         seen = self.client.ask("window", address=self.address, model=SERVED, **window)
         return {"latencies_ms": seen["latencies_ms"], "failures": sum(seen["failures"].values())}
@@ -217,7 +221,7 @@ def parts_of(turns: Sequence[Turn], updates: Sequence[tuple[float, float]]) -> l
         Part(
             name=SERVING_BUSY.name,
             unit="p95, ms",
-            quiet=p95_ms[SERVING],
+            quiet=p95_ms[SERVING_LIGHT],
             busy=p95_ms[SERVING_BUSY],
             at_most=P95_AT_MOST,
         ),
@@ -284,7 +288,7 @@ def scene(folder: Path, task: Task, effort: Effort) -> Iterator[Scene]:
         ServingProcess("client", command, {"PYTHONPATH": os.getcwd()}, folder / "client.log") as client,
     ):
         client.ask("sentences", texts=list(validation.source))
-        rate = LOAD_SHARE * _capacity(client, address, effort.capacity_s)
+        capacity = _capacity(client, address, effort.capacity_s)
         corpus = calls.upload_corpus(
             "neighbour",
             "en",
@@ -292,10 +296,10 @@ def scene(folder: Path, task: Task, effort: Effort) -> Iterator[Scene]:
             train=zip(train.source, train.target, strict=True),
             validation=zip(validation.source, validation.target, strict=True),
         )
-        print(f"translating at {rate:.1f} requests/s; starting to train", flush=True)
+        print(f"{capacity:.1f} requests/s are answered; starting to train", flush=True)
         with training_run(calls, corpus.corpus_id, data_dir, PRESET, task.vocabulary_size) as run:
             run.halt()
-            yield Scene(address=address, client=client, run=run, rate=rate, effort=effort)
+            yield Scene(address=address, client=client, run=run, capacity=capacity, effort=effort)
 
 
 def measure(arguments: argparse.Namespace) -> Result:
@@ -308,11 +312,11 @@ def measure(arguments: argparse.Namespace) -> Result:
                 running.turn(mode)
             print(f"round {number} of {effort.rounds}", flush=True)
         parts = parts_of(running.turns, running.run.updates())
-        rate = running.rate
-    return result_of(parts, rate, shipped, quick=arguments.quick)
+        capacity = running.capacity
+    return result_of(parts, capacity, shipped, quick=arguments.quick)
 
 
-def result_of(parts: Sequence[Part], rate: float, shipped: Mapping[str, object], *, quick: bool) -> Result:
+def result_of(parts: Sequence[Part], capacity: float, shipped: Mapping[str, object], *, quick: bool) -> Result:
     """Print the conditions as a table, and return the line to publish."""
     print(f"\n{'':36} {'quiet':>9} {'busy':>9} {'value':>7}  target")
     for part in parts:
@@ -329,9 +333,10 @@ def result_of(parts: Sequence[Part], rate: float, shipped: Mapping[str, object],
             "parts": [part.as_dict() for part in parts],
             "preset": PRESET,
             **shipped,
-            "requests_per_s": round(rate, 2),
-            "load": f"{LOAD_SHARE:g} of what is answered with {_IN_FLIGHT} calls in flight; one sentence, beam "
-            f"{BEAM_SIZE}, random weights, {LENGTH} subwords forced; the client runs on the same cores",
+            "capacity_requests_per_s": round(capacity, 2),
+            "load": f"while training {LOAD_SHARE:.2f}, beside a busy process {BUSY_LOAD_SHARE:.2f} of the capacity, "
+            f"which is what is answered with {_IN_FLIGHT} calls in flight; one sentence, beam {BEAM_SIZE}, random "
+            f"weights, {LENGTH} subwords forced; the client runs on the same cores",
             "neighbour": "one spinning process, not pinned, nice 0, in a session of its own",
         },
     )

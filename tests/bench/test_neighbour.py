@@ -9,7 +9,19 @@ from pathlib import Path
 import pytest
 
 from bench import neighbour
-from bench.neighbour import BOTH, MODES, SERVING, SERVING_BUSY, TRAINING, TRAINING_BUSY, Effort, Task, Turn, parts_of
+from bench.neighbour import (
+    BOTH,
+    MODES,
+    SERVING,
+    SERVING_BUSY,
+    SERVING_LIGHT,
+    TRAINING,
+    TRAINING_BUSY,
+    Effort,
+    Task,
+    Turn,
+    parts_of,
+)
 from bench.neighbour_training import busy_process
 from ferryman_service.config.service_config import ServiceConfig
 from ferryman_service.launch.process import is_alive, process_identity, what_follows
@@ -34,11 +46,12 @@ def test_parts_compare_medians_of_turns():
     modes = [TRAINING, TRAINING_BUSY, BOTH] * 3
     turns = [turn(mode, number, p95_ms=15.0) for number, mode in enumerate(modes)]
     turns += [turn(SERVING, 9 + number, p95_ms=10.0) for number in range(3)]
-    turns += [turn(SERVING_BUSY, 12, 30.0), turn(SERVING_BUSY, 13, 12.0), turn(SERVING_BUSY, 14, 11.0)]
+    turns += [turn(SERVING_LIGHT, 12 + number, p95_ms=8.0) for number in range(3)]
+    turns += [turn(SERVING_BUSY, 15, 30.0), turn(SERVING_BUSY, 16, 12.0), turn(SERVING_BUSY, 17, 11.0)]
     parts = parts_of(turns, updates(0.2, 0.3, 0.25, 0.2, 0.34, 0.5, 9.0, 0.3, 0.4))
     assert [(part.name, round(part.value, 3), part.ok) for part in parts] == [
         ("training beside a busy process", 1.5, True),
-        ("translating beside a busy process", 1.2, True),
+        ("translating beside a busy process", 1.5, True),
         ("translating while training", 1.5, True),
         ("training while translating", 0.5, True),
     ]
@@ -47,21 +60,22 @@ def test_parts_compare_medians_of_turns():
 @pytest.mark.parametrize(("busy_s", "ok"), [(0.32, True), (0.33, False)])
 def test_training_beside_a_busy_process_takes_at_most_sixteen_tenths(busy_s, ok):
     turns = [turn(mode, number) for number, mode in enumerate(MODES)]
-    parts = parts_of(turns, updates(0.2, busy_s, 9.0, 9.0, 0.3))
+    parts = parts_of(turns, updates(0.2, busy_s, 9.0, 0.3))
     assert parts[0].ok is ok
     assert parts[0].as_dict()["ok"] is ok
 
 
 def test_a_call_that_fails_misses_the_condition():
     turns = [turn(mode, number, failures=mode is SERVING_BUSY) for number, mode in enumerate(MODES)]
-    parts = parts_of(turns, updates(0.2, 0.2, 9.0, 9.0, 0.2))
+    parts = parts_of(turns, updates(0.2, 0.2, 9.0, 0.2))
     assert [part.ok for part in parts] == [True, False, True, True]
     assert parts[1].as_dict()["busy"] == [None]
 
 
-def test_calls_that_fail_while_nothing_else_runs_miss_both_conditions():
-    turns = [turn(mode, number, failures=mode is SERVING) for number, mode in enumerate(MODES)]
-    assert [part.ok for part in parts_of(turns, updates(0.2, 0.2, 9.0, 9.0, 0.2))] == [True, False, False, True]
+@pytest.mark.parametrize(("quiet", "missed"), [(SERVING, 2), (SERVING_LIGHT, 1)])
+def test_failed_calls_on_the_quiet_service_miss_the_condition(quiet, missed):
+    turns = [turn(mode, number, failures=mode is quiet) for number, mode in enumerate(MODES)]
+    assert [part.ok for part in parts_of(turns, updates(0.2, 0.2, 9.0, 0.2))] == [index != missed for index in range(4)]
 
 
 def test_updates_that_a_turn_does_not_hold_whole_do_not_count():
@@ -111,6 +125,6 @@ def test_all_modes_have_their_turn_and_no_process_is_left(tmp_path):
     assert [len(values) for part in parts for values in (part.quiet, part.busy)] == [1] * 8
     assert len(workers) == 1 and not is_alive(workers[0])
     assert not what_follows(("--data-dir", str((tmp_path / "data").resolve())))
-    result = neighbour.result_of(parts, scene.rate, shipped, quick=True)
+    result = neighbour.result_of(parts, scene.capacity, shipped, quick=True)
     assert result.value == sum(part.ok for part in parts) / 4
     json.dumps(result.details)

@@ -92,7 +92,7 @@ class ServiceConfig:
     worker_silence_s: float = 300.0
     processes_per_run: int = 1
     max_processes_per_run: int = 8
-    worker_nice: int = 0
+    worker_nice: int = 3
     max_corpus_bytes: int = 4 * 2**30
     min_free_mib: int = 0
     keep_checkpoints_days: float = 30.0
