@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from ferryman_service.stores.layout import DataFolder
 
 _log = logging.getLogger(__name__)
+_SWITCH_INTERVAL_S: Final = 0.001
+"""A thread that computes in Python gives way after this: a translation asks for the interpreter some times a step."""
 _STOP_S: Final = 5.0
 """What stopping may take beyond drain_s and grace_s."""
 _HURRY_S: Final = 3.0
@@ -188,6 +190,7 @@ def _shown(settings: Settings, machine: Machine) -> Iterator[str]:
 
 def _serve(config: ServiceConfig, _: argparse.Namespace) -> int:
     open_files.raise_limit()
+    sys.setswitchinterval(_SWITCH_INTERVAL_S)
     return asyncio.run(_serve_until_signal(config))
 
 

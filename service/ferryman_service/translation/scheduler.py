@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -33,6 +33,8 @@ from ferryman_service.translation.waiting import PeerLines, Waiting
 
 _ADDED_AT_ONCE: Final = 256
 _ABANDONED_INTERVAL_S: Final = 0.02
+_REFUSED_AT_ONCE: Final = 256
+_RETRY_S: Final = 0.01
 _NEARLY_FULL: Final = 1 / 2
 _WORTH_ENCODING: Final = 1 / 8
 _KEPT_LANES: Final = 6
@@ -141,16 +143,18 @@ class Scheduler:
         while True:
             with self._changed:
                 self._forget(worker.take_left())
-                while not worker.sentences and not self._waits():
+                while worker.is_idle and not self._waits():
                     if self._closing:
                         return
                     worker.drop_batches()
                     self._changed.wait()
                 abandoned = self._take_abandoned()
                 self._forget(waiting.work for waiting in abandoned)
+                worker.abandoned.extend(abandoned)
                 taken = self._take(worker)
-            for waiting in abandoned:
-                _refuse(waiting, why_unwanted(waiting.work.token))
+                if not taken and worker.is_idle:  # a long sentence waits for those of other threads
+                    self._changed.wait(_RETRY_S)
+            worker.refuse_abandoned()
             worker.turn(taken)
 
     def _waits(self) -> bool:
@@ -209,7 +213,8 @@ class Scheduler:
             if worker.sentences and taken and tokens > config.max_encoded_tokens:
                 break
             key, is_first = (work.options.rows, size), not worker.sentences and not taken
-            if not worker.booking.join(key, work.sentence, is_small=size is Size.SMALL, must=is_first):
+            small, long = size is Size.SMALL, size is Size.LONG
+            if not worker.booking.join(key, work.sentence, is_small=small, is_long=long, must=is_first):
                 return False
             rows += work.options.rows
             taken.append(_Taken(line.take(), size))
@@ -251,7 +256,19 @@ class _Worker:
         self._virtual_s = 0.0  # where the step that was taken last has begun
         self.sentences = 0
         self.rows: Counter[Size] = Counter()
+        self.abandoned: deque[Waiting] = deque()
         self.drops_batches = False
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing runs and nobody is to be told anything."""
+        return not self.sentences and not self.abandoned
+
+    def refuse_abandoned(self) -> None:
+        """Tell some of those that nobody waits for any more; thousands at once would halt the batches for too long."""
+        for _ in range(min(len(self.abandoned), _REFUSED_AT_ONCE)):
+            waiting = self.abandoned.popleft()
+            _refuse(waiting, why_unwanted(waiting.work.token))
 
     def drop_batches(self) -> None:
         """Free the batches if somebody has asked for it; nothing runs in any."""

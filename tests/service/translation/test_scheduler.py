@@ -9,7 +9,7 @@ import pytest
 
 from ferryman_service.domain.errors import Cancelled, DeadlineExceeded
 from ferryman_service.domain.translation import CancelToken, FairShare, Sampling, SearchOptions
-from ferryman_service.translation.cache_memory import CacheMemory, CacheShape
+from ferryman_service.translation.cache_memory import LONG_BYTES, CacheMemory, CacheShape
 from ferryman_service.translation.counts import EngineCounts
 from ferryman_service.translation.scheduler import Scheduler, SchedulerConfig
 from tests.fakes.scripted_decoder import Results, ScriptedDecoder, ScriptedText, work
@@ -310,6 +310,19 @@ def test_a_cancelled_sentence_in_the_line_is_told_though_all_rows_are_taken(star
     results.wait(301)
 
 
+def test_cancelled_call_of_many_sentences_halts_no_batch(start, decoder, results):
+    scheduler, token, endless = start(max_rows=1), CancelToken(), CancelToken()
+    told = []
+    decoder.on_step = lambda: told.append(len(results.order))
+    scheduler.submit([work(100_000, results.of("endless"), token=endless)])
+    scheduler.submit([work(1, results.of(name), token=token, max_length=100_000) for name in range(3_000)])
+    token.cancel()
+    results.wait(3_000)
+    endless.cancel()
+    results.wait(3_001)
+    assert max(after - before for before, after in itertools.pairwise([0, *told])) <= 256
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 def test_rows_stay_within_the_limit(start, decoder, results, threads):
     generator = random.Random(2)
@@ -438,3 +451,17 @@ def test_sentence_above_the_cache_memory_runs_alone(start, decoder, results):
     scheduler.submit([work(9, results.of(name)) for name in range(5)])
     results.wait(5)
     assert decoder.peak_rows == 1
+
+
+def test_long_sentences_share_a_bounded_memory(start, decoder, results):
+    """Each is booked with 2 rows of 128 positions, three quarters of what long sentences may book together."""
+    memory = CacheMemory()
+    booked = []
+    decoder.on_step = lambda: booked.append(memory.booked_bytes)
+    shape = CacheShape(row_position_bytes=LONG_BYTES * 3 // 4 // 256)
+    scheduler = start(EngineCounts(memory), threads=2, max_rows=4, cache_shape=shape)
+    beam = SearchOptions(beam_size=2)
+    scheduler.submit([work(9, results.of(name), options=beam, max_length=100) for name in range(6)])
+    results.wait(6)
+    assert max(booked) == shape.row_position_bytes * 256
+    assert memory.booked_bytes == 0
