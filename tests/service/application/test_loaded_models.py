@@ -128,7 +128,7 @@ def test_a_model_over_the_whole_budget_is_refused_and_disturbs_nobody(make_loade
 
 
 @pytest.mark.parametrize("limits", [{"max_loaded_models": 1}, {"max_loaded_models": 9, "memory_bytes": 150}])
-def test_what_is_leased_is_not_freed_whatever_the_limits_say(make_loaded, publish, loader, limits):
+def test_leased_model_is_not_freed_whatever_the_limits(make_loaded, publish, loader, limits):
     loaded = make_loaded(**limits)
     with loaded.lease(publish("a")) as first, loaded.lease(publish("b")) as second:
         assert not first.closed and not second.closed
