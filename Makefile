@@ -199,7 +199,8 @@ dearest: $(READY) ## a search for the request that costs the service most: [MINU
 
 soak: $(READY) ## training and stores that fail everywhere, random and dear requests, mutated bundles, a translation service under load: [MINUTES= PROCESSES= MODEL= RATE=]
 	FERRYMAN_SOAK=1 $(BIN)/python -m pytest tests/service/training/test_resume.py tests/service/training/test_compile.py \
-	  tests/service/stores/test_failpoints.py tests/service/stores/test_sweep.py tests/service/stores/test_repair.py
+	  tests/service/stores/test_failpoints.py tests/service/stores/test_sweep.py tests/service/stores/test_repair.py \
+	  tests/service/search/test_beam.py
 	FERRYMAN_SOAK=1 $(BIN)/python -m pytest $(PARALLEL) tests/contract/test_any_message.py tests/contract/test_mutated_bundles.py
 	$(BIN)/python -m bench.dearest $(if $(MINUTES),--minutes "$(MINUTES)")
 	$(BIN)/python -m bench.kill $(if $(MINUTES),--minutes "$(MINUTES)") $(if $(PROCESSES),--processes "$(PROCESSES)")

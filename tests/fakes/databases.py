@@ -43,7 +43,7 @@ def drop_corpus(database: Engine, corpus_id: str = "cor_x") -> None:
 
 def add_corpus(database: Engine, corpus_id: str = "cor_x") -> None:
     """Add the row of a corpus, for runs that need one, unless it is there."""
-    statistics = {"pairs": 1, "source_words": 1, "target_words": 1, "empty_pairs": 0, "samples": []}
+    statistics = {"pairs": 1, "source_words": 1, "target_words": 1, "empty_pairs": 0, "samples": [], "warnings": []}
     values = {
         "corpus_id": corpus_id,
         "display_name": "",

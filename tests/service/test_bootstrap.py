@@ -170,7 +170,7 @@ async def test_a_supervisor_that_is_stuck_keeps_the_folder_until_the_process_end
         FolderLock(tmp_path / "training-service.lock").acquire()
 
 
-async def test_what_does_not_close_in_time_is_left():
+async def test_part_that_does_not_close_in_time_is_left():
     released = threading.Event()
     began_s = time.monotonic()
     assert not await ends_in_time(lambda: released.wait(30), 0.1)

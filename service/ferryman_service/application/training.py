@@ -470,17 +470,12 @@ def _request_key(request: StartRequest) -> RequestKey | None:
     """Return what the first call of this request is known by; None if there is nothing, or the id is malformed."""
     if request.validate_only or not request.request_id or any(request_id_violations(request.request_id)):
         return None
-    fields = [request.corpus_id, request.model_name, request.recipe, *_later_fields(request)]
+    fields: list[object] = [request.corpus_id, request.model_name, request.recipe]
+    fields += [request.initial_model, request.keep_optimizer, request.processes]
     # No run was ever started with a value that is unknown: the content is another, whatever the rest of it.
     fields += [[violation.field, violation.description] for violation in request.unknown]
     body = json.dumps(fields, sort_keys=True)
     return RequestKey(request_id=request.request_id.lower(), body_digest=hashlib.sha256(body.encode()).hexdigest())
-
-
-def _later_fields(request: StartRequest) -> list[object]:
-    """Return the fields that an earlier release did not know, if one is set: keys that it has stored stay valid."""
-    later = [request.initial_model, request.keep_optimizer, request.processes]
-    return later if any(later) else []
 
 
 def _require(value: str, field: str) -> None:

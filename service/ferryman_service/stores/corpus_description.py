@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, Final
 
 from ferryman_service.domain.corpora import (
-    SAMPLES,
     Corpus,
     CorpusFiles,
     CorpusHeader,
@@ -84,7 +83,7 @@ def corpus_to_values(corpus: Corpus) -> dict[str, Any]:
 
 
 def corpus_from_values(values: Mapping[str, Any]) -> Corpus:
-    """Return the corpus of what `corpus_to_values` returned, or of an earlier release's row."""
+    """Return the corpus of what `corpus_to_values` returned."""
     return Corpus(
         corpus_id=values["corpus_id"],
         header=CorpusHeader(
@@ -100,9 +99,8 @@ def corpus_from_values(values: Mapping[str, Any]) -> Corpus:
 
 
 def _statistics_from_value(value: Mapping[str, Any]) -> SplitStatistics:
-    # Earlier releases kept samples as long as they came: a page of such corpora was larger than a message may be.
-    samples = tuple(SentencePair(**pair).shortened() for pair in value["samples"][:SAMPLES])
-    warnings = tuple(CorpusWarning(**warning) for warning in value.get("warnings", ()))  # none of earlier releases
+    samples = tuple(SentencePair(**pair) for pair in value["samples"])
+    warnings = tuple(CorpusWarning(**warning) for warning in value["warnings"])
     return SplitStatistics(**{**value, "samples": samples, "warnings": warnings})
 
 

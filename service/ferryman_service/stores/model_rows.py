@@ -64,7 +64,7 @@ def insert_rebuilt_version(connection: Connection, version: ModelVersion) -> Non
 def next_version(connection: Connection, name: str) -> int:
     """Return the number of the model's next version: no version, deleted ones included, has had it."""
     used = select(_MODELS.c.last_version).where(_MODELS.c.name == name).with_for_update()
-    # A worker of the release before outlives the migration, and publishes without counting.
+    # A repair of a damaged database may keep the versions and lose the row of their model.
     latest = select(func.max(_VERSIONS.c.version)).where(_VERSIONS.c.name == name, NUMBERED)
     return max(connection.execute(used).scalar() or 0, connection.execute(latest).scalar_one() or 0) + 1
 

@@ -51,7 +51,6 @@ from ferryman_service.domain.stored import UnreadableRow
 from ferryman_service.stores import tables
 from ferryman_service.stores.corpus_rows import corpus_not_found
 from ferryman_service.stores.database import reading, writing
-from ferryman_service.stores.earlier_release import uncounted_reports
 from ferryman_service.stores.pages import page_by_time
 from ferryman_service.stores.pending import FolderChange, announce
 from ferryman_service.stores.readable import note_unreadable, require
@@ -167,7 +166,7 @@ class SqlRunStore:
                     run_id=run_id,
                     attempt=attempt,
                 )
-            changes = worker_to_values(worker) | uncounted_reports(connection, run_id)
+            changes = worker_to_values(worker)
             if head.start_time_ns is None:
                 changes["start_time_ns"] = time.time_ns()
             enter_state(connection, head, RunState.RUNNING, changes=changes)
@@ -286,11 +285,6 @@ class SqlRunStore:
         with reading(self._engine) as connection:
             run_ids = connection.execute(select(_RUNS.c.run_id).where(_RUNS.c.state == DELETING)).scalars().all()
             last_sequences = [_last_sequence(connection, run_id) for run_id in run_ids]
-        if run_ids:
-            with writing(self._engine) as connection:  # an earlier release did not announce it
-                for run_id in run_ids:
-                    if is_id(run_id, RUN_PREFIX):
-                        announce(connection, f"runs/{run_id}", FolderChange.DELETING)
         for run_id, last_sequence in zip(run_ids, last_sequences, strict=True):
             self._finish_deletion(run_id, last_sequence)
 

@@ -34,7 +34,7 @@ _FORMAT: Final = 3
 _MANIFEST: Final = "prepared.json"
 _SUBWORDS: Final = "subwords.model"
 _PAIRS: Final = "pairs"
-_KEPT: Final = 16
+KEPT: Final = 16
 _UNUSED_FOR_S: Final = 7 * 24 * 3600.0
 _KEY_DIGITS: Final = 40
 _OWN_NAME: Final = re.compile(rf"[0-9a-f]{{{_KEY_DIGITS}}}|\.[0-9a-f]{{{_KEY_DIGITS}}}-[0-9a-f]{{8}}")
@@ -125,10 +125,7 @@ def _open_checked(folder: Path) -> PreparedCorpus | None:
 def _is_as_written(folder: Path) -> bool:
     try:
         manifest: dict[str, Any] = json.loads((folder / _MANIFEST).read_bytes())
-        digests = manifest.get("sha256")
-        if digests is None:  # it was made by an earlier release
-            return "seal" not in manifest
-        seal = manifest.pop("seal")
+        digests, seal = manifest["sha256"], manifest.pop("seal")
         return bool(seal == _seal(manifest)) and all(_sha256(folder / name) == digests[name] for name in digests)
     except (OSError, ValueError, KeyError, TypeError):
         return False
@@ -191,7 +188,7 @@ def _prune(parent: Path) -> None:
     have left. A run that comes back to one makes the same again."""
     ages_s = {path: _unused_for_s(path) for path in parent.iterdir() if _OWN_NAME.fullmatch(path.name)}
     entries = sorted((path for path in ages_s if not path.name.startswith(".")), key=ages_s.__getitem__)
-    for path in ages_s.keys() - set(entries[:_KEPT]):
+    for path in ages_s.keys() - set(entries[:KEPT]):
         if ages_s[path] > _UNUSED_FOR_S:
             shutil.rmtree(path, ignore_errors=True)
 

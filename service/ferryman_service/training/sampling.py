@@ -29,7 +29,7 @@ from ferryman_service.training.prepared import PreparedCorpus
 _WORD_START: Final = "\u2581"
 _CANDIDATES: Final = 64
 _KNOWN_WORDS: Final = 50_000  # some kilobytes each
-_CHUNK_PAIRS: Final = 4096
+CHUNK_PAIRS: Final = 4096
 
 Segmentation = tuple[int, ...]
 
@@ -61,9 +61,9 @@ def epoch_source(
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         with PairWriter(folder / str(epoch)) as writer:
-            for first in range(0, len(pairs), _CHUNK_PAIRS):
+            for first in range(0, len(pairs), CHUNK_PAIRS):
                 check()
-                end = min(first + _CHUNK_PAIRS, len(pairs))
+                end = min(first + CHUNK_PAIRS, len(pairs))
                 sides = [
                     _resegment(side, range(first, end), sampler, [job.recipe.seed, epoch, number, first], recipe)
                     for number, side in enumerate((pairs.source, pairs.target))

@@ -30,8 +30,8 @@ _CHUNK: Final = 8
 """Positions that are copied together when the room for them changes; every room is a multiple."""
 _ALIGNMENT: Final = 64
 """Where inputs begin in their common memory, as multiples of 4 bytes."""
-_KEPT_BYTES: Final = 1 << 30
-_KEPT_BINDINGS: Final = 256
+KEPT_BYTES: Final = 1 << 30
+KEPT_BINDINGS: Final = 256
 
 Floats = NDArray[np.float32]
 Integers = NDArray[np.int64]
@@ -214,7 +214,7 @@ class DeviceRunningBatch:
         key = self._layout, k, self._cache.address(0), self._cross.address(0)
         found = self._bindings.get(key)
         if found is None:
-            if len(self._bindings) >= _KEPT_BINDINGS:
+            if len(self._bindings) >= KEPT_BINDINGS:
                 self._bindings.clear()
             found = self._bindings[key] = self._bind(inputs, k)
         return found
@@ -296,7 +296,7 @@ class _Cache:
 
     def give_back(self) -> None:
         """Free the memory if it is much; the cache must be cleared then."""
-        if self.size_bytes > _KEPT_BYTES:
+        if self.size_bytes > KEPT_BYTES:
             self._memory = [None, None]
 
     def _item_bytes(self, positions: int) -> int:

@@ -27,9 +27,9 @@ from ferryman_service.translation.onnx_model import CPU, CUDA, OnnxConfig, sessi
 _CUDA_PROVIDER: Final = "CUDAExecutionProvider"
 _MOST_GRAPHS: Final = 256
 """A captured graph is never freed, so there are only so many; other shapes are run node by node."""
-_MOST_NUMBERS: Final = 2**31 - 1
+MOST_NUMBERS: Final = 2**31 - 1
 """CUDA's Gather counts in 32 bits."""
-_ENCODED_AT_ONCE: Final = 16_384
+ENCODED_AT_ONCE: Final = 16_384
 _ZEROS_BYTES: Final = 1 << 16
 _KEPT_MOVES: Final = 64
 
@@ -98,7 +98,7 @@ class DeviceModel:
             self._zeros = self.to_device(np.zeros(_ZEROS_BYTES // 8, np.int64))
         pieces = -(-size_bytes // _ZEROS_BYTES)
         memory = self.room_for([pieces * _ZEROS_BYTES // 8], np.dtype(np.int64))
-        at_once = max(1, _MOST_NUMBERS // (_ZEROS_BYTES // 8))
+        at_once = max(1, MOST_NUMBERS // (_ZEROS_BYTES // 8))
         for first in range(0, pieces, at_once):
             everywhere = np.zeros(min(at_once, pieces - first), np.int64)
             target = memory.data_ptr() + first * _ZEROS_BYTES
@@ -120,7 +120,7 @@ class DeviceModel:
     def encode(self, sources: Sequence[Sequence[int]], length: int, address_of: Callable[[int, int], int]) -> None:
         """Write the cross keys and values of sentences, padded to `length`; those of layer n's part (as in
         graph_io.keys_values_names) and sentence s, and of all sentences behind s, belong at address_of(n, s)."""
-        at_once = max(1, _ENCODED_AT_ONCE // length)
+        at_once = max(1, ENCODED_AT_ONCE // length)
         for first in range(0, len(sources), at_once):
             addresses = [address_of(part, first) for part in range(len(self._cross_names))]
             self._encode(sources[first : first + at_once], length, addresses)
@@ -156,7 +156,7 @@ class DeviceModel:
         An item's bytes are a multiple of 8.
         """
         numbers, moved = item // 8, len(index_M)
-        at_once = max(1, _MOST_NUMBERS // (max(items, moved) * numbers))
+        at_once = max(1, MOST_NUMBERS // (max(items, moved) * numbers))
         index = self._index(index_M)
         for first in range(0, groups, at_once):
             count = min(at_once, groups - first)

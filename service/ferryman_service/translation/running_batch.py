@@ -31,7 +31,7 @@ _ENCODED_TOKENS: Final = 512
 _EMPTY_PLACES: Final = 1 / 16
 """How large a share of the places that a step computes may be empty: to fill them takes time too, and new sentences
 do."""
-_MOST_BINDINGS: Final = 256
+MOST_BINDINGS: Final = 256
 """A binding takes some kilobytes for each layer, and as sentences come and go there may be thousands of shapes."""
 _FEW_ROWS: Final = 6
 """So many are copied faster one by one."""
@@ -169,7 +169,7 @@ class OnnxRunningBatch:
         shapes = self._places, k, self._room, self._source_room, self._cross.array.shape[1]
         binding = self._bindings.get(shapes)
         if binding is None:
-            if len(self._bindings) >= _MOST_BINDINGS:
+            if len(self._bindings) >= MOST_BINDINGS:
                 del self._bindings[next(iter(self._bindings))]  # the oldest
             binding = self._bindings[shapes] = self._bind(self._places, k)
         if self._attention:
@@ -369,12 +369,12 @@ class _Storage:
 
     def give_back(self) -> None:
         """Free the memory if it is much; the array must be laid out anew."""
-        if self._flat.nbytes > _KEPT_BYTES:
+        if self._flat.nbytes > KEPT_BYTES:
             self._flat = np.zeros(0, np.float32)
             self.array = self._flat.reshape(0, 0, 0, 0, 0)
 
 
-_KEPT_BYTES: Final = 8 << 20
+KEPT_BYTES: Final = 8 << 20
 
 
 def _longer(array: NDArray[np.int32], length: int, fill: int) -> NDArray[np.int32]:

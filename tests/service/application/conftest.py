@@ -17,11 +17,16 @@ from tests.fakes.databases import add_corpus, open_migrated
 
 
 @pytest.fixture
-def runs(tmp_path):
+def runs_database(tmp_path):
     database = open_migrated(tmp_path / "ferryman.db")
     add_corpus(database)
-    yield SqlRunStore(database)
+    yield database
     database.dispose()
+
+
+@pytest.fixture
+def runs(runs_database):
+    return SqlRunStore(runs_database)
 
 
 @pytest.fixture

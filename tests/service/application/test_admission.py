@@ -66,7 +66,7 @@ def test_words_that_a_translation_must_begin_with_cost_too_unless_there_is_nothi
     assert cost_tokens(PreparedSentence(source=(), prefix=prefix), SearchOptions(beam_size=2)) == 1
 
 
-def test_what_is_expected_grows_with_texts_prefixes_and_rows():
+def test_expected_cost_grows_with_texts_prefixes_and_rows():
     greedy = SearchOptions(beam_size=1)
     assert expected_tokens(["12345678", ""], (), greedy) == 4
     assert expected_tokens(["1"] * 9, (), greedy) == 18
@@ -74,7 +74,7 @@ def test_what_is_expected_grows_with_texts_prefixes_and_rows():
     assert expected_tokens(["12345678", ""], ["1234", ""], SearchOptions(beam_size=5)) == 25
 
 
-def test_what_is_expected_is_at_least_the_length_that_a_translation_must_have():
+def test_expected_cost_covers_the_minimum_length():
     options = SearchOptions(beam_size=4, min_length=250)
     assert expected_tokens(["one"] * 250, (), options) == 250 * 250 * 4
     assert expected_tokens(["four" * 300, ""], (), options) == (301 + 1) * 4
@@ -125,7 +125,7 @@ def test_a_call_over_the_whole_budget_is_told_the_limit_however_little_waits():
     assert [(v.field, v.reason) for v in caught.value.violations] == [("sentences", "TOO_MANY_TOKENS")]
 
 
-async def test_what_is_expected_to_be_over_the_budget_is_counted_as_all_of_it():
+async def test_expected_cost_over_the_budget_counts_as_all_of_it():
     admission = Admission(100)
     held = admission.admit(10**9)
     assert admission.calls.used == 100
@@ -135,7 +135,7 @@ async def test_what_is_expected_to_be_over_the_budget_is_counted_as_all_of_it():
     assert admission.calls.used == 0
 
 
-async def test_what_is_held_goes_back_once_or_to_whom_it_is_handed():
+async def test_reservation_is_released_once_or_transferred():
     budget = TokenBudget(100)
     held = Held(budget, 100)
     assert budget.try_take(100)
@@ -152,7 +152,7 @@ async def test_what_is_held_goes_back_once_or_to_whom_it_is_handed():
     assert budget.used == 99
 
 
-async def test_what_costs_far_more_than_was_expected_waits_for_room_and_nothing_else_comes_in_before():
+async def test_cost_far_over_the_expected_waits_for_capacity_before_others():
     """100 calls that are expected to cost 1 each, and cost 90 each."""
     admission = Admission(100)
     budget = admission.calls
@@ -175,7 +175,7 @@ async def test_what_costs_far_more_than_was_expected_waits_for_room_and_nothing_
     assert budget.used == 0
 
 
-async def test_who_is_cancelled_while_it_waits_for_what_it_costs_holds_nothing():
+async def test_cancelled_waiter_holds_no_reservation():
     admission = Admission(100)
     held, *others = [admission.admit(1), admission.admit(98), admission.admit(100)]
     waiting = asyncio.create_task(held.settle(60))
@@ -279,7 +279,7 @@ async def test_streams_wait_in_turn():
     assert budget.used == 15
 
 
-async def test_who_stops_waiting_lets_the_next_through():
+async def test_waiter_that_stops_lets_the_next_through():
     budget = TokenBudget(100)
     await budget.take(100)
     first, second = asyncio.create_task(budget.take(90)), asyncio.create_task(budget.take(20))
@@ -301,7 +301,7 @@ def test_portions_hold_no_more_than_they_may_but_for_one_item(costs, portions):
     assert [item for group, _ in found for item in group] == list(range(len(costs)))
 
 
-async def test_who_is_cancelled_just_when_it_is_served_gives_back():
+async def test_waiter_cancelled_when_served_gives_back():
     budget = TokenBudget(100)
     await budget.take(100)
     waiting = asyncio.create_task(budget.take(50))

@@ -537,7 +537,7 @@ def test_int8_is_kept_if_it_costs_little(house, new_run, int8_bleu, kept):
 @pytest.mark.parametrize(
     ("fp16_bleu", "code"), [("29.5", "FP16_CHECKED"), ("28.5", "FP16_LOSES"), ("nan", "FP16_LOSES")]
 )
-def test_what_fp16_costs_is_measured_on_few_pairs_and_reported(house, new_run, fp16_bleu, code):
+def test_fp16_loss_is_measured_on_few_pairs_and_reported(house, new_run, fp16_bleu, code):
     exact, fp16 = Echo(text="30"), Echo(text=fp16_bleu)
     succeeded, run = house.work(new_run, exported=exact, int8=Echo(text="30"), fp16=fp16, held_out=PAIRS * 100)
     assert succeeded

@@ -119,7 +119,7 @@ async def test_a_stream_that_is_left_stops_the_polling(runs, feed, running_run):
     ("run_id", "after", "error"),
     [("run_unknown", 0, RunNotFound), ("", 0, InvalidRequest), ("run_unknown", -1, InvalidRequest)],
 )
-async def test_what_cannot_be_streamed(feed, run_id, after, error):
+async def test_unknown_run_or_bad_position_is_refused(feed, run_id, after, error):
     with pytest.raises(error):
         await anext(feed.stream(run_id, after, follow=True))
 

@@ -86,20 +86,20 @@ def serve(counting, loaded, executor, loading):
     return serve
 
 
-async def test_it_is_resolved_once_as_long_as_nothing_changes(serve, counting, publish):
+async def test_name_is_resolved_once_while_nothing_changes(serve, counting, publish):
     publish()
     assert [await serve() for _ in range(5)] == [1] * 5
     assert counting.resolved == 1
 
 
-async def test_what_has_changed_counts_at_once(serve, models, publish):
+async def test_changed_name_takes_effect_at_once(serve, models, publish):
     for version in range(1, 6):
         publish()
         models.set_alias("m", "production", version)
         assert [await serve(PRODUCTION) for _ in range(2)] == [version] * 2
 
 
-async def test_what_changes_while_it_is_resolved_is_not_missed(serve, counting, models, publish):
+async def test_change_during_resolving_is_not_missed(serve, counting, models, publish):
     publish(), publish()
     models.set_alias("m", "production", 1)
     counting.on_resolve = lambda: (
@@ -157,7 +157,7 @@ async def test_a_version_that_left_memory_is_loaded_again(serve, loaded, loader,
     assert loader.loads == ["m/1", "m/1"]
 
 
-async def test_what_is_deleted_is_not_found(serve, models, publish):
+async def test_deleted_version_is_not_found(serve, models, publish):
     publish()
     await serve()
     models.delete_version("m", 1)
@@ -308,9 +308,7 @@ async def test_the_version_before_serves_on_if_the_load_of_the_newer_one_cannot_
     assert await served() == 2
 
 
-async def test_what_serves_on_keeps_its_place_while_the_newer_one_is_loaded(
-    counting, loader, executor, loading, publish
-):
+async def test_serving_model_keeps_its_slot_while_the_newer_one_loads(counting, loader, executor, loading, publish):
     loaded = LoadedModels(counting, loader, LoadingLimits(max_loaded_models=1))
     access = ModelAccess(counting, loaded, executor, loading)
     publish()
@@ -327,7 +325,7 @@ async def test_what_serves_on_keeps_its_place_while_the_newer_one_is_loaded(
     assert loader.loads == ["m/1", "m/2"]
 
 
-async def test_it_serves_on_if_the_newer_one_cannot_be_loaded_which_is_tried_again_later(
+async def test_old_version_serves_on_if_the_newer_one_fails_to_load(
     counting, loaded, loader, executor, loading, publish, caplog
 ):
     now_s = 0.0
@@ -355,7 +353,7 @@ async def test_it_serves_on_if_the_newer_one_cannot_be_loaded_which_is_tried_aga
     assert await serve() == 2
 
 
-async def test_what_is_deleted_or_unloaded_serves_on_no_more(serve, models, loaded, publish):
+async def test_deleted_or_unloaded_version_stops_serving(serve, models, loaded, publish):
     """Deleted by another process, that is: here it would leave memory."""
     publish()
     assert await serve() == 1
@@ -367,7 +365,7 @@ async def test_what_is_deleted_or_unloaded_serves_on_no_more(serve, models, load
     assert await serve() == 3
 
 
-async def test_nobody_gets_an_older_version_after_a_newer_one(serve, loaded, models, publish):
+async def test_versions_never_go_back_for_a_caller(serve, loaded, models, publish):
     old, new = publish(), publish()
     assert await serve(ModelReference(name="m", version=1)) == 1
     assert await serve() == 2
@@ -467,7 +465,7 @@ async def test_versions_that_are_out_of_memory_are_forgotten_with_the_next_chang
     assert [version() is None for version in resolved] == [True, True, False]
 
 
-async def test_what_was_deleted_does_not_come_back_without_the_database(serve, counting, models, publish):
+async def test_deleted_version_stays_gone_without_the_database(serve, counting, models, publish):
     publish()
     assert await serve() == 1
     models.delete_version("m", 1)

@@ -56,7 +56,7 @@ async def test_a_model_in_memory_translates_on_without_the_store(models, tmp_pat
     assert found == Abilities(trains=False, writes=False, reads=False, translates=True)
 
 
-def test_what_covers_what():
+def test_abilities_cover_themselves_and_fewer():
     assert Abilities().covers(Abilities(trains=False))
     assert not Abilities(trains=False).covers(Abilities())
     assert not Abilities(trains=False).covers(Abilities(reads=False))

@@ -143,7 +143,7 @@ def test_a_pause_and_the_end_of_the_process_reach_the_worker(runs, running_run):
         stopping.check()
 
 
-def test_what_was_flushed_is_durable(runs, running_run):
+def test_flushed_reports_are_durable(runs, running_run):
     run = running_run()
     reporter = make_reporter(runs, run)
     for number in range(1, 4):

@@ -148,7 +148,7 @@ def test_a_paused_run_holds_no_place_and_no_worker(runs, launcher, queue_run):
 
 
 @pytest.mark.parametrize(("ask", "state"), [("request_pause", RunState.PAUSED), ("request_cancel", RunState.CANCELLED)])
-def test_what_the_caller_asked_for_comes_before_a_restart_and_before_a_failure(runs, launcher, running_run, ask, state):
+def test_callers_request_takes_precedence_over_restart_and_failure(runs, launcher, running_run, ask, state):
     run = running_run()
     getattr(runs, ask)(run.run_id)
     make_supervisor(runs, launcher, max_restarts=0).tick()
@@ -174,7 +174,7 @@ def test_no_attempt_starts_before_every_process_of_the_last_one_is_gone(runs, la
     assert launcher.started == [(run.run_id, 2)]
 
 
-def test_what_is_left_of_an_attempt_that_gave_its_run_up_is_ended_first(runs, launcher, running_run):
+def test_remains_of_an_attempt_that_gave_up_are_ended_first(runs, launcher, running_run):
     run = running_run()
     runs.request_pause(run.run_id)
     runs.give_up_attempt(run.run_id, 1, Handover(state=RunState.QUEUED, message=""))
@@ -358,7 +358,7 @@ def test_time_in_which_the_supervisor_itself_did_not_run_counts_little():
     assert silence.at(2, 3600.25).lasted_s == 0
 
 
-def test_what_a_finished_run_has_left_holds_its_place(runs, launcher, queue_run):
+def test_remains_of_a_finished_run_hold_its_slot(runs, launcher, queue_run):
     run = queue_run()
     launcher.alive.add(("run_that_was_deleted", 3))
     supervisor = make_supervisor(runs, launcher, max_concurrent_runs=1)
@@ -381,7 +381,7 @@ def test_a_run_that_cannot_be_looked_after_does_not_starve_the_others(runs, laun
     assert [broken.run_id in message for message in bugs] == [True], "told once"
 
 
-def test_what_is_logged_while_a_run_is_looked_after_is_about_it(runs, launcher, running_run, caplog):
+def test_log_lines_of_supervision_carry_the_run(runs, launcher, running_run, caplog):
     broken = running_run()
     launcher.broken.add(broken.run_id)
     seen = []
@@ -498,17 +498,17 @@ async def until(condition):
             await asyncio.sleep(0.01)
 
 
-async def test_supervisor_that_fails_is_not_well_until_it_works_again(runs, launcher, queue_run):
+async def test_supervisor_that_fails_is_not_well_until_it_works_again(runs_database, runs, launcher, queue_run):
     """A table that is missing keeps all runs from being looked after."""
     run, observer = queue_run(), FakeLaunchObserver()
-    with writing(runs._engine) as connection:
+    with writing(runs_database) as connection:
         connection.execute(text("ALTER TABLE runs RENAME TO others"))
     config = SupervisorConfig(interval_s=0.01, backoff_s=0.01, max_backoff_s=0.02)
     supervisor = Supervisor(runs, launcher, config, Threads(1, "supervisor"), observer)
     running = asyncio.create_task(supervisor.run())
     await until(lambda: not supervisor.works())
     assert launcher.started == []
-    with writing(runs._engine) as connection:
+    with writing(runs_database) as connection:
         connection.execute(text("ALTER TABLE others RENAME TO runs"))
     await until(supervisor.works)
     running.cancel()

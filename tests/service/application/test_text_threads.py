@@ -18,20 +18,26 @@ def threads():
     threads.close()
 
 
+async def turns():
+    """Let the event loop begin what is ready, and what follows from it."""
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+
 async def test_work_is_done_and_its_errors_are_raised(threads):
     assert await threads.run(CancelToken(), lambda: 7) == 7
     with pytest.raises(ZeroDivisionError):
         await threads.run(CancelToken(), lambda: 1 // 0)
 
 
-async def test_what_nobody_waits_for_any_more_is_not_begun(threads):
+async def test_abandoned_work_is_not_begun(threads):
     gate, done = threading.Event(), []
     first = asyncio.create_task(threads.run(CancelToken(), lambda: gate.wait(10)))
     second = asyncio.create_task(threads.run(CancelToken(), lambda: done.append("of who gave up")))
     late = asyncio.create_task(threads.run(CancelToken(deadline_s=0.0), lambda: done.append("past its deadline")))
-    await asyncio.sleep(0.01)
+    await turns()
     second.cancel()
-    await asyncio.sleep(0.01)
+    await turns()
     gate.set()
     assert await first
     with pytest.raises(asyncio.CancelledError):
@@ -46,9 +52,9 @@ async def test_error_of_cancelled_work_is_not_logged(threads):
     asyncio.get_running_loop().set_exception_handler(lambda _, context: logged.append(context))
     first = asyncio.create_task(threads.run(CancelToken(), lambda: gate.wait(10)))
     second = asyncio.create_task(threads.run(CancelToken(), lambda: 1))  # its thread raises Cancelled
-    await asyncio.sleep(0.01)
+    await turns()
     second.cancel()
-    await asyncio.sleep(0.01)
+    await turns()
     second.cancel()
     gate.set()
     await asyncio.wait((first, second))
@@ -57,7 +63,7 @@ async def test_error_of_cancelled_work_is_not_logged(threads):
     assert logged == []
 
 
-async def test_who_gives_up_waits_for_the_thread(threads):
+async def test_cancelled_caller_waits_for_the_thread(threads):
     began, gate = threading.Event(), threading.Event()
     token = CancelToken()
 
@@ -68,7 +74,7 @@ async def test_who_gives_up_waits_for_the_thread(threads):
     working = asyncio.create_task(threads.run(token, work))
     assert await asyncio.to_thread(began.wait, 10)
     working.cancel()
-    await asyncio.sleep(0.01)
+    await turns()
     assert not working.done() and not token.is_wanted()
     gate.set()
     with pytest.raises(asyncio.CancelledError):

@@ -340,7 +340,7 @@ async def test_peer_is_served_while_another_has_filled_the_queue(make_cases, pub
     await asyncio.wait(flood)
 
 
-async def test_what_waits_for_a_load_is_counted(models, publish, loader):
+async def test_calls_that_wait_for_a_load_are_counted(models, publish, loader):
     publish()
     loaded = LoadedModels(models, loader, LoadingLimits())
     limits = TranslationLimits(queue_tokens=100)
@@ -412,7 +412,7 @@ async def test_a_call_waits_for_room_no_longer_than_its_deadline(make_cases, pub
     await becomes(lambda: cases.queued_tokens() == (0, 0))
 
 
-async def test_what_waits_for_a_thread_is_counted_and_not_begun_once_its_caller_is_gone(make_cases, publish):
+async def test_calls_that_wait_for_a_thread_are_counted_and_dropped_when_cancelled(make_cases, publish):
     publish()
     loader = FakeBundleLoader()
     cases = make_cases(loader=loader)
@@ -479,7 +479,7 @@ async def test_a_seed_is_kept_or_drawn_for_each_sentence(make_cases, publish, se
     assert seed is None or set(loader.translator.seeds) == {seed}
 
 
-async def test_what_the_names_mean_changes_with_the_very_next_call(make_cases, models, publish):
+async def test_moved_names_take_effect_with_the_next_call(make_cases, models, publish):
     publish(), publish()
     cases = make_cases()
 

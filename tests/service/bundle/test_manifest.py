@@ -55,7 +55,7 @@ def edit_manifest(bundle, change):
     path.write_text(json.dumps(values))
 
 
-def test_what_was_sealed_is_read_and_verified(bundle, header):
+def test_sealed_bundle_is_read_and_verified(bundle, header):
     manifest = bundles.read_manifest(bundle)
     assert manifest.header == header
     assert manifest.format_version == bundles.FORMAT_VERSION
@@ -142,7 +142,7 @@ def test_sealing_needs_every_file(tmp_path, header):
         bundles.seal(tmp_path, header)
 
 
-def test_what_may_be_absent_is_all_there_or_not_at_all(int8_bundle, header):
+def test_optional_files_are_all_present_or_all_absent(int8_bundle, header):
     manifest = bundles.verify(int8_bundle)
     assert set(manifest.files) == {*bundles.CONTENT_FILES, *bundles.INT8_FILES, bundles.WEIGHTS_FILE}
     for name in bundles.INT8_FILES:
@@ -196,7 +196,7 @@ def test_settling_int8_changes_nothing_else(int8_bundle, header, keep):
     bundles.settle_int8(int8_bundle, scores, keep=keep)  # a second time does no harm
 
 
-def test_that_nothing_was_measured_is_kept_too(int8_bundle):
+def test_missing_measurement_is_kept(int8_bundle):
     assert bundles.read_manifest(int8_bundle).int8 is None
     bundles.settle_int8(int8_bundle, Int8Scores(pairs=0), keep=True)
     assert bundles.read_manifest(int8_bundle).int8 == Int8Outcome(scores=Int8Scores(pairs=0), kept=True)

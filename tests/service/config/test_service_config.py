@@ -45,7 +45,7 @@ def test_names_of_flags_and_variables():
         ({"device": Device.CUDA, "compute_type": ComputeChoice.FP32}, "is for a CPU; on CUDA use fp16"),
     ],
 )
-def test_what_cannot_work_is_refused(fields, words):
+def test_impossible_configuration_is_refused(fields, words):
     with pytest.raises(ValueError, match=words):
         ServiceConfig(**fields)
 

@@ -83,7 +83,7 @@ def test_every_kind_of_value(settings_of):
 
 
 @pytest.mark.parametrize("option", HELP)
-def test_what_is_shown_is_read_back(option):
+def test_shown_configuration_is_read_back(option):
     default = getattr(ServiceConfig(), option)
     assert read_value(option, plain_value(default)) == default
     assert type(read_value(option, plain_value(default))) is type(default)
@@ -156,7 +156,7 @@ def test_a_byte_order_mark_before_a_file_is_no_text(settings_of, tmp_path):
     assert (config.grace_s, config.host) == (7, "127.0.0.9")
 
 
-def test_what_kubernetes_sets_for_a_service_called_ferryman_is_explained(mistakes_of):
+def test_kubernetes_variables_of_a_service_called_ferryman_are_explained(mistakes_of):
     [text] = mistakes_of(FERRYMAN_PORT="tcp://10.0.0.1:50051")
     assert "enableServiceLinks: false" in text
 
@@ -173,7 +173,7 @@ def test_variables_that_mean_nothing_are_warned_of(settings_of):
     assert warnings == ("FERRYMAN_PROT is no option, and is ignored; did you mean FERRYMAN_PORT?",)
 
 
-def test_what_counts_is_shown_as_toml_that_says_the_same(settings_of):
+def test_effective_configuration_is_shown_as_equivalent_toml(settings_of):
     given = settings_of("--data-dir", 'a "b" \\ ü', "--no-reflection", "--grace-s", "0.25")
     again = settings_of(file="\n".join(given.lines()))
     assert again.config == given.config

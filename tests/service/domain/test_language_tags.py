@@ -19,7 +19,7 @@ def test_the_tag_that_is_meant_is_named(tag, meant):
 
 
 @pytest.mark.parametrize("tag", NO_TAGS)
-def test_what_is_no_tag_is_refused(tag):
+def test_malformed_language_tag_is_refused(tag):
     assert "such as" in language_tag_violation(tag)
 
 

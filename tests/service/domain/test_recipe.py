@@ -177,19 +177,6 @@ def test_a_recipe_survives_json(preset):
     assert all(type(a) is type(b) for a, b in zip(_leaves(again), _leaves(recipe), strict=True))
 
 
-def test_a_recipe_of_an_earlier_release_means_what_it_meant():
-    recipe = resolve_recipe({})
-    values = recipe_to_dict(recipe)
-    for part, names in {
-        "model": ("activation", "positions"),
-        "data": ("sampling_alpha", "bpe_dropout"),
-        "optimization": ("accumulation_steps", "weight_decay", "r_drop_alpha", "ema_decay", "precision"),
-        "validation": ("averaging", "checkpoint_interval_steps"),
-    }.items():
-        values[part] = {name: value for name, value in values[part].items() if name not in names}
-    assert recipe_from_dict(values) == recipe
-
-
 def _leaves(value):
     if dataclasses.is_dataclass(value):
         return [leaf for field in dataclasses.fields(value) for leaf in _leaves(getattr(value, field.name))]
@@ -256,22 +243,10 @@ def test_wsd_takes_its_steps_from_the_limit():
         ({"stop": {"target_score": -1.0}}, "stop.target_score", "OUT_OF_RANGE"),
     ],
 )
-def test_what_wsd_and_targets_cannot_be(overrides, field, reason):
+def test_conflicting_wsd_and_targets_are_refused(overrides, field, reason):
     assert violations_of(overrides) == {f"recipe.{field}": reason}
 
 
 def test_recipe_with_a_decay_survives_json():
     recipe = resolve_recipe({"stop": {"max_time_seconds": 60.0, "target_score": 30.0}, "data": {"split_digits": True}})
     assert recipe_from_dict(json.loads(json.dumps(recipe_to_dict(recipe)))) == recipe
-
-
-def test_recipe_of_an_earlier_release_is_read():
-    values = json.loads(json.dumps(recipe_to_dict(resolve_recipe({}))))
-    for part, names in (
-        ("schedule", ("decay_share", "decay_shape")),
-        ("stop", ("target_score",)),
-        ("data", ("split_digits",)),
-    ):
-        for name in names:
-            del values[part][name]
-    assert recipe_from_dict(values) == resolve_recipe({})

@@ -247,7 +247,7 @@ def test_a_worker_outlives_the_service_and_is_found_again(launch, tmp_path):
     assert launcher.exit_description("run_x", 1) == ""
 
 
-def test_what_lives_is_found_whoever_has_started_it(launch, tmp_path):
+def test_live_workers_are_found_whoever_started_them(launch, tmp_path):
     launcher = launch()
     launcher.start("run_x", 1, 1)
     launcher.start("run_x", 12, 1)

@@ -117,7 +117,7 @@ def test_a_process_is_killed_by_its_identity_and_no_other(sleeper):
     assert kill_process(identity, timeout_s=0)
 
 
-def test_what_follows_the_arguments(tmp_path):
+def test_arguments_of_running_programs_are_found(tmp_path):
     program = [sys.executable, "-c", "import signal; print(flush=True); signal.pause()"]
     wanted = ["--run", str(tmp_path)]
     with subprocess.Popen([*program, *wanted, "7", "x y"], stdout=subprocess.PIPE) as process:

@@ -170,6 +170,7 @@ def losses_of_reversing(transformer, steps, rate):
     return losses
 
 
+@pytest.mark.full
 def test_deep_norm_trains_what_post_norm_cannot(make_transformer):
     shape = {"encoder_layers": 12, "decoder_layers": 12, "d_model": 32, "ffn_dim": 32, "vocabulary_size": 10}
     last = {}

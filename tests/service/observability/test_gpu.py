@@ -24,7 +24,7 @@ def test_each_gpu_tells_its_memory_and_utilization(registry):
     }
 
 
-def test_what_a_gpu_does_not_answer_is_left_out(registry):
+def test_values_that_a_gpu_does_not_report_are_left_out(registry):
     GpuCollector(registry, FakeNvml([(10, 80, None), (0, 40, 50)]))
     assert ("ferryman_gpu_utilization_ratio", "0") not in samples(registry)
     assert samples(registry)["ferryman_gpu_memory_total_bytes", "0"] == 80

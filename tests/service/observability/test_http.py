@@ -44,7 +44,7 @@ def test_the_registry_is_served(serve):
     assert found["ferryman_test_total"] == 3
 
 
-def test_it_tells_about_the_process_too(serve):
+def test_metrics_include_the_process(serve):
     text = get(serve(new_registry()), "/metrics")
     assert "process_resident_memory_bytes" in text
     assert "python_info" in text
@@ -58,7 +58,7 @@ def test_when_a_counter_was_created_is_not_told(serve):
 
 
 @pytest.mark.parametrize("path", ["/", "/favicon.ico", "/metrics/x", "/../etc/passwd"])
-def test_there_is_nothing_else(serve, path):
+def test_unknown_paths_are_not_found(serve, path):
     with pytest.raises(urllib.error.HTTPError) as caught:
         get(serve(CollectorRegistry()), path)
     assert caught.value.code == 404
@@ -77,7 +77,7 @@ def test_a_port_that_is_taken(serve):
         serve(CollectorRegistry(), port=port)
 
 
-def test_it_stops(serve):
+def test_server_stops(serve):
     endpoint = MetricsEndpoint(CollectorRegistry(), "127.0.0.1", 0)
     port = endpoint.start()
     endpoint.stop()

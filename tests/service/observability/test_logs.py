@@ -105,7 +105,7 @@ def test_an_error_that_may_quote_a_sentence_is_told_without_its_message(lines, f
 
 
 @pytest.mark.parametrize("form", LogFormat)
-def test_it_is_told_in_full_where_sentences_may_be_logged(lines, form):
+def test_error_is_logged_in_full_where_sentences_may_be_logged(lines, form):
     found = lines(format=form, sentences=True)
     log_failure(lambda: raise_two(SENTENCE))
     assert found[0].count(SENTENCE) == 2
@@ -188,7 +188,7 @@ async def test_tasks_and_threads_have_fields_of_their_own():
         assert seen == [{}]
 
 
-def test_what_a_process_says_itself_has_the_same_form():
+def test_own_lines_of_a_process_have_the_same_form():
     code = """
 import logging, warnings
 from ferryman_service.config.service_config import LogFormat
@@ -241,7 +241,7 @@ raise OSError("geheim")
     ("sentences", "reads_text", "told"),
     [("no", "yes", [False, False, False]), ("no", "no", [False, False, True]), ("yes", "yes", [True, True, True])],
 )
-def test_what_threads_and_processes_die_of_is_told_with_its_places_and_quotes_no_text(sentences, reads_text, told):
+def test_fatal_errors_are_logged_with_places_and_without_text(sentences, reads_text, told):
     command = [sys.executable, "-c", DYING, sentences, reads_text]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     lines = [json.loads(line) for line in done.stderr.splitlines()]

@@ -127,7 +127,7 @@ def test_without_a_legal_context_a_trace_begins(spans, parent):
 
 
 @pytest.mark.parametrize("propagators", [[], [W3CBaggagePropagator()]])
-def test_what_was_stored_is_found_again_whatever_the_headers_of_calls_are(spans, propagators):
+def test_stored_trace_context_is_restored_for_any_headers(spans, propagators):
     """As with OTEL_PROPAGATORS=none, or baggage."""
     before = propagate.get_global_textmap()
     propagate.set_global_textmap(CompositePropagator(propagators))

@@ -158,7 +158,7 @@ def test_a_run_that_lives_between_two_looks_is_counted(runs, observer, sample, s
     assert sample("ferryman_training_runs_ended_total", state="cancelled") == 1
 
 
-def test_what_was_before_the_first_look_is_not_counted(runs, observer, sample, start_run):
+def test_events_before_the_first_look_are_not_counted(runs, observer, sample, start_run):
     ended, active = start_run(), start_run()
     runs.append(ended, 1, [step(1)], None)
     runs.change_state(ended, 1, RunState.CANCELLED)
@@ -216,7 +216,7 @@ def test_a_look_reads_only_so_much_of_a_run(runs, observe, sample, start_run):
     assert sample("ferryman_training_runs_ended_total", state="failed") == 1
 
 
-async def test_it_looks_until_cancelled_and_outlives_a_locked_database(runs, observe, sample, start_run):
+async def test_observer_runs_until_cancelled_and_outlives_a_locked_database(runs, observe, sample, start_run):
     class Shaky:
         """The store, failing at every other look."""
 

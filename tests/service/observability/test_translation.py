@@ -58,7 +58,7 @@ def test_a_sentence_for_which_nothing_was_found(metrics, sample):
     assert sample("ferryman_translate_sentence_target_tokens_count") == 0
 
 
-def test_what_is_in_flight_and_what_waits(metrics, sample, queued):
+def test_in_flight_and_waiting_sentences_are_measured(metrics, sample, queued):
     with metrics.in_flight("StreamTranslate"):
         assert sample("ferryman_translate_in_flight", method="StreamTranslate") == 1
         assert sample("ferryman_translate_in_flight", method="Translate") == 0

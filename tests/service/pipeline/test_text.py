@@ -72,7 +72,7 @@ def test_every_violation_of_many_is_named_under_its_field(text):
     ]
 
 
-def test_what_would_take_long_to_normalise_is_refused_before(text):
+def test_text_that_is_slow_to_normalise_is_refused_first(text):
     """The time of normalisation is quadratic in a run of marks, and `normalise` asserts that there is none too long."""
     marks = "e" + "\u0301" * 100_000
     found = violations(text.prepare_all, ["fine", marks, "two " + "\u0301" * 31, "x" * 65_537], ["", marks] * 2, PLAIN)
@@ -162,7 +162,7 @@ def test_the_default_length_stays_within_the_models(text):
     assert 2 * len(found.source) + 10 > found.max_length == MAX_SENTENCE_TOKENS
 
 
-def test_what_was_found_becomes_text(text, subwords):
+def test_hypotheses_become_text(text, subwords):
     [tokens] = subwords.encode(["two three"])
     sentence = text.prepare("one", "", PLAIN)
     raw = RawHypothesis(tokens=tuple(tokens), log_probability=-2.0, score=-0.5, finished=True)

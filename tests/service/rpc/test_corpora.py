@@ -60,7 +60,7 @@ def upload(store, threads, caller):
     return asyncio.ensure_future(servicer.UploadCorpus(caller.messages(), caller))
 
 
-async def test_who_is_gone_at_the_end_gets_no_corpus(store, threads):
+async def test_upload_of_a_caller_that_has_gone_makes_no_corpus(store, threads):
     with pytest.raises(grpc.aio.InternalError):
         await upload(store, threads, Caller(gone=True))
     assert store.list_page(None, 10) == []

@@ -113,9 +113,9 @@ def test_all_violations_that_fit_are_told():
 
 
 @pytest.mark.parametrize("text", ["x" * 100_000, "\N{DOG FACE}" * 50_000, "%" * 1000, "\udcff" * 1000])
-@pytest.mark.parametrize("error", WIRE_ERRORS)
-def test_no_status_is_too_large_for_a_header(error, text):
-    assert trailer_bytes(to_status(make(error, text))) < HEADER_LIMIT_BYTES
+def test_no_status_is_too_large_for_a_header(text):
+    for error in WIRE_ERRORS:
+        assert trailer_bytes(to_status(make(error, text))) < HEADER_LIMIT_BYTES, error
 
 
 @pytest.mark.parametrize("text", ["short", "\N{DOG FACE}" * 500])

@@ -53,7 +53,7 @@ async def test_a_timeout_of_the_block_s_own_is_not_taken_for_the_end():
             raise TimeoutError
 
 
-async def test_what_ends_by_itself_is_left_alone():
+async def test_call_that_ends_by_itself_is_left_alone():
     shutdown = Shutdown()
     async with shutdown.ends_call(), shutdown.ends_wait():
         pass

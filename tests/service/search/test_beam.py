@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+import os
 
 import numpy as np
 import pytest
@@ -15,6 +16,8 @@ from ferryman_service.search.beam import Searches, search
 from ferryman_service.search.sentence import RawHypothesis, SentenceSearch, needs_logits
 from tests.fakes.decoder import FakeDecoder, random_model
 from tests.service.search.reference import Reference, TooClose
+
+EXAMPLES = 70 if os.environ.get("FERRYMAN_SOAK") else 15
 
 
 def run(model, sources, searches, check=lambda: None):
@@ -166,7 +169,7 @@ def alike(found, expected, tolerance):
             assert getattr(one_of_ours, name) == pytest.approx(theirs, abs=tolerance, rel=tolerance)
 
 
-@settings(max_examples=700, deadline=None)
+@settings(max_examples=10 * EXAMPLES, deadline=None)
 @given(st.data())
 def test_beams_that_join_and_leave_equal_the_slow_search(data):
     model, width = data.draw(SMALLEST_MODELS), data.draw(N_BEST[5])
@@ -176,7 +179,7 @@ def test_beams_that_join_and_leave_equal_the_slow_search(data):
             alike(found, Reference(model, job.source, job.search, exact=True).run(), 1e-9)
 
 
-@settings(max_examples=700, deadline=None)
+@settings(max_examples=10 * EXAMPLES, deadline=None)
 @given(st.data())
 def test_changed_distributions_that_join_and_leave_equal_the_slow_search(data):
     model, width = data.draw(MODELS), data.draw(N_BEST[4])
@@ -190,7 +193,7 @@ def test_changed_distributions_that_join_and_leave_equal_the_slow_search(data):
             alike(found, expected, 1e-5)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=3 * EXAMPLES, deadline=None)
 @given(st.data())
 def test_neighbours_change_nothing(data):
     model, width, logits = data.draw(MODELS), data.draw(N_BEST[4]), data.draw(BOOLEANS)
@@ -201,7 +204,7 @@ def test_neighbours_change_nothing(data):
             assert Traffic(model, width, [job], logits=logits).run() == [found]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=3 * EXAMPLES, deadline=None)
 @given(st.data())
 def test_every_result_keeps_the_rules(data):
     model, width = data.draw(MODELS), data.draw(N_BEST[4])
@@ -235,7 +238,7 @@ def searches_of(traffic):
     return [job.source for job in traffic], [job.search for job in traffic]
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=EXAMPLES, deadline=None)
 @given(st.integers(0, 2**31), st.sampled_from([0.0, 1.0, 2.0]), st.sampled_from(EarlyStopping))
 def test_a_beam_as_wide_as_everything_finds_the_best_of_all_sentences(seed, length_penalty, early_stopping):
     limit, model = 4, random_model(seed, 5)

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from ferryman_service.search.topk import k_best
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     seed=st.integers(0, 2**31),
     rows=st.integers(1, 5),

@@ -39,7 +39,7 @@ def test_the_default_mark_is_a_twentieth_of_the_disk_and_2_gib_at_most(disk_byte
     assert FreeSpace(tmp_path, min_free_mib=7).look().mark_bytes == 7 * MIB
 
 
-def test_what_would_pass_the_mark_is_refused_with_its_numbers():
+def test_upload_past_the_mark_is_refused_with_its_numbers():
     space = ScriptedSpace(100 * MIB)
     space.require(90 * MIB)
     with pytest.raises(DiskFull, match=r"100 MiB free and must keep 10 after writing 91: delete runs") as caught:

@@ -12,7 +12,7 @@ from ferryman_service.stores.layout import DataFolder
 
 
 @pytest.mark.parametrize("text", ["", "..", "../x", "run_1", "/etc", "a/b", ".staging"])
-def test_what_is_not_a_name_never_becomes_a_path(folder, text):
+def test_invalid_name_never_becomes_a_path(folder, text):
     for path_of in (folder.corpus_dir, folder.run_dir, folder.staging_dir):
         with pytest.raises(AssertionError):
             path_of(text)
@@ -40,7 +40,7 @@ def test_a_folder_that_cannot_be_made_is_told_with_the_option_that_names_it(tmp_
         DataFolder(tmp_path / "file").create()
 
 
-def test_so_is_one_that_cannot_be_written(folder, monkeypatch):
+def test_unwritable_data_folder_is_refused(folder, monkeypatch):
     folder.create()
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     with pytest.raises(OSError, match=r"cannot be used: .*Permission denied; give --data-dir"):

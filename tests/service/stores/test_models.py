@@ -2,12 +2,12 @@
 
 import errno
 import hashlib
+import os
 import shutil
-import subprocess
 import sys
 
 import pytest
-from sqlalchemy import event
+from sqlalchemy import delete, event
 
 from ferryman_service.bundle import manifest as bundles
 from ferryman_service.domain.errors import (
@@ -21,36 +21,15 @@ from ferryman_service.domain.errors import (
 from ferryman_service.domain.models import Int8Outcome, Int8Scores, ModelReference
 from ferryman_service.domain.records import RunState, StateChange
 from ferryman_service.domain.training import RunCancelled
+from ferryman_service.stores import tables
+from ferryman_service.stores.database import open_database, writing
 from ferryman_service.stores.models import FileModelStore
 from ferryman_service.stores.sweep import sweep
 from ferryman_service.trash import list_trash
 from tests.fakes.bundles import write_bundle as write_foreign_bundle
+from tests.fakes.failpoints import CRASHED, in_child
 
 ELSEWHERE = "run_0000000000000000000000"
-CRASHING_DELETION = """
-import os, sys
-from pathlib import Path
-from ferryman_service.stores.database import open_database
-from ferryman_service.stores.layout import DataFolder
-from ferryman_service.stores.models import FileModelStore
-class Crashing(FileModelStore):
-    def _remove_bundle(self, bundle):
-        os._exit(9)
-folder = DataFolder(Path(sys.argv[1]))
-Crashing(open_database(folder.database), folder).delete_version("m", 1)
-"""
-CRASH = """
-import os, sys
-from pathlib import Path
-from sqlalchemy import event
-from ferryman_service.stores.database import open_database
-from ferryman_service.stores.layout import DataFolder
-from ferryman_service.stores.models import FileModelStore
-folder = DataFolder(Path(sys.argv[1]))
-database = open_database(folder.database)
-event.listen(database, "commit", lambda _: folder.bundle_dir("en-de", 1).exists() and os._exit(9))
-FileModelStore(database, folder).publish(sys.argv[2], 1, Path(sys.argv[3]))
-"""
 
 
 @pytest.fixture
@@ -166,11 +145,17 @@ def test_a_commit_that_fails_publishes_nothing_and_may_be_tried_again(models, ru
     assert models.publish(run.run_id, 1, staged).version == 1
 
 
-def test_a_crash_before_the_commit_leaves_the_run_as_it_was(models, runs, exporting, stage, folder):
+def test_crash_before_the_commit_leaves_the_run_as_it_was(models, runs, exporting, stage, database, folder):
     run = exporting()
     staged = stage(run, "lost")
-    crashed = subprocess.run([sys.executable, "-c", CRASH, folder.root, run.run_id, staged], timeout=60)
-    assert crashed.returncode == 9
+    database.dispose()  # no connection may pass through a fork
+
+    def publish_and_die():
+        mine = open_database(folder.database)
+        event.listen(mine, "commit", lambda _: folder.bundle_dir("en-de", 1).exists() and os._exit(CRASHED))
+        FileModelStore(mine, folder).publish(run.run_id, 1, staged)
+
+    assert in_child(publish_and_die) == CRASHED
     orphan = folder.bundle_dir("en-de", 1)
     assert orphan.exists()
     assert runs.get(run.run_id) == run
@@ -238,7 +223,7 @@ def test_a_bad_name_is_refused(models, tmp_path, write_bundle, name):
     assert caught.value.violations[0].field == "name"
 
 
-def test_what_does_not_exist_is_not_found(models, tmp_path, write_bundle):
+def test_unknown_models_are_not_found(models, tmp_path, write_bundle):
     models.import_bundle(write_bundle(tmp_path, ELSEWHERE), "known")
     for name, version in (("unknown", None), ("known", 2), ("../known", 1)):
         with pytest.raises(ModelNotFound):
@@ -367,6 +352,14 @@ def test_numbers_are_never_given_again(models, publish, exporting, stage):
     assert models.get("en-de").versions == (5,)
 
 
+def test_lost_model_row_does_not_repeat_a_version(models, publish, database):
+    """A repair of a damaged database keeps the rows that it can read."""
+    publish()
+    with writing(database) as connection:
+        connection.execute(delete(tables.models))
+    assert publish().version == 2
+
+
 def test_a_publication_that_fails_gives_no_number_away(models, publish, database, folder):
     publish()
 
@@ -381,7 +374,7 @@ def test_a_publication_that_fails_gives_no_number_away(models, publish, database
     assert publish().version == 2
 
 
-def test_what_an_alias_names_is_not_deleted(models, publish):
+def test_aliased_version_is_not_deleted(models, publish):
     version = publish()
     models.set_alias("m", "production", 1)
     models.set_alias("m", "canary", 1)
@@ -394,7 +387,7 @@ def test_what_an_alias_names_is_not_deleted(models, publish):
     models.delete_version("m", 1)
 
 
-def test_what_an_unfinished_run_starts_from_is_not_deleted(models, publish, runs, running):
+def test_initial_model_of_an_unfinished_run_is_not_deleted(models, publish, runs, running):
     publish(), publish()
     run = running(initial_model="m/1")
     ended = running(initial_model="m/2")
@@ -451,11 +444,16 @@ def test_a_bundle_in_anothers_place_is_not_used(models, publish, tmp_path):
             use(first)
 
 
-def test_a_crash_between_row_and_files_leaves_an_orphan_that_a_start_removes(models, publish, database, folder):
+def test_crash_between_row_and_files_leaves_an_orphan_that_a_start_removes(models, publish, database, folder):
     kept = publish("kept")
     first, second = publish(), publish()
-    crashed = subprocess.run([sys.executable, "-c", CRASHING_DELETION, folder.root], timeout=60)
-    assert crashed.returncode == 9
+    database.dispose()  # no connection may pass through a fork
+
+    def delete_and_die():
+        sys.addaudithook(lambda name, _: name == "os.mkdir" and os._exit(CRASHED))
+        FileModelStore(open_database(folder.database), folder).delete_version("m", 1)
+
+    assert in_child(delete_and_die) == CRASHED
     assert models.get("m").versions == (2,)
     orphan = models.bundle_dir(first)
     assert orphan.exists()

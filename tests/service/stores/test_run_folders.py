@@ -80,7 +80,7 @@ def test_a_damaged_checkpoint_is_left_out(folders, leave, position):
     assert (found.step, found.is_best) == (10, True)
 
 
-def test_what_has_no_position_is_left_out(folders, leave):
+def test_checkpoint_without_position_is_left_out(folders, leave):
     run_id = new_id(RUN_PREFIX)
     path = leave(run_id, 10, "")
     (path / "position.json").unlink()

@@ -1,7 +1,9 @@
 """Runs and their records."""
 
 import dataclasses
+import itertools
 import math
+import os
 import sqlite3
 import subprocess
 import sys
@@ -39,6 +41,7 @@ from ferryman_service.stores import tables
 from ferryman_service.stores.database import open_database
 from ferryman_service.stores.runs import SqlRunStore
 from ferryman_service.stores.sqlite import create_sqlite_engine, has_room
+from tests.fakes.failpoints import CRASHED, in_child
 
 STEP = StepMetrics(
     step=3,
@@ -97,19 +100,6 @@ runs = SqlRunStore(open_database(Path(sys.argv[1])))
 notes = [RunEvent(level=EventLevel.INFO, code="NOTE", message="x" * 500)] * 7
 while True:
     print(runs.append(sys.argv[2], 1, notes, None).last_sequence, flush=True)
-"""
-
-
-DELETE = """
-import os, sys
-from pathlib import Path
-from sqlalchemy import event
-from ferryman_service.stores.database import open_database
-from ferryman_service.stores.runs import SqlRunStore
-database = open_database(Path(sys.argv[1]))
-commits = iter(range(9))
-event.listen(database, "commit", lambda connection: next(commits) == int(sys.argv[3]) and os._exit(9))
-SqlRunStore(database).delete(sys.argv[2])
 """
 
 
@@ -309,7 +299,7 @@ def test_a_head_never_runs_ahead_of_its_records(runs, running):
     done = threading.Event()
 
     def write():
-        for _ in range(60):
+        for _ in range(30):
             runs.append(run.run_id, 1, [NOTE] * 5, None)
         done.set()
 
@@ -321,10 +311,10 @@ def test_a_head_never_runs_ahead_of_its_records(runs, running):
     writer.join()
 
 
-def test_a_writer_killed_at_any_moment_leaves_an_unbroken_series(folder, runs, running):
+def test_killed_writer_leaves_an_unbroken_series(folder, runs, running):
     run = running()
     acknowledged = 3
-    for acks in (3, 8, 15):
+    for acks in (3, 12):
         command = [sys.executable, "-c", APPEND, str(folder.database), run.run_id]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as writer:
             for _ in range(acks):
@@ -513,11 +503,17 @@ def test_a_clock_that_is_set_back_lets_no_later_run_go_first(runs, make_run):
     assert [run.run_id for run in runs.unfinished()] == [first.run_id, later.run_id]
 
 
-@pytest.mark.parametrize("commit", [1, 2, 3, 4])
-def test_a_deletion_that_is_interrupted_is_finished_at_the_next_start(folder, database, runs, running, commit):
+@pytest.mark.parametrize("commit", [1, 3])
+def test_interrupted_deletion_is_finished_at_the_next_start(folder, database, runs, running, commit):
     run, other = ended_run(runs, running), running()
-    crashed = subprocess.run([sys.executable, "-c", DELETE, folder.database, run.run_id, str(commit)], timeout=60)
-    assert crashed.returncode == 9
+    database.dispose()  # no connection may pass through a fork
+
+    def delete_and_die():
+        mine, commits = open_database(folder.database), itertools.count()
+        event.listen(mine, "commit", lambda _: next(commits) == commit and os._exit(CRASHED))
+        SqlRunStore(mine).delete(run.run_id)
+
+    assert in_child(delete_and_die) == CRASHED
     assert count_rows(database, run.run_id)[0] == 1
     for call in (runs.get, runs.delete, runs.request_cancel):
         with pytest.raises(RunNotFound):

@@ -34,7 +34,7 @@ from ferryman_service.text.normalise import (
         ("ﬁx ½", "ﬁx ½"),  # NFC, not NFKC: compatibility characters stay
     ],
 )
-def test_it_composes_and_collapses_white_space(raw, clean):
+def test_normalise_composes_characters_and_collapses_white_space(raw, clean):
     assert normalise(raw) == clean
 
 
@@ -70,7 +70,7 @@ def is_mark(character):
     return unicodedata.combining(unicodedata.normalize("NFD", character)[0]) != 0
 
 
-def test_what_is_allowed_is_still_allowed_once_it_is_normalised():
+def test_allowed_text_stays_allowed_after_normalising():
     for lengthened in ("\u0344", "\u0958"):  # NFC makes two characters of each
         for count in range(1, MAX_MARKS + 1):
             text = "a" + lengthened * count + "\u0301" * (MAX_MARKS - count)

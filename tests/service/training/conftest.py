@@ -1,3 +1,5 @@
+import dataclasses
+import functools
 import random
 from dataclasses import dataclass, field
 
@@ -62,20 +64,20 @@ def reporter():
     return RecordingReporter()
 
 
+def write_corpus_to(folder, train, validation):
+    """Write the pairs of both splits and return the corpus."""
+    files = {}
+    for split, pairs in ((Split.TRAIN, train), (Split.VALIDATION, validation)):
+        for position, side in enumerate(Side):
+            path = folder / f"{split}.{side}"
+            path.write_bytes("".join(f"{pair[position]}\n" for pair in pairs).encode())
+            files[split, side] = path
+    return CorpusFiles(files=files)
+
+
 @pytest.fixture
 def write_corpus(tmp_path):
-    """Writes the pairs of both splits and returns the corpus."""
-
-    def write(train, validation):
-        files = {}
-        for split, pairs in ((Split.TRAIN, train), (Split.VALIDATION, validation)):
-            for position, side in enumerate(Side):
-                path = tmp_path / f"{split}.{side}"
-                path.write_bytes("".join(f"{pair[position]}\n" for pair in pairs).encode())
-                files[split, side] = path
-        return CorpusFiles(files=files)
-
-    return write
+    return functools.partial(write_corpus_to, tmp_path)
 
 
 def reversed_pairs(count, seed):
@@ -85,9 +87,13 @@ def reversed_pairs(count, seed):
     return [(" ".join(words), " ".join(reversed(words))) for words in sentences]
 
 
+def write_reverse_corpus(folder):
+    return write_corpus_to(folder, reversed_pairs(1500, seed=1), reversed_pairs(40, seed=2))
+
+
 @pytest.fixture
-def reverse_corpus(write_corpus):
-    return write_corpus(reversed_pairs(1500, seed=1), reversed_pairs(40, seed=2))
+def reverse_corpus(tmp_path):
+    return write_reverse_corpus(tmp_path)
 
 
 def make_small_recipe(**changes):
@@ -110,15 +116,28 @@ def small_recipe():
     return make_small_recipe
 
 
+@pytest.fixture(scope="session")
+def shared_prepared_dir(tmp_path_factory):
+    """Holds the prepared corpora of reversed sentences: each is made once."""
+    return tmp_path_factory.mktemp("prepared")
+
+
 @pytest.fixture
-def job(tmp_path, reverse_corpus):
+def job(tmp_path, reverse_corpus, shared_prepared_dir):
     """Makes a job of a recipe, over the corpus of reversed sentences."""
 
-    def make(recipe, corpus=reverse_corpus):
+    def make(recipe, corpus=None):
         run_dir = tmp_path / "run"
         run_dir.mkdir(exist_ok=True)
-        return TrainingJob(
-            run_id="run_1", recipe=recipe, corpus=corpus, run_dir=run_dir, prepared_dir=tmp_path / "prepared"
+        job = TrainingJob(
+            run_id="run_1",
+            recipe=recipe,
+            corpus=corpus or reverse_corpus,
+            run_dir=run_dir,
+            prepared_dir=tmp_path / "prepared",
         )
+        if corpus is None:
+            job = dataclasses.replace(job, prepared_dir=shared_prepared_dir, corpus_digest="reversed")
+        return job
 
     return make

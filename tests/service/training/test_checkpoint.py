@@ -47,7 +47,7 @@ def save(folder, trainee, position):
     return save_checkpoint(folder, Checkpoint(trainee.tensors(), trainee.counters(), position), Disk())
 
 
-def test_a_checkpoint_gives_back_every_bit(tmp_path, trained, small_recipe):
+def test_checkpoint_gives_back_every_bit(tmp_path, trained, small_recipe):
     position = Position(
         step=1,
         epoch=3,
@@ -95,28 +95,18 @@ def cut_short(path):
         "manifest.json",
     ],
 )
-def test_damage_is_seen(tmp_path, trained, damage, name):
+def test_damaged_checkpoint_is_refused(tmp_path, trained, damage, name):
     path = save(tmp_path, trained, Position(step=1))
     damage(path / name)
     with pytest.raises(CheckpointDamaged):
         load_checkpoint(path)
 
 
-def as_the_release_without_restarts_wrote_it(path):
-    position = {"step": 2, "epoch": 1, "updates_in_epoch": 2, "best": None, "best_step": 0, "validations_since_best": 0}
-    (path / "position.json").write_text(json.dumps(position))
-
-
-def as_a_release_to_come_may_write_it(path):
-    position = json.loads((path / "position.json").read_bytes())
-    (path / "position.json").write_text(json.dumps(position | {"news": 1}))
-
-
-@pytest.mark.parametrize("rewrite", [as_the_release_without_restarts_wrote_it, as_a_release_to_come_may_write_it])
-def test_a_checkpoint_of_another_release_gives_way_to_the_one_before(tmp_path, trained, rewrite):
+def test_checkpoint_of_a_newer_release_gives_way_to_the_one_before(tmp_path, trained):
     before = save(tmp_path, trained, Position(step=1))
     path = save(tmp_path, trained, Position(step=2))
-    rewrite(path)
+    position = json.loads((path / "position.json").read_bytes())
+    (path / "position.json").write_text(json.dumps(position | {"news": 1}))
     manifest = json.loads((path / "manifest.json").read_bytes())
     manifest["sha256"]["position.json"] = hashlib.sha256((path / "position.json").read_bytes()).hexdigest()
     (path / "manifest.json").write_text(json.dumps(manifest))
@@ -127,7 +117,7 @@ def test_a_checkpoint_of_another_release_gives_way_to_the_one_before(tmp_path, t
     assert str(path) in damage
 
 
-def test_a_checkpoint_that_was_not_finished_is_invisible(tmp_path, trained):
+def test_unfinished_checkpoint_is_invisible(tmp_path, trained):
     path = save(tmp_path, trained, Position(step=1))
     path.rename(tmp_path / f"partial-{path.name}")
     assert list_checkpoints(tmp_path) == []
@@ -158,7 +148,7 @@ def kept_after(tmp_path, trained, recipe, scores):
     ("averaging", "kept"),
     [(Averaging.LAST, [2, 4, 5, 6]), (Averaging.BEST, [1, 2, 4, 5, 6]), (Averaging.NONE, [2, 4, 5, 6])],
 )
-def test_what_averaging_wants_the_best_and_the_newest_two_are_kept(tmp_path, trained, small_recipe, averaging, kept):
+def test_candidates_best_and_newest_two_are_kept(tmp_path, trained, small_recipe, averaging, kept):
     recipe = small_recipe(validation={"keep_last": 3, "averaging": averaging}).validation
     assert kept_after(tmp_path, trained, recipe, [8.0, 9.0, 1.0, 7.0, 2.0, 3.0]) == kept
 

@@ -156,7 +156,7 @@ class Fails(torch.nn.Module):
 
 
 @pytest.mark.parametrize(("failures", "compiled"), [(1, False), (2, True)])
-def test_what_is_no_fault_of_the_compiler_is_raised(small_recipe, failures, compiled):
+def test_error_that_is_not_the_compilers_is_raised(small_recipe, failures, compiled):
     trainee = trainee_of(small_recipe(), failures, compiled)
     with pytest.raises(RuntimeError, match="not correctly aligned"):
         trainee.step([BATCH], BATCH.target_tokens)

@@ -132,7 +132,7 @@ def test_the_reference_and_int8_agree_mostly(bundle_dir, trained_model):
 
 
 @pytest.mark.parametrize("keep", [True, False])
-def test_what_int8_costs_is_written_down_and_it_may_be_left_out(bundle_dir, tmp_path, keep):
+def test_int8_scores_are_recorded_and_int8_files_may_be_dropped(bundle_dir, tmp_path, keep):
     bundle = shutil.copytree(bundle_dir, tmp_path / "copy")
     scores = Int8Scores(pairs=7, fp32_bleu=30.5, int8_bleu=30.25)
     OnnxExporter().settle_int8(bundle, scores, keep=keep)

@@ -1,6 +1,7 @@
-"""The weights that training ends with: which checkpoints they come from, and what damaged ones lead to."""
+"""The weights that training ends with: from which checkpoints they come, and what damaged checkpoints lead to."""
 
 import dataclasses
+import shutil
 
 import pytest
 import safetensors.torch
@@ -8,28 +9,60 @@ import torch
 
 from ferryman_service.domain.recipe import Averaging, SelectionMetric
 from ferryman_service.domain.runs import FailureReason, TrainingFailed
-from ferryman_service.domain.training import InitialWeights
+from ferryman_service.domain.training import InitialWeights, TrainingJob
 from ferryman_service.training.average import average_checkpoints
 from ferryman_service.training.checkpoint import checkpoint_path, load_checkpoint, load_weights, save_checkpoint
 from ferryman_service.training.engine import EngineConfig, TorchTrainingEngine
 from ferryman_service.training.files import Disk
+from tests.service.training.conftest import RecordingReporter, make_small_recipe, write_reverse_corpus
 
 ENGINE = TorchTrainingEngine(EngineConfig(device="cpu", threads=1))
 
 
+def make_recipe(averaging, **optimization):
+    """Make a recipe whose rate jumps about so that averaging pays; validations of steps 10, 20, .. 60."""
+    validation = {"keep_last": 3, "max_translated_pairs": 4, "metric": SelectionMetric.LOSS, "averaging": averaging}
+    schedule = {"factor": 8.0, "warmup_steps": 20}
+    return make_small_recipe(
+        stop={"max_steps": 60}, schedule=schedule, validation=validation, optimization=optimization
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, shared_prepared_dir):
+    """Returns the job of a run that has ended, its reporter and its result; each recipe is trained once."""
+    folder, known = tmp_path_factory.mktemp("finish"), {}
+    corpus = write_reverse_corpus(folder)
+
+    def finish(averaging):
+        if averaging not in known:
+            work = TrainingJob(
+                run_id="run_1",
+                recipe=make_recipe(averaging),
+                corpus=corpus,
+                run_dir=folder / averaging,
+                prepared_dir=shared_prepared_dir,
+                corpus_digest="reversed",
+            )
+            work.run_dir.mkdir()
+            reporter = RecordingReporter()
+            known[averaging] = work, reporter, ENGINE.train(work, reporter)
+        return known[averaging]
+
+    return finish
+
+
 @pytest.fixture
-def make_recipe(small_recipe):
-    """Makes a recipe whose rate jumps about so that averaging pays; validations of steps 10, 20, .. 60."""
+def finish_again(finished, tmp_path):
+    """Returns the job of a run whose worker died while training ended: all is there but the result."""
 
-    def make(*, optimization=None, **validation):
-        return small_recipe(
-            stop={"max_steps": 60},
-            schedule={"factor": 8.0, "warmup_steps": 20},
-            validation={"keep_last": 3, "max_translated_pairs": 4, "metric": SelectionMetric.LOSS, **validation},
-            optimization=optimization or {},
-        )
+    def copy(averaging):
+        work, _, trained = finished(averaging)
+        run_dir = shutil.copytree(work.run_dir, tmp_path / "again")
+        (run_dir / trained.weights.name).unlink()
+        return dataclasses.replace(work, run_dir=run_dir, reported_step=60)
 
-    return make
+    return copy
 
 
 def checkpoint_of(work, step):
@@ -51,9 +84,8 @@ def best_steps(reporter, count):
 
 
 @pytest.mark.parametrize("averaging", Averaging)
-def test_the_weights_are_those_that_averaging_asks_for(job, make_recipe, reporter, averaging):
-    work = job(make_recipe(averaging=averaging))
-    trained = ENGINE.train(work, reporter)
+def test_weights_are_those_that_averaging_asks_for(finished, averaging):
+    work, reporter, trained = finished(averaging)
     [best] = best_steps(reporter, 1)
     if averaging is Averaging.NONE:
         assert_weights_are(trained, load_weights(checkpoint_of(work, best.step)))
@@ -69,7 +101,7 @@ def test_the_weights_are_those_that_averaging_asks_for(job, make_recipe, reporte
     assert f"the average of the {averaging} 3 checkpoints" in reporter.messages("WEIGHTS_CHOSEN")[0]
 
 
-def test_an_average_that_is_worse_than_the_best_checkpoint_is_not_taken(job, small_recipe, reporter):
+def test_average_worse_than_the_best_checkpoint_is_not_taken(job, small_recipe, reporter):
     """While a network learns fast, its mean with what it was is behind it."""
     work = job(small_recipe(stop={"max_steps": 60}, validation={"metric": SelectionMetric.LOSS, "keep_last": 6}))
     trained = ENGINE.train(work, reporter)
@@ -79,8 +111,8 @@ def test_an_average_that_is_worse_than_the_best_checkpoint_is_not_taken(job, sma
     assert "not the average of the last 6 checkpoints" in reporter.messages("WEIGHTS_CHOSEN")[0]
 
 
-def test_with_a_moving_average_it_is_what_is_published(job, make_recipe, reporter):
-    work = job(make_recipe(averaging=Averaging.NONE, optimization={"ema_decay": 0.9}))
+def test_moving_average_is_published(job, reporter):
+    work = job(make_recipe(Averaging.NONE, ema_decay=0.9))
     trained = ENGINE.train(work, reporter)
     groups = load_checkpoint(checkpoint_of(work, trained.scores.step)).tensors
     assert_weights_are(trained, groups["ema"])
@@ -93,20 +125,17 @@ def damage(path):
     (path / "weights.safetensors").write_bytes(bytes(data))
 
 
-def test_a_damaged_checkpoint_is_left_out_of_the_average(job, make_recipe, reporter):
-    """The end of training is done again, as after a death in it, and finds one of three checkpoints damaged."""
-    work = job(make_recipe())
-    ENGINE.train(work, reporter)
-    reporter.events.clear()
+def test_damaged_checkpoint_is_left_out_of_the_average(finish_again, reporter):
+    work = finish_again(Averaging.LAST)
     damage(checkpoint_of(work, 50))
-    trained = ENGINE.train(dataclasses.replace(work, reported_step=60), reporter)
+    trained = ENGINE.train(work, reporter)
     assert_weights_are(trained, average_checkpoints([checkpoint_of(work, step) for step in (40, 60)]))
     (message,) = reporter.messages("CHECKPOINT_DAMAGED")
     assert str(checkpoint_of(work, 50)) in message
     assert "the average of the last 2 checkpoints" in reporter.messages("WEIGHTS_CHOSEN")[0]
 
 
-def test_in_place_of_a_damaged_best_checkpoint_the_last_one_is_taken(job, small_recipe, reporter):
+def test_last_checkpoint_replaces_a_damaged_best_one(job, small_recipe, reporter):
     """After the warm-up the rate is far too high: the first validation stays the best."""
     recipe = small_recipe(
         stop={"max_steps": 30},
@@ -125,7 +154,7 @@ def test_in_place_of_a_damaged_best_checkpoint_the_last_one_is_taken(job, small_
     assert len(reporter.messages("CHECKPOINT_DAMAGED")) == 1
 
 
-def test_weights_that_are_not_finite_fail_the_run(job, small_recipe, reporter):
+def test_non_finite_weights_fail_the_run(job, small_recipe, reporter):
     """Every update is skipped, and training may skip as many as it makes: it ends as if all were well."""
     work = job(small_recipe(stop={"max_steps": 2}))
     trained = ENGINE.train(work, reporter)
@@ -147,10 +176,8 @@ def test_weights_that_are_not_finite_fail_the_run(job, small_recipe, reporter):
     assert not (again.run_dir / "weights.safetensors").exists()
 
 
-def test_last_weights_that_are_not_finite_give_way_to_an_earlier_checkpoint(job, make_recipe, reporter):
-    """The end of training is done again, and finds the loss of the last step not finite."""
-    work = job(make_recipe(averaging=Averaging.NONE))
-    ENGINE.train(work, reporter)
+def test_non_finite_last_weights_give_way_to_an_earlier_checkpoint(finish_again, reporter):
+    work = finish_again(Averaging.NONE)
     path = checkpoint_of(work, 60)
     end = load_checkpoint(path)
     scores = dataclasses.replace(end.position.validated, nll_per_token=float("nan"))
@@ -159,6 +186,6 @@ def test_last_weights_that_are_not_finite_give_way_to_an_earlier_checkpoint(job,
         end.position, validated=scores, best=load_checkpoint(best).position.validated, best_step=50
     )
     save_checkpoint(path.parent, dataclasses.replace(end, position=position), Disk())
-    trained = ENGINE.train(dataclasses.replace(work, reported_step=60), reporter)
+    trained = ENGINE.train(work, reporter)
     assert trained.scores.step == 50
     assert_weights_are(trained, load_weights(best))

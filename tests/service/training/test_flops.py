@@ -87,7 +87,7 @@ def test_a_device_is_known_by_the_words_of_its_name(name, half, fp32):
 
 
 @pytest.mark.parametrize("name", ["NVIDIA T400", "NVIDIA RTX A4000", "NVIDIA H100 80GB HBM3 MIG 1g.10gb", ""])
-def test_what_is_not_known_has_no_peak(name):
+def test_unknown_device_has_no_peak(name):
     assert peak_of(name) is None
 
 

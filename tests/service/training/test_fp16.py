@@ -37,7 +37,7 @@ def test_no_node_asks_for_a_shape(graphs):
         assert not ASKS_FOR_SHAPES & {node.op_type for node in model.graph.node}
 
 
-def test_what_is_read_on_the_cpu_is_an_input_that_only_shapes_and_counts_take(graphs):
+def test_cpu_inputs_feed_only_shapes_and_counts(graphs):
     takes = {"Reshape": 1, "TopK": 1, "GroupQueryAttention": 6}
     for model in graphs[1]:
         for node in model.graph.node:

@@ -56,7 +56,12 @@ def assert_equal_steps(model, network, steps=5, k=12):
 
 @pytest.mark.parametrize(
     ("norm", "activation", "positions"),
-    list(itertools.product(NormPlacement, Activation, Positions)),
+    [
+        (norm, activation, positions)  # every two options meet
+        for (norm, activation), positions in zip(
+            itertools.product(NormPlacement, Activation), itertools.cycle(Positions), strict=False
+        )
+    ],
     ids=lambda kind: kind.value,
 )
 def test_every_kind_of_network_gives_its_numbers(tmp_path, norm, activation, positions):
@@ -64,8 +69,10 @@ def test_every_kind_of_network_gives_its_numbers(tmp_path, norm, activation, pos
     assert_equal_steps(open_graphs(tmp_path, network), network)
 
 
-@pytest.mark.parametrize("positions", Positions)
-@pytest.mark.parametrize(("d_model", "heads"), [(32, 16), (36, 3), (40, 1), (12, 2)])
+@pytest.mark.parametrize(
+    ("d_model", "heads", "positions"),
+    [(36, 3, Positions.SINUSOIDAL), *((*shape, Positions.ROPE) for shape in [(32, 16), (36, 3), (40, 1), (12, 2)])],
+)
 def test_heads_of_any_width(tmp_path, d_model, heads, positions):
     network = random_network(BELOW_BLOCKS, d_model=d_model, heads=heads, positions=positions)
     assert_equal_steps(open_graphs(tmp_path, network), network)

@@ -1,5 +1,7 @@
 """Networks in 8 bits: close to float32, and each sentence's numbers its own to the last bit."""
 
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -48,11 +50,23 @@ def follow(batch, targets):
     return np.array(found)
 
 
+@pytest.fixture(scope="module")
+def quantised(tmp_path_factory):
+    """Returns the network of a kind and its graphs in 8 bits, made once."""
+
+    @functools.cache
+    def quantise(kind, vocabulary_size):
+        network = random_network(vocabulary_size, **KINDS[kind])
+        return network, in_int8(tmp_path_factory.mktemp("int8"), network)
+
+    return quantise
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("vocabulary_size", [SMALL, IN_BLOCKS])
-def test_close_to_the_network(tmp_path, kind, vocabulary_size):
-    network = random_network(vocabulary_size, **KINDS[kind])
-    batch, naive = OnnxRunningBatch(in_int8(tmp_path, network), 1), NaiveBatch(network, 1)
+def test_int8_is_close_to_the_network(quantised, kind, vocabulary_size):
+    network, model = quantised(kind, vocabulary_size)
+    batch, naive = OnnxRunningBatch(model, 1), NaiveBatch(network, 1)
     sources = random_sources(40, 12, vocabulary_size, 3)
     generator = np.random.default_rng(4)
     targets = [(BOS, *generator.integers(4, vocabulary_size, 7).tolist()) for _ in sources]
@@ -67,10 +81,9 @@ def test_close_to_the_network(tmp_path, kind, vocabulary_size):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_sentence_has_the_same_numbers_alone_in_company_and_joining_late(tmp_path, kind):
+def test_sentence_has_the_same_numbers_alone_in_company_and_joining_late(quantised, kind):
     """To the last bit."""
-    network = random_network(IN_BLOCKS, **KINDS[kind])
-    model = in_int8(tmp_path, network)
+    _, model = quantised(kind, IN_BLOCKS)
     sources = random_sources(64, 30, IN_BLOCKS, 5)
     generator = np.random.default_rng(6)
     targets = [(BOS, *generator.integers(4, IN_BLOCKS, 9).tolist()) for _ in sources]

@@ -18,23 +18,30 @@ from ferryman_service.training.reporting import Series
 from ferryman_service.training.step import PendingOutcome, new_trainee
 from ferryman_service.training.updates import SentUpdate, StepMeter
 from ferryman_service.training.validate import Validator
+from tests.service.training.conftest import RecordingReporter, make_small_recipe, write_reverse_corpus
 
 CPU = torch.device("cpu")
 RANKS = Ranks(rank=0, world_size=1, device=CPU)
 
 
+@pytest.fixture(scope="module")
+def tokenised(tmp_path_factory):
+    """Returns subwords, training pairs and validation pairs of the corpus of reversed sentences."""
+    folder, recipe = tmp_path_factory.mktemp("tokenised"), make_small_recipe()
+    corpus, check = write_reverse_corpus(folder), RecordingReporter().check
+    subwords = learn_subwords(corpus, recipe.data, folder / "model", seed=1, check=check)
+    tokenise_training_pairs(corpus, subwords, recipe.data, folder / "pairs", check, threads=1)
+    return subwords, open_pairs(folder / "pairs"), tokenise_validation_pairs(corpus, subwords, recipe.data, threads=1)
+
+
 @pytest.fixture
-def make_parts(tmp_path, reverse_corpus, reporter):
+def make_parts(tmp_path, tokenised, reporter):
     """Makes the parts of a loop with new weights."""
+    subwords, pairs, validation = tokenised
 
     def make(recipe, clock=time.monotonic):
         checkpoints = tmp_path / "checkpoints"
         checkpoints.mkdir()
-        subwords = learn_subwords(reverse_corpus, recipe.data, tmp_path / "model", seed=1, check=reporter.check)
-        folder, check = tmp_path / "pairs", reporter.check
-        tokenise_training_pairs(reverse_corpus, subwords, recipe.data, folder, check, threads=1)
-        pairs = open_pairs(folder)
-        validation = tokenise_validation_pairs(reverse_corpus, subwords, recipe.data, threads=1)
         torch.manual_seed(recipe.seed)
         model = Transformer(TransformerConfig.from_recipe(recipe, subwords.size)).train()
         return LoopParts(
@@ -57,7 +64,7 @@ def test_validations_come_at_the_interval_and_at_the_end(make_parts, small_recip
     assert reporter.messages("LIMIT_REACHED") == ["stop.max_steps: 25 updates are done"]
 
 
-def test_it_stops_after_the_last_epoch(make_parts, small_recipe, reporter):
+def test_loop_stops_after_the_last_epoch(make_parts, small_recipe, reporter):
     parts = make_parts(small_recipe(stop={"max_steps": 0, "max_epochs": 2}))
     loop = TrainingLoop(parts)
     loop.run()
@@ -67,7 +74,7 @@ def test_it_stops_after_the_last_epoch(make_parts, small_recipe, reporter):
     assert loop.position.epoch == 2
 
 
-def test_it_stops_when_the_score_does_not_improve(make_parts, small_recipe, reporter):
+def test_loop_stops_when_the_score_does_not_improve(make_parts, small_recipe, reporter):
     recipe = small_recipe(
         stop={"max_steps": 1000, "patience": 3}, validation={"interval_steps": 1}, schedule={"factor": 1e-9}
     )
@@ -78,7 +85,7 @@ def test_it_stops_when_the_score_does_not_improve(make_parts, small_recipe, repo
     assert best_at[-4]
 
 
-def test_it_leaves_time_for_the_last_validations(make_parts, small_recipe, reporter):
+def test_loop_leaves_time_for_the_last_validations(make_parts, small_recipe, reporter):
     """On a clock that goes on by a second whenever it is read."""
     ticks = itertools.count()
     recipe = small_recipe(stop={"max_steps": 0, "max_time_seconds": 100.0}, validation={"interval_steps": 5})
@@ -89,7 +96,7 @@ def test_it_leaves_time_for_the_last_validations(make_parts, small_recipe, repor
     assert reporter.validations[-1].step == reporter.steps[-1].step
 
 
-def test_metrics_say_what_they_promise(make_parts, small_recipe, reporter):
+def test_step_metrics_are_within_their_bounds(make_parts, small_recipe, reporter):
     parts = make_parts(small_recipe())
     TrainingLoop(parts).run()
     for step in reporter.steps:
@@ -103,7 +110,7 @@ def test_metrics_say_what_they_promise(make_parts, small_recipe, reporter):
     assert reporter.validations[-1].translated_pairs == 40
 
 
-def test_updates_that_overlap_are_each_given_their_own_time(small_recipe):
+def test_overlapping_updates_have_their_own_times(small_recipe):
     """As on a GPU, where an update is sent before the one before it is known."""
     recipe = small_recipe()
     meter = StepMeter(CPU, recipe.optimization, TransformerConfig.from_recipe(recipe, 36))
@@ -141,13 +148,21 @@ def test_a_validation_that_does_not_fit_is_halved_and_told(make_parts, small_rec
 
 def wsd(small_recipe, **stop):
     schedule = {"kind": ScheduleKind.WSD, "warmup_steps": 5, "peak_learning_rate": 0.004, "decay_share": 0.3}
-    recipe = small_recipe(stop={"max_steps": 0, **stop}, validation={"interval_steps": 5})
+    validation = {"interval_steps": 5, "max_translated_pairs": 4}
+    recipe = small_recipe(stop={"max_steps": 0, **stop}, validation=validation)
     resolved = resolve_schedule(schedule)
     return dataclasses.replace(recipe, schedule=resolved)
 
 
-def test_decay_within_a_limit_of_time_ends_and_equals_the_planned_curve(make_parts, small_recipe, reporter):
-    """On a clock that goes on by a second whenever it is read."""
+def test_decay_within_a_time_limit_follows_its_durable_plan(make_parts, small_recipe, reporter):
+    """On a clock that goes on by a second whenever it is read.
+
+    The plan is flushed, durable, before the first update with a decayed rate."""
+    log = []
+    flush, step, decay_plan = reporter.flush, reporter.step, reporter.decay_plan
+    reporter.flush = lambda: (log.append("flush"), flush())
+    reporter.step = lambda metrics: (log.append(metrics.step), step(metrics))
+    reporter.decay_plan = lambda plan: (log.append(plan), decay_plan(plan))
     ticks = itertools.count()
     recipe = wsd(small_recipe, max_time_seconds=200.0)
     TrainingLoop(make_parts(recipe, clock=lambda: float(next(ticks)))).run()
@@ -158,21 +173,8 @@ def test_decay_within_a_limit_of_time_ends_and_equals_the_planned_curve(make_par
     for step in reporter.steps:
         assert step.learning_rate == learning_rate(recipe.schedule, step.step, plans)
     assert reporter.messages("DECAY_ENDED") and not reporter.messages("LEARNING_RATE_STILL_HIGH")
-
-
-def test_plan_is_durable_before_the_first_decayed_update(make_parts, small_recipe, reporter):
-    """What was flushed when the plan was made: the plan, and no step with a decayed rate."""
-    log = []
-    flush, step, decay_plan = reporter.flush, reporter.step, reporter.decay_plan
-    reporter.flush = lambda: (log.append("flush"), flush())
-    reporter.step = lambda metrics: (log.append(metrics.step), step(metrics))
-    reporter.decay_plan = lambda plan: (log.append(plan), decay_plan(plan))
-    ticks = itertools.count()
-    TrainingLoop(make_parts(wsd(small_recipe, max_time_seconds=200.0), clock=lambda: float(next(ticks)))).run()
-    plan = reporter.decays[0]
-    at = log.index(plan)
-    assert log[at + 1] == "flush"
-    assert log[at + 2] == plan.first_step
+    at = log.index(plans[0])
+    assert log[at + 1 : at + 3] == ["flush", plans[0].first_step]
 
 
 def test_target_score_ends_a_run_whose_schedule_has_no_decay(make_parts, small_recipe, reporter):

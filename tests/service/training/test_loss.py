@@ -28,7 +28,7 @@ def test_of_ten_subwords_the_correct_one_gets_091():
 
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1, 0.5])
 @pytest.mark.parametrize("chunk_elements", [1, 500, 10**6])
-def test_it_is_torchs_loss_and_gradient_in_any_chunks(label_smoothing, chunk_elements, monkeypatch):
+def test_chunked_loss_and_gradient_equal_torchs(label_smoothing, chunk_elements, monkeypatch):
     monkeypatch.setitem(loss_module._CHUNK_ELEMENTS, "cpu", chunk_elements)
     hidden_ND, weight_VD, labels_N = tensors()
     loss, nll = smoothed_cross_entropy(hidden_ND, weight_VD, labels_N, label_smoothing)
@@ -43,7 +43,7 @@ def test_it_is_torchs_loss_and_gradient_in_any_chunks(label_smoothing, chunk_ele
     torch.testing.assert_close(gradients, (hidden_ND.grad, weight_VD.grad))
 
 
-def test_it_works_without_gradients():
+def test_loss_works_without_gradients():
     hidden_ND, weight_VD, labels_N = tensors()
     with torch.inference_mode():
         loss, nll = smoothed_cross_entropy(hidden_ND, weight_VD, labels_N, 0.1)

@@ -30,8 +30,8 @@ def files_of(folder):
 
 
 @pytest.fixture
-def work(job, small_recipe):
-    return dataclasses.replace(job(small_recipe()), corpus_digest="a" * 64)
+def work(job, small_recipe, reverse_corpus):
+    return dataclasses.replace(job(small_recipe(), reverse_corpus), corpus_digest="a" * 64)
 
 
 def with_data(job, **changes):
@@ -132,15 +132,16 @@ def test_a_damaged_entry_is_made_again_and_the_log_says_so(work, reporter, name,
     assert [path.name for path in work.prepared_dir.iterdir()] == [again.folder.name]
 
 
-def many_pairs(count):
-    words = ["".join(random.Random(number).choices("abdefgiklmnorstu", k=5)) for number in range(count)]
-    return [(f"{word} {other}", f"{other} {word}") for word, other in itertools.pairwise(words)]
+def many_pairs(words):
+    """Return a pair for every two of so many words."""
+    words = ["".join(random.Random(number).choices("abdefgiklmnorstu", k=5)) for number in range(words)]
+    return [(f"{word} {other}", f"{other} {word}") for word, other in itertools.product(words, repeat=2)]
 
 
 @pytest.fixture
 def longer_work(work, write_corpus):
     """Work in which the reporter is asked several times, while subwords are learnt and while pairs are tokenised."""
-    return dataclasses.replace(work, corpus=write_corpus(many_pairs(5000), many_pairs(10)))
+    return dataclasses.replace(work, corpus=write_corpus(many_pairs(70), many_pairs(3)))
 
 
 class LookingReporter:
@@ -154,7 +155,7 @@ class LookingReporter:
         shutil.copytree(self.source, self.left[-1])
 
 
-def test_a_death_in_the_middle_leaves_nothing_that_is_taken_for_whole(longer_work, reporter, tmp_path):
+def test_death_in_the_middle_leaves_no_usable_entry(longer_work, reporter, tmp_path):
     looking = LookingReporter(longer_work.prepared_dir, tmp_path / "left")
     whole = files_of(prepare(longer_work, looking).folder)
     assert len(looking.left) >= 4
@@ -226,7 +227,7 @@ def aged(path, seconds):
     return path
 
 
-def test_what_nobody_uses_is_removed_after_a_week(work, reporter):
+def test_unused_entries_are_removed_after_a_week(work, reporter):
     parent = work.prepared_dir
     old = [aged(parent / f"{number:040x}", 2 * WEEK_S + number) for number in range(20)]
     recent = [aged(parent / f"{number:040x}", WEEK_S / 2) for number in range(20, 23)]
@@ -237,7 +238,7 @@ def test_what_nobody_uses_is_removed_after_a_week(work, reporter):
     made = prepare(work, reporter).folder
     kept = {path.name for path in parent.iterdir()}
     still_there = [path for path in old if path.name in kept]
-    assert still_there == old[: prepared_module._KEPT - len(recent)]
+    assert still_there == old[: prepared_module.KEPT - len(recent)]
     assert kept == {path.name for path in (*still_there, *recent, *foreign, in_the_making, made)}
     assert left.name not in kept
 

@@ -3,6 +3,7 @@
 import itertools
 import math
 import random
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -81,7 +82,8 @@ def test_an_epoch_is_the_same_text_in_other_pieces(prepare, algorithm):
     plain = all_sentences(pairs)
     text = [subwords.decode(sentence) for sentence in plain]
     assert set(text) == set(itertools.chain(*TEXT))
-    epochs = [all_sentences(source()(epoch)) for epoch in (1, 2, 3)]
+    pairs_of_epoch = source()
+    epochs = [all_sentences(pairs_of_epoch(epoch)) for epoch in (1, 2, 3)]
     for sentences in epochs:
         assert [subwords.decode(sentence) for sentence in sentences] == text
         assert all(sentence[-1] == EOS and sentence.count(EOS) == 1 for sentence in sentences)
@@ -137,8 +139,8 @@ def test_without_sampling_all_epochs_are_the_prepared_pairs(prepare, algorithm, 
 
 def frequencies(sampler, word, draws=20_000):
     """Return how often each segmentation comes when the numbers lie evenly between 0 and 1."""
-    drawn = [sampler.draw(word, (number + 0.5) / draws) for number in range(draws)]
-    return {segmentation: drawn.count(segmentation) / draws for segmentation in set(drawn)}
+    drawn = Counter(sampler.draw(word, (number + 0.5) / draws) for number in range(draws))
+    return {segmentation: count / draws for segmentation, count in drawn.items()}
 
 
 def all_segmentations(subwords, text):
@@ -214,8 +216,8 @@ def test_a_sentence_that_would_become_too_long_stays_as_it_was(prepare, algorith
     assert sum(len(unlimited) > longest for unlimited in free) > 3
 
 
-def test_it_asks_now_and_then_and_an_epoch_that_was_given_up_can_be_made_again(prepare, reporter, monkeypatch):
-    monkeypatch.setattr(sampling_module, "_CHUNK_PAIRS", 90)
+def test_sampling_checks_now_and_then_and_resumes_after_an_abort(prepare, reporter, monkeypatch):
+    monkeypatch.setattr(sampling_module, "CHUNK_PAIRS", 90)
     pairs, _, source = prepare(data_recipe(SubwordAlgorithm.UNIGRAM))
     expected = all_sentences(source("other")(1))
     pairs_of_epoch = source(check=reporter.check)

@@ -83,7 +83,6 @@ def test_loss_needs_no_resampling():
 
 
 def test_scores_without_statistics_are_decided_by_the_loss():
-    """Those of a checkpoint of an earlier release."""
     plain = [
         ValidationScores(loss=nll, nll_per_token=nll, bleu=bleu, chrf=bleu, translated_pairs=9)
         for nll, bleu in ((0.1, 10.0), (0.2, 90.0))

@@ -40,7 +40,7 @@ KINDS = [
     SearchOptions(beam_size=2, repetition_penalty=1.3, no_repeat_ngram_size=2),
     SearchOptions(n_best=2, sampling=Sampling(temperature=0.8, top_k=20, top_p=0.9)),
 ]
-SENTENCES = 200
+SENTENCES = 100
 
 
 @pytest.fixture
@@ -127,12 +127,12 @@ def test_random_arrival_changes_nothing(start, wishes, compute_type):
     found = {together[number].translation.hypotheses[0].tokens for number in range(SENTENCES)}
     assert len(found) > SENTENCES / 3, "the translations are not all the same"
     rows_per_step = [result[0].timings.row_steps / result[0].timings.steps for result in together.by_name.values()]
-    assert max(rows_per_step) > 15, "they were not alone"
+    assert max(rows_per_step) > 10, "no search alone has more than five rows"
 
 
 @pytest.mark.parametrize("beam_size", [1, 4])
 def test_a_request_of_many_is_translated_as_each_alone(engine, beam_size):
-    sentences = random_sentences(64, seed=11)
+    sentences = random_sentences(32, seed=11)
     together = translate(engine, sentences, beam_size=beam_size, n_best=beam_size)
     for sentence, found in zip(sentences, together, strict=True):
         [alone] = translate(engine, [sentence], beam_size=beam_size, n_best=beam_size)
@@ -201,7 +201,7 @@ def test_token_scores_pieces_and_alignments_fit_the_hypothesis(engine, options):
     assert len({position for found in translations for position in found.hypotheses[0].alignment}) > 3
 
 
-def test_nobody_gets_what_nobody_asked_for(engine):
+def test_optional_results_are_empty_unless_asked_for(engine):
     [found] = translate(engine, ["ba de fi"])
     assert found.source_pieces == ()
     for one in found.hypotheses:
@@ -275,11 +275,11 @@ def test_a_closed_engine_has_done_its_work(start):
 
 
 def test_int8_translates_much_as_float32_does(start, engine):
-    sentences = random_sentences(100, seed=12)
+    sentences = random_sentences(60, seed=12)
     exact, int8 = translate(engine, sentences, beam_size=1), translate(start(ComputeType.INT8), sentences, beam_size=1)
     pairs = [(one.hypotheses[0], other.hypotheses[0]) for one, other in zip(exact, int8, strict=True)]
     same = [(one, other) for one, other in pairs if one.tokens == other.tokens]
-    assert len(same) > 50, f"{len(same)} of 100 are the same"
+    assert len(same) > 30, f"{len(same)} of 60 are the same"
     assert max(abs(one.score - other.score) for one, other in same) < 0.2
 
 
@@ -298,7 +298,7 @@ def test_idle_batches_are_freed_when_asked_and_made_again(start):
 
 def test_batches_in_use_are_not_freed(start):
     engine = start()
-    sentences = random_sentences(200, seed=5, max_words=9)
+    sentences = random_sentences(60, seed=5, max_words=9)
     before = translate(engine, sentences, beam_size=3)
     stop = threading.Event()
 
@@ -337,13 +337,12 @@ class StepClock(EngineCounts):
 @pytest.mark.parametrize(
     ("options", "sentences"),
     [
-        (SearchOptions(n_best=32, sampling=HOT), 100),
-        (SearchOptions(n_best=32, sampling=HOT, max_length=4096), 20),
-        (SearchOptions(beam_size=32, patience=10.0, max_length=4096, min_length=4000), 12),
-        (SearchOptions(max_length=4096, min_length=4000), 100),
+        (SearchOptions(n_best=32, sampling=HOT, max_length=4096), 12),
+        (SearchOptions(beam_size=32, patience=10.0, max_length=4096, min_length=4000), 6),
+        (SearchOptions(max_length=4096, min_length=4000), 40),
         (SearchOptions(beam_size=1, repetition_penalty=1.3), 400),
     ],
-    ids=["samples", "long samples", "long beams", "long beams of five", "greedy with penalty"],
+    ids=["long samples", "long beams", "long beams of five", "greedy with penalty"],
 )
 def test_large_request_gives_way_to_neighbours_and_finds_the_same(bundle_dir, options, sentences):
     """A neighbour who calls with one sentence, again and again, waits for few steps besides its own; the request finds

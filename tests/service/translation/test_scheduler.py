@@ -69,8 +69,7 @@ def test_an_empty_sentence_is_answered_at_once(start, decoder, results):
     assert decoder.admitted == []
 
 
-@pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(("threads", "seed"), [(1, 0), (3, 1), (3, 2)])
 def test_every_sentence_is_answered_once_whatever_happens(start, decoder, results, seed, threads):
     """Random options, cancellations, deadlines and failures of the model, from several callers' threads."""
     generator = random.Random(seed)

@@ -35,7 +35,7 @@ def test_one_callers_sentences_come_in_order():
     assert line.take_all() == list(range(50))
 
 
-def test_what_a_caller_had_in_other_lines_says_nothing_of_its_place_in_this_one():
+def test_use_of_other_queues_does_not_change_a_callers_place():
     """Small and large calls wait in lines of their own, whose virtual times know nothing of each other."""
     small, large, ours, other = Line(PeerLines()), Line(PeerLines()), FairShare(), FairShare()
     for name in range(1_000):
@@ -116,7 +116,7 @@ def test_callers_that_come_one_after_the_other_do_not_keep_a_bulk_waiting(caller
     assert max(gaps) <= 2 * 4 * callers + 1
 
 
-def test_who_comes_back_later_gets_nothing_for_its_absence():
+def test_returning_caller_gains_nothing_from_its_absence():
     line, regular, absent = Line(), FairShare(), FairShare()
     for name in range(20):
         line.add(("regular", name), regular)
@@ -128,7 +128,7 @@ def test_who_comes_back_later_gets_nothing_for_its_absence():
     assert names.count("absent") in (10, 11)
 
 
-def test_those_nobody_waits_for_are_taken_out_and_the_rest_keep_their_order():
+def test_cancelled_sentences_are_taken_out_and_the_rest_keep_their_order():
     line, tokens = Line(), [CancelToken() for _ in range(30)]
     share = FairShare()
     for name, token in enumerate(tokens):
