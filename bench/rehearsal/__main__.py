@@ -35,7 +35,7 @@ from bench.rehearsal.serving import (
     slow_replica,
 )
 from bench.rehearsal.training import restarted_training
-from bench.result import RESULTS, Result, publish, watched_machine
+from bench.shared.result import RESULTS, Result, publish, watched_machine
 
 FOLDER: Final = Path("bench-output/rehearsal")
 SCENARIOS: Final[Mapping[str, Callable[[Cluster, Effort], Awaitable[Report]]]] = {

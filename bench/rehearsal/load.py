@@ -17,7 +17,7 @@ from typing import Any, Final, Protocol, Self, TypeAlias
 import grpc
 
 from bench.rehearsal.proxy import REPLICA_HEADER
-from bench.turns import quantile
+from bench.shared.turns import quantile
 from ferryman import AsyncClient
 from ferryman.errors import FerrymanError
 from ferryman.types import StreamSentence
