@@ -24,7 +24,7 @@ from bench.peers.plain_loop import PlainTransformer, batch_loss, cut_batches, en
 from bench.peers.plain_search import PlainDecoder
 from bench.peers.task import Pair, read_ids
 from bench.quality.peer import SUBWORDS, TEXTS, PlainJob, PlainOutcome, PlainRecipe, Point, read_job, write_outcome
-from bench.shared.turns import take_stdout
+from bench.shared.process import take_stdout
 from ferryman_service.domain.translation import CancelToken, SearchOptions
 from ferryman_service.pipeline.translator import MicroBatchLimit, TextTranslator
 from ferryman_service.text.subwords import Subwords

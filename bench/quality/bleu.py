@@ -39,8 +39,9 @@ from bench.quality.turns import (
     seconds_to,
     take_turns,
 )
+from bench.shared.process import ProcessFailed
 from bench.shared.result import Peer, Result, publish, watched_machine
-from bench.shared.turns import ContestantFailed, started
+from bench.shared.turns import started
 from examples import run_report
 from examples.local_service import ServiceFailed, local_service
 from examples.parallel_text import ParallelFiles, ParallelLines, TextMissing, find_files, read_lines
@@ -238,7 +239,7 @@ def plain_folder(output: Path, corpus: Corpus, recipe: ResolvedRecipe) -> Path:
 
 
 def measure(corpus: Corpus, plan: Plan, output: Path = OUTPUT) -> Result:
-    """Run the benchmark. Raises RunFailed, ContestantFailed, ServiceFailed."""
+    """Run the benchmark. Raises RunFailed, ProcessFailed, ServiceFailed."""
     shutil.rmtree(output, ignore_errors=True)
     with local_service(output / "data", output / "service.log") as address, Client(address) as client:
         start_s = worker_start_s(client, corpus, plan)
@@ -425,7 +426,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         with watched_machine():
             return publish(measure(corpus, plan))
-    except (TextMissing, RunFailed, ContestantFailed, ServiceFailed) as error:
+    except (TextMissing, RunFailed, ProcessFailed, ServiceFailed) as error:
         sys.exit(f"bench-quality: {error}")
 
 

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final, Self, TextIO
 
 _LOG_TAIL_CHARACTERS: Final = 2000
 _KIB_PER_MIB: Final = 1024
@@ -25,11 +25,16 @@ class ProcessFailed(Exception):
     """A program ended too early. The message holds the end of its log."""
 
 
+def take_stdout() -> TextIO:
+    """Return the standard output for answers; everything else that the program prints goes to the standard error."""
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    return answers
+
+
 def answer_commands(handlers: Mapping[str, Callable[..., Any]], **facts: object) -> None:
-    """Answer until no command follows; `facts` are told first. What the program prints itself goes to the standard
-    error output from here on."""
-    with os.fdopen(os.dup(1), "w", buffering=1) as answers:
-        os.dup2(2, 1)
+    """Send `facts`, then answer commands until the input ends."""
+    with take_stdout() as answers:
         answers.write(json.dumps(facts) + "\n")
         for line in sys.stdin:
             arguments = json.loads(line)
@@ -37,31 +42,68 @@ def answer_commands(handlers: Mapping[str, Callable[..., Any]], **facts: object)
             answers.write(json.dumps(handler(**arguments)) + "\n")
 
 
+def log_tail(log: Path) -> str:
+    """Return the end of a log, as the end of an error message."""
+    return f"; {log} ends with:\n{log.read_text(errors='replace')[-_LOG_TAIL_CHARACTERS:]}"
+
+
+class JsonProcess:
+    """A running program that reads lines and answers each with a line of JSON."""
+
+    def __init__(self, name: str, command: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
+        """Start the program; its standard error output goes to `log`."""
+        self._name = name
+        self._log = log
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("w") as file:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=file,
+                text=True,
+                env={**os.environ, **environment},
+            )
+
+    def send(self, line: str) -> None:
+        """Write a line to the program."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # the program has ended: `receive` says how
+            self._process.stdin.write(f"{line}\n")
+            self._process.stdin.flush()
+
+    def receive(self) -> Any:  # noqa: ANN401 (what JSON may hold)
+        """Return the program's next answer; raises ProcessFailed."""
+        assert self._process.stdout is not None
+        if not (line := self._process.stdout.readline()):
+            status = self._process.wait()
+            raise ProcessFailed(f"{self._name} ended with exit status {status}{log_tail(self._log)}")
+        return json.loads(line)
+
+    def stop(self) -> None:
+        """Kill the program."""
+        self._process.kill()
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            assert pipe is not None
+            with contextlib.suppress(BrokenPipeError):  # unread input is of no use any more
+                pipe.close()
+
+
 class ServingProcess:
-    """The measuring program's side of one program; start it with `with`."""
+    """A program that answers commands, for the length of a `with` block."""
 
     def __init__(self, name: str, command: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
         self.name = name
         self.facts: dict[str, Any] = {}
-        self._command = command
-        self._environment = environment
-        self._log = log
-        self._process: subprocess.Popen[str] | None = None
+        self._start = lambda: JsonProcess(name, command, environment, log)
+        self._process: JsonProcess | None = None
 
     def __enter__(self) -> Self:
         """Start the program and wait until it is ready; raises ProcessFailed."""
-        self._log.parent.mkdir(parents=True, exist_ok=True)
-        with self._log.open("w") as log:
-            self._process = subprocess.Popen(
-                self._command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-                env={**os.environ, **self._environment},
-            )
+        self._process = self._start()
         try:
-            self.facts = self._read()
+            self.facts = self._process.receive()
         except BaseException:
             self.stop()
             raise
@@ -74,30 +116,15 @@ class ServingProcess:
 
     def ask(self, command: str, **arguments: object) -> Any:  # noqa: ANN401 (what JSON may hold)
         """Return the answer to a command; raises ProcessFailed."""
-        assert self._process is not None and self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # it has ended: reading says how
-            self._process.stdin.write(json.dumps({"command": command, **arguments}) + "\n")
-            self._process.stdin.flush()
-        return self._read()
+        assert self._process is not None, "the process runs in a `with` block"
+        self._process.send(json.dumps({"command": command, **arguments}))
+        return self._process.receive()
 
     def stop(self) -> None:
-        """End the program, whatever it does."""
+        """Kill the program if it runs."""
         if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            for pipe in (self._process.stdin, self._process.stdout):
-                assert pipe is not None
-                with contextlib.suppress(BrokenPipeError):  # what was not read is of no use any more
-                    pipe.close()
+            self._process.stop()
             self._process = None
-
-    def _read(self) -> Any:  # noqa: ANN401
-        assert self._process is not None and self._process.stdout is not None
-        if not (line := self._process.stdout.readline()):
-            status = self._process.wait()
-            tail = self._log.read_text(errors="replace")[-_LOG_TAIL_CHARACTERS:]
-            raise ProcessFailed(f"{self.name} ended with exit status {status}; {self._log} ends with:\n{tail}")
-        return json.loads(line)
 
 
 def memory_mib(pid: int | str = "self") -> dict[str, float]:

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from bench.shared.process import log_tail
+
 START_TIMEOUT_S: Final = 120.0
 STOP_TIMEOUT_S: Final = 30.0
 _LOOK_EVERY_S: Final = 0.05
-_LOG_TAIL_CHARACTERS: Final = 2000
 _SERVING = re.compile(r"^serving on (\S+)$", re.MULTILINE)
 
 
@@ -50,7 +51,7 @@ def started_server(name: str, command: Sequence[str], log: Path, environment: Ma
     try:
         yield Server(name, _address(process, name, log), process.pid)
         if process.poll() is not None:
-            raise ServerFailed(f"{name} ended by itself, exit status {process.returncode}{_tail(log)}")
+            raise ServerFailed(f"{name} ended by itself, exit status {process.returncode}{log_tail(log)}")
     finally:
         process.send_signal(signal.SIGTERM)
         try:
@@ -66,10 +67,6 @@ def _address(process: subprocess.Popen[bytes], name: str, log: Path) -> str:
         if match := _SERVING.search(log.read_text(errors="replace")):
             return match[1]
         if process.poll() is not None:
-            raise ServerFailed(f"{name} ended at once, exit status {process.returncode}{_tail(log)}")
+            raise ServerFailed(f"{name} ended at once, exit status {process.returncode}{log_tail(log)}")
         time.sleep(_LOOK_EVERY_S)
-    raise ServerFailed(f"{name} did not start within {START_TIMEOUT_S:g} s{_tail(log)}")
-
-
-def _tail(log: Path) -> str:
-    return f"; {log} ends with:\n{log.read_text(errors='replace')[-_LOG_TAIL_CHARACTERS:]}"
+    raise ServerFailed(f"{name} did not start within {START_TIMEOUT_S:g} s{log_tail(log)}")

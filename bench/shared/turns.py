@@ -10,29 +10,24 @@ next turn, and ends at the end of its input.
 from __future__ import annotations
 
 import json
-import os
 import resource
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, TextIO
+from typing import Any, Final
+
+from bench.shared.process import JsonProcess, take_stdout
 
 LEAST_UPDATES: Final = 3
 _SETTLE_S: Final = 0.5
-_LOG_TAIL_CHARACTERS: Final = 2000
 
 
 class TurnsOver(BaseException):
     """Raised in a measured program when no turn will follow. Not an Exception: nothing should handle it on its way."""
-
-
-class ContestantFailed(Exception):
-    """A measured program ended too early. The message holds the end of its log."""
 
 
 class Turns:
@@ -74,13 +69,6 @@ class Turns:
         self._answers.write(json.dumps(value) + "\n")
 
 
-def take_stdout() -> TextIO:
-    """Return the standard output for answers; whatever else the program prints goes to the standard error output."""
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)
-    return answers
-
-
 @dataclass
 class Contestant:
     """The measuring program's side of one measured program, and what was measured of it, turn by turn."""
@@ -92,36 +80,26 @@ class Contestant:
     facts: dict[str, float] = field(default_factory=dict)
     turns: list[dict[str, Any]] = field(default_factory=list)
     peak_memory_mb: float = 0.0
-    _process: subprocess.Popen[str] | None = None
+    _process: JsonProcess | None = None
 
     def start(self) -> None:
-        """Start the program and wait until it is ready. Raises ContestantFailed."""
-        with self.log.open("w") as log:
-            self._process = subprocess.Popen(
-                self.command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-                env={**os.environ, **self.environment},
-            )
-        self.facts = self._read()
+        """Start the program and wait until it is ready. Raises ProcessFailed."""
+        self._process = JsonProcess(self.name, self.command, self.environment, self.log)
+        self.facts = self._process.receive()
 
     def turn(self, seconds: float, *, counts: bool = True) -> None:
-        """Let the program work; raises ContestantFailed."""
-        assert self._process is not None and self._process.stdin is not None
-        self._process.stdin.write(f"{seconds}\n")
-        self._process.stdin.flush()
-        answer = self._read()
+        """Let the program work; raises ProcessFailed."""
+        assert self._process is not None, "`start` comes first"
+        self._process.send(str(seconds))
+        answer = self._process.receive()
         self.peak_memory_mb = answer.pop("peak_memory_mb")
         if counts:
             self.turns.append(answer)
 
     def stop(self) -> None:
-        """End the program, whatever it does."""
+        """Kill the program if it runs."""
         if self._process is not None:
-            self._process.kill()
-            self._process.communicate()
+            self._process.stop()
 
     def turn_rates(self) -> list[float]:
         """Return the tokens per second of each turn."""
@@ -144,15 +122,6 @@ class Contestant:
             "peak_memory_mb": self.peak_memory_mb,
             **self.facts,
         }
-
-    def _read(self) -> dict[str, Any]:
-        assert self._process is not None and self._process.stdout is not None
-        if not (line := self._process.stdout.readline()):
-            status = self._process.wait()
-            tail = self.log.read_text(errors="replace")[-_LOG_TAIL_CHARACTERS:]
-            raise ContestantFailed(f"{self.name} ended with exit status {status}; {self.log} ends with:\n{tail}")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
 
 
 @contextmanager

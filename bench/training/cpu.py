@@ -28,8 +28,9 @@ from bench.peers.plain_loop import cut_batches
 from bench.peers.task import PeerTask, read_ids, recipe_of, task_of, write_ids
 from bench.quality import bleu as quality
 from bench.shared.local_training import ListReporter, LocalCorpus, new_job, write_corpus
+from bench.shared.process import ProcessFailed
 from bench.shared.result import Peer, Result, publish, watched_machine
-from bench.shared.turns import Contestant, ContestantFailed, alternate, median_ratio, started
+from bench.shared.turns import Contestant, alternate, median_ratio, started
 from examples.parallel_text import TextMissing, find_files, read_lines
 from ferryman_service.domain.recipe import Precision, Preset, Recipe
 from ferryman_service.domain.tokens import EOS
@@ -263,7 +264,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         corpus = write_corpus(FOLDER, train, validation)
         with watched_machine():
             return max(publish(measure(prepare(preset, corpus), arguments)) for preset in presets)
-    except (TextMissing, PeerMissing, ContestantFailed) as error:
+    except (TextMissing, PeerMissing, ProcessFailed) as error:
         sys.exit(f"bench-training-cpu: {error}")
 
 
