@@ -30,9 +30,8 @@ from bench.load.alone import AloneTimes, alone_times
 from bench.load.rate_search import Probe, RateSearch, SearchConfig, print_probes
 from bench.peers.environment import PeerMissing, ctranslate2_python
 from bench.quality import bleu as quality
-from bench.serving.cpu import CORES, PEER_TYPES
-from bench.shared.models import COMPUTE_TYPES, FOLDER, converted, current_bundle, read_text
-from bench.shared.news_text import find_news
+from bench.shared.corpus import find_news
+from bench.shared.models import COMPUTE_TYPES, CORES, FOLDER, PEER_TYPES, converted, current_bundle, read_text
 from bench.shared.process import ProcessFailed, ServingProcess
 from bench.shared.result import RESULTS, Peer, Result, publish, watched_machine
 from bench.shared.server_program import Server, ServerFailed, started_server

@@ -31,11 +31,12 @@ from typing import Any, Final
 
 from bench.load.dearest_server import SECONDS
 from bench.load.neighbour import SERVED as MODEL
-from bench.load.neighbour import import_served_model, made_up_text, remove_data
+from bench.load.neighbour import import_served_model
 from bench.load.random_requests import RequestMaker, Rpc, all_rpcs
+from bench.shared.made_up import made_up_text
 from bench.shared.process import ProcessFailed, ServingProcess, memory_mib
 from bench.shared.result import Result, publish, watched_machine
-from bench.shared.server_program import Server, ServerFailed, started_server
+from bench.shared.server_program import Server, ServerFailed, remove_data, started_server
 from examples.local_service import ServiceFailed
 from ferryman import Client
 from ferryman.errors import FerrymanError, ResourceExhausted
@@ -229,7 +230,7 @@ def scene(folder: Path) -> Iterator[tuple[Search, dict[str, list[str]]]]:
 
     Raises ServiceFailed, ServerFailed, ProcessFailed, FerrymanError.
     """
-    remove_data(folder)
+    remove_data(folder / "data")
     text = made_up_text(_PAIRS)
     import_served_model(folder / "data", text, text.source[:64], _VOCABULARY)
     environment = {"FERRYMAN_DATA_DIR": str(folder / "data"), "PYTHONPATH": os.getcwd(), "PYTHONSAFEPATH": ""}

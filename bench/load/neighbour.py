@@ -18,10 +18,7 @@ import argparse
 import contextlib
 import math
 import os
-import random
-import shutil
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,12 +27,16 @@ from pathlib import Path
 from typing import Any, Final
 
 from bench.load.neighbour_training import HaltableRun, TrainingFailed, busy_process, training_run
+from bench.shared.command_line import measured
+from bench.shared.corpus import read_training_text
+from bench.shared.made_up import made_up_text
 from bench.shared.models import random_bundle
 from bench.shared.process import ProcessFailed, ServingProcess
-from bench.shared.result import Result, publish, watched_machine
+from bench.shared.result import Result
+from bench.shared.server_program import ServerFailed, import_model, remove_data
 from bench.shared.turns import quantile
 from examples.local_service import ServiceFailed, local_service
-from examples.parallel_text import ParallelLines, TextMissing, find_files, read_lines
+from examples.parallel_text import ParallelLines, TextMissing
 from ferryman import Client
 from ferryman_service.domain.recipe import resolve_recipe
 
@@ -53,7 +54,6 @@ BUSY_LOAD_SHARE: Final = 1 / 3
 _IN_FLIGHT: Final = 8
 _SETTLE_S: Final = 1.0
 _VALIDATION_PAIRS: Final = 200
-_WORDS: Final = 9_000
 _SEED: Final = 1
 
 
@@ -236,50 +236,31 @@ def parts_of(turns: Sequence[Turn], updates: Sequence[tuple[float, float]]) -> l
     ]
 
 
-def made_up_text(pairs: int) -> ParallelLines:
-    """Return sentences of made-up words, as long as captions are, whose translations are other words in their order."""
-    generator = random.Random(_SEED)
-    syllables = [consonant + vowel for consonant in "bdfghjklmnprstvwz" for vowel in "aeiou"]
-    lexicon = [
-        tuple("".join(generator.choices(syllables, k=generator.randint(1, 4))) for _ in range(2)) for _ in range(_WORDS)
-    ]
-    frequencies = [1 / (rank + 10) for rank in range(_WORDS)]
-    sentences = [
-        generator.choices(lexicon, frequencies, k=min(40, max(3, round(generator.gauss(12, 4))))) for _ in range(pairs)
-    ]
-    source, target = ([" ".join(word[side] for word in words) for words in sentences] for side in (0, 1))
-    return ParallelLines(source=source, target=target)
-
-
 def text_of(task: Task) -> tuple[ParallelLines, ParallelLines]:
     """Return training and validation text; raises TextMissing."""
     if task.data is not None:
-        train, validation = (read_lines(find_files(str(task.data / name), "en", "de")) for name in ("train", "val"))
-        return train, validation
+        return read_training_text(task.data, "en", "de")
     text = made_up_text(task.pairs + _VALIDATION_PAIRS)
     train = ParallelLines(source=text.source[: task.pairs], target=text.target[: task.pairs])
     return train, ParallelLines(source=text.source[task.pairs :], target=text.target[task.pairs :])
 
 
 def import_served_model(data_dir: Path, train: ParallelLines, held_out: Sequence[str], vocabulary_size: int) -> None:
-    """Publish the preset with random weights as the model to translate with; raises ServiceFailed."""
+    """Publish the preset with random weights as the model to translate with; raises ServerFailed."""
     recipe = resolve_recipe({"preset": PRESET, "data": {"vocabulary_size": vocabulary_size}})
     bundle = random_bundle(recipe, [*train.source, *train.target], held_out, data_dir.with_name("random"))
-    command = [sys.executable, "-m", "ferryman_service", "import-model", str(bundle), SERVED]
-    environment = {**os.environ, "FERRYMAN_DATA_DIR": str(data_dir)}
-    if (ended := subprocess.run(command, capture_output=True, text=True, env=environment)).returncode:
-        raise ServiceFailed(f"the bundle cannot be published:\n{ended.stderr[-2000:]}")
+    import_model(bundle, data_dir, SERVED)
 
 
 @contextlib.contextmanager
 def scene(folder: Path, task: Task, effort: Effort) -> Iterator[Scene]:
     """Start the service, measure what it can answer while nothing else runs, then start training and halt it.
 
-    Raises TextMissing, ServiceFailed, ProcessFailed, TrainingFailed.
+    Raises TextMissing, ServerFailed, ServiceFailed, ProcessFailed, TrainingFailed.
     """
-    remove_data(folder)
-    train, validation = text_of(task)
     data_dir = folder / "data"
+    remove_data(data_dir)
+    train, validation = text_of(task)
     import_served_model(data_dir, train, validation.source, task.vocabulary_size)
     command = [sys.executable, "-m", "bench.load.neighbour_client"]
     with (
@@ -303,7 +284,7 @@ def scene(folder: Path, task: Task, effort: Effort) -> Iterator[Scene]:
 
 
 def measure(arguments: argparse.Namespace) -> Result:
-    """Run the benchmark; raises TextMissing, ServiceFailed, ProcessFailed, TrainingFailed."""
+    """Run the benchmark; raises TextMissing, ServerFailed, ServiceFailed, ProcessFailed, TrainingFailed."""
     effort: Effort = QUICK if arguments.quick else FULL
     with scene(FOLDER, Task(data=arguments.data), effort) as running:
         shipped = running.run.shipped_with()
@@ -354,15 +335,6 @@ def _capacity(client: ServingProcess, address: str, seconds: float) -> float:
     return float(client.ask("capacity", address=address, seconds=seconds, **options))
 
 
-def remove_data(folder: Path) -> None:
-    """Remove the last run's data; the model with random weights stays. Published bundles are read-only folders."""
-    data = folder / "data"
-    for path in (data, *data.rglob("*")):
-        if path.is_dir():
-            path.chmod(0o755)
-    shutil.rmtree(data, ignore_errors=True)
-
-
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog="make bench-neighbour", description=__doc__)
@@ -373,12 +345,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark; the exit status is 0 if every condition holds."""
-    try:
-        arguments = parse(argv)
-        with watched_machine():
-            return publish(measure(arguments))
-    except (TextMissing, ServiceFailed, ProcessFailed, TrainingFailed) as error:
-        sys.exit(f"bench-neighbour: {error}")
+    arguments = parse(argv)
+    failures = (TextMissing, ServiceFailed, ServerFailed, ProcessFailed, TrainingFailed)
+    return measured("bench-neighbour", lambda: measure(arguments), failures)
 
 
 if __name__ == "__main__":

@@ -39,12 +39,15 @@ from bench.quality.turns import (
     seconds_to,
     take_turns,
 )
+from bench.shared.command_line import add_corpus
+from bench.shared.corpus import Corpus, find_corpus
 from bench.shared.process import ProcessFailed
 from bench.shared.result import Peer, Result, publish, watched_machine
+from bench.shared.trained_model import QUALITY_MODEL_NAME, QUALITY_OUTPUT
 from bench.shared.turns import started
 from examples import run_report
 from examples.local_service import ServiceFailed, local_service
-from examples.parallel_text import ParallelFiles, ParallelLines, TextMissing, find_files, read_lines
+from examples.parallel_text import ParallelLines, TextMissing, read_lines
 from examples.translating import translate_all
 from ferryman import Client
 from ferryman.types import (
@@ -62,10 +65,7 @@ from ferryman_service.domain.recipe import Recipe as ResolvedRecipe
 from ferryman_service.domain.recipe import recipe_from_dict
 from ferryman_service.stores.layout import DataFolder
 
-OUTPUT: Final = Path("bench-output/quality")
 CHOICE_OUTPUT: Final = Path("bench-output/quality-choice")
-DEFAULT_DATA: Final = Path("../shared/data/multi30k")
-MODEL_NAME: Final = "bench"
 BEAM_SIZE: Final = 5
 
 FULL_MINUTES: Final = 15.0
@@ -99,23 +99,12 @@ CHOICES: Final = tuple(
 )
 CHOICE_S: Final = 60.0
 
-TEST_NAMES: Final = ("test_2016_flickr", "test")
 TARGET_TASK: Final = ("test_2016_flickr", "en", "de")
 TARGET_ADVANTAGE_BLEU: Final = 1.0
 # Not more: the rates of both end with the time, and so does most of the gain.
 TARGET_TIME_RATIO: Final = 1.0
 PEER_NAME: Final = "a loop around torch.nn.Transformer, as long, in turns in the same run"
 _START_PAIRS: Final = 100
-
-
-@dataclass(frozen=True, kw_only=True)
-class Corpus:
-    """A corpus in files; `test_name` is the prefix of its test set."""
-
-    train: ParallelFiles
-    validation: ParallelFiles
-    test: ParallelLines
-    test_name: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,19 +149,6 @@ class TimeToEqual:
         return self.peer_s / self.ours_s if self.ours_s else 0.0
 
 
-def find_corpus(data: Path, source: str, target: str) -> Corpus:
-    """Return the corpus in a folder with train, val and test files. Raises TextMissing."""
-    for name in TEST_NAMES:
-        if any((data / f"{name}.{source}{suffix}").exists() for suffix in ("", ".gz")):
-            return Corpus(
-                train=find_files(str(data / "train"), source, target),
-                validation=find_files(str(data / "val"), source, target),
-                test=read_lines(find_files(str(data / name), source, target)),
-                test_name=name,
-            )
-    raise TextMissing(f"{data} has none of {', '.join(f'{name}.{source}' for name in TEST_NAMES)}: pass DATA=folder")
-
-
 def plan_of(arguments: argparse.Namespace, corpus: Corpus) -> Plan:
     """Return what the command line asks for."""
     recipe = QUICK_RECIPE if arguments.quick else FULL_RECIPE
@@ -197,7 +173,7 @@ def has_target(arguments: argparse.Namespace, corpus: Corpus) -> bool:
 
 def resolved(client: Client, corpus_id: str, recipe: Recipe) -> ResolvedRecipe:
     """Return the recipe with every value set."""
-    run = client.start_training(corpus_id, MODEL_NAME, recipe, validate_only=True)
+    run = client.start_training(corpus_id, QUALITY_MODEL_NAME, recipe, validate_only=True)
     return recipe_from_dict(asdict(run.recipe))
 
 
@@ -238,7 +214,7 @@ def plain_folder(output: Path, corpus: Corpus, recipe: ResolvedRecipe) -> Path:
     return folder
 
 
-def measure(corpus: Corpus, plan: Plan, output: Path = OUTPUT) -> Result:
+def measure(corpus: Corpus, plan: Plan, output: Path = QUALITY_OUTPUT) -> Result:
     """Run the benchmark. Raises RunFailed, ProcessFailed, ServiceFailed."""
     shutil.rmtree(output, ignore_errors=True)
     with local_service(output / "data", output / "service.log") as address, Client(address) as client:
@@ -247,7 +223,7 @@ def measure(corpus: Corpus, plan: Plan, output: Path = OUTPUT) -> Result:
         recipe = with_time(plan, start_s)
         in_full = resolved(client, corpus_id, recipe)
         folder = plain_folder(output, corpus, in_full)
-        ours = OurRun(client, lambda: client.start_training(corpus_id, MODEL_NAME, recipe))
+        ours = OurRun(client, lambda: client.start_training(corpus_id, QUALITY_MODEL_NAME, recipe))
         job = plain_job(folder, in_full, plan.plain, plan.seconds, BEAM_SIZE)
         program = contestant(folder, job)
         print(f"{plan.seconds:.0f} s each in {plan.turns} turns; a worker starts in {start_s:.1f} s", flush=True)
@@ -258,7 +234,7 @@ def measure(corpus: Corpus, plan: Plan, output: Path = OUTPUT) -> Result:
                     ours, peer, total_s=plan.seconds, turns=plan.turns, report=lambda turn: report(turn, ours, peer)
                 )
         records = list(client.stream_metrics(ours.run.run_id, follow=False))
-        model = f"{MODEL_NAME}/{ours.run.model_version}"
+        model = f"{QUALITY_MODEL_NAME}/{ours.run.model_version}"
         translations = translate_all(client, model, corpus.test.source, beam_size=BEAM_SIZE)
     check_subwords(output, ours.run, folder)
     run_report.save_metrics(records, output / "metrics.csv")
@@ -287,7 +263,7 @@ def report(turn: int, ours: OurRun, peer: PlainLoop) -> None:
 def check_subwords(output: Path, run: TrainingRun, folder: Path) -> None:
     """Make sure that both had the same subwords."""
     assert run.model_version is not None
-    bundle = DataFolder(output / "data").bundle_dir(MODEL_NAME, run.model_version)
+    bundle = DataFolder(output / "data").bundle_dir(QUALITY_MODEL_NAME, run.model_version)
     assert (bundle / SUBWORDS_FILE).read_bytes() == (folder / SUBWORDS).read_bytes(), "both learn the same subwords"
 
 
@@ -397,9 +373,7 @@ def bench_name(arguments: argparse.Namespace) -> str:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog="make bench-quality", description=__doc__)
-    parser.add_argument("--data", type=Path, default=DEFAULT_DATA, help="folder with train, val and test files")
-    parser.add_argument("--source", default="en", help="source language (default: en)")
-    parser.add_argument("--target", default="de", help="target language (default: de)")
+    add_corpus(parser)
     parser.add_argument("--preset", help="train this preset as it is (default: tiny with a recipe of its own)")
     parser.add_argument("--minutes", type=float, help=f"minutes of training for each (default: {FULL_MINUTES:g})")
     parser.add_argument("--quick", action="store_true", help=f"{QUICK_MINUTES:g} minutes each, with a smaller recipe")

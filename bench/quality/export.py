@@ -6,19 +6,14 @@ and counts the sentences whose best hypotheses are the same tokens.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from bench.quality import bleu as quality
-from bench.shared.models import current_bundle
-from bench.shared.result import Result, publish, watched_machine
-from bench.shared.trained_model import ModelUnfit, task_of, trained_bundle
-from examples.local_service import ServiceFailed
-from examples.parallel_text import TextMissing, read_lines
+from bench.shared import test_set
+from bench.shared.result import Result
 from ferryman_service.application.ports import Translator
 from ferryman_service.bundle.manifest import SUBWORDS_FILE, WEIGHTS_FILE, read_manifest
 from ferryman_service.domain.training import TrainedModel
@@ -81,28 +76,9 @@ def measure(bundle: Path, sentences: Sequence[str], quick: bool) -> Result:
     )
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(prog="make bench-export", description=__doc__)
-    parser.add_argument("--data", type=Path, default=quality.DEFAULT_DATA, help="folder with the test files")
-    parser.add_argument("--source", default="en", help="source language (default: en)")
-    parser.add_argument("--target", default="de", help="target language (default: de)")
-    parser.add_argument("--model", type=Path, help="a trained bundle (default: find one, or train one)")
-    parser.add_argument("--quick", action="store_true", help=f"the first {QUICK_SENTENCES} sentences only")
-    return parser.parse_args(argv)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark; the exit status is 0 if the target is reached."""
-    arguments = parse(argv)
-    try:
-        task = task_of(arguments.data, arguments.source, arguments.target)
-        test = task.corpus.test.source
-        with watched_machine():
-            bundle = current_bundle(trained_bundle(arguments.model, task), read_lines(task.corpus.validation).source)
-            return publish(measure(bundle, test[:QUICK_SENTENCES] if arguments.quick else test, arguments.quick))
-    except (TextMissing, FileNotFoundError, ModelUnfit, ServiceFailed) as error:
-        sys.exit(f"bench-export: {error}")
+    return test_set.run("bench-export", __doc__, measure, quick_sentences=QUICK_SENTENCES, argv=argv)
 
 
 if __name__ == "__main__":

@@ -23,11 +23,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from bench.quality.bleu import DEFAULT_DATA
+from bench.shared.command_line import measured
+from bench.shared.corpus import DEFAULT_DATA, read_training_text
 from bench.shared.local_training import ListReporter, new_job, write_corpus
-from bench.shared.result import Result, publish, watched_machine
+from bench.shared.result import Result
 from examples import demo, phrases
-from examples.parallel_text import ParallelLines, TextMissing, find_files, read_lines
+from examples.parallel_text import ParallelLines, TextMissing
 from ferryman_service.domain.recipe import Recipe, resolve_recipe
 from ferryman_service.domain.schedule import ScheduleKind
 from ferryman_service.launch.launcher import LaunchConfig, worker_environment
@@ -78,8 +79,7 @@ def corpus_lines(row: Row, data: Path) -> tuple[ParallelLines, ParallelLines]:
             for pairs in (corpus.train, corpus.validation)
         )
         return train, validation
-    train, validation = (read_lines(find_files(str(data / name), "en", "de")) for name in ("train", "val"))
-    return train, validation
+    return read_training_text(data, "en", "de")
 
 
 def run_one(recipe: Recipe, train: ParallelLines, validation: ParallelLines, folder: Path) -> dict[str, Any]:
@@ -121,16 +121,8 @@ def run_side_by_side(row: Row, data: Path, processors: Sequence[int]) -> dict[st
     try:
         with neighbours(len(processors) if row.busy else 0):
             for kind, processor in zip(SCHEDULES, processors, strict=True):
-                arguments = [
-                    "--one",
-                    str(row),
-                    "--kind",
-                    str(kind),
-                    "--data",
-                    str(data),
-                    "--folder",
-                    str(folder / kind),
-                ]
+                arguments = ["--one", str(row), "--kind", str(kind), "--data", str(data)]
+                arguments += ["--folder", str(folder / kind)]
                 with (folder / f"{kind}.log").open("wb") as log:
                     programs[kind] = subprocess.Popen(
                         ["taskset", "-c", str(processor), sys.executable, "-m", "bench.quality.schedules", *arguments],
@@ -190,11 +182,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(json.dumps(run_one(recipe, *corpus_lines(arguments.one, arguments.data), arguments.folder)))
         return 0
     rows = arguments.rows or [Row.parse(text) for text in (QUICK_ROWS if arguments.quick else ROWS)]
-    try:
-        with watched_machine():
-            return publish(measure(rows, arguments.data))
-    except (RunFailed, TextMissing) as error:
-        sys.exit(f"bench-schedules: {error}")
+    return measured("bench-schedules", lambda: measure(rows, arguments.data), (RunFailed, TextMissing))
 
 
 if __name__ == "__main__":

@@ -16,17 +16,16 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final
 
 import sacrebleu
 
 from bench.peers.environment import CTRANSLATE2, PeerMissing, ctranslate2_python
-from bench.quality import bleu as quality
-from bench.shared.models import COMPUTE_TYPES, FOLDER, ServingTask, base_task, read_text, tiny_task
-from bench.shared.news_text import find_news
+from bench.shared.command_line import add_corpus, add_model, measured
+from bench.shared.corpus import find_news
+from bench.shared.models import COMPUTE_TYPES, CORES, FOLDER, PEER_TYPES, ServingTask, base_task, read_text, tiny_task
 from bench.shared.process import ProcessFailed, ServingProcess
-from bench.shared.result import Peer, Result, publish, watched_machine
+from bench.shared.result import Peer, Result
 from bench.shared.rows import Row, at_least, at_most, print_rows, reported
 from bench.shared.trained_model import ModelUnfit, model_facts, task_of, trained_bundle
 from examples.local_service import ServiceFailed
@@ -37,8 +36,6 @@ from ferryman_service.text.subwords import Subwords
 ENGINES: Final = ("ferryman", "ctranslate2")
 SEARCHES: Final[Mapping[str, int]] = {"greedy": 1, "beam 5": 5}
 PEER_BATCHES: Final = (32, 64)
-PEER_TYPES: Final = {"fp32": "float32", "int8": "int8"}
-CORES: Final = 2
 LATENCY_AT_MOST: Final = 0.8
 THROUGHPUT_AT_LEAST: Final = 1.25
 MEMORY_AT_MOST: Final = 1.0
@@ -273,23 +270,20 @@ def measure(arguments: argparse.Namespace) -> Result:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog="make bench-serving-cpu", description=__doc__)
-    parser.add_argument("--data", type=Path, default=quality.DEFAULT_DATA, help="folder with train, val and test files")
-    parser.add_argument("--source", default="en", help="source language (default: en)")
-    parser.add_argument("--target", default="de", help="target language (default: de)")
-    parser.add_argument("--model", type=Path, help="folder of a trained bundle (default: find one, or train one)")
+    add_corpus(parser)
+    add_model(parser)
     parser.add_argument("--tasks", nargs="+", choices=("tiny", "base"), default=["tiny", "base"])
     parser.add_argument("--quick", action="store_true", help="fewer sentences and rounds, the same targets")
     return parser.parse_args(argv)
 
 
+FAILURES: Final = (TextMissing, FileNotFoundError, ModelUnfit, PeerMissing, ProcessFailed, ServiceFailed)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark; the exit status is 0 if every row holds."""
     arguments = parse(argv)
-    try:
-        with watched_machine():
-            return publish(measure(arguments))
-    except (TextMissing, FileNotFoundError, ModelUnfit, PeerMissing, ProcessFailed, ServiceFailed) as error:
-        sys.exit(f"bench-serving-cpu: {error}")
+    return measured("bench-serving-cpu", lambda: measure(arguments), FAILURES)
 
 
 if __name__ == "__main__":

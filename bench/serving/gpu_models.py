@@ -8,17 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-import torch
-from safetensors.torch import save_file
 from sentencepiece import sentencepiece_model_pb2
 
+from bench.shared.made_up import NO_SCORES, untrained_lineage, write_untrained_weights
 from ferryman_service.bundle.manifest import SUBWORDS_FILE, WEIGHTS_FILE
-from ferryman_service.domain.models import ModelLineage, ModelScores
 from ferryman_service.domain.recipe import Recipe, resolve_recipe
 from ferryman_service.domain.tokens import EOS
 from ferryman_service.domain.training import TrainedModel
-from ferryman_service.model.config import TransformerConfig
-from ferryman_service.model.transformer import Transformer
 from ferryman_service.training.export import OnnxExporter
 
 SPECIAL: Final = ("<pad>", "<unk>", "<s>", "</s>")
@@ -47,31 +43,18 @@ def random_bundle(folder: Path, recipe: Recipe) -> Path:
         return bundle
     parts.mkdir(parents=True, exist_ok=True)
     write_subwords(parts / SUBWORDS_FILE, recipe.data.vocabulary_size)
-    torch.manual_seed(_SEED)
-    transformer = Transformer(TransformerConfig.from_recipe(recipe, recipe.data.vocabulary_size))
-    with torch.no_grad():
-        transformer.embedding.weight *= 2
-    save_file(transformer.state_dict(), parts / WEIGHTS_FILE)
     trained = TrainedModel(
         weights=parts / WEIGHTS_FILE,
         subwords=parts / SUBWORDS_FILE,
         recipe=recipe,
-        scores=ModelScores(bleu=0.0, chrf=0.0, nll_per_token=0.0, weights="best", step=0),
-        parameters=sum(weight.numel() for weight in transformer.parameters()),
+        scores=NO_SCORES,
+        parameters=write_untrained_weights(recipe, parts / WEIGHTS_FILE, sharpened=True),
         check_sentences=["w4 w5"],
-    )
-    lineage = ModelLineage(
-        run_id="run_0000000000000000000000",
-        corpus_id="cor_0000000000000000000000",
-        corpus_digest="00" * 32,
-        source_language="en",
-        target_language="de",
-        recipe=recipe,
     )
     partial = folder / "partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
-    OnnxExporter().export(trained, lineage, partial)
+    OnnxExporter().export(trained, untrained_lineage(recipe), partial)
     return partial.rename(bundle)
 
 

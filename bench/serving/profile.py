@@ -10,7 +10,6 @@ Beside it, from a run with ONNX Runtime's profiler: the decoder's operators, us 
 
 from __future__ import annotations
 
-import argparse
 import collections
 import contextlib
 import json
@@ -24,13 +23,9 @@ from typing import Any, Final
 
 import onnxruntime
 
-from bench.quality import bleu as quality
 from bench.serving import search_overhead
-from bench.shared.models import current_bundle
-from bench.shared.result import Result, publish, watched_machine
-from bench.shared.trained_model import ModelUnfit, task_of, trained_bundle
-from examples.local_service import ServiceFailed
-from examples.parallel_text import TextMissing, read_lines
+from bench.shared import test_set
+from bench.shared.result import Result
 from ferryman_service.bundle.manifest import SUBWORDS_FILE, graph_files, read_manifest
 from ferryman_service.domain.translation import CancelToken, ComputeType, PreparedSentence, SearchOptions
 from ferryman_service.pipeline.text import SentenceText
@@ -185,28 +180,11 @@ def measure(bundle: Path, sentences: Sequence[str], quick: bool) -> Result:
     )
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(prog="make bench-serving-profile", description=__doc__)
-    parser.add_argument("--data", type=Path, default=quality.DEFAULT_DATA, help="folder with the test files")
-    parser.add_argument("--source", default="en", help="source language (default: en)")
-    parser.add_argument("--target", default="de", help="target language (default: de)")
-    parser.add_argument("--model", type=Path, help="a trained bundle (default: find one, or train one)")
-    parser.add_argument("--quick", action="store_true", help=f"the first {QUICK_SENTENCES} sentences only")
-    return parser.parse_args(argv)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark; the exit status is 0 if the target is reached."""
-    arguments = parse(argv)
-    try:
-        task = task_of(arguments.data, arguments.source, arguments.target)
-        sentences = task.corpus.test.source[: QUICK_SENTENCES if arguments.quick else SENTENCES]
-        with watched_machine():
-            bundle = current_bundle(trained_bundle(arguments.model, task), read_lines(task.corpus.validation).source)
-            return publish(measure(bundle, sentences, arguments.quick))
-    except (TextMissing, FileNotFoundError, ModelUnfit, ServiceFailed) as error:
-        sys.exit(f"bench-serving-profile: {error}")
+    return test_set.run(
+        "bench-serving-profile", __doc__, measure, quick_sentences=QUICK_SENTENCES, sentences=SENTENCES, argv=argv
+    )
 
 
 if __name__ == "__main__":

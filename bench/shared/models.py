@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Final
 
 from bench.peers.environment import PeerMissing, ctranslate2_python
-from bench.shared.news_text import News
+from bench.shared.corpus import News
+from bench.shared.made_up import NO_SCORES, untrained_lineage, write_untrained_weights
 from bench.shared.trained_model import Task
 from examples.parallel_text import TextMissing, read_lines
 from ferryman_service.bundle.manifest import (
@@ -37,6 +38,9 @@ from ferryman_service.text.subwords import Subwords, train_subwords
 
 FOLDER: Final = Path("bench-output/serving")
 COMPUTE_TYPES: Final = ("fp32", "int8")
+PEER_TYPES: Final = {"fp32": "float32", "int8": "int8"}
+"""CTranslate2's name of each compute type."""
+CORES: Final = 2
 BASE_VOCABULARY: Final = 32_001
 FORCED_LENGTH: Final = 15
 _CHECK_SENTENCES: Final = 64
@@ -158,24 +162,16 @@ def random_bundle(recipe: Recipe, training: Sequence[str], held_out: Sequence[st
             character_coverage=1.0,
             seed=_SEED,
         )
-        write_random_weights(recipe, weights)
+        write_untrained_weights(recipe, weights)
     trained = TrainedModel(
         weights=weights,
         subwords=subwords,
         recipe=recipe,
-        scores=ModelScores(bleu=0.0, chrf=0.0, nll_per_token=0.0, weights="best", step=0),
+        scores=NO_SCORES,
         parameters=count_numbers(weights),
         check_sentences=held_out[:_CHECK_SENTENCES],
     )
-    lineage = ModelLineage(
-        run_id="run_0000000000000000000000",
-        corpus_id="cor_0000000000000000000000",
-        corpus_digest="00" * 32,
-        source_language="en",
-        target_language="de",
-        recipe=recipe,
-    )
-    return _exported(trained, lineage, folder)
+    return _exported(trained, untrained_lineage(recipe), folder)
 
 
 def count_numbers(weights: Path) -> int:
@@ -183,19 +179,6 @@ def count_numbers(weights: Path) -> int:
     with weights.open("rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
     return sum(math.prod(part["shape"]) for name, part in header.items() if name != "__metadata__")
-
-
-def write_random_weights(recipe: Recipe, path: Path) -> None:
-    """Write weights as training would begin with them."""
-    import torch  # only a first run needs it, and it is slow to import
-    from safetensors.torch import save_file
-
-    from ferryman_service.model.config import TransformerConfig
-    from ferryman_service.model.transformer import Transformer
-
-    torch.manual_seed(_SEED)
-    transformer = Transformer(TransformerConfig.from_recipe(recipe, recipe.data.vocabulary_size))
-    save_file(transformer.state_dict(), path)
 
 
 def _exported(trained: TrainedModel, lineage: ModelLineage, folder: Path) -> Path:

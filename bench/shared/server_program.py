@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,6 +34,22 @@ class Server:
     name: str
     address: str
     pid: int
+
+
+def remove_data(data_dir: Path) -> None:
+    """Remove a data folder of the service, whose published bundles are read-only folders."""
+    for path in (data_dir, *data_dir.rglob("*")):
+        if path.is_dir():
+            path.chmod(0o755)
+    shutil.rmtree(data_dir, ignore_errors=True)
+
+
+def import_model(bundle: Path, data_dir: Path, name: str) -> None:
+    """Publish a bundle as a model in a data folder; raises ServerFailed."""
+    command = [sys.executable, "-m", "ferryman_service", "import-model", str(bundle), name]
+    environment = {**os.environ, "FERRYMAN_DATA_DIR": str(data_dir)}
+    if (ended := subprocess.run(command, capture_output=True, text=True, env=environment)).returncode:
+        raise ServerFailed(f"cannot publish the bundle {bundle}:\n{ended.stderr[-2000:]}")
 
 
 @contextlib.contextmanager

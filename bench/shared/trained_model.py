@@ -18,7 +18,7 @@ from typing import Any, Final
 
 from rich.console import Console
 
-from bench.quality import bleu as quality
+from bench.shared.corpus import Corpus, find_corpus
 from examples.local_service import local_service
 from ferryman import Client
 from ferryman.cli.progress import follow
@@ -37,6 +37,9 @@ from ferryman_service.domain.recipe import recipe_to_dict, resolve_recipe
 from ferryman_service.stores.corpus_text import CorpusLimits, check_split
 from ferryman_service.stores.corpus_upload import corpus_digest
 
+QUALITY_OUTPUT: Final = Path("bench-output/quality")
+QUALITY_MODEL_NAME: Final = "bench"
+"""Where `bench-quality` leaves its model."""
 OUTPUT: Final = Path("bench-output/serving/trained")
 MODEL_NAME: Final = "serving"
 UPDATES: Final = 1600
@@ -55,7 +58,7 @@ class ModelUnfit(Exception):
 class Task:
     """What the model must have been trained on."""
 
-    corpus: quality.Corpus
+    corpus: Corpus
     source: str
     target: str
 
@@ -67,7 +70,7 @@ class Task:
 
 def task_of(data: Path, source: str, target: str) -> Task:
     """Return the task of a folder with train, val and test files; raises TextMissing."""
-    return Task(corpus=quality.find_corpus(data, source, target), source=source, target=target)
+    return Task(corpus=find_corpus(data, source, target), source=source, target=target)
 
 
 def training_recipe() -> Recipe:
@@ -110,7 +113,7 @@ def trained_bundle(folder: Path | None, task: Task) -> Path:
 
 def left_bundles() -> Iterator[Path]:
     """Yield the bundles that bench-quality and the serving benchmarks left, the newest of each first."""
-    for models in (quality.OUTPUT / "data/models" / quality.MODEL_NAME, OUTPUT / "data/models" / MODEL_NAME):
+    for models in (QUALITY_OUTPUT / "data/models" / QUALITY_MODEL_NAME, OUTPUT / "data/models" / MODEL_NAME):
         versions = [path for path in models.glob("*") if path.name.isdigit() and (path / MANIFEST_FILE).exists()]
         yield from sorted(versions, key=lambda path: int(path.name), reverse=True)
 

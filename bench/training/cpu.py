@@ -26,12 +26,13 @@ import numpy as np
 from bench.peers.environment import PeerMissing, fairseq_python
 from bench.peers.plain_loop import cut_batches
 from bench.peers.task import PeerTask, read_ids, recipe_of, task_of, write_ids
-from bench.quality import bleu as quality
+from bench.shared.command_line import add_corpus
+from bench.shared.corpus import read_training_text
 from bench.shared.local_training import ListReporter, LocalCorpus, new_job, write_corpus
 from bench.shared.process import ProcessFailed
 from bench.shared.result import Peer, Result, publish, watched_machine
 from bench.shared.turns import Contestant, alternate, median_ratio, started
-from examples.parallel_text import TextMissing, find_files, read_lines
+from examples.parallel_text import TextMissing
 from ferryman_service.domain.recipe import Precision, Preset, Recipe
 from ferryman_service.domain.tokens import EOS
 from ferryman_service.launch.launcher import LaunchConfig, worker_environment
@@ -240,9 +241,7 @@ def measure(prepared: Prepared, arguments: argparse.Namespace) -> Result:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog="make bench-training-cpu", description=__doc__)
-    parser.add_argument("--data", type=Path, default=quality.DEFAULT_DATA, help="folder with train and val files")
-    parser.add_argument("--source", default="en", help="source language (default: en)")
-    parser.add_argument("--target", default="de", help="target language (default: de)")
+    add_corpus(parser, "train and val files")
     parser.add_argument("--preset", type=Preset, choices=list(MAX_TOKENS), help="one of them only (default: both)")
     parser.add_argument("--no-bf16", action="store_true", help="leave our bf16 out")
     parser.add_argument("--quick", action="store_true", help=f"{QUICK_ROUNDS} rounds of short turns, no target")
@@ -257,10 +256,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(argv)
     presets = [arguments.preset] if arguments.preset else list(MAX_TOKENS)
     try:
-        train, validation = (
-            read_lines(find_files(str(arguments.data / name), arguments.source, arguments.target))
-            for name in ("train", "val")
-        )
+        train, validation = read_training_text(arguments.data, arguments.source, arguments.target)
         corpus = write_corpus(FOLDER, train, validation)
         with watched_machine():
             return max(publish(measure(prepare(preset, corpus), arguments)) for preset in presets)

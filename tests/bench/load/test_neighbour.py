@@ -23,6 +23,7 @@ from bench.load.neighbour import (
     parts_of,
 )
 from bench.load.neighbour_training import busy_process
+from bench.shared.made_up import made_up_text
 from ferryman_service.config.service_config import ServiceConfig
 from ferryman_service.launch.process import is_alive, process_identity, what_follows
 
@@ -105,8 +106,8 @@ def processor_s(pid):
 
 
 def test_made_up_text_is_the_same_each_time():
-    text = neighbour.made_up_text(50)
-    assert text == neighbour.made_up_text(50)
+    text = made_up_text(50)
+    assert text == made_up_text(50)
     assert [len(line.split()) for line in text.source] == [len(line.split()) for line in text.target]
     assert 8 < statistics.mean(len(line.split()) for line in text.source) < 16
 

@@ -7,6 +7,7 @@ import pytest
 from bench.quality import bleu as quality
 from bench.quality.bleu import Outcome, Plan
 from bench.quality.peer import PlainRecipe, Point, read_outcome
+from bench.shared.corpus import Corpus, find_corpus
 from examples.parallel_text import ParallelLines, TextMissing
 from ferryman.types import DataRecipe, ModelRecipe, OptimizationRecipe, Recipe, StopRecipe, ValidationRecipe
 from tests.system.conftest import reversal_corpus
@@ -32,7 +33,7 @@ def write_corpus(folder, test_name):
 @pytest.mark.parametrize("test_name", ["test_2016_flickr", "test"])
 def test_a_corpus_is_found_by_its_names(tmp_path, test_name):
     write_corpus(tmp_path, test_name)
-    corpus = quality.find_corpus(tmp_path, "en", "de")
+    corpus = find_corpus(tmp_path, "en", "de")
     assert corpus.test_name == test_name
     assert corpus.test.target == [f"{test_name} de"]
     assert corpus.train.source == tmp_path / "train.en"
@@ -40,7 +41,7 @@ def test_a_corpus_is_found_by_its_names(tmp_path, test_name):
 
 def test_a_folder_without_test_files_is_told_apart(tmp_path):
     with pytest.raises(TextMissing, match="pass DATA=folder"):
-        quality.find_corpus(tmp_path, "en", "de")
+        find_corpus(tmp_path, "en", "de")
 
 
 def test_the_quick_form_is_shorter_unless_minutes_are_given():
@@ -62,14 +63,14 @@ def test_the_quick_form_is_shorter_unless_minutes_are_given():
 )
 def test_only_the_known_task_has_a_target(tmp_path, test_name, arguments, name, has_target):
     write_corpus(tmp_path, test_name)
-    corpus = quality.find_corpus(tmp_path, "en", "de")
+    corpus = find_corpus(tmp_path, "en", "de")
     plan = quality.plan_of(quality.parse(arguments), corpus)
     assert (plan.name, plan.has_target) == (name, has_target)
 
 
 def test_preset_replaces_our_recipe(tmp_path):
     write_corpus(tmp_path, "test")
-    plan = quality.plan_of(quality.parse(["--preset", "base"]), quality.find_corpus(tmp_path, "en", "de"))
+    plan = quality.plan_of(quality.parse(["--preset", "base"]), find_corpus(tmp_path, "en", "de"))
     assert plan.recipe == Recipe(preset="base")
 
 
@@ -92,9 +93,7 @@ OURS = Outcome(seconds=900.5, steps=900, curve=[point(500, 31.0), point(600, 32.
 
 
 def compared(ours=OURS, peer=PEER, plan=PLAN):
-    corpus = quality.Corpus(
-        train=None, validation=None, test=ParallelLines(source=[], target=[]), test_name="test_2016_flickr"
-    )
+    corpus = Corpus(train=None, validation=None, test=ParallelLines(source=[], target=[]), test_name="test_2016_flickr")
     return quality.result(plan, corpus, ours, peer, selected=peer.curve[-1], details={})
 
 
@@ -128,7 +127,7 @@ def toy_corpus(tmp_path):
         pairs = reversal_corpus(count, seed)
         for language, side in (("en", 0), ("de", 1)):
             (tmp_path / f"{name}.{language}").write_text("".join(f"{pair[side]}\n" for pair in pairs))
-    return quality.find_corpus(tmp_path, "en", "de")
+    return find_corpus(tmp_path, "en", "de")
 
 
 TOY = Plan(

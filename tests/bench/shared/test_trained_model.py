@@ -5,7 +5,6 @@ import random
 
 import pytest
 
-from bench.quality import bleu as quality
 from bench.shared import trained_model
 from bench.shared.trained_model import (
     ModelUnfit,
@@ -51,7 +50,7 @@ def task(tmp_path):
 
 @pytest.fixture
 def left(tmp_path):
-    return tmp_path / quality.OUTPUT / "data/models" / quality.MODEL_NAME
+    return tmp_path / trained_model.QUALITY_OUTPUT / "data/models" / trained_model.QUALITY_MODEL_NAME
 
 
 def test_a_good_model_that_bench_quality_left_is_taken(task, left):

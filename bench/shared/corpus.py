@@ -1,4 +1,4 @@
-"""News sentences beside a benchmark's corpus: longer than captions, with more words."""
+"""The text of the benchmarks: a corpus in a folder of files, and news sentences beside it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,19 @@ from typing import Final
 
 from examples.parallel_text import ParallelFiles, ParallelLines, TextMissing, find_files, read_lines
 
+DEFAULT_DATA: Final = Path("../shared/data/multi30k")
+TEST_NAMES: Final = ("test_2016_flickr", "test")
 _NO_LINES: Final = ParallelLines(source=(), target=())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Corpus:
+    """A corpus in files; `test_name` is the prefix of its test set."""
+
+    train: ParallelFiles
+    validation: ParallelFiles
+    test: ParallelLines
+    test_name: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +37,25 @@ class News:
     def described(self) -> str:
         """What a line of JSON says of it."""
         return "none found: the sentences of the test set alone" if self.test is None else str(self.test)
+
+
+def find_corpus(data: Path, source: str, target: str) -> Corpus:
+    """Return the corpus in a folder with train, val and test files. Raises TextMissing."""
+    for name in TEST_NAMES:
+        if any((data / f"{name}.{source}{suffix}").exists() for suffix in ("", ".gz")):
+            return Corpus(
+                train=find_files(str(data / "train"), source, target),
+                validation=find_files(str(data / "val"), source, target),
+                test=read_lines(find_files(str(data / name), source, target)),
+                test_name=name,
+            )
+    raise TextMissing(f"{data} has none of {', '.join(f'{name}.{source}' for name in TEST_NAMES)}: pass DATA=folder")
+
+
+def read_training_text(data: Path, source: str, target: str) -> tuple[ParallelLines, ParallelLines]:
+    """Return the training and the validation pairs of a folder; raises TextMissing."""
+    train, validation = (read_lines(find_files(str(data / name), source, target)) for name in ("train", "val"))
+    return train, validation
 
 
 def find_news(data: Path, source: str, target: str) -> News:

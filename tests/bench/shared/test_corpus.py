@@ -4,7 +4,7 @@ import gzip
 
 import pytest
 
-from bench.shared.news_text import find_news
+from bench.shared.corpus import find_news
 
 
 @pytest.mark.parametrize(
