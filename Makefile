@@ -203,7 +203,7 @@ soak: $(READY) ## training and stores that fail everywhere, random and dear requ
 	FERRYMAN_SOAK=1 $(BIN)/python -m pytest $(PARALLEL) tests/contract/test_any_message.py tests/contract/test_mutated_bundles.py
 	$(BIN)/python -m bench.load.dearest $(if $(MINUTES),--minutes "$(MINUTES)")
 	$(BIN)/python -m bench.training.kill $(if $(MINUTES),--minutes "$(MINUTES)") $(if $(PROCESSES),--processes "$(PROCESSES)")
-	$(BIN)/python -m bench.load.capacity --soak $(or $(MINUTES),10) $(SERVED) $(if $(RATE),--rate "$(RATE)")
+	$(BIN)/python -m bench.load.soak $(if $(MINUTES),--minutes "$(MINUTES)") $(SERVED) $(if $(RATE),--rate "$(RATE)")
 
 rehearse: $(OPS) ## the cluster on one machine: restarts, kills and promotions under load behind a real Envoy, ~4 min: [QUICK=1]
 	@$(BIN)/python -m bench.rehearsal $(if $(QUICK),--quick)

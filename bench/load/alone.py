@@ -1,4 +1,4 @@
-"""What a server's calls take when they are alone: one in flight, the next when it has been answered.
+"""Latency with one call in flight: each call begins when the one before it has been answered.
 
 The load test takes its limit from these times of the peer, so that the limit fits the machine.
 """

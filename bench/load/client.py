@@ -3,7 +3,7 @@ take, and counts each call's time from the moment when it was to begin. So a ser
 callers down and look better for it. It also makes the same calls one after the other, each when the one before it has
 been answered.
 
-It answers commands, see `serving_process`.
+It answers commands, see `shared.process`.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Arrival:
 
 @dataclass
 class Seen:
-    """What came back: milliseconds of each call that counts and was answered, the codes of those that failed, the
+    """The answers: milliseconds of each call that counts and was answered, the codes of those that failed, the
     server's own times (of a server that tells them), and how late calls began because the client was busy."""
 
     latencies_ms: list[float] = field(default_factory=list)

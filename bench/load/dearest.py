@@ -1,4 +1,4 @@
-"""What `make dearest` runs: a search for the request that costs the service most.
+"""`make dearest`: a search for the most expensive request.
 
 The real service translates with random weights of the preset `tiny`, which never end a sentence early. One request at a
 time is sent to it: first those that are known to have been dear, then random ones of every RPC, then changed forms of
@@ -112,7 +112,7 @@ class Search:
         directions = (request.rpc.streams_requests, request.rpc.streams_responses)
         arity = "_".join("stream" if streams else "unary" for streams in directions)
         wire = [base64.b64encode(message).decode() for message in request.messages]
-        Path(f"/proc/{self.server.pid}/clear_refs").write_text("5")  # the peak of the memory begins anew
+        Path(f"/proc/{self.server.pid}/clear_refs").write_text("5")  # reset the peak
         before_mib = memory_mib(self.server.pid)["rss_mib"]
         _reset(self.seen)
         began_s = time.perf_counter()

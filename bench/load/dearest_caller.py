@@ -1,5 +1,5 @@
 """The caller of `dearest`: makes one call at a time in a thread and tells when it is over. It answers commands, see
-`serving_process`."""
+`shared.process`."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""What `make bench-neighbour` runs: what does a busy process cost training and serving, and what do these two cost each
-other, on the same cores?
+"""`make bench-neighbour`: the cost of a busy process to training and serving, and the cost of these two to each other,
+on the same cores.
 
 One service trains the preset `tiny` and translates through gRPC, with the environment and the priority that it gives
 its workers itself. By turns in one run: training alone, training beside a process that computes without pause, then
@@ -59,7 +59,7 @@ _SEED: Final = 1
 
 @dataclass(frozen=True, kw_only=True)
 class Mode:
-    """What runs during a turn; calls arrive at `load_share` of the quiet capacity, 0 for none."""
+    """A kind of turn; calls arrive at `load_share` of the quiet capacity, 0 for none."""
 
     name: str
     trains: bool = False
@@ -87,7 +87,7 @@ class Effort:
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """What is trained and served: the preset with so many subwords, on the text of a folder or on made-up pairs."""
+    """The model that is trained and served: the preset with so many subwords, on a folder's text or made-up pairs."""
 
     data: Path | None = None
     pairs: int = 20_000
@@ -339,7 +339,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog="make bench-neighbour", description=__doc__)
     parser.add_argument("--data", type=Path, help="folder with train and val files (default: made-up words)")
-    parser.add_argument("--quick", action="store_true", help="shorter turns, the same targets")
+    parser.add_argument("--quick", action="store_true", help="run shorter turns, with the same targets")
     return parser.parse_args(argv)
 
 

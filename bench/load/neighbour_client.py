@@ -1,7 +1,7 @@
 """The client of the neighbour benchmark, a process of its own: measures what the service answers with some calls always
-in flight, and then calls it at times drawn beforehand as `load_client` does.
+in flight, and then calls it at times drawn beforehand as `load.client` does.
 
-It answers commands, see `serving_process`.
+It answers commands, see `shared.process`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the neighbour benchmark does to processes: a training worker that is halted and continued, a busy process."""
+"""The processes of the neighbour benchmark: a training worker that is halted and continued, and a busy process."""
 
 from __future__ import annotations
 

@@ -1,9 +1,16 @@
-"""A constant load for minutes: unary calls, of which some are cancelled and some have too short a deadline, and beside
-them streams, of which some are abandoned. Nothing may be lost, doubled or wrong, memory must not grow, and the last
-third must be as fast as the first."""
+"""Loads the service constantly for minutes, at 60 % of the rate that it holds.
+
+    python -m bench.load.soak --minutes 10
+
+Unary calls, of which some are cancelled and some have too short a deadline, run beside streams, of which some are
+abandoned. No answer may be lost, doubled or wrong, memory must not grow, and the last third must be as fast as the
+first.
+"""
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
 import statistics
 import sys
@@ -11,22 +18,37 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Final
 
+from bench.load.alone import AloneTimes
+from bench.load.setup import (
+    FAILURES,
+    MODEL_NAME,
+    OURS,
+    OUTPUT,
+    SEED,
+    add_options,
+    client_process,
+    our_server,
+    prepare,
+    times_alone,
+)
+from bench.shared.command_line import measured
 from bench.shared.process import ServingProcess, memory_mib
-from bench.shared.result import Result
+from bench.shared.result import RESULTS, Result
 from bench.shared.rows import Row, at_most, print_rows, reported
 from bench.shared.server_program import Server
 from bench.shared.turns import quantile
 
+HELD_SHARE: Final = 0.6
+"""The default load, as a share of the rate that the service holds."""
 MEMORY_GROWTH_AT_MOST_PERCENT: Final = 10.0
 P99_GROWTH_AT_MOST: Final = 1.5
 STREAM_SHARE: Final = 0.2
 """Sentences a second that stream, as a share of the calls a second."""
 SENTENCES: Final = 400
 _SAMPLE_EVERY_S: Final = 2.0
-_SEED: Final = 1
+_ALONE_CALLS: Final = 60
 
 
 @dataclass
@@ -53,23 +75,25 @@ class MemorySamples:
             self.rss_mib.append(memory_mib(self.pid)["rss_mib"])
 
 
-def measure(server: Server, model: str, sentences: Sequence[str], *, rate: float, minutes: float) -> Result:
+def soak(server: Server, sentences: Sequence[str], *, rate: float, minutes: float) -> Result:
     """Load a server with `rate` calls a second; raises ProcessFailed."""
-    log = Path("bench-output/serving/load/soak-client.log")
     command = [sys.executable, "-m", "bench.load.soak_client"]
     memory = MemorySamples(server.pid)
     step = max(1, len(sentences) // SENTENCES)
     print(f"soak: {rate:.1f} requests/s for {minutes:g} minutes", flush=True)
-    with ServingProcess("soak client", command, {"PYTHONPATH": os.getcwd()}, log) as client, memory.taken():
+    with (
+        ServingProcess("soak client", command, {"PYTHONPATH": os.getcwd()}, OUTPUT / "soak-client.log") as client,
+        memory.taken(),
+    ):
         seen = client.ask(
             "soak",
             address=server.address,
-            model=model,
+            model=MODEL_NAME,
             sentences=sentences[::step],
             rate=rate,
             stream_rate=STREAM_SHARE * rate,
             seconds=60 * minutes,
-            seed=_SEED,
+            seed=SEED,
         )
     return result_of(seen, memory.rss_mib, rate=rate, minutes=minutes)
 
@@ -130,3 +154,48 @@ def p99_row(latencies: Sequence[tuple[float, float]]) -> Row:
     return at_most(
         "p99 of the last third, and of the first", "ms", (round(last, 2), round(first, 2)), P99_GROWTH_AT_MOST
     )
+
+
+def soak_rate(alone: AloneTimes) -> float:
+    """Return 60 % of the rate that the service holds, from its times with one call in flight.
+
+    The last result of the benchmark says how many times as many calls the service held as with one in flight. Without a
+    result the rate with one in flight counts as held.
+    """
+    rate_alone = 1000 / alone.mean_ms
+    for path in (RESULTS / "load.json", RESULTS / "load-quick.json"):
+        line: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+        if "one_call_in_flight" in line and line["requests_per_s"][OURS]:
+            mean_ms: float = line["one_call_in_flight"]["before"][OURS]["mean_ms"]
+            held: float = line["requests_per_s"][OURS]
+            return HELD_SHARE * rate_alone * held * mean_ms / 1000
+    return HELD_SHARE * rate_alone
+
+
+def measure(arguments: argparse.Namespace) -> Result:
+    """Load the service at the rate of the command line, or at a share of what it holds; raises one of `FAILURES`."""
+    prepared = prepare(arguments)
+    with our_server(prepared.bundle, arguments.compute_type) as server:
+        if not (rate := arguments.rate):
+            with client_process(prepared.sentences) as client:
+                rate = soak_rate(times_alone(client, (server,), _ALONE_CALLS, "before the soak")[server.name])
+        return prepared.described(soak(server, prepared.sentences, rate=rate, minutes=arguments.minutes))
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(prog="python -m bench.load.soak", description=__doc__)
+    add_options(parser)
+    parser.add_argument("--minutes", type=float, default=10.0, help="length of the soak (default: 10)")
+    parser.add_argument("--rate", type=float, help="requests per second (default: 60 %% of what the service holds)")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the soak; the exit status is 0 if every condition holds."""
+    arguments = parse(argv)
+    return measured("soak", lambda: measure(arguments), FAILURES)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

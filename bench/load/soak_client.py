@@ -1,6 +1,6 @@
 """The client of the soak: a process of its own that calls, cancels, streams, and keeps account of every answer.
 
-It answers the command "soak", see `serving_process`. Every sentence is translated alone first; whatever comes back
+It answers the command "soak", see `shared.process`. Every sentence is translated alone first; whatever comes back
 later must be the same text, whoever shared the batch."""
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Loads a CTranslate2 model, translates one sentence and ends, as `serving_cold_start` does with our engine. Runs in an
-environment of its own, which `peer_environment` makes.
+"""Loads a CTranslate2 model, translates one sentence and ends, as `serving.cold_start` does with our engine. Runs in an
+environment of its own, which `peers.environment` makes.
 
     python -m bench.peers.ctranslate2_cold_start MODEL SUBWORDS COMPUTE_TYPE TEXT
 """

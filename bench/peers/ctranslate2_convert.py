@@ -1,5 +1,5 @@
 """Writes the weights of one of our bundles as a CTranslate2 model, through CTranslate2's public converter API. Runs in
-an environment of its own, which `peer_environment` makes:
+an environment of its own, which `peers.environment` makes:
 
     python -m bench.peers.ctranslate2_convert BUNDLE FOLDER [--quantization int8]
 
@@ -136,7 +136,7 @@ def main() -> None:
             str(arguments.folder), quantization=arguments.quantization, force=True
         )
     except (NotConvertible, OSError) as error:
-        sys.exit(f"peer_ctranslate2: {arguments.bundle}: {error}")
+        sys.exit(f"ctranslate2_convert: {arguments.bundle}: {error}")
 
 
 if __name__ == "__main__":

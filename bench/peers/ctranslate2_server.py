@@ -1,5 +1,5 @@
 """The plainest server around CTranslate2: grpc.aio, our contract's Translate, and batches of what waits. Runs in an
-environment of its own, which `peer_environment` makes.
+environment of its own, which `peers.environment` makes.
 
 Sentences wait in a queue. As soon as CTranslate2 has a free thread, what waits is gathered, for up to 5 ms or until
 there are 32 sentences, and translated as one batch.
@@ -146,7 +146,7 @@ async def serve(arguments: argparse.Namespace) -> None:
 def main() -> None:
     """Read the command line and serve."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True, help="a folder that peer_ctranslate2 has written")
+    parser.add_argument("--model", type=Path, required=True, help="a folder that ctranslate2_convert has written")
     parser.add_argument("--subwords", type=Path, required=True, help="the bundle's subwords.model")
     parser.add_argument("--compute-type", default="float32", help="float32 or int8")
     parser.add_argument("--threads", type=int, default=2, help="batches that are translated at the same time")

@@ -1,5 +1,5 @@
-"""CTranslate2 as a process that answers commands; see `serving_commands`. Runs in an environment of its own, which
-`peer_environment` makes."""
+"""CTranslate2 as a process that answers commands; see `shared.commands`. Runs in an environment of its own, which
+`peers.environment` makes."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class CTranslate2Engine:
 def main() -> None:
     """Load, and answer until no command follows."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", type=Path, required=True, help="a folder that peer_ctranslate2 has written")
+    parser.add_argument("--model", type=Path, required=True, help="a folder that ctranslate2_convert has written")
     parser.add_argument("--compute-type", required=True, help="float32 or int8")
     parser.add_argument("--inter-threads", type=int, default=1, help="sentence batches at a time")
     parser.add_argument("--intra-threads", type=int, default=1, help="threads for each of them")

@@ -1,4 +1,4 @@
-"""fairseq's own training program, measured by turns. Runs in an environment of its own, which `peer_environment` makes.
+"""fairseq's own training program, measured by turns, in the environment that `peers.environment` makes.
 
 Its command line is fairseq-train's. Only the moment between two updates is caught; the loop, the data loader, the
 optimizer and the logging are fairseq's.

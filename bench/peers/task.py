@@ -1,4 +1,4 @@
-"""What all systems are given to train: in `make bench-training-cpu`, and the plain loop in `make bench-quality`."""
+"""The training task of every peer in `make bench-training-cpu`, and of the plain loop in `make bench-quality`."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""What `make bench-quality` runs: after the same minutes of training, which model translates better, ours or the one
-of a loop as one writes it by hand around torch.nn.Transformer?
+"""`make bench-quality`: BLEU after some minutes of training, beside a plain loop around torch.nn.Transformer, which
+trains for the same time.
 
 Both train on the same pairs in the same subwords, in turns, each alone with all cores and for the same wall time: ours
 through the service (StartTraining, PauseTraining, ResumeTraining), the plain loop as a program that waits meanwhile.
@@ -109,7 +109,7 @@ _START_PAIRS: Final = 100
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What is compared: our recipe and the plain loop's, for so many seconds each, in turns.
+    """The comparison: our recipe and the plain loop's, for so many seconds each, in turns.
 
     `recipe` gets its limit from the time, unless it has one. With `has_target` the plain loop sets the target.
     """
@@ -126,7 +126,7 @@ class Plan:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What one of the two has reached: its validations, and the scores of its one translation of the test set."""
+    """The outcome of one of the two: its validations, and the scores of its one translation of the test set."""
 
     seconds: float
     steps: int
@@ -376,10 +376,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add_corpus(parser)
     parser.add_argument("--preset", help="train this preset as it is (default: tiny with a recipe of its own)")
     parser.add_argument("--minutes", type=float, help=f"minutes of training for each (default: {FULL_MINUTES:g})")
-    parser.add_argument("--quick", action="store_true", help=f"{QUICK_MINUTES:g} minutes each, with a smaller recipe")
-    parser.add_argument("--choose-peak", action="store_true", help="only try peaks of the plain loop's learning rate")
-    parser.add_argument("--norm", choices=("pre", "post"), help="try only this place of the norms (default: both)")
-    parser.add_argument("--seconds", type=float, default=CHOICE_S, help="of each such try (default: %(default)g)")
+    parser.add_argument(
+        "--quick", action="store_true", help=f"train for {QUICK_MINUTES:g} minutes each, with a smaller recipe"
+    )
+    parser.add_argument(
+        "--choose-peak", action="store_true", help="compare peak learning rates of the plain loop, and stop"
+    )
+    parser.add_argument("--norm", choices=("pre", "post"), help="placement of the norms to compare (default: both)")
+    parser.add_argument(
+        "--seconds", type=float, default=CHOICE_S, help="training time for each peak (default: %(default)g)"
+    )
     arguments = parser.parse_args(argv)
     if arguments.quick and arguments.preset:
         parser.error("the short form has a recipe of its own: leave --preset (PRESET=) out")

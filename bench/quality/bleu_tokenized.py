@@ -1,11 +1,11 @@
-"""What `make bench-quality-tok` runs: BLEU on lowercased, tokenised Multi30k, the scale of the published figures.
+"""`make bench-quality-tok`: BLEU on lowercased, tokenised Multi30k, the scale of the published figures.
 
 One recipe, several seeds. Everything is selected on the validation set: checkpoints and averages by training itself,
 the length penalty here. The test set is translated once for each seed, with beam 5, and scored as multi-bleu.perl does:
 sacreBLEU without a tokeniser of its own.
 
 A run may take several sittings. Each seed trains in a process of its own, which leaves a checkpoint when the time that
-it was given is over, or on SIGTERM or Ctrl-C; the next call goes on from there, to the same result.
+it was given is over, or on SIGTERM or Ctrl-C; the next call resumes there and reaches the same result.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def recipe_of(seed: int, max_steps: int | None) -> Recipe:
 
 
 def run_name(recipe: Recipe) -> str:
-    """Return a name that another recipe does not have: its runs begin anew."""
+    """Return a name that contains a digest of the recipe, so that another recipe restarts."""
     text = json.dumps(recipe_to_dict(recipe), sort_keys=True)
     return f"seed-{recipe.seed}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
 
@@ -181,7 +181,7 @@ def run_seeds(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             child.wait()
         raise
     if failed := [seed for seed, status in ended.items() if status not in (0, _STOPPED)]:
-        sys.exit(f"bench-quality-tok: seeds {failed} failed; what they said stands above")
+        sys.exit(f"bench-quality-tok: seeds {failed} failed; see their output above")
     return [json.loads(file.read_text()) for file in files.values() if file.exists()]
 
 
@@ -258,12 +258,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, default=DEFAULT_DATA, help=f"folder with train{SUFFIX}.en and so on")
     parser.add_argument("--source", default="en", help="source language (default: en)")
     parser.add_argument("--target", default="de", help="target language (default: de)")
-    parser.add_argument("--folder", type=Path, default=FOLDER, help="where runs and their checkpoints are kept")
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="folder for runs and checkpoints")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seeds", type=int, default=SEEDS, help=f"seeds 1 to this (default: {SEEDS})")
-    parser.add_argument("--jobs", type=int, default=1, help="seeds that train at once (default: 1)")
-    parser.add_argument("--minutes", type=float, default=0.0, help="for each seed in this sitting (default: no limit)")
-    parser.add_argument("--max-steps", type=int, help="a short form that tries the program")
+    parser.add_argument("--jobs", type=int, default=1, help="train this many seeds at the same time (default: 1)")
+    parser.add_argument(
+        "--minutes", type=float, default=0.0, help="time limit for each seed in this call (default: none)"
+    )
+    parser.add_argument("--max-steps", type=int, help="stop after this many updates, to try the program")
     parser.add_argument("--threads", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--seed", type=int, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
@@ -274,7 +276,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(argv)
     if arguments.seed is not None:
         return run_seed(arguments)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("bench-quality-tok: told to end; call it again to go on"))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("bench-quality-tok: stopped; run it again to resume"))
     try:
         write_corpus(
             arguments.folder / "corpus", *(read_split(arguments.data, name, arguments) for name in ("train", "val"))
@@ -284,7 +286,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.exit(f"bench-quality-tok: {error}")
     found = run_seeds(arguments)
     if len(found) < arguments.seeds:
-        sys.exit(f"bench-quality-tok: {len(found)} of {arguments.seeds} seeds are done; call it again to go on")
+        sys.exit(f"bench-quality-tok: {len(found)} of {arguments.seeds} seeds are done; run it again to resume")
     return publish(summarise(found, arguments), results_folder())
 
 

@@ -1,4 +1,4 @@
-"""What `make bench-export` runs: does the exported model translate as the weights do that it was made from?
+"""`make bench-export`: the share of sentences that the exported model translates as its PyTorch weights do.
 
 Translates the test set with the ONNX graphs of a trained model and with its PyTorch weights, greedily and with beam 5,
 and counts the sentences whose best hypotheses are the same tokens.

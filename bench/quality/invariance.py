@@ -1,4 +1,4 @@
-"""What `make bench-invariance` runs: does a sentence's translation depend on who else is in the batch?
+"""`make bench-invariance`: the share of sentences whose translation does not depend on the rest of the batch.
 
 Every test sentence is translated alone, then all of them together: several callers, which begin at random moments and
 send random portions, greedily and with beam 5 at the same time, over two decoding threads. The value is the share that

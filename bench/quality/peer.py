@@ -33,7 +33,7 @@ _PREPARE_THREADS: Final = 2
 
 @dataclass(frozen=True, kw_only=True)
 class PlainRecipe:
-    """What the plain loop's author chose: the peak of the rate, and where the layers' norms are.
+    """The choices of the plain loop's author: the peak of the rate, and where the layers' norms are.
 
     `max_tokens` bounds a batch: sentences times the longest of them, on the longer side. The rate rises for
     `warmup_share` of the time and then falls in a straight line, to 0 at the end of the time.
@@ -48,7 +48,7 @@ class PlainRecipe:
 
 @dataclass(frozen=True, kw_only=True)
 class PlainJob:
-    """What the program reads from `job.json`: the model, the recipe, the seconds of training in all."""
+    """The contents of `job.json`: the model, the recipe, the seconds of training in all."""
 
     task: PeerTask
     recipe: PlainRecipe
@@ -71,7 +71,7 @@ class Point:
 
 @dataclass(frozen=True, kw_only=True)
 class PlainOutcome:
-    """What the program leaves: its validations, the one that was selected, the test set's translations, if wanted."""
+    """The program's outcome: its validations, the one that was selected, the test set's translations, if wanted."""
 
     curve: Sequence[Point]
     selected: Point

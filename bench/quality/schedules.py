@@ -1,4 +1,4 @@
-"""What `make bench-schedules` runs: which schedule suits a run that is limited by time alone?
+"""`make bench-schedules`: validation BLEU of the schedules WSD and NOAM in runs that only time limits.
 
 The preset `tiny` trains with the schedule WSD, which such a run has by default, and with the paper's (NOAM), which it
 would have otherwise; nothing else differs. Both train at the same time, each on a processor of its own with one thread,
@@ -165,9 +165,11 @@ def measure(rows: Sequence[Row], data: Path) -> Result:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog="make bench-schedules", description=__doc__)
-    parser.add_argument("--data", type=Path, default=DEFAULT_DATA, help="Multi30k: a folder with train and val files")
-    parser.add_argument("--rows", type=Row.parse, nargs="+", help=f"(default: {', '.join(ROWS)})")
-    parser.add_argument("--quick", action="store_true", help=f"the row {', '.join(QUICK_ROWS)}, without Multi30k")
+    parser.add_argument("--data", type=Path, default=DEFAULT_DATA, help="folder with Multi30k's train and val files")
+    parser.add_argument("--rows", type=Row.parse, nargs="+", help=f"rows to run (default: {', '.join(ROWS)})")
+    parser.add_argument(
+        "--quick", action="store_true", help=f"run the row {', '.join(QUICK_ROWS)} only, without Multi30k"
+    )
     parser.add_argument("--one", type=Row.parse, help=argparse.SUPPRESS)
     parser.add_argument("--kind", type=ScheduleKind, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)

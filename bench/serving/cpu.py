@@ -1,4 +1,4 @@
-"""What `make bench-serving-cpu` runs: our engine beside CTranslate2, with the same weights, subwords and threads.
+"""`make bench-serving-cpu`: our engine beside CTranslate2, with the same weights, subwords and threads.
 
 Each engine is in a process of its own. They are measured by turns: latency in blocks of sentences, throughput in
 rounds. Subword splitting and loading are in no timing. CTranslate2 runs as it is fastest on CPUs like this: one thread
@@ -73,7 +73,7 @@ class Pair:
 
 
 Outputs = dict[tuple[str, str, str], list[dict[str, Any]]]
-"""What was found, by engine, compute type and search."""
+"""The translations, by engine, compute type and search."""
 
 
 @contextlib.contextmanager
@@ -237,7 +237,7 @@ def cold_start_s(command: Sequence[str]) -> float:
 
 
 def measure(arguments: argparse.Namespace) -> Result:
-    """Run the benchmark; raises what `main` reports."""
+    """Run the benchmark; raises one of `FAILURES`."""
     corpus_task = task_of(arguments.data, arguments.source, arguments.target)
     trained = trained_bundle(arguments.model, corpus_task)
     news = find_news(arguments.data, arguments.source, arguments.target)
@@ -273,7 +273,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add_corpus(parser)
     add_model(parser)
     parser.add_argument("--tasks", nargs="+", choices=("tiny", "base"), default=["tiny", "base"])
-    parser.add_argument("--quick", action="store_true", help="fewer sentences and rounds, the same targets")
+    parser.add_argument(
+        "--quick", action="store_true", help="measure fewer sentences and rounds, with the same targets"
+    )
     return parser.parse_args(argv)
 
 

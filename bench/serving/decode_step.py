@@ -1,5 +1,5 @@
-"""What `make bench-decode-step` runs: what does a decoder step cost in ONNX Runtime, by form of graph and number of
-rows? And what do matrix products of its sizes cost, by operator?
+"""`make bench-decode-step`: the time of a decoder step in ONNX Runtime, by form of graph and number of rows, and of
+matrix products of its sizes, by operator.
 
 Nothing has a target: these are the measurements that the choice of operators rests on. One thread, bound buffers,
 random weights, caches of ten positions."""

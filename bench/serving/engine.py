@@ -22,7 +22,7 @@ from ferryman_service.translation.scheduler import SchedulerConfig
 
 
 class Engine(Protocol):
-    """What translates prepared sentences and waits for all of them; BatchingEngine does."""
+    """An engine that translates prepared sentences and waits for all of them, such as BatchingEngine."""
 
     def run(
         self, prepared: Sequence[PreparedSentence], options: SearchOptions, token: CancelToken

@@ -1,4 +1,4 @@
-"""What `make bench-serving-gpu` runs: translating on a GPU in fp16, checked and timed, in one call of under 8 minutes.
+"""`make bench-serving-gpu`: translating on a GPU in fp16, checked and timed, in one call of under 8 minutes.
 
     PYTHONPATH=service:client:. python3 -m bench.serving.gpu --limit-s 450
 

@@ -1,4 +1,4 @@
-"""Is what a GPU translates right? Each check returns what it found and whether that is as it should be.
+"""Checks of translating on a GPU. Each returns its finding and whether it passed.
 
 Shape suffixes: S sentences, W rows of each, K candidates per row.
 """
@@ -50,7 +50,7 @@ def same_tokens(setting: Setting) -> Finding:
     here, exact = setting.engine(setting.check_bundle(), 4), setting.cpu_engine(setting.check_bundle())
     shares = {}
     for name, options in _SEARCHES.items():
-        # Random networks repeat themselves for ever, and then all is easily the same.
+        # Random networks repeat themselves permanently, which makes equality trivial.
         options = replace(options, no_repeat_ngram_size=1)
         found, wanted = (
             [result.translation.hypotheses[0].tokens if result.translation else None for result in results]

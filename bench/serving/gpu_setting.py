@@ -1,4 +1,4 @@
-"""What the sections of the GPU serving benchmark have in common: device, sizes, models and engines."""
+"""The setting that the sections of the GPU serving benchmark share: device, sizes, models and engines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How fast a GPU translates, and what it could do at best.
+"""The speed of translating on a GPU, and its upper bound.
 
 Shape suffixes: S sentences, W rows of each.
 """

@@ -1,10 +1,10 @@
-"""What `make bench-serving-profile` runs: where does the time of translating go?
+"""`make bench-serving-profile`: a profile of translating.
 
 A trained bundle translates the test set in one decoding thread, one sentence at a time and all at once, greedily and
 with beam 5. The time inside ONNX Runtime's calls is taken apart from all that is around them: scheduler, search,
 buffers, bindings, joining and leaving, and for single sentences the way to the decoding thread and back. The value is
 the limit over what is around a step, the worse of one greedy row and 64 sentences of 5 rows. The limit is a multiple of
-the plainest step of a search in NumPy, which is measured in the same run (see `search_overhead`).
+the plainest step of a search in NumPy, which is measured in the same run (see `serving.search_overhead`).
 Beside it, from a run with ONNX Runtime's profiler: the decoder's operators, us a row.
 """
 

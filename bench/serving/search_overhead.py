@@ -1,4 +1,4 @@
-"""What a search step costs beside the model: choosing among candidates that are there already.
+"""The cost of a search step beside the model: choosing among candidates that are there already.
 
     python -m bench.serving.search_overhead
 

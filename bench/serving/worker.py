@@ -1,4 +1,4 @@
-"""Our engine as a process that answers commands; see `serving_commands`."""
+"""Our engine as a process that answers commands; see `shared.commands`."""
 
 from __future__ import annotations
 

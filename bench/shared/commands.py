@@ -1,4 +1,4 @@
-"""What is measured of an engine inside its process, the same for ours and for CTranslate2: both give a `TokenEngine`.
+"""The measurements inside an engine's process, the same for ours and for CTranslate2: both are a `TokenEngine`.
 
 Sentences come and go as subword ids; turning them into an engine's own form is not timed, and neither is subword
 splitting. This file needs only the standard library.

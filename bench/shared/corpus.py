@@ -35,7 +35,7 @@ class News:
 
     @property
     def described(self) -> str:
-        """What a line of JSON says of it."""
+        """The source of the news, for a line of JSON."""
         return "none found: the sentences of the test set alone" if self.test is None else str(self.test)
 
 

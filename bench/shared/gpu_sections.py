@@ -65,7 +65,7 @@ def run_section(section: Section, out: Path) -> None:
     """Run a section in this process and write what it found."""
     try:
         found = section.work()
-    except Exception:  # noqa: BLE001 (whatever it was, the other sections go on)
+    except Exception:  # noqa: BLE001 (the other sections still run)
         found = {"error": traceback.format_exc()[-2000:]}
     out.write_text(json.dumps(found))
 

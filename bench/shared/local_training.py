@@ -1,4 +1,4 @@
-"""Training runs without a service around them: the engine, a folder, and a reporter that keeps what it is told."""
+"""Training runs without a service around them: the engine, a folder, and a reporter that keeps every report."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class ListReporter:
         self.decays.append(plan)
 
     def event(self, level: EventLevel, code: str, message: str, *, repeats: bool = False) -> None:
-        """Keep a remark."""
+        """Keep an event."""
         self.events.append((level, code, message))
 
     def resume(self, reports: int) -> None:
@@ -98,5 +98,5 @@ class ListReporter:
         self._check()
 
     def codes(self) -> Sequence[str]:
-        """Return the codes of the remarks, in order."""
+        """Return the codes of the events, in order."""
         return [code for _, code, _ in self.events]

@@ -30,7 +30,7 @@ _WATCH: Final = MachineWatch().read()
 
 @dataclass(frozen=True, kw_only=True)
 class Peer:
-    """What the value is held against: another system's value for the same task."""
+    """The value to compare with: another system's value for the same task."""
 
     name: str
     value: float

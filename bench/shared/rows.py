@@ -1,4 +1,4 @@
-"""Rows of a comparison: what was measured of us and of the peer, and what it should be."""
+"""Rows of a comparison: our value, the peer's value, and the target."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Row:
 
     @property
     def target_is(self) -> str | None:
-        """What the target bounds, and from where."""
+        """The quantity that the target bounds, and from which side."""
         if self.target is None:
             return None
         return f"{'most' if self.smaller_is_better else 'least'} {'ratio' if self.relative else 'value'}"

@@ -56,7 +56,7 @@ class ModelUnfit(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """What the model must have been trained on."""
+    """The corpus and languages that the model must have been trained on."""
 
     corpus: Corpus
     source: str
@@ -185,7 +185,7 @@ def train(task: Task) -> Path:
 
 
 def model_facts(bundle: Path) -> Mapping[str, Any]:
-    """Return what a line of JSON says of a trained model."""
+    """Return the facts about a trained model for a line of JSON."""
     header = _header(bundle)
     return {
         "bundle": str(bundle),

@@ -1,6 +1,6 @@
 """Programs that are measured by turns: one works for some seconds while the others wait, then the next, and so on.
 
-What disturbs the machine so disturbs all of them alike. This file needs only the standard library, so that it can be
+A disturbance of the machine so affects all of them alike. This file needs only the standard library, so that it can be
 imported in a peer's own environment.
 
 A program prints a line of JSON when it has started, and one after each turn; it reads a line with the seconds of its

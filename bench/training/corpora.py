@@ -1,4 +1,4 @@
-"""What `make bench-corpora` runs: how much memory does a large corpus take, and how soon does a second run on it begin?
+"""`make bench-corpora`: memory for a large corpus, and start-up time of a second run on it.
 
 A synthetic corpus (words of Zipf's frequencies, sentence lengths as in news text, one pair in a hundred a duplicate) is
 written to disk. Then the training engine is started on it twice, each time in a process of its own, and ended after a
@@ -185,8 +185,8 @@ def result_of(
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark; the exit status is 0 if memory and second start keep their limits."""
     parser = argparse.ArgumentParser(prog="make bench-corpora", description=__doc__)
-    parser.add_argument("--pairs", type=int, default=PAIRS, help=f"(default: {PAIRS:,})")
-    parser.add_argument("--folder", type=Path, default=FOLDER, help="is removed, before and after")
+    parser.add_argument("--pairs", type=int, default=PAIRS, help=f"number of sentence pairs (default: {PAIRS:,})")
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="working folder; it is removed before and after")
     parser.add_argument("--run", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     if arguments.run:

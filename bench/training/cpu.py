@@ -1,4 +1,4 @@
-"""What `make bench-training-cpu` runs: how many target tokens does training see in a second, beside other systems?
+"""`make bench-training-cpu`: target tokens per second in training, beside other systems.
 
 Ferryman (the engine, as a worker runs it), a plain loop around torch.nn.Transformer, and fairseq train the same model
 on the same subwords, by turns in one run. Beside them runs the floor: the matrix products of an update, nothing else.
@@ -242,9 +242,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog="make bench-training-cpu", description=__doc__)
     add_corpus(parser, "train and val files")
-    parser.add_argument("--preset", type=Preset, choices=list(MAX_TOKENS), help="one of them only (default: both)")
-    parser.add_argument("--no-bf16", action="store_true", help="leave our bf16 out")
-    parser.add_argument("--quick", action="store_true", help=f"{QUICK_ROUNDS} rounds of short turns, no target")
+    parser.add_argument(
+        "--preset", type=Preset, choices=list(MAX_TOKENS), help="measure this preset only (default: both)"
+    )
+    parser.add_argument("--no-bf16", action="store_true", help="do not measure BF16")
+    parser.add_argument(
+        "--quick", action="store_true", help=f"run {QUICK_ROUNDS} rounds of short turns, without a target"
+    )
     arguments = parser.parse_args(argv)
     arguments.rounds = QUICK_ROUNDS if arguments.quick else ROUNDS
     arguments.turn_s = dict.fromkeys(TURN_S, QUICK_TURN_S) if arguments.quick else TURN_S

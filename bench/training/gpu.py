@@ -1,4 +1,4 @@
-"""What `python -m bench.training.gpu` runs: training on a GPU, checked and timed, in one call of under eight minutes.
+"""`make bench-training-gpu`: training on a GPU, checked and timed, in one call of under eight minutes.
 
     PYTHONPATH=service:client:. python3 -m bench.training.gpu --limit-s 450
 

@@ -1,4 +1,4 @@
-"""Is what a GPU computes right? Each check returns what it found and whether that is as it should be."""
+"""Checks of training on a GPU. Each returns its finding and whether it passed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a GPU could do at best: the matrix products of an update alone, and the bandwidth of its memory."""
+"""The upper bound of a GPU: the matrix products of an update alone, and the bandwidth of its memory."""
 
 from __future__ import annotations
 

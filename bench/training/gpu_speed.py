@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from bench.shared.local_training import ListReporter
 from ferryman_service.domain.recipe import Precision, Preset, Recipe, resolve_recipe
+from ferryman_service.domain.records import StepMetrics
 from ferryman_service.domain.tokens import EOS, PAD
 from ferryman_service.model.config import TransformerConfig
 from ferryman_service.model.transformer import Transformer
@@ -255,17 +256,23 @@ def measure_loop(
     )
     with contextlib.suppress(_Enough):
         TrainingLoop(parts).run()
-    first, last = scale.warmup, len(reporter.steps)
-    tokens = sum(step.target_tokens for step in reporter.steps[first:last])
-    # The outcome of an update is read one update later, so both ends of the clock are equally late.
-    seconds = times_s[-1] - times_s[first]
-    reported = [step.target_tokens_per_second for step in reporter.steps[first:]]
     return {
-        "target_tokens_per_s": tokens * (scale.updates / (last - first)) / seconds,
-        "reported_target_tokens_per_s": median(reported),
-        "mfu": median(step.model_flops_utilization for step in reporter.steps[first:]),
+        **_loop_rates(reporter.steps, times_s, scale),
         "layers_compiled": compiled,
         "remarks": [*([remark[1:]] if remark else []), *((code, text) for _, code, text in reporter.events)],
+    }
+
+
+def _loop_rates(steps: Sequence[StepMetrics], times_s: Sequence[float], scale: Scale) -> dict[str, float]:
+    """Return the rates after the first updates; `times_s` are those of the checks before each update."""
+    measured = steps[scale.warmup :]
+    tokens = sum(step.target_tokens for step in measured)
+    # The outcome of an update is read one update later, so both ends of the clock are equally late.
+    seconds = times_s[-1] - times_s[scale.warmup]
+    return {
+        "target_tokens_per_s": tokens * (scale.updates / len(measured)) / seconds,
+        "reported_target_tokens_per_s": median(step.target_tokens_per_second for step in measured),
+        "mfu": median(step.model_flops_utilization for step in measured),
     }
 
 

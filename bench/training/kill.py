@@ -1,5 +1,5 @@
-"""Kills training workers again and again, with SIGKILL, at every step and in the middle of writing checkpoints; what
-the run leaves in the end must be what it leaves when nobody touches it, to the last bit.
+"""Kills training workers repeatedly with SIGKILL, at every step and while they write checkpoints. The weights and
+metrics must equal those of an unbroken run, to the last bit.
 
     python -m bench.training.kill --minutes 20
 
@@ -63,7 +63,7 @@ _OF_THE_ATTEMPT: Final = (
 
 @dataclass(frozen=True, kw_only=True)
 class Look:
-    """What is seen of a worker: the last durable step, its age, and whether it is writing a checkpoint."""
+    """An observation of a worker: the last durable step, its age, and whether it is writing a checkpoint."""
 
     step: int
     age_s: float
@@ -100,7 +100,7 @@ class Kill:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run leaves: its final weights' digest, and its series without what a clock has measured."""
+    """The outcome of a run: its final weights' digest, and its series without what a clock has measured."""
 
     weights: str
     series: Sequence[Payload]
@@ -255,10 +255,14 @@ def kill_points(seed: int, attempt_s: float) -> Iterator[Sequence[KillPoint]]:
 def main() -> int:
     """Kill until the time is over; the exit status is 0 if no kill has left a trace."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=20.0, help="at least a run with five kills is done")
-    parser.add_argument("--processes", type=int, default=1, help="that train together")
+    parser.add_argument(
+        "--minutes", type=float, default=20.0, help="time limit; at least one run with five kills is made"
+    )
+    parser.add_argument("--processes", type=int, default=1, help="worker processes that train together")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--folder", type=Path, default=Path("bench-output/kill"), help="is removed first")
+    parser.add_argument(
+        "--folder", type=Path, default=Path("bench-output/kill"), help="working folder; it is removed first"
+    )
     arguments = parser.parse_args()
     shutil.rmtree(arguments.folder, ignore_errors=True)
     arena = open_arena(arguments.folder, arguments.processes)
@@ -276,7 +280,7 @@ def main() -> int:
 
 @dataclass
 class _Tally:
-    """What was survived so far."""
+    """The kills and outcomes so far."""
 
     kills: list[Kill] = field(default_factory=list)
     survived: int = 0

@@ -1,4 +1,4 @@
-"""What the loop around an update costs on the CPU: batches, reports, and the store behind them.
+"""The cost of the loop around an update on the CPU: batches, reports, and the store behind them.
 
     python -m bench.training.overhead
 
@@ -125,9 +125,11 @@ class TimedTrainee:
 def main() -> int:
     """Measure and publish; the exit status is 0 if at least 98 % of the time is the updates'."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--turns", type=int, default=12, help="of each of the two reporters")
-    parser.add_argument("--updates", type=int, default=10, help="in a turn")
-    parser.add_argument("--folder", type=Path, default=Path("bench-output/overhead"), help="is removed first")
+    parser.add_argument("--turns", type=int, default=12, help="turns of each of the two reporters")
+    parser.add_argument("--updates", type=int, default=10, help="updates in a turn")
+    parser.add_argument(
+        "--folder", type=Path, default=Path("bench-output/overhead"), help="working folder; it is removed first"
+    )
     arguments = parser.parse_args()
     shutil.rmtree(arguments.folder, ignore_errors=True)
     recipe = resolve_recipe(

@@ -2,16 +2,16 @@
 
 import asyncio
 import itertools
-import json
 
 import grpc
 import pytest
 
 from bench.load import capacity as load
 from bench.load.alone import AloneTimes, alone_times, drift_warning
-from bench.load.capacity import OURS, PEER, QUICK, Measurement, measure_servers, mixed_sentences, result_of
+from bench.load.capacity import QUICK, Measurement, measure_servers, result_of
 from bench.load.client import Window, arrivals, drive, drive_one_at_a_time
 from bench.load.rate_search import Probe, RateSearch, SearchConfig, print_probes
+from bench.load.setup import OURS, PEER, mixed_sentences
 from bench.shared.server_program import ServerFailed
 from ferryman.v1 import translation_pb2, translation_pb2_grpc
 
@@ -255,22 +255,3 @@ def test_a_server_that_fails_alone_ends_the_benchmark():
     server = FakeServer(PEER, 0.0, 0.0)
     with pytest.raises(ServerFailed, match="fails with one call in flight"):
         alone_times(FakeClient(server), server, "model", calls=5, seed=1)
-
-
-def test_the_soak_scales_the_held_rate_to_the_speed_of_this_machine(tmp_path, monkeypatch):
-    """The last run held four times as many calls as with one in flight, on a machine that was twice as fast."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "bench/results").mkdir(parents=True)
-    line = {"requests_per_s": {OURS: 80.0}, "one_call_in_flight": {"before": {OURS: {"mean_ms": 50.0}}}}
-    (tmp_path / "bench/results/load.json").write_text(json.dumps(line))
-    alone = AloneTimes(mean_ms=100.0, p50_ms=0.0, p95_ms=0.0)
-    assert load.soak_rate(alone) == pytest.approx(0.6 * 4 * 10)
-
-
-@pytest.mark.parametrize("line", [None, {"requests_per_s": {OURS: 41.8}}])
-def test_the_soak_takes_the_rate_of_single_calls_without_a_result(tmp_path, monkeypatch, line):
-    monkeypatch.chdir(tmp_path)
-    if line:
-        (tmp_path / "bench/results").mkdir(parents=True)
-        (tmp_path / "bench/results/load.json").write_text(json.dumps(line))
-    assert load.soak_rate(AloneTimes(mean_ms=100.0, p50_ms=0.0, p95_ms=0.0)) == pytest.approx(6.0)

@@ -1,11 +1,14 @@
 """The soak's account: what is lost, doubled, wrong or slower in the end is seen."""
 
 import asyncio
+import json
 
 import grpc
 import pytest
 
 from bench.load import soak as load_soak
+from bench.load.alone import AloneTimes
+from bench.load.setup import OURS
 from bench.load.soak_client import SoakPlan, _soak
 from ferryman.v1 import translation_pb2, translation_pb2_grpc
 
@@ -97,3 +100,22 @@ def test_the_last_third_is_held_against_the_first():
 def test_every_condition_counts(change):
     assert load_soak.result_of(SEEN, [100.0] * 10, rate=1.0, minutes=1.0).ok
     assert not load_soak.result_of(SEEN | change, [100.0] * 10, rate=1.0, minutes=1.0).ok
+
+
+def test_the_soak_scales_the_held_rate_to_the_speed_of_this_machine(tmp_path, monkeypatch):
+    """The last run held four times as many calls as with one in flight, on a machine that was twice as fast."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bench/results").mkdir(parents=True)
+    line = {"requests_per_s": {OURS: 80.0}, "one_call_in_flight": {"before": {OURS: {"mean_ms": 50.0}}}}
+    (tmp_path / "bench/results/load.json").write_text(json.dumps(line))
+    alone = AloneTimes(mean_ms=100.0, p50_ms=0.0, p95_ms=0.0)
+    assert load_soak.soak_rate(alone) == pytest.approx(0.6 * 4 * 10)
+
+
+@pytest.mark.parametrize("line", [None, {"requests_per_s": {OURS: 41.8}}])
+def test_the_soak_takes_the_rate_of_single_calls_without_a_result(tmp_path, monkeypatch, line):
+    monkeypatch.chdir(tmp_path)
+    if line:
+        (tmp_path / "bench/results").mkdir(parents=True)
+        (tmp_path / "bench/results/load.json").write_text(json.dumps(line))
+    assert load_soak.soak_rate(AloneTimes(mean_ms=100.0, p50_ms=0.0, p95_ms=0.0)) == pytest.approx(6.0)
