@@ -43,18 +43,18 @@ def searched(limit, config=CONFIG):
 
 
 @pytest.mark.parametrize("limit", [3.0, 20.0, 57.0, 640.0, 1234.5])
-def test_the_highest_held_rate_is_found_within_the_tolerance(limit):
+def test_highest_held_rate_is_found_within_tolerance(limit):
     search = searched(limit)
     assert search.held <= limit < search.held * CONFIG.tolerance
 
 
-def test_a_server_that_holds_nothing_ends_the_search():
+def test_server_that_holds_no_rate_ends_search():
     search = searched(0.0)
     assert search.held == 0.0
     assert min(found.rate for found in search.probes) >= CONFIG.least_rate
 
 
-def test_a_rate_is_tried_again_before_it_counts_as_missed():
+def test_missed_rate_is_tried_twice():
     search = RateSearch(CONFIG)
     search.note(probe(20.0, p95_ms=1000.0))
     assert search.next_rate() == 20.0
@@ -62,7 +62,7 @@ def test_a_rate_is_tried_again_before_it_counts_as_missed():
     assert (search.held, search.next_rate()) == (20.0, 40.0)
 
 
-def test_failures_and_silence_are_not_held():
+def test_failures_and_silence_miss_rate():
     assert probe(1.0, p95_ms=LIMIT_MS - 1).is_held
     assert not probe(1.0, p95_ms=LIMIT_MS).is_held
     assert not probe(1.0, failures={"UNAVAILABLE": 1}).is_held
@@ -70,13 +70,13 @@ def test_failures_and_silence_are_not_held():
     assert "p95_ms" not in probe(1.0, answered=0, p95_ms=float("inf")).as_dict()
 
 
-def test_a_table_shows_what_was_missed(capsys):
+def test_table_shows_missed_rates(capsys):
     print_probes([probe(1.0), probe(2.0, failures={"UNAVAILABLE": 3})])
     held, missed = capsys.readouterr().out.splitlines()[-2:]
     assert held.endswith("held") and missed.endswith("missed, 3 UNAVAILABLE")
 
 
-def test_arrivals_are_a_poisson_process_that_a_seed_fixes():
+def test_arrivals_are_poisson_process_of_seed():
     calls = list(arrivals(WINDOW, ["a", "b"]))
     assert calls == list(arrivals(WINDOW, ["a", "b"]))
     assert len(calls) == pytest.approx(200 * 21, rel=0.05)
@@ -89,7 +89,7 @@ def test_arrivals_are_a_poisson_process_that_a_seed_fixes():
     assert max(len(call.sentences) for call in calls) == 8
 
 
-def test_the_same_seed_gives_the_same_sentences_at_every_rate():
+def test_same_seed_gives_same_sentences_at_every_rate():
     slow, fast = (arrivals(Window(rate=rate, warm_up_s=0, seconds=20 / rate, seed=3), "abc") for rate in (1.0, 9.0))
     assert [call.sentences for call in slow] == [call.sentences for call in fast]
 
@@ -138,7 +138,7 @@ async def driven(seconds, window, sentences, drive=drive, **arguments):
         await server.stop(None)
 
 
-async def test_a_call_counts_from_when_it_was_to_begin():
+async def test_latency_counts_from_scheduled_begin():
     """A server of 20 calls a second that gets 60: who comes last has waited for all before, though it was sent late."""
     seen = await driven(0.05, Window(rate=60.0, warm_up_s=0.0, seconds=0.5, seed=1), ["a"])
     assert max(seen.latencies_ms) > 50 * len(seen.latencies_ms) - 600
@@ -146,7 +146,7 @@ async def test_a_call_counts_from_when_it_was_to_begin():
     assert not seen.failures
 
 
-async def test_failures_are_counted_and_the_warm_up_is_not():
+async def test_failures_count_and_warm_up_does_not():
     seen = await driven(0.0, Window(rate=200.0, warm_up_s=0.25, seconds=0.25, seed=1, several_share=0.0), ["a", "bad"])
     assert seen.failures["INVALID_ARGUMENT"] > 20
     assert 5 < len(seen.latencies_ms) < 50
@@ -160,7 +160,7 @@ async def test_calls_one_at_a_time_do_not_wait_for_each_other():
     assert seen.as_dict()["means_ms"]["queue"] == 7.0
 
 
-async def test_a_call_that_fails_alone_is_counted():
+async def test_single_failed_call_is_counted():
     window = Window(rate=1.0, warm_up_s=0.0, seconds=0.0, seed=1)
     seen = await driven(0.0, window, ["bad"], drive_one_at_a_time, warm_up=0, calls=3)
     assert (seen.failures["INVALID_ARGUMENT"], seen.latencies_ms) == (3, [])
@@ -201,7 +201,7 @@ def measured_with(peer_ms, peer_holds, *, ours_holds=30.0):
 
 
 @pytest.mark.parametrize("machine_ms", [10.0, 1000.0])
-def test_the_limit_is_twice_the_peers_p95_alone_on_a_machine_of_any_speed(machine_ms):
+def test_limit_is_twice_p95_of_single_peer_calls(machine_ms):
     measured, client = measured_with(machine_ms, 1200 / machine_ms, ours_holds=2400 / machine_ms)
     assert measured.limit_ms == 2 * machine_ms
     assert {found.limit_ms for search in measured.searches.values() for found in search.probes} == {2 * machine_ms}
@@ -213,20 +213,20 @@ def test_the_limit_is_twice_the_peers_p95_alone_on_a_machine_of_any_speed(machin
     assert all(window["timeout_s"] * 1000 >= 10 * measured.limit_ms for window in windows)
 
 
-def test_a_peer_that_holds_no_rate_makes_the_benchmark_invalid(capsys):
+def test_peer_that_holds_no_rate_invalidates_benchmark(capsys):
     measured, _ = measured_with(100.0, 0.0)
     found = result_of(measured, load.parse([]))
     assert (found.value, found.ok, found.exit_status) == (None, False, 3)
     assert found.invalid_because.startswith("the peer holds no rate: at 1.17 requests/s")
 
 
-def test_a_service_that_holds_no_rate_misses_the_target():
+def test_service_that_holds_no_rate_misses_target():
     measured, _ = measured_with(100.0, 10.0, ours_holds=0.0)
     found = result_of(measured, load.parse([]))
     assert (found.value, found.exit_status) == (0.0, 1)
 
 
-def test_the_result_says_where_the_limit_comes_from():
+def test_result_explains_limit():
     measured, _ = measured_with(100.0, 10.0)
     found = result_of(measured, load.parse(["--quick"]))
     assert (found.bench, found.ok, found.details["limit_ms"], found.details["drift"]) == (
@@ -239,7 +239,7 @@ def test_the_result_says_where_the_limit_comes_from():
     assert set(found.details["one_call_in_flight"]["after"]) == {OURS, PEER}
 
 
-def test_a_machine_that_becomes_slower_is_reported(capsys):
+def test_slower_machine_is_reported(capsys):
     fast, slow = (AloneTimes(mean_ms=ms, p50_ms=ms, p95_ms=ms) for ms in (10.0, 20.0))
     search = RateSearch(CONFIG)
     search.note(probe(20.0))
@@ -251,7 +251,7 @@ def test_a_machine_that_becomes_slower_is_reported(capsys):
     assert drift_warning(1.2) is None and drift_warning(0.5) is not None
 
 
-def test_a_server_that_fails_alone_ends_the_benchmark():
+def test_failure_of_single_call_ends_benchmark():
     server = FakeServer(PEER, 0.0, 0.0)
     with pytest.raises(ServerFailed, match="fails with one call in flight"):
         alone_times(FakeClient(server), server, "model", calls=5, seed=1)

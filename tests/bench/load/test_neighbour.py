@@ -66,7 +66,7 @@ def test_training_beside_a_busy_process_takes_at_most_sixteen_tenths(busy_s, ok)
     assert parts[0].as_dict()["ok"] is ok
 
 
-def test_a_call_that_fails_misses_the_condition():
+def test_failed_call_misses_condition():
     turns = [turn(mode, number, failures=mode is SERVING_BUSY) for number, mode in enumerate(MODES)]
     parts = parts_of(turns, updates(0.2, 0.2, 9.0, 0.2))
     assert [part.ok for part in parts] == [True, False, True, True]
@@ -74,17 +74,17 @@ def test_a_call_that_fails_misses_the_condition():
 
 
 @pytest.mark.parametrize(("quiet", "missed"), [(SERVING, 2), (SERVING_LIGHT, 1)])
-def test_failed_calls_on_the_quiet_service_miss_the_condition(quiet, missed):
+def test_failed_calls_on_quiet_service_miss_condition(quiet, missed):
     turns = [turn(mode, number, failures=mode is quiet) for number, mode in enumerate(MODES)]
     assert [part.ok for part in parts_of(turns, updates(0.2, 0.2, 9.0, 0.2))] == [index != missed for index in range(4)]
 
 
-def test_updates_that_a_turn_does_not_hold_whole_do_not_count():
+def test_partial_updates_of_turn_do_not_count():
     seen = turn(TRAINING, 1).update_s([(9.0, 11.0), (11.0, 12.0), (12.0, 14.0), (18.0, 20.0)])
     assert seen == pytest.approx(1.5)
 
 
-def test_a_turn_without_updates_is_no_success():
+def test_turn_without_updates_misses_condition():
     turns = [turn(mode, number) for number, mode in enumerate(MODES)]
     assert [part.ok for part in parts_of(turns, updates(0.2))] == [False, True, True, False]
 
@@ -105,7 +105,7 @@ def processor_s(pid):
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def test_made_up_text_is_the_same_each_time():
+def test_made_up_text_is_deterministic():
     text = made_up_text(50)
     assert text == made_up_text(50)
     assert [len(line.split()) for line in text.source] == [len(line.split()) for line in text.target]
@@ -113,7 +113,7 @@ def test_made_up_text_is_the_same_each_time():
 
 
 @pytest.mark.full
-def test_all_modes_have_their_turn_and_no_process_is_left(tmp_path):
+def test_all_modes_run_and_no_process_is_left(tmp_path):
     task, effort = Task(pairs=2_000, vocabulary_size=1_000), Effort(rounds=1, turn_s=2.0, capacity_s=1.0)
     with neighbour.scene(tmp_path, task, effort) as scene:
         shipped = scene.run.shipped_with()

@@ -62,7 +62,7 @@ async def soaked(**faults):
         await server.stop(None)
 
 
-async def test_a_sound_server_has_no_faults():
+async def test_sound_server_has_no_faults():
     seen = await soaked()
     assert [seen[name] for name in load_soak.FAULTS] == [0, 0, 0, 0]
     assert seen["answered"] > 30 and seen["streamed"] > 30
@@ -79,17 +79,17 @@ async def test_a_sound_server_has_no_faults():
         ({"fails": True}, "failed"),
     ],
 )
-async def test_a_fault_is_seen(faults, name):
+async def test_fault_is_counted(faults, name):
     assert (await soaked(**faults))[name] > 0
 
 
-def test_memory_may_grow_while_warming_up_and_not_after():
+def test_memory_growth_counts_after_warm_up():
     assert load_soak.memory_growth_percent([10, 100, 100, 100, 105]) == 5.0
     assert load_soak.memory_growth_percent([100] * 5 + [120] * 5) == 20.0
     assert load_soak.memory_growth_percent([]) == 0.0
 
 
-def test_the_last_third_is_held_against_the_first():
+def test_last_third_is_compared_with_first():
     steady = [(float(second), 10.0) for second in range(90)]
     slower = [(at_s, 10.0 if at_s < 60 else 20.0) for at_s, _ in steady]
     assert load_soak.p99_row(steady).ok
@@ -97,12 +97,12 @@ def test_the_last_third_is_held_against_the_first():
 
 
 @pytest.mark.parametrize("change", [{"lost": 1}, {"wrong": 1}, {"latencies": [(1.0, 5.0), (9.0, 50.0)]}])
-def test_every_condition_counts(change):
+def test_every_missed_condition_fails_soak(change):
     assert load_soak.result_of(SEEN, [100.0] * 10, rate=1.0, minutes=1.0).ok
     assert not load_soak.result_of(SEEN | change, [100.0] * 10, rate=1.0, minutes=1.0).ok
 
 
-def test_the_soak_scales_the_held_rate_to_the_speed_of_this_machine(tmp_path, monkeypatch):
+def test_soak_rate_scales_with_speed_of_machine(tmp_path, monkeypatch):
     """The last run held four times as many calls as with one in flight, on a machine that was twice as fast."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bench/results").mkdir(parents=True)
@@ -113,7 +113,7 @@ def test_the_soak_scales_the_held_rate_to_the_speed_of_this_machine(tmp_path, mo
 
 
 @pytest.mark.parametrize("line", [None, {"requests_per_s": {OURS: 41.8}}])
-def test_the_soak_takes_the_rate_of_single_calls_without_a_result(tmp_path, monkeypatch, line):
+def test_soak_rate_without_result_is_rate_of_single_calls(tmp_path, monkeypatch, line):
     monkeypatch.chdir(tmp_path)
     if line:
         (tmp_path / "bench/results").mkdir(parents=True)

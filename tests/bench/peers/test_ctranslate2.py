@@ -45,7 +45,7 @@ def convert(bundle, folder):
 @pytest.mark.parametrize(
     "model", [{"norm": NormPlacement.POST}, {"norm": NormPlacement.PRE, "activation": Activation.GELU}]
 )
-def test_both_engines_find_the_same(tmp_path, model):
+def test_both_engines_find_same_translations(tmp_path, model):
     bundle = new_bundle(tmp_path, **model)
     assert convert(bundle, tmp_path / "converted").returncode == 0
     sentences = [[*ids, EOS] for ids in Subwords.load(bundle / "subwords.model").encode(random_sentences(40, seed=9))]
@@ -76,7 +76,7 @@ def test_both_engines_find_the_same(tmp_path, model):
         ({"positions": "rope"}, "positions is 'rope'"),
     ],
 )
-def test_what_cannot_be_converted_is_named(tmp_path, change, text):
+def test_unconvertible_option_is_named(tmp_path, change, text):
     model = {"norm": "post", "activation": "relu", "positions": "sinusoidal"} | change
     (tmp_path / "manifest.json").write_text(json.dumps({"header": {"lineage": {"recipe": {"model": model}}}}))
     ended = convert(tmp_path, tmp_path / "converted")

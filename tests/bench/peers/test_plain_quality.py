@@ -54,7 +54,7 @@ def test_time_of_validations_does_not_count():
     assert steps.validated == [(5.0, 5), (10.0, 10), (15.0, 15), (20.0, 20)]
 
 
-def test_more_time_than_planned_stretches_the_end():
+def test_overtime_stretches_end_of_schedule():
     steps = Steps()
     training = steps.training(20.0)
     training.work(10.0)
@@ -64,7 +64,7 @@ def test_more_time_than_planned_stretches_the_end():
     assert steps.validated[-1] == (22.0, 22)
 
 
-def test_a_turn_that_is_over_already_trains_no_further():
+def test_turn_past_its_end_trains_no_further():
     steps = Steps()
     training = steps.training(20.0)
     training.work(4.5)

@@ -31,7 +31,7 @@ def write_corpus(folder, test_name):
 
 
 @pytest.mark.parametrize("test_name", ["test_2016_flickr", "test"])
-def test_a_corpus_is_found_by_its_names(tmp_path, test_name):
+def test_corpus_is_found_by_file_names(tmp_path, test_name):
     write_corpus(tmp_path, test_name)
     corpus = find_corpus(tmp_path, "en", "de")
     assert corpus.test_name == test_name
@@ -39,12 +39,12 @@ def test_a_corpus_is_found_by_its_names(tmp_path, test_name):
     assert corpus.train.source == tmp_path / "train.en"
 
 
-def test_a_folder_without_test_files_is_told_apart(tmp_path):
+def test_folder_without_test_files_is_refused(tmp_path):
     with pytest.raises(TextMissing, match="pass DATA=folder"):
         find_corpus(tmp_path, "en", "de")
 
 
-def test_the_quick_form_is_shorter_unless_minutes_are_given():
+def test_quick_form_is_shorter_unless_minutes_are_given():
     assert quality.parse([]).minutes == 15
     assert quality.parse(["--quick"]).minutes == 6
     assert quality.parse(["--quick", "--minutes", "2"]).minutes == 2
@@ -97,7 +97,7 @@ def compared(ours=OURS, peer=PEER, plan=PLAN):
     return quality.result(plan, corpus, ours, peer, selected=peer.curve[-1], details={})
 
 
-def test_target_is_the_plain_loop_of_the_same_run_and_more():
+def test_target_is_plain_loop_plus_advantage():
     result = compared()
     assert result.ok
     assert (result.value, result.peer.value) == (32.5, 31.0)
@@ -115,7 +115,7 @@ def test_more_wall_time_than_the_plain_loop_misses_the_target():
     assert not compared(replace(OURS, seconds=PEER.seconds + 0.1)).ok
 
 
-def test_another_task_has_nothing_to_reach():
+def test_unknown_task_has_no_target():
     worse = replace(OURS, bleu=10.0, curve=[point(800, 10.0)])
     result = compared(worse, plan=replace(PLAN, has_target=False))
     assert (result.ok, result.target) == (True, None)
@@ -178,7 +178,7 @@ def test_whole_benchmark_runs_in_small(tmp_path, toy_corpus):
 
 
 @pytest.mark.full
-def test_peak_is_chosen_on_validation_alone(tmp_path, toy_corpus, capsys):
+def test_peak_is_chosen_on_validation_only(tmp_path, toy_corpus, capsys):
     quality.choose_peak(toy_corpus, TOY, seconds=0.1, output=tmp_path / "choice", choices=[TOY.plain])
     titles, row = (line.split() for line in capsys.readouterr().out.splitlines())
     assert (titles[0], row[:2]) == ("norm", ["post", "0.004"])

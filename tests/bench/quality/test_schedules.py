@@ -11,14 +11,14 @@ from examples.parallel_text import ParallelLines
 from ferryman_service.domain.schedule import ScheduleKind
 
 
-def test_rows_are_read_and_written_alike():
+def test_row_text_round_trips():
     for text in (*schedules.ROWS, *schedules.QUICK_ROWS):
         assert str(Row.parse(text)) == text
     with pytest.raises(ValueError, match="must be like"):
         Row.parse("news 5")
 
 
-def test_only_the_schedule_differs():
+def test_recipes_differ_in_schedule_only():
     row = Row.parse("multi30k 5")
     wsd, noam = (recipe_of(row, kind) for kind in schedules.SCHEDULES)
     assert (wsd.schedule.kind, noam.schedule.kind) == (ScheduleKind.WSD, ScheduleKind.NOAM)

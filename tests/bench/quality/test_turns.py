@@ -64,7 +64,7 @@ def test_plain_loop_gets_as_much_time_as_ours_took():
     ]
 
 
-def test_overtime_of_ours_is_the_plain_loops_too():
+def test_plain_loop_gets_overtime_of_our_run():
     log = []
     ours, peer = FakeTrainer("ours", log, last_s=33.0), FakeTrainer("peer", log)
     take_turns(ours, peer, total_s=30.0, turns=2, sleep=lambda _: None)
@@ -123,7 +123,7 @@ def test_start_of_a_worker_is_measured_and_its_run_cancelled(service):
     assert states == [RunState.CANCELLED]
 
 
-def test_engine_gets_what_starts_and_ends_leave():
+def test_time_limit_of_engine_excludes_starts_and_ends():
     assert engine_seconds(900.0, turns=3, start_s=8.0) == 900 - 3 * 11
     assert engine_seconds(30.0, turns=3, start_s=8.0) == 15.0
 
@@ -165,7 +165,7 @@ def test_curve_leaves_out_the_time_between_paused_and_resumed():
     assert [(each.seconds, each.step, each.bleu) for each in curve] == [(60.0, 100, 12.5), (170.0, 200, 20.0)]
 
 
-def test_time_to_a_bleu_is_that_of_the_first_validation_that_has_it():
+def test_time_to_bleu_is_first_validation_reaching_it():
     curve = our_curve(
         recorded(
             (0, StateChange(state=RunState.QUEUED)),

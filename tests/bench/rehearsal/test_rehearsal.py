@@ -76,11 +76,11 @@ def objects():
     ],
     ids=["mixed", "of another version", "in another order", "short", "of an unknown version"],
 )
-def test_an_answer_that_is_not_one_versions_is_wrong(answer):
+def test_answer_of_no_version_is_wrong(answer):
     assert ledger(answer, line(), line(status="UNAVAILABLE")).wrong(EXPECTED) == 1
 
 
-def test_a_report_breaks_for_a_lost_call_a_wrong_answer_and_a_failure():
+def test_report_fails_on_lost_wrong_and_failed_calls():
     for seen, count in (
         (ledger(line()), 0),
         (ledger(line(), lost=1), 1),
@@ -110,7 +110,7 @@ class SlowCaller:
 
 
 @pytest.mark.parametrize("how", [{"rate": 200.0}, {"callers": 4}])
-async def test_a_load_has_a_line_for_every_call_when_its_block_ends(how):
+async def test_load_has_line_for_every_call(how):
     caller = SlowCaller()
     async with Load(caller, ["one", "two"], Work(sentences=3), **how) as load:
         await load.answered(20)
@@ -119,7 +119,7 @@ async def test_a_load_has_a_line_for_every_call_when_its_block_ends(how):
     assert load.ledger.wrong(EXPECTED) == 0
 
 
-def test_a_stream_is_complete_if_each_sentence_has_one_answer():
+def test_stream_needs_one_answer_for_each_sentence():
     assert not stream(3, ("0", "eins"), ("2", "eins")).is_complete()
     assert not stream(3, ("0", "eins"), ("2", "eins"), ("1", "zwei"), ("1", "zwei")).is_complete()
     whole = stream(3, ("0", "eins"), ("2", "eins"), ("1", "zwei"))
@@ -155,7 +155,7 @@ def killed(*raw, sdk=None, streams=()):
         (killed(line(9.9, 10.2, "UNAVAILABLE"), streams=[stream(2, ("0", "un"), ("1", "zwei"))]), 1),
     ],
 )
-def test_a_kill_may_be_seen_by_calls_in_flight_alone_and_by_no_user_of_the_sdk(kill, count):
+def test_kill_fails_only_calls_in_flight_without_retries(kill, count):
     report, cluster = Report("b", ""), type("Cluster", (), {"expected": EXPECTED})
     _check_kill(report, kill, cluster)
     assert len(broken(report)) == count
@@ -176,20 +176,20 @@ A_NEW, B_NEW = (line(5.2, 5.3, model="m/2", replica=name) for name in ("a:1", "b
         ([A_NEW, line(9.9, 10.1, model="m/2", replica="b:1")], True, 1),  # late
     ],
 )
-def test_a_promotion_breaks_when_a_replica_is_late_or_goes_back(lines, is_cold, count):
+def test_promotion_fails_if_replica_is_late_or_reverts(lines, is_cold, count):
     report, cluster = Report("c", ""), type("Cluster", (), {"serving": ["a:1", "b:1"]})
     _check_promotion(report, ledger(*lines), "m/2", 5.0, cluster, is_cold=is_cold)
     assert len(broken(report)) == count
 
 
-def test_only_an_answer_after_the_restart_shows_that_a_replica_is_back():
+def test_replica_is_back_after_answer_since_restart():
     for lines, count in (([line(6.0)], 0), ([line(4.0)], 1), ([line(6.0, status="UNAVAILABLE")], 1)):
         report = Report("a", "")
         _check_return(report, ledger(*lines), {"a:1": 5.0})
         assert len(broken(report)) == count
 
 
-def test_a_pod_is_read_from_what_the_chart_renders():
+def test_pod_is_read_from_rendered_chart():
     template = pod_template(objects(), "translation")
     assert (template.name, template.replicas, template.grpc_port) == ("serving", 3, 50051)
     assert (template.pre_stop_s, template.drain_s, template.termination_grace_s) == (5.0, 4.0, 40.0)
@@ -199,7 +199,7 @@ def test_a_pod_is_read_from_what_the_chart_renders():
         pod_template(objects(), "training")
 
 
-def test_a_pod_runs_the_charts_command_line_at_its_own_address_with_folders_of_this_machine(tmp_path, monkeypatch):
+def test_pod_runs_command_line_of_chart(tmp_path, monkeypatch):
     monkeypatch.setitem(os.environ, "FERRYMAN_LOG_LEVEL", "DEBUG")
     pod = Pod(pod_template(objects(), "translation"), "serving-1", "127.0.0.9", tmp_path / "data", tmp_path / "pod")
     assert pod._command()[3:6] == ("serve", "--roles", "translation")
@@ -211,7 +211,7 @@ def test_a_pod_runs_the_charts_command_line_at_its_own_address_with_folders_of_t
         assert file.read() == "max_sentences = 7"
 
 
-def test_only_the_services_processes_that_name_the_text_are_killed(tmp_path):
+def test_only_named_processes_of_service_are_killed(tmp_path):
     (tmp_path / "ferryman_service").mkdir()
     for name in ("ferryman_service/__init__", "ferryman_service/__main__", "ferryman_service/worker", "somebody"):
         (tmp_path / f"{name}.py").write_text("import sys; sys.stdin.read()" if "__init__" not in name else "")
@@ -234,14 +234,14 @@ def test_only_the_services_processes_that_name_the_text_are_killed(tmp_path):
     assert [process.returncode for process in others] == [0] * 3
 
 
-def test_a_hook_that_the_rehearsal_cannot_run_is_refused():
+def test_unsupported_hook_is_refused():
     rendered = objects()
     rendered[1]["spec"]["template"]["spec"]["containers"][0]["lifecycle"] = {"preStop": {"exec": {"command": ["x"]}}}
     with pytest.raises(ChartFailed, match="preStop"):
         pod_template(rendered, "translation")
 
 
-def test_envoy_gets_the_shipped_configuration_with_the_pods_addresses(tmp_path):
+def test_envoy_gets_shipped_configuration_with_pod_addresses(tmp_path):
     template = pod_template(objects(), "translation")
     pods = [Pod(template, f"p{n}", f"127.0.0.{n}", tmp_path, tmp_path) for n in (2, 3)]
     config = configuration("127.0.0.1", {"translation": pods, "training": pods[:1]})
@@ -255,7 +255,7 @@ def test_envoy_gets_the_shipped_configuration_with_the_pods_addresses(tmp_path):
     assert notices_within_s(config) == 4.0
 
 
-def test_the_result_is_the_share_of_conditions_that_hold(capsys):
+def test_result_is_share_of_conditions_that_hold(capsys):
     report = Report("a", "")
     report.must("this", 1, holds=True)
     report.must("that", 2, holds=False)

@@ -60,7 +60,7 @@ def test_latency_is_measured_by_turns_over_the_same_sentences():
     assert blocks[1:] == [(0, 10), (10, 10), (20, 5)]
 
 
-def test_throughput_is_held_against_the_peers_better_batch_size():
+def test_throughput_is_compared_with_faster_peer_batch():
     pair = Pair(FakeProcess("ferryman", 0.5), FakeProcess("ctranslate2", 1.0, faster_batch=64))
     greedy, _ = throughput_rows(pair, task(forced=True), "base fp32", 2)
     assert (greedy.ours, greedy.peer, greedy.ok) == (30_000.0, 15_000.0, True)
@@ -84,7 +84,7 @@ def test_memory_is_compared_now_and_at_its_peak():
     assert (peak.name, peak.ok) == ("base int8 memory, peak RSS", False)
 
 
-def test_what_int8_costs_is_told_in_bleu(tmp_path, random_subwords):
+def test_int8_loss_is_reported_in_bleu(tmp_path, random_subwords):
     texts = random_sentences(40, seed=5)
     ids = random_subwords.encode(texts)
     worse = [[*sentence[:-1]] for sentence in ids]
@@ -143,7 +143,7 @@ class EchoEngine:
         return Translation(hypotheses=[best], source_tokens=len(source))
 
 
-def test_our_engine_is_asked_for_what_the_peer_is_asked_for():
+def test_our_engine_gets_search_of_peer():
     engine = EchoEngine()
     ours = FerrymanEngine(engine)
     found = ours.read(
@@ -158,19 +158,19 @@ def test_our_engine_is_asked_for_what_the_peer_is_asked_for():
     assert [(each.min_length, each.max_length) for each in engine.prepared] == [(0, 40)]
 
 
-def test_an_error_of_our_engine_is_raised():
+def test_error_of_our_engine_is_raised():
     ours = FerrymanEngine(EchoEngine(Cancelled("nobody waits")))
     with pytest.raises(Cancelled):
         ours.translate([(4, 3)], TokenSearch(beam_size=1, max_length=9))
 
 
-def test_a_cold_start_ends_with_the_first_line():
+def test_cold_start_ends_with_first_line():
     slow_end = "import time; print('a translation', flush=True); time.sleep(0.3)"
     begin_s = time.perf_counter()
     taken_s = cold_start_s([sys.executable, "-c", slow_end])
     assert 0 < taken_s < time.perf_counter() - begin_s - 0.25
 
 
-def test_a_cold_start_that_fails_says_why():
+def test_failed_cold_start_raises_with_its_output():
     with pytest.raises(ProcessFailed, match="it hurts"):
         cold_start_s([sys.executable, "-c", "import sys; sys.exit('it hurts')"])

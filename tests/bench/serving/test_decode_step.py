@@ -34,7 +34,7 @@ def outputs(variant, batch):
     )
 
 
-def test_a_variant_is_written_as_its_parts():
+def test_variant_text_names_its_parts():
     assert parse_variant("gqa") == Variant(self_attention=SelfAttention.GQA)
     mixed = parse_variant("tree/mha/topk")
     assert mixed == Variant(self_attention=SelfAttention.TREE, cross_attention=CrossAttention.MHA, head=Head.TOPK)
@@ -54,7 +54,7 @@ def test_both_ways_to_log_probabilities_agree(head):
     np.testing.assert_allclose(found["best"][:, 0], wanted.max(-1), rtol=1e-4, atol=1e-4)
 
 
-def test_the_head_does_not_change_the_choice():
+def test_head_does_not_change_choice():
     tokens = [
         outputs(Variant(self_attention=SelfAttention.GQA, head=head), ALONE)["tokens"][:, 0]
         for head in (Head.LOGSOFTMAX, Head.TOPK, Head.ARGMAX)
@@ -78,14 +78,14 @@ def test_every_self_attention_runs(kind, batch):
     )
 
 
-def test_a_time_is_the_median_of_several_runs():
+def test_time_is_median_of_several_runs():
     runs = []
     assert median_ms(lambda: runs.append(1), seconds=0.0) >= 0
     assert len(runs) >= 8
 
 
 @pytest.mark.parametrize("name", list(FORMS))
-def test_every_form_of_a_product_is_the_product(name):
+def test_every_form_of_product_is_equal(name):
     form, (width_in, width_out) = FORMS[name], (128, 24)
     session = session_of(product_graph(form, width_in, width_out))
     x_MK = product_input(form, 5, width_in)

@@ -45,7 +45,7 @@ def setting(tmp_path_factory):
         ("check: running batch", "largest_difference"),
     ],
 )
-def test_a_section_runs_anywhere_in_small(setting, tmp_path, name, wanted):
+def test_small_section_runs_without_gpu(setting, tmp_path, name, wanted):
     (section,) = (section for section in serving_gpu.sections(setting) if section.name == name)
     run_section(section, tmp_path / "out.json")
     found = json.loads((tmp_path / "out.json").read_text())
@@ -54,7 +54,7 @@ def test_a_section_runs_anywhere_in_small(setting, tmp_path, name, wanted):
     assert found.get("ok", True)
 
 
-def test_the_targets_are_held_against_the_faster_form():
+def test_targets_apply_to_faster_form():
     checks, latency, greedy, beam = serving_gpu.results(FOUND, "NVIDIA H200", small=False)
     assert (checks.value, checks.ok) == (0.5, False)
     assert (latency.value, latency.ok, latency.peer) == (2500.0, True, None)
@@ -65,13 +65,13 @@ def test_the_targets_are_held_against_the_faster_form():
     assert all(result.target is None for result in serving_gpu.results(FOUND, "NVIDIA H200", small=True)[1:])
 
 
-def test_rates_on_another_gpu_are_only_reported():
+def test_rates_on_other_gpus_have_no_target():
     checks, *rates = serving_gpu.results(FOUND, "a GPU", small=False)
     assert checks.target == 1.0
     assert all(result.target is None and result.ok for result in rates)
 
 
-def test_what_users_get_comes_first_and_cuda_graphs_are_for_cuda(tmp_path):
+def test_default_configuration_comes_first_and_cuda_graphs_need_cuda(tmp_path):
     names = [section.name for section in serving_gpu.sections(Setting(folder=tmp_path, device="cuda"))]
     assert names[:4] == ["floor", *(section_name(name, "node by node") for name in serving_gpu.TARGETS)]
     assert len(set(names)) == len(names)
@@ -89,14 +89,14 @@ def test_nodes_are_counted_by_provider():
     assert nodes_by_provider(events) == {"CPU": {"Gather": 2}}
 
 
-def test_results_in_small_stay_away_from_the_real_ones(setting, monkeypatch, tmp_path):
+def test_small_results_go_to_another_folder(setting, monkeypatch, tmp_path):
     monkeypatch.delenv("OUT", raising=False)
     assert serving_gpu.out_folder(setting) == setting.folder
     monkeypatch.setenv("OUT", str(tmp_path / "out"))
     assert serving_gpu.out_folder(setting) == tmp_path / "out"
 
 
-def test_a_section_that_fails_leaves_the_others_alone(tmp_path):
+def test_failed_section_leaves_others_running(tmp_path):
     """The command here is a program that knows one section, dies in another and hangs in a third."""
     program = tmp_path / "program.py"
     program.write_text(
@@ -117,7 +117,7 @@ def test_a_section_that_fails_leaves_the_others_alone(tmp_path):
     assert late == {"works": {"left_out": "no time was left"}}
 
 
-def test_without_a_gpu_it_says_so():
+def test_missing_gpu_is_reported():
     onnxruntime = pytest.importorskip("onnxruntime")
     if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
         pytest.skip("CUDA is there")
@@ -127,7 +127,7 @@ def test_without_a_gpu_it_says_so():
     assert "--device cpu --small" in ended.stderr
 
 
-def test_everything_that_is_asked_for_reaches_the_sections(tmp_path, monkeypatch):
+def test_all_options_reach_sections(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     arguments = types.SimpleNamespace(device="cpu", small=True, model=tmp_path, source=None, reference=None)
     setting = serving_gpu.setting_of(arguments)

@@ -7,13 +7,13 @@ from bench.serving.search_overhead import AT_MOST, ReadyAnswers, measure, plaine
 from ferryman_service.domain.tokens import EOS
 
 
-def test_sentences_leave_and_join_while_it_measures():
+def test_sentences_leave_and_join_during_measurement():
     measured = measure(sentences=8, width=2, steps=300)
     assert 0 < measured["step_us"] < measured["turn_us"] * 100
     assert 1 <= measured["sentences_per_turn"] <= 8
 
 
-def test_the_answers_are_candidates():
+def test_answers_are_candidates():
     batch = ReadyAnswers(sentences=16, width=3, k=6)
     seen = [batch.step(np.zeros((16, 3), dtype=np.int64), np.zeros((16, 3), dtype=np.int64), 6) for _ in range(20)]
     for answer in seen:
@@ -25,7 +25,7 @@ def test_the_answers_are_candidates():
     assert any(not np.array_equal(answer.tokens_SWK, seen[0].tokens_SWK) for answer in seen)
 
 
-def test_the_plainest_step_finds_the_best_candidates():
+def test_plainest_step_finds_best_candidates():
     batch, generator = ReadyAnswers(sentences=4, width=3, k=6), np.random.default_rng(1)
     scores = -generator.random((4, 3)).astype(np.float32)
     score_SW, token_SW, parent_SW = plainest_step(batch.last, scores)
@@ -38,7 +38,7 @@ def test_the_plainest_step_finds_the_best_candidates():
         assert [(float(s), int(p), int(t)) for s, p, t in found] == [(float(s), p, int(t)) for s, p, t in best]
 
 
-def test_a_step_is_held_against_the_plainest_one():
+def test_step_is_compared_with_plainest():
     measured = measure(sentences=8, width=2, steps=300)
     assert measured["ratio"] == pytest.approx(measured["step_us"] / measured["plain_us"], rel=0.05)
     assert set(AT_MOST) == {(1, 1), (64, 1), (1, 5), (64, 5)}

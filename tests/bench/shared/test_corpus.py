@@ -21,14 +21,14 @@ def test_news_is_found_in_and_beside_the_folder(tmp_path, name):
     assert news.described == str(news.test)
 
 
-def test_a_corpus_without_news_says_so(tmp_path):
+def test_missing_news_is_reported(tmp_path):
     (tmp_path / "news.de").write_text("Nachrichten\n")
     news = find_news(tmp_path, "en", "de")
     assert (news.test, news.sentences, news.training.target) == (None, (), ())
     assert news.described == "none found: the sentences of the test set alone"
 
 
-def test_training_pairs_of_news_are_of_the_languages_asked_for(tmp_path):
+def test_training_pairs_of_news_have_requested_languages(tmp_path):
     (tmp_path / "news").mkdir()
     for language in ("en", "fr"):
         (tmp_path / f"news/train.{language}").write_text(f"{language}\n")

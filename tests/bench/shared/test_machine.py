@@ -91,7 +91,7 @@ def test_time_of_the_benchmark_and_its_children_is_not_foreign(proc, watch):
     assert watch.as_dict()["busy"] is False
 
 
-def test_a_child_that_has_ended_is_not_foreign(proc, watch):
+def test_ended_child_is_not_foreign(proc, watch):
     proc.add(CHILD, "python3", parent=OWN)
     proc.spend(CHILD, 3.0)
     proc.write(seconds=5.0)
@@ -103,7 +103,7 @@ def test_a_child_that_has_ended_is_not_foreign(proc, watch):
     assert watch.as_dict()["foreign_cpus"]["most"] == 0.0
 
 
-def test_an_orphan_of_the_benchmark_is_not_foreign(proc, watch):
+def test_orphan_of_benchmark_is_not_foreign(proc, watch):
     proc.add(CHILD, "python3", parent=OWN)
     proc.write(seconds=5.0)
     watch.read()
@@ -125,7 +125,7 @@ def test_kernel_threads_are_not_foreign_and_another_process_of_their_number_is(p
     assert watch.read().windows[-1].foreign_cpus == pytest.approx(1.0)
 
 
-def test_a_process_that_cannot_be_seen_counts_without_a_name(proc, watch):
+def test_unreadable_process_counts_without_name(proc, watch):
     proc.busy_s += 5.0
     proc.write(seconds=5.0)
     facts = watch.as_dict()
@@ -133,7 +133,7 @@ def test_a_process_that_cannot_be_seen_counts_without_a_name(proc, watch):
     assert "up to 1.0 processors; stop" in busy_warning(facts)
 
 
-def test_a_short_disturbance_is_seen_in_a_long_run(proc, watch):
+def test_short_disturbance_of_long_run_is_detected(proc, watch):
     for seconds in (5.0, *[0.0] * 9):
         proc.spend(OTHER, seconds)
         proc.write(seconds=5.0)
@@ -146,14 +146,14 @@ def test_a_short_disturbance_is_seen_in_a_long_run(proc, watch):
     )
 
 
-def test_a_little_time_of_others_is_no_disturbance(proc, watch):
+def test_small_foreign_load_is_ignored(proc, watch):
     proc.spend(OTHER, 0.9)
     proc.write(seconds=5.0)
     facts = watch.as_dict()
     assert (facts["busy"], facts["busiest_process"], busy_warning(facts)) == (False, None, None)
 
 
-def test_a_window_too_short_to_tell_is_left_out(proc, watch):
+def test_too_short_window_is_left_out(proc, watch):
     proc.write(seconds=5.0)
     watch.read()
     proc.spend(OTHER, 0.1)
@@ -161,7 +161,7 @@ def test_a_window_too_short_to_tell_is_left_out(proc, watch):
     assert watch.as_dict()["busy"] is False
 
 
-def test_a_process_with_the_number_of_one_that_has_ended_is_another(proc, watch):
+def test_reused_pid_is_another_process(proc, watch):
     proc.add(CHILD, "python3", parent=OWN)
     proc.write(seconds=5.0)
     watch.read()
@@ -172,7 +172,7 @@ def test_a_process_with_the_number_of_one_that_has_ended_is_another(proc, watch)
     assert watch.as_dict()["busiest_process"] == "intruder"
 
 
-def test_a_spinning_process_is_seen_unless_it_is_ours():
+def test_foreign_spinning_process_is_detected():
     """The one child spins for real; the watch of a sibling finds it foreign, that of this process does not."""
     with (
         subprocess.Popen([sys.executable, "-c", SPIN]) as spinning,
@@ -191,7 +191,7 @@ def test_a_spinning_process_is_seen_unless_it_is_ours():
     assert seen.foreign_cpus - own.foreign_cpus > 0.1
 
 
-def test_the_machine_is_read_while_a_block_runs(proc):
+def test_counters_are_read_during_block(proc):
     watch = MachineWatch(proc.folder, OWN)
     with watch.watching():
         assert len(watch.windows) == 1

@@ -38,14 +38,14 @@ class ReversingEngine:
         return [Found(tokens=tokens, score=-1.0) for tokens in result]
 
 
-def test_a_program_answers_one_command_after_the_other(tmp_path):
+def test_program_answers_commands_in_order(tmp_path):
     with program(tmp_path) as adder:
         assert adder.facts == {"kind": "adder"}
         assert adder.ask("add", a=1, b=2) == 3
         assert adder.ask("add", a="x", b="y") == "xy"
 
 
-def test_a_program_that_ends_says_why(tmp_path):
+def test_ended_program_raises_with_its_log(tmp_path):
     with program(tmp_path) as adder:
         with pytest.raises(ProcessFailed, match="ended in the middle"):
             adder.ask("end")
@@ -53,13 +53,13 @@ def test_a_program_that_ends_says_why(tmp_path):
             adder.ask("add", a=1, b=2)
 
 
-def test_a_program_that_does_not_start_says_why(tmp_path):
+def test_failed_start_raises_with_its_log(tmp_path):
     broken = ServingProcess("broken", [sys.executable, "-c", "import nothing_of_this_name"], {}, tmp_path / "log")
     with pytest.raises(ProcessFailed, match="nothing_of_this_name"), broken:
         pass
 
 
-def test_memory_is_that_of_the_process():
+def test_memory_of_process_is_measured():
     before = memory_mib()
     held = bytearray(64 * 2**20)
     held[::4096] = b"x" * len(held[::4096])
@@ -69,7 +69,7 @@ def test_memory_is_that_of_the_process():
     assert after["peak_rss_mib"] >= after["rss_mib"] - 1
 
 
-def test_latency_is_of_one_sentence_at_a_time():
+def test_latency_translates_one_sentence_at_a_time():
     engine = ReversingEngine()
     commands = Commands(engine).handlers()
     assert commands["sentences"](ids=[[4, 3], [5, 3], [6, 3], [7, 3]]) == 4
@@ -78,7 +78,7 @@ def test_latency_is_of_one_sentence_at_a_time():
     assert engine.searches == [(1, TokenSearch(beam_size=5, max_length=9))] * 2
 
 
-def test_throughput_is_of_all_sentences_at_once():
+def test_throughput_translates_all_sentences_at_once():
     engine = ReversingEngine()
     commands = Commands(engine).handlers()
     commands["sentences"](ids=[[4, 5, 3], [6, 3]])
@@ -87,7 +87,7 @@ def test_throughput_is_of_all_sentences_at_once():
     assert engine.searches == [(2, TokenSearch(beam_size=1, max_length=9, max_batch_size=32))]
 
 
-def test_what_was_found_comes_back_in_order():
+def test_translations_come_back_in_order():
     commands = Commands(ReversingEngine()).handlers()
     commands["sentences"](ids=[[4, 5, 3], [6, 3]])
     found = commands["translate"](beam_size=1, max_length=9)

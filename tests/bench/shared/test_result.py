@@ -24,7 +24,7 @@ def measured(value, target=35.0):
     return Result(bench="quality", value=value, target=target, peer=peer, details={"minutes": 15})
 
 
-def test_the_last_line_is_the_result_and_is_kept(capsys):
+def test_result_is_last_line_and_is_stored(capsys):
     assert publish(measured(35.7)) == 0
     line = capsys.readouterr().out.splitlines()[-1]
     values = json.loads(line)
@@ -35,18 +35,18 @@ def test_the_last_line_is_the_result_and_is_kept(capsys):
     assert (result.RESULTS / "quality.json").read_text() == line + "\n"
 
 
-def test_a_missed_target_is_not_ok(capsys):
+def test_missed_target_is_not_ok(capsys):
     assert publish(measured(34.99)) == 1
     assert json.loads(capsys.readouterr().out)["ok"] is False
 
 
-def test_without_peer_and_target_there_is_nothing_to_miss(capsys):
+def test_result_without_peer_and_target_is_ok(capsys):
     assert publish(Result(bench="quality", value=1.0, target=None, peer=None, details={})) == 0
     values = json.loads(capsys.readouterr().out)
     assert (values["ok"], values["peer"], values["ratio"], values["target"]) == (True, None, None, None)
 
 
-def test_a_benchmark_that_could_not_measure_is_invalid(capsys):
+def test_unmeasured_benchmark_is_invalid(capsys):
     found = Result(bench="load", value=None, target=1.5, peer=None, details={}, invalid_because="the peer is down")
     assert publish(found) == result.INVALID_STATUS == 3
     out, err = capsys.readouterr()
@@ -56,7 +56,7 @@ def test_a_benchmark_that_could_not_measure_is_invalid(capsys):
     assert "INVALID: the peer is down" in err
 
 
-def test_the_line_says_what_else_the_machine_did(capsys):
+def test_line_holds_load_of_machine(capsys):
     publish(measured(35.7))
     values = json.loads(capsys.readouterr().out)
     assert values["valid"] is True
@@ -65,7 +65,7 @@ def test_the_line_says_what_else_the_machine_did(capsys):
     assert set(machine["load_averages_at_start"]) == set(machine["load_averages_at_end"]) == {"1_min", "5_min"}
 
 
-def test_a_busy_machine_is_warned_of(monkeypatch, capsys):
+def test_busy_machine_prints_warning(monkeypatch, capsys):
     watch = MachineWatch()
     busy = Window(seconds=5.0, foreign_cpus=1.0, busiest="intruder", busiest_cpus=0.9)
     monkeypatch.setattr(result, "_WATCH", watch)
@@ -76,7 +76,7 @@ def test_a_busy_machine_is_warned_of(monkeypatch, capsys):
     assert json.loads(out)["machine"]["busy"] is True
 
 
-def test_a_watched_block_is_warned_at_its_begin(monkeypatch, capsys):
+def test_watched_block_warns_at_start(monkeypatch, capsys):
     watch = MachineWatch()
     monkeypatch.setattr(result, "_WATCH", watch)
     watch.read().windows.append(Window(seconds=5.0, foreign_cpus=1.0))
@@ -93,5 +93,5 @@ PUBLISHING = sorted(
 
 
 @pytest.mark.parametrize("program", PUBLISHING)
-def test_every_benchmark_watches_the_machine(program):
+def test_every_benchmark_watches_machine(program):
     assert "watched_machine()" in (ROOT / program).read_text()

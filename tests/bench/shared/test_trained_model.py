@@ -53,27 +53,27 @@ def left(tmp_path):
     return tmp_path / trained_model.QUALITY_OUTPUT / "data/models" / trained_model.QUALITY_MODEL_NAME
 
 
-def test_a_good_model_that_bench_quality_left_is_taken(task, left):
+def test_good_model_of_bench_quality_is_used(task, left):
     write_bundle(left / "9", digest_of(task))
     wanted = write_bundle(left / "10", digest_of(task))
     assert trained_bundle(None, task).resolve() == wanted
 
 
-def test_a_worse_newer_model_is_passed_over(task, left, capsys):
+def test_newer_model_with_lower_bleu_is_skipped(task, left, capsys):
     wanted = write_bundle(left / "1", digest_of(task), bleu=28.0)
     write_bundle(left / "2", digest_of(task), bleu=27.9)
     assert trained_bundle(None, task).resolve() == wanted
     assert "bench/2 has validation BLEU 27.9, less than 28" in capsys.readouterr().out
 
 
-def test_a_newer_model_of_another_size_is_passed_over(task, left, capsys):
+def test_newer_model_of_another_size_is_skipped(task, left, capsys):
     wanted = write_bundle(left / "1", digest_of(task))
     write_bundle(left / "2", digest_of(task), model={"decoder_layers": 2})
     assert trained_bundle(None, task).resolve() == wanted
     assert "bench/2 has model.decoder_layers 2, not 4" in capsys.readouterr().out
 
 
-def test_a_model_of_the_serving_benchmarks_is_taken_again(task, tmp_path):
+def test_model_of_serving_benchmarks_is_reused(task, tmp_path):
     wanted = write_bundle(
         tmp_path / trained_model.OUTPUT / "data/models" / trained_model.MODEL_NAME / "1", digest_of(task)
     )
@@ -90,12 +90,12 @@ def test_a_model_of_the_serving_benchmarks_is_taken_again(task, tmp_path):
         ({"data": {"vocabulary_size": 4000}}, "has data.vocabulary_size 4000, not 8000"),
     ],
 )
-def test_a_model_that_does_not_fit_is_named_with_its_fault(task, tmp_path, change, said):
+def test_unfit_model_is_reported_with_its_fault(task, tmp_path, change, said):
     bundle = write_bundle(tmp_path / "bundle", **{"digest": digest_of(task)} | change)
     assert (fault_of(bundle, task, digest_of(task)) or recipe_fault(bundle, task)) == said
 
 
-def test_a_model_of_another_corpus_must_have_a_decayed_rate(tmp_path):
+def test_model_of_another_corpus_needs_decayed_rate(tmp_path):
     """Nobody knows what BLEU is good there."""
     task = task_of(write_corpus(tmp_path / "data", "test"), "en", "de")
     digest = digest_of(task)
@@ -108,12 +108,12 @@ def test_a_model_of_another_corpus_must_have_a_decayed_rate(tmp_path):
     assert trained_bundle(noam, task) == noam
 
 
-def test_a_model_that_is_named_may_have_any_size(task, tmp_path):
+def test_model_of_command_line_may_have_any_size(task, tmp_path):
     bundle = write_bundle(tmp_path / "bundle", digest_of(task), model={"decoder_layers": 2})
     assert trained_bundle(bundle, task) == bundle
 
 
-def test_a_model_that_is_named_and_unfit_is_refused(task, tmp_path):
+def test_unfit_model_of_command_line_is_refused(task, tmp_path):
     bundle = write_bundle(tmp_path / "bundle", "00" * 32)
     with pytest.raises(ModelUnfit, match=r"another corpus .* leave MODEL out"):
         trained_bundle(bundle, task)
@@ -121,7 +121,7 @@ def test_a_model_that_is_named_and_unfit_is_refused(task, tmp_path):
         trained_bundle(tmp_path, task)
 
 
-def test_the_digest_depends_on_text_and_languages(tmp_path):
+def test_digest_depends_on_text_and_languages(tmp_path):
     data = write_corpus(tmp_path / "data")
     other = write_corpus(tmp_path / "other", line="another line")
     digests = {digest_of(task_of(folder, *pair)) for folder in (data, other) for pair in (("en", "de"), ("de", "en"))}
@@ -129,7 +129,7 @@ def test_the_digest_depends_on_text_and_languages(tmp_path):
 
 
 @pytest.mark.full
-def test_a_missing_model_is_trained_once(tmp_path, monkeypatch, capfd):
+def test_missing_model_is_trained_once(tmp_path, monkeypatch, capfd):
     data = tmp_path / "data"
     data.mkdir()
     generator = random.Random(1)

@@ -10,7 +10,7 @@ def start(first_update_s, peak_memory_mb=1000.0):
 
 
 @pytest.mark.parametrize("machine", [1.0, 10.0])
-def test_the_second_start_is_held_against_that_with_a_small_corpus(machine):
+def test_second_start_is_compared_with_small_corpus(machine):
     def result(second_s):
         starts = {"small": start(machine), "first": start(500 * machine), "second": start(second_s * machine)}
         return corpora.result_of(1000, 1.0, **starts)
@@ -20,6 +20,6 @@ def test_the_second_start_is_held_against_that_with_a_small_corpus(machine):
     assert result(5.1).details["second_ratio"] == 5.1
 
 
-def test_the_larger_peak_of_memory_counts():
+def test_larger_memory_peak_counts():
     found = corpora.result_of(1000, 1.0, small=start(1.0), first=start(9.0, 4096.0), second=start(1.0))
     assert (found.value, found.ok) == (0.5, False)

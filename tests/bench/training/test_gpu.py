@@ -26,7 +26,7 @@ FOUND = {
 
 
 @pytest.mark.parametrize("name", ["floor", "base: whole loop", "check: no waiting"])
-def test_a_section_runs_anywhere_in_small(tmp_path, name):
+def test_small_section_runs_without_gpu(tmp_path, name):
     out = tmp_path / "out.json"
     arguments = types.SimpleNamespace(device="cpu", section_out=out)
     (section,) = (section for section in training_gpu.sections(SMALL) if section.name == name)
@@ -38,7 +38,7 @@ def test_a_section_runs_anywhere_in_small(tmp_path, name):
         assert all(value["target_tokens_per_s"] > 0 and not value["layers_compiled"] for value in found.values())
 
 
-def test_the_targets_are_held_against_the_training_loop(tmp_path, monkeypatch, capsys):
+def test_targets_apply_to_training_loop(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("OUT", str(tmp_path))
     status = training_gpu.publish_all(FOUND, types.SimpleNamespace(small=False))
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
@@ -51,14 +51,14 @@ def test_the_targets_are_held_against_the_training_loop(tmp_path, monkeypatch, c
     assert json.loads(Path(tmp_path, "training-gpu-base.json").read_text()) == base
 
 
-def test_rates_on_another_gpu_are_only_reported(tmp_path, monkeypatch, capsys):
+def test_rates_on_other_gpus_have_no_target(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("OUT", str(tmp_path))
     training_gpu.publish_all(FOUND | {"device": {"name": "NVIDIA A10G"}}, types.SimpleNamespace(small=False))
     _, base, big = (json.loads(line) for line in capsys.readouterr().out.splitlines())
     assert (base["target"], base["ok"], big["target"], big["ok"]) == (None, True, None, True)
 
 
-def test_what_users_get_is_measured_before_everything_else():
+def test_default_configuration_is_measured_first():
     names = [section.name for section in training_gpu.sections(SMALL)]
     assert names[:3] == ["floor", *map(training_gpu.loop_name, (Preset.BASE, Preset.BIG))]
     assert len(set(names)) == len(names)
