@@ -1,4 +1,4 @@
-"""The caller of `dearest`: makes one call at a time in a thread and tells when it is over. It answers commands, see
+"""The caller of `dearest`: makes one call at a time in a thread and reports its end. It answers commands, see
 `shared.process`."""
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The service, with a watch on its event loop: `python -m bench.load.dearest_server FILE serve ...`.
 
 The file's first eight bytes hold the most processor time, in seconds, that the event loop's thread took between two
-ticks of a millisecond since somebody wrote 0.0 there.
+ticks of a millisecond since 0.0 was last written there.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ class Probe:
         return self.answered > 0 and not self.failures and self.p95_ms < self.limit_ms
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the probe for a line of JSON; milliseconds that nobody saw are left out."""
+        """Return the probe for a line of JSON; unknown milliseconds are left out."""
         times = {"p50_ms": self.p50_ms, "p95_ms": self.p95_ms, "p99_ms": self.p99_ms}
         times["worst_late_ms"] = self.worst_late_ms
         return {

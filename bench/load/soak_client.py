@@ -1,7 +1,7 @@
 """The client of the soak: a process of its own that calls, cancels, streams, and keeps account of every answer.
 
 It answers the command "soak", see `shared.process`. Every sentence is translated alone first; whatever comes back
-later must be the same text, whoever shared the batch."""
+later must be the same text, whatever shared the batch."""
 
 from __future__ import annotations
 

@@ -328,7 +328,7 @@ def _check_promotion(
     report: Report, ledger: Ledger, reference: str, moved_s: float, cluster: Cluster, *, is_cold: bool
 ) -> None:
     """Note how soon after the move of the alias each replica has answered with its new target, and that none goes back.
-    Cold: until a replica has loaded the target, it may go on with the version before."""
+    Cold: until a replica has loaded the target, it may still use the version before."""
     first_s = _first_answers_s(ledger, reference, moved_s)
     last_s = max(first_s.values(), default=float("inf")) - moved_s
     how = "which no replica had in memory" if is_cold else "which all have in memory"

@@ -158,7 +158,7 @@ def cpu_model(proc: Path = PROC) -> str:
 
 
 def busy_warning(facts: Mapping[str, Any]) -> str | None:
-    """Return a sentence about a machine that others have used too; None if nobody has."""
+    """Return a warning about a machine that other processes used too; None if none did."""
     if not facts["busy"]:
         return None
     name = f", most of all {facts['busiest_process']!r}" if facts["busiest_process"] else ""

@@ -127,7 +127,7 @@ def current_bundle(bundle: Path, check_sentences: Sequence[str]) -> Path:
     if manifest["format_version"] == FORMAT_VERSION:
         return bundle
     if not (bundle / WEIGHTS_FILE).exists():
-        raise FileNotFoundError(f"{bundle} is of an earlier version and holds no {WEIGHTS_FILE}: train a model anew")
+        raise FileNotFoundError(f"{bundle} is of an earlier version and holds no {WEIGHTS_FILE}; train a new model")
     header = manifest["header"]
     recipe = recipe_from_dict(header["lineage"]["recipe"])
     trained = TrainedModel(

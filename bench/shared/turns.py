@@ -31,10 +31,10 @@ class TurnsOver(BaseException):
 
 
 class Turns:
-    """The measured program's side. What it prints itself goes to the standard error output from here on."""
+    """The measured program's side. Everything else that it prints goes to the standard error output."""
 
     def __init__(self, **facts: float) -> None:
-        """Take the standard output; `facts` are told with the first line."""
+        """Take the standard output; `facts` go into the first line."""
         self._facts = facts
         self._answers = take_stdout()
         self._seconds: list[float] = []

@@ -14,7 +14,7 @@ from ferryman_service.training.engine import EngineConfig, TorchTrainingEngine
 
 
 class TurnReporter(ListReporter):
-    """Waits for its turn when the engine asks, between two updates, whether to go on."""
+    """Waits for its turn when the engine asks, between two updates, whether to continue."""
 
     def __init__(self, turns: Turns) -> None:
         super().__init__()

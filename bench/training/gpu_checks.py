@@ -112,7 +112,7 @@ def compiling(device: torch.device, folder: Path) -> Finding:
 
 
 def loss_scaling(device: torch.device, folder: Path) -> Finding:
-    """FP16: an update that overflows changes no weight, halves the scale and is told; training goes on."""
+    """FP16: an update that overflows changes no weight, halves the scale and is reported; training continues."""
     trainee = tiny_trainee(tiny_recipe(Precision.FP16), device)
     batches = tiny_batches(40, device)
     outcomes(trainee, batches[:1])
@@ -144,9 +144,9 @@ def out_of_memory(device: torch.device, folder: Path) -> Finding:
     except TrainingFailed as error:
         failure = error
     difference = abs(halved.loss / whole.loss - 1)
-    told = failure is not None and failure.reason is FailureReason.OUT_OF_MEMORY
+    reported = failure is not None and failure.reason is FailureReason.OUT_OF_MEMORY
     finding: Finding = {
-        "ok": halved.split and not whole.split and difference < _FP32_TOLERANCE and told,
+        "ok": halved.split and not whole.split and difference < _FP32_TOLERANCE and reported,
         "relative_difference": difference,
         "failure": str(failure),
     }

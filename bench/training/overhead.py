@@ -217,7 +217,7 @@ def result(measured: Measurement) -> Result:
 
 
 class _NoValidator:
-    """Stands for a Validator where nobody looks at the scores."""
+    """Stands for a Validator whose scores are not used."""
 
     was_split = False
     metric = SelectionMetric.BLEU
@@ -235,7 +235,7 @@ def _new_trainee(recipe: Recipe) -> TimedTrainee:
 
 
 def _corpus(corpora: FileCorpusStore) -> str:
-    """Store a corpus that nobody reads; return its id."""
+    """Store a corpus that is never read; return its id."""
     upload = corpora.begin_upload(CorpusHeader(display_name="", source_language="en", target_language="de"), "")
     for split in Split:
         upload.add_pairs(split, [SentencePair(source="a", target="b")])
