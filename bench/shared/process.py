@@ -96,12 +96,14 @@ class ServingProcess:
     def __init__(self, name: str, command: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
         self.name = name
         self.facts: dict[str, Any] = {}
-        self._start = lambda: JsonProcess(name, command, environment, log)
+        self._command = command
+        self._environment = environment
+        self._log = log
         self._process: JsonProcess | None = None
 
     def __enter__(self) -> Self:
         """Start the program and wait until it is ready; raises ProcessFailed."""
-        self._process = self._start()
+        self._process = JsonProcess(self.name, self._command, self._environment, self._log)
         try:
             self.facts = self._process.receive()
         except BaseException:
