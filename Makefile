@@ -143,68 +143,68 @@ wheel-smoke: $(READY) ## install the wheel in a clean environment and use it
 	PYTHON=$(BIN)/python tests/wheel_smoke.sh
 
 bench-quality: $(READY) ## BLEU after as much training as a plain loop has, by turns: [DATA= SOURCE= TARGET= MINUTES= PRESET= QUICK=1]
-	@$(BIN)/python -m bench.quality $(if $(DATA),--data "$(DATA)") $(if $(SOURCE),--source "$(SOURCE)") \
+	@$(BIN)/python -m bench.quality.bleu $(if $(DATA),--data "$(DATA)") $(if $(SOURCE),--source "$(SOURCE)") \
 	  $(if $(TARGET),--target "$(TARGET)") $(if $(MINUTES),--minutes "$(MINUTES)") \
 	  $(if $(PRESET),--preset "$(PRESET)") $(if $(QUICK),--quick)
 
 bench-schedules: $(READY) ## WSD beside NOAM under a limit of time, ~30 min: [DATA= QUICK=1]
-	@$(BIN)/python -m bench.schedules $(if $(DATA),--data "$(DATA)") $(if $(QUICK),--quick)
+	@$(BIN)/python -m bench.quality.schedules $(if $(DATA),--data "$(DATA)") $(if $(QUICK),--quick)
 
 bench-export: $(READY) ## does the exported model translate as the PyTorch model does: [DATA= SOURCE= TARGET= MODEL= QUICK=1]
-	@$(BIN)/python -m bench.export $(SERVED) $(if $(QUICK),--quick)
+	@$(BIN)/python -m bench.quality.export $(SERVED) $(if $(QUICK),--quick)
 
 bench-training-cpu: $(READY) ## target tokens/s of training beside a plain loop and fairseq, ~12 min: [DATA= PRESET=tiny|base QUICK=1]
-	@$(BIN)/python -m bench.training_cpu $(if $(DATA),--data "$(DATA)") $(if $(SOURCE),--source "$(SOURCE)") \
+	@$(BIN)/python -m bench.training.cpu $(if $(DATA),--data "$(DATA)") $(if $(SOURCE),--source "$(SOURCE)") \
 	  $(if $(TARGET),--target "$(TARGET)") $(if $(PRESET),--preset "$(PRESET)") $(if $(QUICK),--quick)
 
 bench-quality-tok: $(READY) ## BLEU on tokenised Multi30k beside the published figures, hours on a CPU, in sittings: [DATA= MINUTES= SEEDS=]
-	@$(BIN)/python -m bench.quality_tok $(if $(DATA),--data "$(DATA)") $(if $(MINUTES),--minutes "$(MINUTES)") \
+	@$(BIN)/python -m bench.quality.bleu_tokenized $(if $(DATA),--data "$(DATA)") $(if $(MINUTES),--minutes "$(MINUTES)") \
 	  $(if $(SEEDS),--seeds "$(SEEDS)")
 
 bench-training-gpu: $(READY) ## training on a GPU: floor, checks, target tokens/s, MFU, < 8 min
-	@$(BIN)/python -m bench.training_gpu
+	@$(BIN)/python -m bench.training.gpu
 
 bench-overhead: $(READY) ## what reports and store cost of a small model's step
-	@$(BIN)/python -m bench.overhead
+	@$(BIN)/python -m bench.training.overhead
 
 bench-corpora: $(READY) ## memory and start-up time on 10 million sentence pairs: [PAIRS=]
-	@$(BIN)/python -m bench.corpora $(if $(PAIRS),--pairs "$(PAIRS)")
+	@$(BIN)/python -m bench.training.corpora $(if $(PAIRS),--pairs "$(PAIRS)")
 
 bench-serving-cpu: $(READY) ## latency, throughput, memory and BLEU of the engine beside CTranslate2: [DATA= SOURCE= TARGET= MODEL= QUICK=1]
-	@$(BIN)/python -m bench.serving_cpu $(SERVED) $(if $(QUICK),--quick)
+	@$(BIN)/python -m bench.serving.cpu $(SERVED) $(if $(QUICK),--quick)
 
 bench-serving-gpu: $(READY) ## translating on a GPU: floor, checks, latency and throughput in fp16, < 8 min
-	@$(BIN)/python -m bench.serving_gpu
+	@$(BIN)/python -m bench.serving.gpu
 
 bench-load: $(READY) ## requests/s that the service holds, beside a plain server around CTranslate2: [DATA= SOURCE= TARGET= MODEL= COMPUTE_TYPE= QUICK=1]
-	@$(BIN)/python -m bench.load $(SERVED) $(if $(COMPUTE_TYPE),--compute-type "$(COMPUTE_TYPE)") $(if $(QUICK),--quick)
+	@$(BIN)/python -m bench.load.capacity $(SERVED) $(if $(COMPUTE_TYPE),--compute-type "$(COMPUTE_TYPE)") $(if $(QUICK),--quick)
 
 bench-decode-step: $(READY) ## what forms of a decoder step and of its matrix products cost in ONNX Runtime: [PRESET=tiny|base]
-	@$(BIN)/python -m bench.decode_step $(if $(PRESET),--presets "$(PRESET)")
+	@$(BIN)/python -m bench.serving.decode_step $(if $(PRESET),--presets "$(PRESET)")
 
 bench-invariance: $(READY) ## is a sentence translated the same alone and among others: [DATA= SOURCE= TARGET= MODEL= QUICK=1]
-	@$(BIN)/python -m bench.invariance $(SERVED) $(if $(QUICK),--quick)
+	@$(BIN)/python -m bench.quality.invariance $(SERVED) $(if $(QUICK),--quick)
 
 bench-serving-profile: $(READY) ## where the time of translating goes: [DATA= SOURCE= TARGET= MODEL= QUICK=1]
-	@$(BIN)/python -m bench.serving_profile $(SERVED) $(if $(QUICK),--quick)
+	@$(BIN)/python -m bench.serving.profile $(SERVED) $(if $(QUICK),--quick)
 
 bench-search-overhead: $(READY) ## what the search takes of a decoding step, outside the model
-	@$(BIN)/python -m bench.search_overhead
+	@$(BIN)/python -m bench.serving.search_overhead
 
 bench-neighbour: $(READY) ## what a busy process costs training and serving, and these two each other: [DATA= QUICK=1]
-	@$(BIN)/python -m bench.neighbour $(if $(DATA),--data "$(DATA)") $(if $(QUICK),--quick)
+	@$(BIN)/python -m bench.load.neighbour $(if $(DATA),--data "$(DATA)") $(if $(QUICK),--quick)
 
 dearest: $(READY) ## a search for the request that costs the service most: [MINUTES=]
-	@$(BIN)/python -m bench.dearest $(if $(MINUTES),--minutes "$(MINUTES)")
+	@$(BIN)/python -m bench.load.dearest $(if $(MINUTES),--minutes "$(MINUTES)")
 
 soak: $(READY) ## training and stores that fail everywhere, random and dear requests, mutated bundles, a translation service under load: [MINUTES= PROCESSES= MODEL= RATE=]
 	FERRYMAN_SOAK=1 $(BIN)/python -m pytest tests/service/training/test_resume.py tests/service/training/test_compile.py \
 	  tests/service/stores/test_failpoints.py tests/service/stores/test_sweep.py tests/service/stores/test_repair.py \
 	  tests/service/search/test_beam.py
 	FERRYMAN_SOAK=1 $(BIN)/python -m pytest $(PARALLEL) tests/contract/test_any_message.py tests/contract/test_mutated_bundles.py
-	$(BIN)/python -m bench.dearest $(if $(MINUTES),--minutes "$(MINUTES)")
-	$(BIN)/python -m bench.kill $(if $(MINUTES),--minutes "$(MINUTES)") $(if $(PROCESSES),--processes "$(PROCESSES)")
-	$(BIN)/python -m bench.load --soak $(or $(MINUTES),10) $(SERVED) $(if $(RATE),--rate "$(RATE)")
+	$(BIN)/python -m bench.load.dearest $(if $(MINUTES),--minutes "$(MINUTES)")
+	$(BIN)/python -m bench.training.kill $(if $(MINUTES),--minutes "$(MINUTES)") $(if $(PROCESSES),--processes "$(PROCESSES)")
+	$(BIN)/python -m bench.load.soak $(if $(MINUTES),--minutes "$(MINUTES)") $(SERVED) $(if $(RATE),--rate "$(RATE)")
 
 rehearse: $(OPS) ## the cluster on one machine: restarts, kills and promotions under load behind a real Envoy, ~4 min: [QUICK=1]
 	@$(BIN)/python -m bench.rehearsal $(if $(QUICK),--quick)

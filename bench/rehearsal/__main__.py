@@ -1,4 +1,4 @@
-"""What `make rehearse` runs: a rehearsal of the cluster on one machine.
+"""`make rehearse`: a rehearsal of the cluster on one machine.
 
 A real Envoy stands in front of three serving processes and one training process that share a data folder. What each
 runs with, its ports, probes and grace periods, is what the Helm chart says; Envoy runs what deploy/envoy says. Callers
@@ -35,7 +35,7 @@ from bench.rehearsal.serving import (
     slow_replica,
 )
 from bench.rehearsal.training import restarted_training
-from bench.result import RESULTS, Result, publish, watched_machine
+from bench.shared.result import RESULTS, Result, publish, watched_machine
 
 FOLDER: Final = Path("bench-output/rehearsal")
 SCENARIOS: Final[Mapping[str, Callable[[Cluster, Effort], Awaitable[Report]]]] = {
@@ -80,10 +80,10 @@ def result_of(reports: Sequence[Report], *, quick: bool) -> Result:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog="make rehearse", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="scenarios a, b and c, with short waits")
+    parser.add_argument("--quick", action="store_true", help="run scenarios a, b and c with short waits")
     parser.add_argument("--scenarios", default="", help=f"some of {''.join(SCENARIOS)}, such as ab")
     parser.add_argument("--manifest", type=Path, help="what the chart has rendered already (default: render it)")
-    parser.add_argument("--folder", type=Path, default=FOLDER, help="is removed first; logs stay in it")
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="working folder for logs; it is removed first")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the line of JSON")
     arguments = parser.parse_args(argv)
     if unknown := set(arguments.scenarios) - set(SCENARIOS):

@@ -17,7 +17,7 @@ from typing import Any, Final, Protocol, Self, TypeAlias
 import grpc
 
 from bench.rehearsal.proxy import REPLICA_HEADER
-from bench.turns import quantile
+from bench.shared.turns import quantile
 from ferryman import AsyncClient
 from ferryman.errors import FerrymanError
 from ferryman.types import StreamSentence
@@ -39,7 +39,7 @@ Expected: TypeAlias = Mapping[str, Mapping[str, str]]
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """What a call asks for: so many sentences, and its deadline."""
+    """A call's work: so many sentences, and its deadline."""
 
     sentences: int = 4
     timeout_s: float = 20.0
@@ -47,7 +47,7 @@ class Work:
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What came back of a call. `replica` is the HOST:PORT that answered, "" if unknown; `model` "" if nothing did."""
+    """The answer to a call. `replica` is the HOST:PORT that answered, "" if unknown; `model` "" if nothing did."""
 
     status: str
     model: str = ""
@@ -144,7 +144,7 @@ def _replica(*metadata: Any) -> str:  # noqa: ANN401 (grpc's own types of metada
 
 @dataclass
 class Ledger:
-    """What became of every call."""
+    """The outcome of every call."""
 
     lines: list[Line] = field(default_factory=list)
     begun: int = 0

@@ -13,15 +13,12 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from safetensors.torch import save_file
 
 from bench.rehearsal.texts import sentences_of
+from bench.shared.made_up import NO_SCORES, untrained_lineage, write_untrained_weights
 from ferryman_service.bundle.manifest import SUBWORDS_FILE, WEIGHTS_FILE
-from ferryman_service.domain.models import ModelLineage, ModelScores
-from ferryman_service.domain.recipe import Recipe, resolve_recipe
+from ferryman_service.domain.recipe import resolve_recipe
 from ferryman_service.domain.training import TrainedModel
-from ferryman_service.model.config import TransformerConfig
-from ferryman_service.model.transformer import Transformer
 from ferryman_service.text.subwords import train_subwords
 from ferryman_service.training.export import OnnxExporter
 
@@ -50,32 +47,11 @@ def write_bundle(folder: Path, seed: int, check_sentences: Sequence[str]) -> Non
             weights=weights,
             subwords=subwords,
             recipe=recipe,
-            scores=ModelScores(bleu=0.0, chrf=0.0, nll_per_token=0.0, weights="best", step=0),
-            parameters=_write_weights(recipe, weights, seed),
+            scores=NO_SCORES,
+            parameters=write_untrained_weights(recipe, weights, seed=seed, sharpened=True),
             check_sentences=check_sentences[:16],
         )
-        OnnxExporter().export(trained, _lineage(recipe), folder)
-
-
-def _write_weights(recipe: Recipe, path: Path, seed: int) -> int:
-    """Write random weights, sharpened so that few choices are close to a tie; return how many there are."""
-    torch.manual_seed(seed)
-    transformer = Transformer(TransformerConfig.from_recipe(recipe, recipe.data.vocabulary_size))
-    with torch.no_grad():
-        transformer.embedding.weight *= 2
-    save_file(transformer.state_dict(), path)
-    return sum(parameter.numel() for parameter in transformer.parameters())
-
-
-def _lineage(recipe: Recipe) -> ModelLineage:
-    return ModelLineage(
-        run_id="run_0000000000000000000000",
-        corpus_id="cor_0000000000000000000000",
-        corpus_digest="00" * 32,
-        source_language="xx",
-        target_language="yy",
-        recipe=recipe,
-    )
+        OnnxExporter().export(trained, untrained_lineage(recipe, "xx", "yy"), folder)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""What a scenario found: figures, conditions that must hold, and a table."""
+"""The report of a scenario: figures, conditions that must hold, and a table."""
 
 from __future__ import annotations
 

@@ -62,15 +62,23 @@ class Kill:
         return [line for line in self.raw.lines if line.answer.status != OK]
 
 
+@contextlib.asynccontextmanager
+async def translating_through_envoy(cluster: Cluster, effort: Effort) -> AsyncIterator[tuple[Trickle, Load]]:
+    """Translate a stream, and single calls without retries, for the length of the block."""
+    target = cluster.envoy.target
+    async with (
+        raw_caller(target) as caller,
+        trickle(target, cluster.sentences) as stream,
+        Load(caller, cluster.sentences, Work(), rate=effort.rate) as load,
+    ):
+        yield stream, load
+
+
 async def rolling_restart(cluster: Cluster, effort: Effort) -> Report:
     """Restart replica after replica while callers that never retry translate, and while a stream is translated."""
     report = Report("a", "every replica restarted in turn; through Envoy, callers without retries")
     endings, restarted_s, out_s = list[Ending](), dict[str, float](), list[float]()
-    async with (
-        raw_caller(cluster.envoy.target) as caller,
-        trickle(cluster.envoy.target, cluster.sentences) as stream,
-        Load(caller, cluster.sentences, Work(), rate=effort.rate) as load,
-    ):
+    async with translating_through_envoy(cluster, effort) as (stream, load):
         await load.answered(effort.settle_calls)
         farewells = -await cluster.envoy.farewells()
         for pod in cluster.serving:
@@ -116,11 +124,7 @@ async def killed_replica_headless(cluster: Cluster, effort: Effort) -> Report:
 async def promoted_version(cluster: Cluster, effort: Effort) -> Report:
     """Publish a version beside the running replicas, and move the alias to it, back, and to it again."""
     report = Report("c", "a new version published and promoted everywhere; through Envoy, callers without retries")
-    async with (
-        raw_caller(cluster.envoy.target) as caller,
-        trickle(cluster.envoy.target, cluster.sentences) as stream,
-        Load(caller, cluster.sentences, Work(), rate=effort.rate) as load,
-    ):
+    async with translating_through_envoy(cluster, effort) as (stream, load):
         await load.answered(effort.settle_calls)
         old = next(iter(cluster.expected))
         new = await cluster.publish(2)
@@ -324,7 +328,7 @@ def _check_promotion(
     report: Report, ledger: Ledger, reference: str, moved_s: float, cluster: Cluster, *, is_cold: bool
 ) -> None:
     """Note how soon after the move of the alias each replica has answered with its new target, and that none goes back.
-    Cold: until a replica has loaded the target, it may go on with the version before."""
+    Cold: until a replica has loaded the target, it may still use the version before."""
     first_s = _first_answers_s(ledger, reference, moved_s)
     last_s = max(first_s.values(), default=float("inf")) - moved_s
     how = "which no replica had in memory" if is_cold else "which all have in memory"

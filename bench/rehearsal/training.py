@@ -94,9 +94,9 @@ async def restarted_training(cluster: Cluster, _: Effort) -> Report:
         answer = await client.translate(_MODEL, train[0][0])
     stopped = f"exit status {ending.status} after {ending.seconds:.1f} s"
     report.must("the restarted service ends by itself", stopped, ending.in_time and not ending.status)
-    text = "the run goes on in its worker when the service alone is restarted"
+    text = "the run continues in its worker when the service alone is restarted"
     report.must(text, f"attempt {first.attempt}, {first.state}", first.attempt == 1)
-    report.must("it goes on in another worker when both die", f"attempt {last.attempt}", last.attempt == 2)
+    report.must("the run continues in another worker when both die", f"attempt {last.attempt}", last.attempt == 2)
     report.must("it succeeds", last.state, last.state is RunState.SUCCEEDED)
     _check_follower(report, follower, last.last_sequence)
     report.must("its model is served by the replicas", answer.model, answer.model == f"{_MODEL}/1")

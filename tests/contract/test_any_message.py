@@ -11,7 +11,7 @@ from random import Random
 import grpc
 import pytest
 
-from bench.random_requests import RequestMaker, all_rpcs
+from bench.load.random_requests import RequestMaker, all_rpcs
 from ferryman.v1 import model_pb2
 
 SOAK = bool(os.environ.get("FERRYMAN_SOAK"))

@@ -28,7 +28,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from bench.neighbour import made_up_text
+from bench.shared.made_up import made_up_text
 from examples.local_service import local_service, reserved_port
 from ferryman import Client, Sampling, StreamSentence
 from ferryman.types import (

@@ -21,8 +21,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
-from bench.neighbour import made_up_text
-from bench.server_program import Server, started_server
+from bench.shared.made_up import made_up_text
+from bench.shared.server_program import Server, started_server
 from ferryman import Client
 from ferryman.types import DataRecipe, OptimizationRecipe, Recipe, RunState, StopRecipe, ValidationRecipe
 

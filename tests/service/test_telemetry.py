@@ -42,7 +42,7 @@ def test_only_packages_that_turn_telemetry_off_import_onnxruntime():
         assert "ORT_DISABLE_TELEMETRY" in text or "import ferryman_service" in text
 
 
-@pytest.mark.parametrize("module", ["ferryman_service.worker", "bench.result"])
+@pytest.mark.parametrize("module", ["ferryman_service.worker", "bench.shared.result"])
 def test_importing_writes_nothing_into_a_fresh_home(tmp_path, module):
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("ORT_", "XDG_"))}
     environment |= {"HOME": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}

@@ -4,7 +4,7 @@ import signal
 
 import pytest
 
-from bench.kill import STEPS, after_s, at_step, in_a_write, kill_points, open_arena
+from bench.training.kill import STEPS, after_s, at_step, in_a_write, kill_points, open_arena
 from ferryman_service.domain.records import RunState, StepMetrics
 
 pytestmark = pytest.mark.full
@@ -51,6 +51,6 @@ def test_the_points_meet_every_step():
 
 
 def _first_step(point):
-    from bench.kill import Look
+    from bench.training.kill import Look
 
     return next(s for s in range(STEPS + 1) if point(Look(step=s, age_s=0.0, is_writing=False)))
