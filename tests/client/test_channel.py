@@ -228,9 +228,9 @@ def test_every_call_has_a_deadline_by_default(silent_server):
 
 @pytest.mark.parametrize("timeout_s", [0, -1, float("nan"), float("inf"), 1e10])
 def test_a_deadline_that_every_call_would_miss_is_refused(timeout_s):
-    with pytest.raises(ValueError, match="must be over 0 and at most 1,000,000,000"):
+    with pytest.raises(ValueError, match="must be a number of seconds over 0 and at most 1,000,000,000"):
         Client("localhost:1", timeout_s=timeout_s)
-    with pytest.raises(ValueError, match="must be over 0 and at most 1,000,000,000"):
+    with pytest.raises(ValueError, match="must be a number of seconds over 0 and at most 1,000,000,000"):
         AsyncClient("localhost:1", timeout_s=timeout_s)
 
 
@@ -250,7 +250,7 @@ def test_the_callers_options_replace_the_clients():
 
 
 NO_SERVER = (
-    r"no service answers at 127\.0\.0\.1:1 \(connection refused\): start one with `ferryman-service serve`, or give"
+    r"cannot reach a service at 127\.0\.0\.1:1 \(connection refused\); start one with `ferryman-service serve`, or pass"
 )
 
 
@@ -268,7 +268,7 @@ async def test_where_no_server_is_the_error_says_what_to_do():
 def test_a_server_that_does_not_answer_is_named(silent_server):
     with (
         Client(silent_server, timeout_s=0.1) as client,
-        pytest.raises(errors.DeadlineExceeded, match=f"{silent_server} has not ended the call before its deadline"),
+        pytest.raises(errors.DeadlineExceeded, match=f"{silent_server} did not answer before the deadline"),
     ):
         client.get_corpus("cor_x")
 

@@ -148,16 +148,16 @@ def test_files_come_in_any_pieces(tmp_path, version):
 @pytest.mark.parametrize(
     ("items", "text"),
     [
-        ([chunk(0, 0, b"hellO"), chunk(2, 0, b"world!")], "a arrived with 5 bytes and SHA-256"),
-        ([chunk(0, 0, b"hello"), chunk(2, 0, b"world?")], "c arrived with 6 bytes and SHA-256"),
-        ([chunk(0, 0, b"hello"), chunk(2, 0, b"world!!")], "c arrived with 7 bytes"),
+        ([chunk(0, 0, b"hellO"), chunk(2, 0, b"world!")], "a has 5 bytes with SHA-256"),
+        ([chunk(0, 0, b"hello"), chunk(2, 0, b"world?")], "c has 6 bytes with SHA-256"),
+        ([chunk(0, 0, b"hello"), chunk(2, 0, b"world!!")], "c has 7 bytes"),
         ([chunk(0, 0, b"hello")], "ended in c"),
         ([chunk(0, 0, b"hell")], "ended in a"),
         ([], "ended in a"),
-        ([chunk(0, 1, b"ello")], "bytes from 1 of file 0, the next are those from 0 of file 0"),
-        ([chunk(2, 0, b"world!")], "bytes from 0 of file 2"),
-        ([chunk(0, 0, b"")], "bytes from 0 of file 0"),
-        ([chunk(0, 0, b"hello"), chunk(2, 0, b"world!"), chunk(3, 0, b"x")], "bytes from 0 of file 3"),
+        ([chunk(0, 1, b"ello")], "offset 1 of file 0, but offset 0 of file 0 is next"),
+        ([chunk(2, 0, b"world!")], "offset 0 of file 2"),
+        ([chunk(0, 0, b"")], "offset 0 of file 0"),
+        ([chunk(0, 0, b"hello"), chunk(2, 0, b"world!"), chunk(3, 0, b"x")], "offset 0 of file 3"),
         ([chunk(-1, 0, b"x")], "file -1"),
     ],
 )
@@ -169,16 +169,16 @@ def test_what_is_not_what_was_published_is_not_kept(tmp_path, version, items, te
 
 @pytest.mark.parametrize("name", ["", "..", "../x", "/etc/passwd", "a/b", ".hidden", "a\0", "a" * 101, "ä"])
 def test_a_server_names_no_path(tmp_path, version, name):
-    with pytest.raises(errors.ModelDamaged, match="names a file"):
+    with pytest.raises(errors.ModelDamaged, match="is not a valid file name"):
         receive(tmp_path / "bundle", [header(version, name)])
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_download_begins_with_one_header(tmp_path, version):
     for items in ([header(version, "a"), header(version, "b")], [header(version, "a", "a")]):
-        with pytest.raises(errors.ModelDamaged, match="two headers, or a file twice"):
+        with pytest.raises(errors.ModelDamaged, match="two headers or listed a file twice"):
             receive(tmp_path / "bundle", items)
-    for items, text in (([chunk(0, 0, b"x")], "bytes from 0"), ([], "before its header")):
+    for items, text in (([chunk(0, 0, b"x")], "offset 0"), ([], "before its header")):
         with pytest.raises(errors.ModelDamaged, match=text):
             receive(tmp_path / "bundle", items)
 

@@ -88,15 +88,15 @@ def test_pauses_grow_to_a_bound_and_a_sign_of_life_starts_them_over():
     now_s = 0.0
     tail = MetricsTail("r", 0, follow=True, reconnect_timeout_s=60, clock=lambda: now_s)
     gone = errors.Unavailable("gone")
-    pauses_s = []
+    delays_s = []
     for _ in range(9):
-        pauses_s.append(tail.pause_s(gone))
-        now_s += pauses_s[-1]
-    assert 0.05 <= pauses_s[0] <= 0.1
-    assert all(2.5 <= pause_s <= 5 for pause_s in pauses_s[-2:])
+        delays_s.append(tail.next_delay_s(gone))
+        now_s += delays_s[-1]
+    assert 0.05 <= delays_s[0] <= 0.1
+    assert all(2.5 <= delay_s <= 5 for delay_s in delays_s[-2:])
     tail.accept(Heartbeat(last_sequence=0, state=RunState.RUNNING, interval_s=1))
     now_s += 1000
-    assert tail.pause_s(gone) <= 0.1
+    assert tail.next_delay_s(gone) <= 0.1
     now_s += 61
     with pytest.raises(errors.Unavailable):
-        tail.pause_s(gone)
+        tail.next_delay_s(gone)

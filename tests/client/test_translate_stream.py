@@ -14,9 +14,9 @@ import pytest
 
 from ferryman import AsyncClient, Client, Sampling, StreamSentence, StreamTranslation, errors, types
 from ferryman._convert import SearchOptions, translate_stream
-from ferryman._reconnect import Reconnection
+from ferryman._reconnect import ReconnectBackoff
 from ferryman._rpc_errors import error_from_rpc
-from ferryman._stream import StreamBook, StreamRoad
+from ferryman._stream import StreamBuffer, StreamCalls
 from ferryman.testing import FakeFerryman
 
 Collect = Callable[..., list[StreamTranslation]]
@@ -113,14 +113,14 @@ class _LostStatus(grpc.RpcError):
 
 def test_a_lost_status_is_asked_for_again():
     """The call was not accepted, so nothing was done; its refusal is worth more to the caller than "unavailable"."""
-    road = StreamRoad(translate_stream("m", False, None, {}), timeout_s=None, reconnect_timeout_s=60.0)
+    calls = StreamCalls(translate_stream("m", False, None, {}), timeout_s=None, reconnect_timeout_s=60.0)
     lost = error_from_rpc(_LostStatus())
     for _ in range(5):
-        assert road.pause_s(lost, {}) < 10
+        assert calls.next_delay_s(lost, {}) < 10
     with pytest.raises(errors.ModelTooLarge):
-        road.pause_s(errors.ModelTooLarge("too large"), {})
+        calls.next_delay_s(errors.ModelTooLarge("too large"), {})
     with pytest.raises(errors.Unavailable):
-        road.pause_s(lost, {})
+        calls.next_delay_s(lost, {})
 
 
 @pytest.mark.parametrize("in_order", [False, True])
@@ -173,8 +173,8 @@ class Breaks:
         self._fake = fake
         self._now_s = 0.0
 
-    def reconnection(self, timeout_s: float) -> Reconnection:
-        return Reconnection(timeout_s, clock=lambda: self._now_s)
+    def backoff(self, timeout_s: float) -> ReconnectBackoff:
+        return ReconnectBackoff(timeout_s, clock=lambda: self._now_s)
 
     def happen(self) -> None:
         # One may come before the client has seen that the call before was accepted: so they are less than a timeout
@@ -194,7 +194,7 @@ class Breaks:
 def breaks(fake: FakeFerryman, monkeypatch: pytest.MonkeyPatch) -> Breaks:
     fake.add_model("m")
     breaks = Breaks(fake)
-    monkeypatch.setattr("ferryman._stream.Reconnection", breaks.reconnection)
+    monkeypatch.setattr("ferryman._stream.ReconnectBackoff", breaks.backoff)
     return breaks
 
 
@@ -230,13 +230,13 @@ async def test_a_quiet_stream_outlives_servers_that_come_back_also_asynchronousl
 
 
 def test_servers_that_accept_a_stream_and_break_it_off_are_asked_ever_more_rarely():
-    reconnection = Reconnection(60, clock=lambda: 0.0)
-    pauses_s = []
+    backoff = ReconnectBackoff(60, clock=lambda: 0.0)
+    delays_s = []
     for _ in range(9):
-        reconnection.accepted()
-        pauses_s.append(reconnection.pause_s(errors.Unavailable("gone")))
-    assert pauses_s[0] <= 0.1
-    assert pauses_s[-1] >= 2.5
+        backoff.call_accepted()
+        delays_s.append(backoff.next_delay_s(errors.Unavailable("gone")))
+    assert delays_s[0] <= 0.1
+    assert delays_s[-1] >= 2.5
 
 
 def test_what_the_sentences_raise_comes_after_the_results_of_what_was_before(fake, client):
@@ -380,10 +380,10 @@ def test_the_keywords_are_the_options():
 
 
 def test_the_reorder_buffer_is_bounded():
-    book = StreamBook(4, in_order=True)
-    while book.has_room:
-        book.take("x")
-    assert len(book.message().sentences.sentences) == 8
+    buffer = StreamBuffer(4, in_order=True)
+    while buffer.has_capacity:
+        buffer.add("x")
+    assert len(buffer.next_request().sentences.sentences) == 8
 
 
 def test_many_sentences_in_order(fake, client):

@@ -84,7 +84,7 @@ def test_gzip_is_unpacked_whatever_the_case_of_its_suffix(tmp_path, suffix):
 def test_what_follows_compressed_data_is_told_apart(tmp_path):
     path = tmp_path / "a.gz"
     path.write_bytes(gzip.compress(b"one\n") + b"two\n")
-    with pytest.raises(OSError, match=r"a\.gz: compressed data is followed by something else"):
+    with pytest.raises(OSError, match=r"a\.gz: extra bytes after the compressed data"):
         list(read_pieces((path, path), []))
 
 

@@ -1,4 +1,4 @@
-"""`ferryman schedule`: a learning-rate curve as a plot or as numbers."""
+"""`ferryman schedule`: prints a learning-rate curve as a plot or as CSV."""
 
 from __future__ import annotations
 
@@ -15,28 +15,35 @@ from ferryman.cli.plot import CHARACTERS, MIN_WIDTH, draw_curve
 from ferryman.cli.progress import describe_decay
 
 _WIDTH: Final = 72
-Steps = Annotated[int | None, typer.Option(min=1, max=10**9)]
+
+
+def _steps(text: str) -> Any:  # noqa: ANN401 (typer's own)
+    return typer.Option(help=text, min=1, max=10**9)
 
 
 def show(
     context: typer.Context,
-    preset: Annotated[Preset | None, typer.Option(help="The schedule of this preset.")] = None,
-    run: Annotated[str | None, typer.Option(help="The schedule of this run.", metavar="RUN")] = None,
-    kind: Annotated[ScheduleKind | None, typer.Option(help="The shape.")] = None,
-    warmup_steps: Steps = None,
-    factor: Annotated[float | None, typer.Option(help="NOAM only.")] = None,
-    d_model: Annotated[int | None, typer.Option(help="NOAM only.", min=1, max=65_536)] = None,
-    peak_learning_rate: Annotated[float | None, typer.Option(help="Every kind but NOAM.")] = None,
-    minimum_learning_rate: Annotated[float | None, typer.Option(help="COSINE, LINEAR and WSD only.")] = None,
-    total_steps: Steps = None,
-    decay_share: Annotated[float | None, typer.Option(help="WSD only: the share of the steps that decay.")] = None,
-    decay_shape: Annotated[DecayShape | None, typer.Option(help="WSD only.")] = None,
-    first_step: Steps = None,
-    last_step: Steps = None,
-    points: Annotated[int | None, typer.Option(help="Points of the curve.", min=2, max=100_000)] = None,
+    preset: Annotated[Preset | None, typer.Option(help="Show the schedule of this preset.")] = None,
+    run: Annotated[str | None, typer.Option(help="Show the schedule of this run.", metavar="RUN")] = None,
+    kind: Annotated[ScheduleKind | None, typer.Option(help="Set the shape of the schedule.")] = None,
+    warmup_steps: Annotated[int | None, _steps("Increase the rate linearly for this many steps.")] = None,
+    factor: Annotated[float | None, typer.Option(help="Scale the rate (noam).")] = None,
+    d_model: Annotated[int | None, typer.Option(help="Set the model dimension (noam).", min=1, max=65_536)] = None,
+    peak_learning_rate: Annotated[float | None, typer.Option(help="Set the rate after warmup (not noam).")] = None,
+    minimum_learning_rate: Annotated[
+        float | None, typer.Option(help="Set the rate at the end of the decay (cosine, linear, wsd).")
+    ] = None,
+    total_steps: Annotated[int | None, _steps("End the decay at this step (cosine, linear, wsd).")] = None,
+    decay_share: Annotated[float | None, typer.Option(help="Decay over this share of the steps (wsd).")] = None,
+    decay_shape: Annotated[DecayShape | None, typer.Option(help="Set the shape of the decay (wsd).")] = None,
+    first_step: Annotated[int | None, _steps("Start the curve at this step.")] = None,
+    last_step: Annotated[int | None, _steps("End the curve at this step.")] = None,
+    points: Annotated[
+        int | None, typer.Option(help="Limit the number of points of the curve.", min=2, max=100_000)
+    ] = None,
     csv: Annotated[bool, typer.Option("--csv", help="Print step,learning_rate lines instead of a plot.")] = False,
 ) -> None:
-    """Draw a learning-rate curve: of a preset, of a run, or of a schedule given by its kind and numbers."""
+    """Plot the learning-rate schedule of a preset, of a run, or of the options."""
     options = {
         "kind": kind,
         "warmup_steps": warmup_steps,
@@ -55,7 +62,7 @@ def show(
     if csv:
         print_line("step,learning_rate")
         for point in curve.points:
-            # repr is the shortest text that reads back to the same float.
+            # repr is the shortest text that parses to the same float.
             print_line(f"{point.step},{point.learning_rate!r}")
     else:
         _draw(curve)
@@ -69,7 +76,7 @@ def _fetch(
     window: dict[str, Any],
 ) -> LearningRateCurve:
     if run is not None and (preset is not None or schedule is not None):
-        raise typer.BadParameter("a run has its own schedule: give --run alone")
+        raise typer.BadParameter("--run cannot be combined with --preset or options of a schedule; pass --run alone")
     if run is not None:
         return client.get_lr_schedule(run_id=run, **window)
     if preset is not None or schedule is None:
@@ -85,4 +92,4 @@ def _draw(curve: LearningRateCurve) -> None:
     width = max(MIN_WIDTH, min(_WIDTH, shutil.get_terminal_size((_WIDTH, 24)).columns))
     print_lines(draw_curve(curve.points, width, ascii_only=not encodes(sys.stdout, CHARACTERS)))
     if curve.provisional_from_step is not None:
-        print_line(f"provisional from step {curve.provisional_from_step:,}: the run plans its decay while it trains")
+        print_line(f"provisional from step {curve.provisional_from_step:,}: training may still start its decay")

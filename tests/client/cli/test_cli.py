@@ -122,7 +122,7 @@ def test_ctrl_c_leaves_the_run_on(fake, client, corpus):
     watch.send_signal(signal.SIGINT)
     _, stderr = watch.communicate(timeout=20)
     assert watch.returncode == 130
-    assert stderr == f"{run_id} continues; see it again with: ferryman watch {run_id}\n"
+    assert stderr == f"{run_id} continues; to follow it again: ferryman watch {run_id}\n"
     assert client.get_training_run(run_id).state is RunState.RUNNING
 
 
@@ -168,12 +168,12 @@ def test_fine_tuning(run, fake, client, corpus):
     tuned = client.get_training_run(started)
     assert (tuned.initial_model, tuned.processes) == ("base/1", 2)
     shown = run("runs", "show", started).stdout
-    assert "starts from:   base/1, with its optimizer\n" in shown
+    assert "starts from:   base/1 with its optimizer\n" in shown
     assert "processes:     2\n" in shown
     afresh = run("train", corpus.corpus_id, "m", "--initial-model", "base").stdout.strip()
     assert "starts from:   base/1\n" in run("runs", "show", afresh).stdout
     missing = run("train", corpus.corpus_id, "m", "--initial-model", "nobody")
-    assert (missing.exit_code, missing.stderr) == (2, "Error: no model 'nobody'\n")
+    assert (missing.exit_code, missing.stderr) == (2, "Error: model 'nobody' not found\n")
 
 
 def test_models_list_show(run, fake):
@@ -184,7 +184,7 @@ def test_models_list_show(run, fake):
     assert "BLEU:          31.5 (2 pairs)\n" in shown
     assert "int8:          -0.25 BLEU against fp32 (1,000 pairs)\n" in shown
     missing = run("models", "show", "xx")
-    assert (missing.exit_code, missing.stderr) == (2, "Error: no model 'xx'\n")
+    assert (missing.exit_code, missing.stderr) == (2, "Error: model 'xx' not found\n")
 
 
 @pytest.mark.parametrize(
@@ -195,7 +195,7 @@ def test_models_list_show(run, fake):
         (Int8Outcome(pairs=9, kept=True, fp32_bleu=30.0, int8_bleu=30.1), "+0.10 BLEU against fp32 (9 pairs)"),
         (
             Int8Outcome(pairs=9, kept=False, fp32_bleu=30.0, int8_bleu=29.0),
-            "-1.00 BLEU against fp32 (9 pairs), left out",
+            "-1.00 BLEU against fp32 (9 pairs), not published",
         ),
         (Int8Outcome(pairs=9, kept=True, fp32_bleu=30.001, int8_bleu=30.0), "+0.00 BLEU against fp32 (9 pairs)"),
     ],
@@ -236,7 +236,7 @@ def test_models_download(run, fake, tmp_path):
     assert (folder / "manifest.json").exists()
     again = run("models", "download", "en-de", str(folder))
     assert (again.exit_code, again.stdout) == (2, "")
-    assert again.stderr == f"Error: {folder} exists: give the name of a folder that does not\n"
+    assert again.stderr == f"Error: {folder} already exists; choose a new folder\n"
 
 
 def test_models_load_list_unload(run, fake):
@@ -317,9 +317,9 @@ def test_a_line_that_cannot_be_translated_leaves_its_place_empty(run, fake):
 @pytest.mark.parametrize(
     ("line", "problem"),
     [
-        (b"\xff", "is not UTF-8: invalid start byte (byte 1); convert the text, for instance with iconv"),
-        (b"caf\xe9", "is not UTF-8: unexpected end of data (byte 4); convert the text, for instance with iconv"),
-        (b"x" * 2_000_000, "has 2,000,000 bytes, at most 1,048,576 are allowed: split the line"),
+        (b"\xff", "is not UTF-8: invalid start byte (byte 1); convert it to UTF-8, such as with iconv"),
+        (b"caf\xe9", "is not UTF-8: unexpected end of data (byte 4); convert it to UTF-8, such as with iconv"),
+        (b"x" * 2_000_000, "has 2,000,000 bytes, at most 1,048,576 are allowed; split the line"),
     ],
 )
 def test_a_line_that_is_no_text_spoils_none_of_the_others(run, fake, line, problem):
@@ -375,17 +375,17 @@ def test_all_bad_words_of_a_command_line_are_named_at_once(run):
     result = run("schedule", "--kind", "foo", "--decay-shape", "bar", "--warmup-steps", "0", "--preset", "base")
     assert result.exit_code == 2
     assert all(word in result.stderr for word in ("'--kind'", "'--decay-shape'", "'--warmup-steps'"))
-    assert "3 mistakes" in result.stderr
+    assert "3 errors" in result.stderr
     assert "'--preset'" not in result.stderr
 
 
 def test_where_no_server_is_the_command_line_says_what_to_do(run):
     result = run("--server", "127.0.0.1:1", "models", "list")
     cure = "start one with `ferryman-service serve`, or pass --server HOST:PORT"
-    message = f"Error: no service answers at 127.0.0.1:1 (connection refused): {cure}\n"
+    message = f"Error: cannot reach a service at 127.0.0.1:1 (connection refused); {cure}\n"
     assert (result.exit_code, result.stderr) == (1, message)
     result = run("--server", "http://localhost:50051", "models", "list")
-    message = "--server: is 'http://localhost:50051', must be HOST:PORT, without http://: write localhost:50051"
+    message = "--server: is 'http://localhost:50051', must be HOST:PORT, without http://; write localhost:50051"
     assert (result.exit_code, result.stderr) == (2, f"Error: {message}\n")
 
 

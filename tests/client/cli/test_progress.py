@@ -111,4 +111,4 @@ def test_planned_decay_tells_the_rest_of_the_run():
     assert view.fraction(StopRecipe(max_time_seconds=1e6)) == pytest.approx(0.4)
     assert view.remaining_s(StopRecipe(max_time_seconds=1e6)) == pytest.approx(60)
     line = describe(MetricRecord(sequence=6, time=START, payload=plan))
-    assert line.plain == "learning rate decays over steps 3 to 10, the last one (the time limit)"
+    assert line.plain == "learning rate decays over steps 3 to 10, then the run ends (the time limit)"

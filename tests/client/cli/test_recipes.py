@@ -25,12 +25,12 @@ def test_nothing_given_is_an_empty_recipe():
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("model.dmodel=1", r"recipe\.model\.dmodel: not a field of recipe\.model; its fields are d_model"),
-        ("modle.d_model=1", r"recipe\.modle: not a field of recipe"),
+        ("model.dmodel=1", r"recipe\.model\.dmodel: is not a field of recipe\.model; its fields are d_model"),
+        ("modle.d_model=1", r"recipe\.modle: is not a field of recipe"),
         ("model=1", r"recipe\.model: is 1, must be a table"),
-        ("model.d_model", "is not an override"),
-        ("=1", "is not an override"),
-        ("seed.a=1", r"recipe\.seed\.a: seed is a value and has no parts"),
+        ("model.d_model", "is not FIELD=VALUE"),
+        ("=1", "is not FIELD=VALUE"),
+        ("seed.a=1", r"recipe\.seed\.a: seed is a value, not a table"),
     ],
 )
 def test_a_bad_override_is_explained(override, message):
@@ -53,7 +53,7 @@ def test_all_bad_overrides_are_named_at_once():
 def test_a_file_that_is_not_toml_is_named(tmp_path, content):
     file = tmp_path / "bad.toml"
     file.write_bytes(content)
-    with pytest.raises(InvalidRecipe, match=r"bad\.toml is not TOML"):
+    with pytest.raises(InvalidRecipe, match=r"bad\.toml is not valid TOML"):
         build_recipe(file, None, [])
 
 
