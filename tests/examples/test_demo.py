@@ -98,8 +98,8 @@ def test_the_runs_records_become_files(task, output, console):
 
 
 def test_white_space_does_not_make_a_translation_wrong():
-    assert demo.is_right(" A  B", "A B\t")
-    assert not demo.is_right("A b", "A B")
+    assert demo.is_exact(" A  B", "A B\t")
+    assert not demo.is_exact("A b", "A B")
 
 
 def test_the_table_shows_wrong_translations_first(task, console):
@@ -116,7 +116,7 @@ def test_the_result_is_the_exact_share_or_the_usual_scores(task):
 
 
 def test_how_to_go_on_names_the_exact_version(console):
-    demo.show_what_is_left("letters/3", console)
+    demo.show_output_paths("letters/3", console)
     assert "demo-output/data/models/letters/3" in printed(console)
     assert "ferryman translate letters/3 " in printed(console)
 
@@ -141,7 +141,7 @@ def test_file_options_come_together_or_not_at_all(capsys):
     with pytest.raises(SystemExit) as stopped:
         demo.parse(["--train", "x"])
     assert stopped.value.code == 2
-    assert "give all of TRAIN, VALID, TEST, SOURCE and TARGET" in capsys.readouterr().err
+    assert "pass all of TRAIN, VALID, TEST, SOURCE and TARGET" in capsys.readouterr().err
 
 
 class PausedClient:
@@ -176,21 +176,21 @@ def step_of(number, seconds):
     ],
 )
 def test_estimate_follows_the_speed_of_the_machine(console, step_s, expected_steps, said):
-    watched = demo_training.Demonstration(
-        PausedClient(), "run_1", console, expected_steps=expected_steps, longest_s=480.0
+    watched = demo_training.DemoRun(
+        PausedClient(), "run_1", console, expected_steps=expected_steps, max_duration_s=480.0
     )
     for number in range(demo_training.MEASURED_STEPS):
         assert "about" not in printed(console)
-        watched.see(record(step_of(number, 30.0 if number < 10 else step_s)))
+        watched.on_record(record(step_of(number, 30.0 if number < 10 else step_s)))
     assert said in printed(console)
 
 
 def test_run_pauses_after_its_first_validation_and_resumes_once(console):
     client = PausedClient()
-    watched = demo_training.Demonstration(client, "run_1", console, expected_steps=None, longest_s=60.0)
+    watched = demo_training.DemoRun(client, "run_1", console, expected_steps=None, max_duration_s=60.0)
     numbers = {field.name: 0 for field in dataclasses.fields(ValidationMetrics)}
     for payload in (ValidationMetrics(**numbers), StateChange(state=RunState.PAUSED), ValidationMetrics(**numbers)):
-        watched.see(record(payload))
+        watched.on_record(record(payload))
     assert client.calls == [("pause", "run_1"), ("resume", "run_1")]
 
 
@@ -218,7 +218,7 @@ def test_only_a_broken_run_fails_the_demo(task, console, share, reason, steps, f
     decay = DecayPlan(first_step=1, last_step=steps, reason=reason)
     if fails:
         with pytest.raises(DemoFailed, match="at least 90 % are required"):
-            demo.judge(task, share, run, decay, console)
+            demo.check_result(task, share, run, decay, console)
     else:
-        demo.judge(task, share, run, decay, console)
+        demo.check_result(task, share, run, decay, console)
     assert hint in printed(console) and bool(printed(console)) == bool(hint)

@@ -43,9 +43,9 @@ class FakeFerryman:
 
         `translate` translates a sentence. If it raises an error of `ferryman.errors`, the caller receives that error;
         in a stream InvalidSentence becomes the error of the sentence. `script` holds the records of every run, by
-        default `training_script()`. `hold_after` stops runs after this many records, until `release` or CancelTraining; pausing
-        and resuming does not release a run. `learning_rate` is the curve of GetLRSchedule. The server listens on `host`
-        and `port` (0: a free port) with the gRPC server `options`, such as a connection age.
+        default `training_script()`. `hold_after` stops runs after this many records, until `release` or
+        CancelTraining; pausing and resuming does not release a run. `learning_rate` is the curve of GetLRSchedule. The
+        server listens on `host` and `port` (0: a free port) with the gRPC server `options`, such as a connection age.
         """
         self.translate = translate
         self.script = list(script) if script is not None else training_script(learning_rate=learning_rate)

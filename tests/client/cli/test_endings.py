@@ -85,7 +85,7 @@ def test_translating_at_a_terminal_ends_by_ctrl_c_and_by_ctrl_d(fake, keys, stat
 
 
 def test_an_error_ends_translating_while_standard_input_is_open(fake):
-    assert end(start(command(fake, "translate", "nope"))) == (2, "Error: no model 'nope'\n")
+    assert end(start(command(fake, "translate", "nope"))) == (2, "Error: model 'nope' not found\n")
 
 
 def test_no_server_ends_translating_while_standard_input_is_open():
