@@ -13,6 +13,7 @@ _NAMES: Final = {
     "alias": "ALIAS",
     "corpus_id": "CORPUS",
     "max_points": "--points",
+    "recipe": "--recipe",
     "model": "MODEL",
     "model_name": "MODEL",
     "name": "NAME",
@@ -63,7 +64,7 @@ def option_of(field: str) -> str:
 
     The fields of a recipe keep their names, as in the recipe file and in --set. Sentences are counted from 1.
     """
-    if field == "recipe" or field.startswith("recipe."):
+    if field.startswith("recipe."):
         return field.removeprefix("recipe.")
     if counted := re.fullmatch(r"(sentences|target_prefixes|states)\[(\d+)\]", field):
         number = int(counted[2]) + 1

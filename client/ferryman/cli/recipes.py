@@ -63,7 +63,7 @@ def _apply(values: dict[str, Any], override: str) -> Iterator[Violation]:
     path, equals, text = override.partition("=")
     *parents, name = path.strip().split(".")
     if not equals or not name:
-        yield Violation(field="recipe", description=f"{override!r} is not FIELD=VALUE; write it like model.d_model=64")
+        yield Violation(field="set", description=f"{override!r} is not FIELD=VALUE; write it like model.d_model=64")
         return
     for parent in parents:
         values = values.setdefault(parent, {})
