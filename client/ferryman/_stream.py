@@ -257,20 +257,19 @@ async def read_in_thread(items: Iterable[T]) -> AsyncIterator[T]:
             loop.call_soon_threadsafe(changed.set)
 
     def read() -> None:
-        failure: BaseException | None = None
         try:
             for item in items:
                 capacity.acquire()
                 if closed.is_set():
-                    return
+                    break
                 ready.append(item)
                 if len(ready) == 1:
                     wake()
         except BaseException as error:  # noqa: BLE001 (whatever the caller's iterable raises, the caller gets it back)
-            failure = error
-        finally:
-            failures.append(failure)
-            wake()
+            failures.append(error)
+        else:
+            failures.append(None)
+        wake()
 
     threading.Thread(target=read, name="ferryman-sentences", daemon=True).start()
     try:

@@ -44,18 +44,17 @@ def show(
     csv: Annotated[bool, typer.Option("--csv", help="Print step,learning_rate lines instead of a plot.")] = False,
 ) -> None:
     """Plot the learning-rate schedule of a preset, of a run, or of the options."""
-    options = {
-        "kind": kind,
-        "warmup_steps": warmup_steps,
-        "factor": factor,
-        "d_model": d_model,
-        "peak_learning_rate": peak_learning_rate,
-        "minimum_learning_rate": minimum_learning_rate,
-        "total_steps": total_steps,
-        "decay_share": decay_share,
-        "decay_shape": decay_shape,
-    }
-    schedule = LearningRateSchedule(**options) if any(v is not None for v in options.values()) else None  # type: ignore[arg-type]
+    schedule = LearningRateSchedule(
+        kind=kind,
+        warmup_steps=warmup_steps,
+        factor=factor,
+        d_model=d_model,
+        peak_learning_rate=peak_learning_rate,
+        minimum_learning_rate=minimum_learning_rate,
+        total_steps=total_steps,
+        decay_share=decay_share,
+        decay_shape=decay_shape,
+    )
     window = {"first_step": first_step, "last_step": last_step, "max_points": points}
     with connect(context) as client:
         curve = _fetch(client, preset, run, schedule, window)
@@ -72,15 +71,17 @@ def _fetch(
     client: Client,
     preset: Preset | None,
     run: str | None,
-    schedule: LearningRateSchedule | None,
+    schedule: LearningRateSchedule,
     window: dict[str, Any],
 ) -> LearningRateCurve:
-    if run is not None and (preset is not None or schedule is not None):
+    is_empty = schedule == LearningRateSchedule()
+    if run is not None and not (preset is None and is_empty):
         raise typer.BadParameter("--run cannot be combined with --preset or options of a schedule; pass --run alone")
     if run is not None:
         return client.get_lr_schedule(run_id=run, **window)
-    if preset is not None or schedule is None:
-        return client.get_lr_schedule(recipe=Recipe(preset=preset, schedule=schedule), **window)
+    if preset is not None or is_empty:
+        recipe = Recipe(preset=preset, schedule=None if is_empty else schedule)
+        return client.get_lr_schedule(recipe=recipe, **window)
     return client.get_lr_schedule(schedule=schedule, **window)
 
 
