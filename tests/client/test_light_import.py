@@ -31,5 +31,5 @@ def test_command_without_extra_says_how_to_install_it(tmp_path: Path):
         cwd=tmp_path,
     )  # fmt: skip
     assert result.returncode == 1
-    assert result.stderr == "ferryman: the command line needs typer and rich: install the extra ferryman[cli]\n"
+    assert result.stderr == "ferryman: the command line needs typer and rich; run `pip install 'ferryman[cli]'`\n"
     assert result.stdout == ""

@@ -36,7 +36,7 @@ def standard_input() -> Read:
     ends meanwhile.
     """
     if sys.stdin is None:
-        raise OSError(errno.EBADF, "closed; give the sentences as arguments or redirect a file", "standard input")
+        raise OSError(errno.EBADF, "closed; pass the sentences as arguments or redirect a file", "standard input")
     try:
         descriptor = sys.stdin.fileno()
     except io.UnsupportedOperation:  # replaced by an object without a descriptor

@@ -139,7 +139,7 @@ def test_closed_pipe_is_not_an_error(fake, client, corpus, arguments):
 def test_closed_stdin_and_full_disk_are_usage_errors(fake):
     fake.add_model("m")
     closed = ["sh", "-c", 'exec "$@" <&-', "sh", *command(fake, "translate", "m")]
-    message = "Error: standard input: closed; give the sentences as arguments or redirect a file\n"
+    message = "Error: standard input: closed; pass the sentences as arguments or redirect a file\n"
     assert end(start(closed)) == (2, message)
     with open("/dev/full", "wb") as full:
         status, said = end(start(command(fake, "models", "list"), stdout=full))
