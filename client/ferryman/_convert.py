@@ -157,7 +157,7 @@ def delete_training_run(run_id: str) -> Call[None]:
 def list_training_runs(
     states: Iterable[types.RunState | str], model_name: str, order: types.RunOrder | str
 ) -> Pages[types.TrainingRun]:
-    """ListTrainingRuns. Raises InvalidRequest for a word that is no state or order."""
+    """ListTrainingRuns. Raises InvalidRequest for an unknown state or order."""
     filled = training_pb2.ListTrainingRunsRequest()
     violations: list[Violation] = []
     if isinstance(states, str | bytes | Mapping) or not is_iterable(states):

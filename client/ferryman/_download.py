@@ -26,7 +26,7 @@ class ModelFolder:
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
-        """Create nothing yet; the `with` block creates the staging folder. Raises InvalidRequest if it is no path."""
+        """Raises InvalidRequest if `folder` is not a path. The `with` block creates the staging folder."""
         check_folder(folder)
         self._folder = Path(os.path.abspath(folder))
         self._staging = self._folder.with_name(f".{self._folder.name}.{secrets.token_hex(8)}")
@@ -98,12 +98,12 @@ class ModelFolder:
         os.fsync(self._open_file.fileno())
         self._open_file.close()
         self._open_file = None
-        wanted, sha256 = self._files[self._file_index], self._digest.hexdigest()
-        if (self._offset, sha256) != (wanted.size_bytes, wanted.sha256):
+        expected, sha256 = self._files[self._file_index], self._digest.hexdigest()
+        if (self._offset, sha256) != (expected.size_bytes, expected.sha256):
             raise ModelDamaged(
-                f"{wanted.name} has {self._offset} bytes with SHA-256 {sha256}, expected {wanted.size_bytes} bytes "
-                f"with SHA-256 {wanted.sha256}; download it again",
-                metadata={"file": wanted.name},
+                f"{expected.name} has {self._offset} bytes with SHA-256 {sha256}, expected {expected.size_bytes} bytes "
+                f"with SHA-256 {expected.sha256}; download it again",
+                metadata={"file": expected.name},
             )
         self._file_index += 1
         self._open_next()

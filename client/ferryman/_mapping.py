@@ -141,7 +141,7 @@ def _prefix(descriptor: Any) -> str:  # noqa: ANN401
 
 @functools.cache
 def _fields(cls: Hashable) -> tuple[_Field, ...]:
-    assert isinstance(cls, type) and dataclasses.is_dataclass(cls), f"{cls} is no dataclass"
+    assert isinstance(cls, type) and dataclasses.is_dataclass(cls), f"{cls} is not a dataclass"
     hints = typing.get_type_hints(cls)
     on_the_wire = [field.name for field in dataclasses.fields(cls) if field.metadata.get("wire", True)]
     return tuple(_field(name, hints[name]) for name in on_the_wire)

@@ -237,7 +237,7 @@ class SentenceReader:
                         return
                     self._buffer.add(item)
                     self._changed.notify_all()
-        except BaseException as error:  # noqa: BLE001 (whatever the caller's iterable raises, the caller gets it back)
+        except BaseException as error:  # noqa: BLE001 (an exception of the caller's iterable is raised to the caller)
             self.failure = error
         finally:
             with self._changed:
@@ -265,7 +265,7 @@ async def read_in_thread(items: Iterable[T]) -> AsyncIterator[T]:
                 ready.append(item)
                 if len(ready) == 1:
                     wake()
-        except BaseException as error:  # noqa: BLE001 (whatever the caller's iterable raises, the caller gets it back)
+        except BaseException as error:  # noqa: BLE001 (an exception of the caller's iterable is raised to the caller)
             failures.append(error)
         else:
             failures.append(None)

@@ -407,7 +407,7 @@ class RunEvent:
 
 
 MetricPayload = StepMetrics | ValidationMetrics | StateChange | RunEvent | DecayPlan
-"""What a record can hold."""
+"""The payload of a record."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -529,8 +529,8 @@ class ModelScores:
 
 @dataclass(frozen=True, kw_only=True)
 class Int8Outcome:
-    """What 8-bit arithmetic was measured to cost before a version was published: sacreBLEU of the same held-out pairs
-    in float32 and in int8, None without pairs. `kept`: the version has int8; if it loses over 0.3 it has not."""
+    """The measured effect of int8 on a version before its publication: sacreBLEU of the same held-out pairs in float32
+    and in int8, None without pairs. `kept`: the version includes int8, because int8 loses at most 0.3 BLEU."""
 
     pairs: int
     kept: bool
@@ -540,8 +540,8 @@ class Int8Outcome:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelVersion:
-    """A published version; it never changes. `parameters` counts trained weights. `int8` is None if nobody has said
-    what it costs, as of versions of an earlier release.
+    """A published version; it never changes. `parameters` counts trained weights. `int8` is None if its cost was not
+    recorded, as in versions of an earlier release.
 
     `unreadable` says why the server cannot read it, in a list; then only name and number are to be relied upon, and
     `delete_model_version` removes it. It is empty for every other version.
@@ -591,7 +591,7 @@ class Model:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelDetails:
-    """A model, and the version of it that was asked for."""
+    """A model and the requested version."""
 
     model: Model
     version: ModelVersion
@@ -617,7 +617,7 @@ class DownloadFile:
 
 @dataclass(frozen=True, kw_only=True)
 class DownloadHeader:
-    """What a download begins with: the version, and its files in the order in which they follow."""
+    """The first message of a download: the version, and its files in the order of transmission."""
 
     version: ModelVersion
     files: tuple[DownloadFile, ...]
@@ -625,7 +625,7 @@ class DownloadHeader:
 
 @dataclass(frozen=True, kw_only=True)
 class DownloadChunk:
-    """A piece of a file: the file's place in the header, from 0, and the piece's first byte in it."""
+    """A chunk of a file: the index of the file in the header, from 0, and the chunk's byte offset in the file."""
 
     file: int
     offset: int
@@ -657,7 +657,7 @@ class Sampling:
 
 
 class TranslateOptions(TypedDict, total=False):
-    """How to search for a translation: the keyword arguments that `translate` and `translate_stream` share.
+    """The options of beam search and sampling: the keyword arguments that `translate` and `translate_stream` share.
 
     Ranges and defaults: protos/ferryman/v1/translation.proto, message TranslateOptions.
     """
@@ -713,7 +713,7 @@ class Translation:
 
 @dataclass(frozen=True, kw_only=True)
 class TranslateTimings:
-    """Where the time of a request went on the server, seconds.
+    """The time that the server spent on a request, by stage, in seconds.
 
     `queue_s`, `encode_s`, `decode_s` and `steps` are of the sentence that took most; `mean_batch_rows` is how many rows
     (sentences times beam, other callers' included) a decoding step computed.
@@ -748,7 +748,7 @@ class StreamSentence:
 
 @dataclass(frozen=True, kw_only=True)
 class SentenceError:
-    """Why a sentence of a stream has no translation: a stable UPPER_SNAKE_CASE reason, and what to do about it."""
+    """The error of a sentence of a stream: a stable UPPER_SNAKE_CASE reason, and a message with the cure."""
 
     reason: str
     message: str

@@ -98,10 +98,9 @@ class RunView:
 def follow(
     client: Client, run_id: str, console: Console, on_record: Callable[[MetricRecord], None] | None = None
 ) -> TrainingRun:
-    """Show the run until it ends: a progress bar, and a line for each validation, change of state and event.
+    """Follow the run until it ends and return it. Show a progress bar, and a line for each validation, state and event.
 
-    Returns the terminal run. On a console that is no terminal only the lines are printed. `on_record` is called with
-    each record after its line.
+    If the console is not a terminal, print only the lines. Calls `on_record` with each record after its line.
     """
     run = client.get_training_run(run_id)
     stop = run.recipe.stop or StopRecipe()

@@ -99,15 +99,15 @@ class TrainingServicer(_Servicer, training_pb2_grpc.TrainingServiceServicer):
             raise errors.SequenceOutOfRange(f"the run has {len(run.records)} records, after_sequence is {sent}")
         while context.is_active():
             with self.backend.changed:
-                news, ended = run.records[sent:], run.run.state.is_terminal
-                if not (news or ended or request.history_only):
+                new, ended = run.records[sent:], run.run.state.is_terminal
+                if not (new or ended or request.history_only):
                     self.backend.changed.wait(_HEARTBEAT_INTERVAL_S)
-            for record in news:
+            for record in new:
                 yield training_pb2.StreamMetricsResponse(record=record_to_message(record))
-            sent += len(news)
+            sent += len(new)
             if ended or request.history_only:
                 return
-            if not news:
+            if not new:
                 heartbeat = types.Heartbeat(last_sequence=sent, state=run.run.state, interval_s=_HEARTBEAT_INTERVAL_S)
                 yield _filled(training_pb2.StreamMetricsResponse(), "heartbeat", heartbeat)
 
@@ -143,15 +143,15 @@ class TrainingServicer(_Servicer, training_pb2_grpc.TrainingServiceServicer):
         messages = [
             _filled(training_pb2.GetTrainingRunResponse(), "run", item.run).run for item in self.backend.runs.values()
         ]
-        wanted = [
+        matching = [
             message
             for message in messages
             if (not request.states or message.state in request.states)
             and request.model_name in ("", message.model_name)
         ]
         if request.order != training_pb2.RUN_ORDER_OLDEST_FIRST:
-            wanted.reverse()
-        page, token = _page(wanted, request)
+            matching.reverse()
+        page, token = _page(matching, request)
         return training_pb2.ListTrainingRunsResponse(runs=page, next_page_token=token)
 
     @_rpc
