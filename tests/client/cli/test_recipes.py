@@ -42,7 +42,7 @@ def test_all_bad_overrides_are_reported_at_once():
     with pytest.raises(InvalidRecipe) as caught:
         build_recipe(None, None, ["model.dmodel=1", "odd", "model.heds=2", "modle.d_model=1"])
     assert [violation.field for violation in caught.value.violations] == [
-        "recipe",
+        "set",
         "recipe.modle",
         "recipe.model.dmodel",
         "recipe.model.heds",
