@@ -1,9 +1,8 @@
-"""What `make demo` runs: one model's whole life on this machine, from text to translations.
+"""The program of `make demo`: train a model on this machine and translate with it.
 
-It starts a service, draws the learning-rate schedule, uploads a corpus, trains (with a pause in the middle), translates
-held-out sentences with the published model, says how many are exactly right, and stops the service. Without arguments
-the corpus is the built-in one: its training ends when the validation has reached a target, however fast the machine is,
-but after about eight minutes.
+The demo starts a service, plots the learning-rate schedule, uploads a corpus, trains with a pause in the middle,
+translates held-out sentences with the published model, counts the exact matches, and stops the service. Without
+arguments it uses the built-in corpus: training ends at a target validation score, or after about eight minutes.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from rich.table import Table
 from sacrebleu import corpus_bleu, corpus_chrf
 
 from examples import phrases, run_report
-from examples.demo_training import Demonstration, ran_out_of_time, train_and_follow
+from examples.demo_training import DemoRun, ran_out_of_time, train_and_follow
 from examples.local_service import ServiceFailed, local_service, reserved_port
 from examples.parallel_text import ParallelLines, TextMissing, find_files, read_lines
 from examples.translating import translate_all
@@ -48,17 +47,17 @@ from ferryman.types import (
 
 OUTPUT: Final = Path("demo-output")
 EXPECTED_SHARE: Final = 0.95
-"""What the built-in corpus gives on any machine that has the time. Less is said, with what to look at."""
+"""The share that the built-in corpus reaches on any machine that is fast enough. The demo explains a lower share."""
 
 REQUIRED_SHARE: Final = 0.90
-"""Less than this, after a decay that the target score began, means that something is broken."""
+"""A lower share, after a decay that the target score triggered, means that something is broken."""
 
 SEED: Final = 1
 PHRASES_MINUTES: Final = 8.0
-"""The longest training of the built-in corpus. It usually ends earlier, by its target score."""
+"""The time limit of training on the built-in corpus. It usually ends earlier, at its target score."""
 
 TARGET_BLEU: Final = 88.0
-"""Of the validation, at which the learning rate begins to decay. The decay lifts it to 98 and more."""
+"""The validation BLEU at which the learning rate begins to decay. The decay raises it to 98 or more."""
 
 EXPECTED_STEPS: Final = 2400
 OWN_TEXT_MINUTES: Final = 3.0
@@ -69,13 +68,13 @@ Upload = Callable[[Client], str]
 
 
 class DemoFailed(Exception):
-    """The demo did not reach what it promises."""
+    """Training failed, or the translations are worse than required."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """What to train on and to test with. `expected_share` of the test sentences should be exactly right, 0 where that
-    is not the aim; `expected_steps` is Demonstration's."""
+    """The corpus, the recipe and the test set. `expected_share` of the test sentences should be exact matches, 0 for no
+    such expectation; `expected_steps` is that of DemoRun."""
 
     model_name: str
     upload: Upload
@@ -135,9 +134,9 @@ def own_text_task(arguments: argparse.Namespace, minutes: float) -> Task:
     recipe = Recipe(
         preset="tiny",
         model=ModelRecipe(dropout=0.1, norm=NormPlacement.PRE, positions=Positions.ROPE),
-        # A small corpus cannot fill the preset's 8,000 subwords.
+        # A small corpus has too few distinct words for the preset's 8,000 subwords.
         data=DataRecipe(vocabulary_size=max(200, min(6000, pairs // 4))),
-        # A few minutes of a slow machine are a few hundred updates: the warmup must not take most of them.
+        # A slow machine does only a few hundred updates in a few minutes, so the warmup must be short.
         schedule=LearningRateSchedule(
             kind=ScheduleKind.WSD, warmup_steps=200, peak_learning_rate=0.003, decay_share=0.5
         ),
@@ -150,18 +149,18 @@ def own_text_task(arguments: argparse.Namespace, minutes: float) -> Task:
 
 
 def show_learning_rate(client: Client, recipe: Recipe, console: Console) -> None:
-    """Draw the schedule that the run will follow, into the terminal and into a file."""
+    """Plot the schedule of the run, in the terminal and in a file."""
     curve = client.get_lr_schedule(recipe=recipe, last_step=DRAWN_STEPS)
     path = OUTPUT / "learning-rate.png"
     run_report.save_learning_rate(curve, path)
     peak = curve.peak
-    text = f"Learning rate by training step, peak {peak.learning_rate:.3g} at step {peak.step}; also in {path}"
+    text = f"Learning rate by training step, peak {peak.learning_rate:.3g} at step {peak.step}; saved as {path}"
     console.print(text, soft_wrap=True)
     console.print(draw_curve(curve.points, height=12), highlight=False)
 
 
 def train(client: Client, address: str, task: Task, console: Console) -> tuple[TrainingRun, DecayPlan | None]:
-    """Upload, train and wait for publication; return the run and its planned decay."""
+    """Upload the corpus and train until publication; return the run and its planned decay."""
     corpus_id = task.upload(client)
     run = client.start_training(corpus_id, task.model_name, task.recipe)
     console.print(f"Corpus {corpus_id}, run {run.run_id}")
@@ -169,43 +168,43 @@ def train(client: Client, address: str, task: Task, console: Console) -> tuple[T
     console.print(f"To follow it in another terminal: {watch}", highlight=False, soft_wrap=True)
     stop = run.recipe.stop
     assert stop is not None and stop.max_time_seconds is not None, "both recipes limit the time"
-    demonstration = Demonstration(
-        client, run.run_id, console, expected_steps=task.expected_steps, longest_s=stop.max_time_seconds
+    demo_run = DemoRun(
+        client, run.run_id, console, expected_steps=task.expected_steps, max_duration_s=stop.max_time_seconds
     )
-    run = train_and_follow(client, run.run_id, console, demonstration)
+    run = train_and_follow(client, run.run_id, console, demo_run)
     if run.state is not RunState.SUCCEEDED:
         reason = f": {run.error.reason}: {run.error.message}" if run.error else ""
         raise DemoFailed(f"training ended {run.state}{reason}")
-    return run, demonstration.decay
+    return run, demo_run.decay
 
 
 def save_run(client: Client, run_id: str) -> None:
-    """Write the run's records and curves into files."""
+    """Save the records and curves of the run as files."""
     records = list(client.stream_metrics(run_id, follow=False))
     run_report.save_metrics(records, OUTPUT / "metrics.csv")
     run_report.save_training(records, OUTPUT / "training.png")
 
 
-def is_right(translation: str, reference: str) -> bool:
-    """Tell whether the two are the same text, but for white space."""
+def is_exact(translation: str, reference: str) -> bool:
+    """Whether the texts are equal except for white space."""
     return translation.split() == reference.split()
 
 
 def show_translations(test: ParallelLines, translations: Sequence[str], console: Console) -> float:
-    """Print a table, wrong translations first; return the share that is exactly right, 0 to 1."""
+    """Print a table with wrong translations first; return the share of exact matches, 0 to 1."""
     rows = [
-        (is_right(ours, theirs), source, ours, theirs)
-        for source, ours, theirs in zip(test.source, translations, test.target, strict=True)
+        (is_exact(translation, reference), source, translation, reference)
+        for source, translation, reference in zip(test.source, translations, test.target, strict=True)
     ]
     table = Table("", "source", "translation", "reference", title="Held-out sentences")
-    for right, source, ours, theirs in sorted(rows, key=lambda row: row[0])[:TABLE_ROWS]:
-        table.add_row("" if right else "[red]✗[/]", escape(source), escape(ours), escape(theirs))
+    for exact, *texts in sorted(rows, key=lambda row: row[0])[:TABLE_ROWS]:
+        table.add_row("" if exact else "[red]✗[/]", *map(escape, texts))
     console.print(table)
     return sum(row[0] for row in rows) / len(rows)
 
 
 def summary(task: Task, translations: Sequence[str], share: float) -> str:
-    """Return the result in a few words: the exact share where that is the aim, else the usual scores."""
+    """Return the result as a phrase: the share of exact matches if the task expects one, else BLEU and chrF too."""
     if task.expected_share:
         return f"{100 * share:.1f} % of {len(translations)} held-out sentences exactly right"
     references = [task.test.target]
@@ -215,8 +214,8 @@ def summary(task: Task, translations: Sequence[str], share: float) -> str:
     return f"{scores} on {len(translations)} held-out sentences"
 
 
-def show_what_is_left(model: str, console: Console) -> None:
-    """Say where things are and how to go on."""
+def show_output_paths(model: str, console: Console) -> None:
+    """Print the paths of the results and the commands to continue."""
     data = OUTPUT / "data"
     name, _, version = model.partition("/")
     console.print(
@@ -224,7 +223,7 @@ def show_what_is_left(model: str, console: Console) -> None:
         f"metrics       {OUTPUT / 'metrics.csv'}\n"
         f"plots         {OUTPUT / 'learning-rate.png'}, {OUTPUT / 'training.png'}\n"
         f"service log   {OUTPUT / 'service.log'}\n\n"
-        "To go on, in two terminals:\n"
+        "To continue, in two terminals:\n"
         f"  .venv/bin/ferryman-service serve --data-dir {data}\n"
         f"  .venv/bin/ferryman translate {model} 'The train to Vienna is 12 minutes late.'\n",
         highlight=False,
@@ -232,17 +231,17 @@ def show_what_is_left(model: str, console: Console) -> None:
     )
 
 
-def judge(task: Task, share: float, run: TrainingRun, decay: DecayPlan | None, console: Console) -> None:
-    """Say what to look at if fewer sentences are right than expected. Raises DemoFailed if something must be broken."""
+def check_result(task: Task, share: float, run: TrainingRun, decay: DecayPlan | None, console: Console) -> None:
+    """Explain a share below the expected one. Raises DemoFailed if it is too low for a slow machine to explain."""
     if share >= task.expected_share:
         return
     step = run.progress.step
     if ran_out_of_time(decay):
-        text = f"the time limit began or shortened the decay, which ended after {step:,} steps"
-        cure = "The machine is slow or busy: run `make demo MINUTES=20`"
+        text = f"the time limit triggered or shortened the decay, which ended after {step:,} steps"
+        cure = "The machine is slow or busy; run `make demo MINUTES=20`"
     else:
         text = f"training ended as planned, after {step:,} steps"
-        cure = "Compare the losses with those of a run that was well"
+        cure = "Compare the losses with those of a good run"
     console.print(
         f"Expected at least {100 * task.expected_share:.0f} % exactly right: {text}. {cure}. The curves are in "
         f"{OUTPUT / 'training.png'}, every step in {OUTPUT / 'metrics.csv'}, the log in {OUTPUT / 'service.log'}.",
@@ -254,45 +253,45 @@ def judge(task: Task, share: float, run: TrainingRun, decay: DecayPlan | None, c
 
 
 def run_demo(task: Task, console: Console) -> str:
-    """Run the whole demo and return its result in a few words. Raises DemoFailed, ServiceFailed, FerrymanError."""
+    """Run the demo and return its result as a phrase. Raises DemoFailed, ServiceFailed, FerrymanError."""
     with (
         reserved_port() as metrics_port,
         local_service(OUTPUT / "data", OUTPUT / "service.log", metrics_port=metrics_port) as address,
         Client(address) as client,
     ):
         metrics = f"http://127.0.0.1:{metrics_port}/metrics"
-        console.print(f"The service is serving on {address}, metrics on {metrics}", soft_wrap=True, highlight=False)
+        console.print(f"Service listening on {address}, metrics on {metrics}", soft_wrap=True, highlight=False)
         show_learning_rate(client, task.recipe, console)
         run, decay = train(client, address, task, console)
         save_run(client, run.run_id)
         model = f"{run.model_name}/{run.model_version}"
         console.print(f"Published {model}; translating {len(task.test.source)} held-out sentences")
-        # By default a beam search ends when five hypotheses have ended. A model as sure of itself as this one lets
-        # short ones end before the best; "optimal" waits for it.
+        # By default beam search stops at five finished hypotheses. With a model this confident, short ones can finish
+        # before the best; "optimal" waits for the best.
         translations = translate_all(client, model, task.test.source, early_stopping=EarlyStopping.OPTIMAL)
     share = show_translations(task.test, translations, console)
-    show_what_is_left(model, console)
-    judge(task, share, run, decay, console)
+    show_output_paths(model, console)
+    check_result(task, share, run, decay, console)
     return summary(task, translations, share)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line; all or none of the file options must be given."""
+    """Parse the command line; require all file options or none."""
     parser = argparse.ArgumentParser(prog="make demo", description=__doc__)
     for name in ("train", "valid", "test"):
         parser.add_argument(f"--{name}", metavar="PREFIX", help=f"{name} text: PREFIX.SOURCE and PREFIX.TARGET, or .gz")
     parser.add_argument("--source", help="source language, such as en")
     parser.add_argument("--target", help="target language, such as de")
-    parser.add_argument("--minutes", type=float, help="minutes of training, at most")
+    parser.add_argument("--minutes", type=float, help="time limit of training, in minutes")
     arguments = parser.parse_args(argv)
     given = [name for name in ("train", "valid", "test", "source", "target") if getattr(arguments, name)]
     if given and len(given) < 5:
-        parser.error("for your own text give all of TRAIN, VALID, TEST, SOURCE and TARGET; without them none")
+        parser.error("pass all of TRAIN, VALID, TEST, SOURCE and TARGET for your own text, or none of them")
     return arguments
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the demo; the exit status is 0 if it kept its promise."""
+    """Run the demo; return the exit status."""
     started_s = time.monotonic()
     arguments = parse(argv)
     console = Console()

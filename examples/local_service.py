@@ -1,4 +1,4 @@
-"""A Ferryman service of one's own for the length of a `with` block, as a program on this machine."""
+"""Runs a local Ferryman service, as a separate process, during a `with` block."""
 
 from __future__ import annotations
 
@@ -24,13 +24,12 @@ _SERVING = re.compile(r"^serving on (\S+)$", re.MULTILINE)
 
 
 class ServiceFailed(Exception):
-    """The service did not start, or did not end with exit status 0. The message holds the end of its log."""
+    """The service did not start, or its exit status is not 0. The message includes the end of its log."""
 
 
 @contextlib.contextmanager
 def reserved_port() -> Iterator[int]:
-    """Yield a free port of 127.0.0.1 that the system gives to no other program for the length of the block. A server
-    that asks for this number and sets SO_REUSEADDR, as servers do, gets it."""
+    """Reserve a free port of 127.0.0.1 during the block. A server that sets SO_REUSEADDR can still bind it."""
     with socket.socket() as holder:
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         holder.bind(("127.0.0.1", 0))
@@ -41,9 +40,9 @@ def reserved_port() -> Iterator[int]:
 def local_service(
     data_dir: Path, log_path: Path, arguments: Sequence[str] = (), metrics_port: int = 0
 ) -> Iterator[str]:
-    """Run `ferryman-service serve` on a free loopback port; yield its address once it is SERVING, stop it at the end.
+    """Run `ferryman-service serve` on a free loopback port; yield its address once it is SERVING; stop it at the end.
 
-    `data_dir` is made if it is missing, `log_path` overwritten. With `metrics_port` 0 there is no Prometheus endpoint.
+    Creates `data_dir` if needed and overwrites `log_path`. `metrics_port` 0 disables the Prometheus endpoint.
     Raises ServiceFailed.
     """
     log_path.parent.mkdir(parents=True, exist_ok=True)
@@ -56,14 +55,14 @@ def local_service(
         _stop(process)
         raise
     if status := _stop(process):
-        raise ServiceFailed(f"the service ended with exit status {status}{_log_tail(log_path)}")
+        raise ServiceFailed(f"the service exited with status {status}{_log_tail(log_path)}")
 
 
 def _start(data_dir: Path, log_path: Path, arguments: Sequence[str]) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-P", "-m", "ferryman_service", "serve", "--host", "127.0.0.1", "--port", "0"]
     command += ["--probe-port", "0", "--data-dir", str(data_dir), *arguments]
     with log_path.open("wb") as log:
-        # In a session of its own, so that Ctrl-C reaches only the caller, who then stops the service in order.
+        # A separate session: Ctrl-C reaches only the caller, which then stops the service cleanly.
         return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
 
 
@@ -73,15 +72,15 @@ def _wait_for_address(process: subprocess.Popen[bytes], log_path: Path) -> str:
         if match := _SERVING.search(log_path.read_text(errors="replace")):
             return match[1]
         if process.poll() is not None:
-            raise ServiceFailed(f"the service ended at once, exit status {process.returncode}{_log_tail(log_path)}")
+            raise ServiceFailed(f"the service did not start; exit status {process.returncode}{_log_tail(log_path)}")
         time.sleep(_POLL_S)
     raise ServiceFailed(f"the service did not start within {START_TIMEOUT_S:g} s{_log_tail(log_path)}")
 
 
 def _wait_until_serving(address: str) -> None:
-    """Ask grpc.health.v1 until it says SERVING."""
+    """Poll grpc.health.v1 until the status is SERVING."""
     deadline_s = time.monotonic() + START_TIMEOUT_S
-    with grpc.insecure_channel(address, (("grpc.enable_http_proxy", 0),)) as channel:  # a proxy would not find it
+    with grpc.insecure_channel(address, (("grpc.enable_http_proxy", 0),)) as channel:  # a proxy cannot reach it
         check = health_pb2_grpc.HealthStub(channel).Check
         while time.monotonic() < deadline_s:
             response = check(health_pb2.HealthCheckRequest(), timeout=START_TIMEOUT_S, wait_for_ready=True)
@@ -92,7 +91,7 @@ def _wait_until_serving(address: str) -> None:
 
 
 def _stop(process: subprocess.Popen[bytes]) -> int:
-    """Send SIGTERM and return the exit status; a service that does not end in time is killed."""
+    """Send SIGTERM and return the exit status; kill the service if it does not stop in time."""
     process.send_signal(signal.SIGTERM)
     try:
         return process.wait(STOP_TIMEOUT_S)

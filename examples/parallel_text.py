@@ -1,5 +1,5 @@
-"""Parallel text in files: `prefix.en` and `prefix.de`, or the same with .gz, UTF-8, one sentence a line. A byte-order
-mark at the start of a file is no text."""
+"""Reads parallel text from `prefix.en` and `prefix.de`, plain or .gz: UTF-8, one sentence a line. A byte-order mark at
+the start of a file is ignored."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from pathlib import Path
 
 
 class TextMissing(Exception):
-    """A file is not there, or the two sides do not match."""
+    """A file is missing or not UTF-8, or the two files have different line counts."""
 
 
 @dataclass(frozen=True)
 class ParallelFiles:
-    """The two files of a split."""
+    """The source and the target file of a split."""
 
     source: Path
     target: Path
@@ -23,19 +23,19 @@ class ParallelFiles:
 
 @dataclass(frozen=True)
 class ParallelLines:
-    """The sentences of a split, as many on each side."""
+    """The sentences of a split: the same number on both sides."""
 
     source: Sequence[str]
     target: Sequence[str]
 
 
 def find_files(prefix: str, source_language: str, target_language: str) -> ParallelFiles:
-    """Return the files of a prefix; raises TextMissing, naming what was looked for."""
+    """Return the files of a prefix. Raises TextMissing with both candidates."""
     return ParallelFiles(source=_find(prefix, source_language), target=_find(prefix, target_language))
 
 
 def read_lines(files: ParallelFiles) -> ParallelLines:
-    """Read both files; raises TextMissing for different line counts and for text that is not UTF-8."""
+    """Read both files. Raises TextMissing if line counts differ or a file is not UTF-8."""
     source, target = _read(files.source), _read(files.target)
     if len(source) != len(target):
         raise TextMissing(f"{files.source} has {len(source)} lines, but {files.target} has {len(target)}")
@@ -44,17 +44,17 @@ def read_lines(files: ParallelFiles) -> ParallelLines:
 
 def _find(prefix: str, language: str) -> Path:
     plain = Path(f"{prefix}.{language}")
-    packed = Path(f"{prefix}.{language}.gz")
-    for path in (plain, packed):
+    compressed = Path(f"{prefix}.{language}.gz")
+    for path in (plain, compressed):
         if path.is_file():
             return path
-    raise TextMissing(f"neither {plain} nor {packed} is a file")
+    raise TextMissing(f"neither {plain} nor {compressed} is a file")
 
 
 def _read(path: Path) -> Sequence[str]:
     data = path.read_bytes()
     try:
-        # str.splitlines would also split at characters that are no line breaks here, such as U+2028.
+        # Not str.splitlines, which also splits at characters such as U+2028.
         lines = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise TextMissing(f"{path} is not UTF-8: {error}") from error

@@ -1,11 +1,11 @@
 """The built-in corpus: English sentences with numbers, dates, times and prices, and their German translations.
 
-How numbers, dates and units are written comes from CLDR (through Babel), how they are spelled out from num2words; the
-sentences around them are the table `TEMPLATES`. A template names slots; filling a slot yields the English and the
-German form of one thing, so that the target is a function of the source. Everything follows from the seed.
+CLDR (through Babel) formats numbers, dates and units, and num2words spells numbers out. The sentences are the table
+`TEMPLATES`. A template has slots; filling a slot yields the English and the German form of the same value, so that the
+target is a function of the source. The seed determines the whole corpus.
 
-`python -m examples.phrases FOLDER` writes the corpus to files for `ferryman corpus upload`; with `--small`, one that
-trains in a minute.
+`python -m examples.phrases FOLDER` writes the corpus to files for `ferryman corpus upload`; `--small` writes a corpus
+that trains in a minute.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Pair:
 
 @dataclass(frozen=True, kw_only=True)
 class PhraseCorpus:
-    """Three disjoint splits: no source sentence occurs twice, in one split or in two."""
+    """Three disjoint splits: every source sentence is unique."""
 
     train: Sequence[Pair]
     validation: Sequence[Pair]
@@ -56,7 +56,7 @@ Slot = Callable[[Random], Pair]
 
 
 def _both(write: Callable[[str], str]) -> Pair:
-    """Return what `write` makes of each locale."""
+    """Return `write` applied to both locales."""
     return Pair(write(ENGLISH), write(GERMAN))
 
 
@@ -118,7 +118,7 @@ def clock(hour: int, minute: int) -> Pair:
 
 
 def spoken_clock(hour: int, minutes: int) -> Pair:
-    """Return the time of day as it is spoken: `hour` 1 to 12, `minutes` -20 to 30 from the full hour."""
+    """Return the spoken time of day: `hour` 1 to 12, `minutes` -20 to 30 from the full hour."""
     english, german = cardinal(hour).source, cardinal(hour).target
     if minutes == 0:
         return Pair(f"{english} o'clock", f"{german.removesuffix('s') if hour == 1 else german} Uhr")
@@ -139,16 +139,16 @@ def unit(value: float, name: str, length: Literal["short", "long"] = "long") -> 
 
 @functools.cache
 def dative_duration(value: int, name: str) -> Pair:
-    """Return a duration as it follows "in", "vor" and "seit": (3, "year") as "3 years" and "3 Jahren".
+    """Return a duration in the dative, for "in", "vor" and "seit": (3, "year") as "3 years" and "3 Jahren".
 
-    CLDR has this case in the phrase "in 3 Jahren" only. `value` must be less than one of the next larger unit.
+    CLDR has the dative only in the phrase "in 3 Jahren". `value` must be less than one of the next larger unit.
     """
     span = datetime.timedelta(days=value * {"day": 1, "week": 7, "month": 30, "year": 365}[name])
     phrase = format_timedelta(span, threshold=1, add_direction=True, locale=GERMAN)
     return Pair(unit(value, f"duration-{name}").source, phrase.removeprefix("in "))
 
 
-# Slots: how to draw each thing
+# Slots: how to draw each value
 
 
 def _one_of(*pairs: tuple[str, str]) -> Slot:
@@ -161,7 +161,7 @@ def _number(write: Callable[[int], Pair], low: int, high: int) -> Slot:
 
 
 def _count_of_things(rng: Random) -> Pair:
-    """Return a number of things in words; none ends in one hundred and one, which German inflects before a noun."""
+    """Return a count in words, never ending in 01, which German inflects before a noun."""
     number = rng.randint(2, 999)
     return cardinal(number + 1 if number % 100 == 1 else number)
 
@@ -203,7 +203,7 @@ def _hours_and_minutes(rng: Random) -> Pair:
 
 
 def _any_duration(write: Callable[[int, str], Pair], *units: tuple[str, int, int]) -> Slot:
-    """Return the slot of (unit's name, least, most), each unit as likely as the others."""
+    """Return a slot that draws a unit (name, minimum, maximum) uniformly."""
 
     def draw(rng: Random) -> Pair:
         name, low, high = rng.choice(units)
@@ -291,7 +291,7 @@ SLOTS: Final[Mapping[str, Slot]] = {
         ("Copenhagen", "Kopenhagen"),
         ("Paris", "Paris"),
     ),
-    # words; each list has one German case, named after what precedes it in the sentence
+    # words; the suffix of a name is the German case or the preposition
     "vehicle": _one_of(
         ("The train", "Der Zug"),
         ("The bus", "Der Bus"),
@@ -433,7 +433,7 @@ SLOTS: Final[Mapping[str, Slot]] = {
     ),
 }
 
-# A digit after a slot's name draws once more, something else.
+# A slot with a digit, such as {city2}, draws a second, different value.
 TEMPLATES: Final[Sequence[Pair]] = (
     # travel
     Pair(
@@ -566,7 +566,7 @@ def slots_of(text: str) -> set[str]:
 
 
 def fill(template: Pair, rng: Random) -> Pair:
-    """Return the template with every slot drawn; slots of one kind get different values."""
+    """Return the template with drawn values; slots of one kind get different values."""
     drawn: dict[str, Pair] = {}
     for name in sorted(slots_of(template.source)):
         value = SLOTS[name.rstrip("2")](rng)
@@ -586,9 +586,9 @@ def generate(
     test: int = 300,
     templates: Sequence[Pair] = TEMPLATES,
 ) -> PhraseCorpus:
-    """Return a corpus of that many pairs; the same arguments always give the same corpus.
+    """Return a corpus with these numbers of pairs; equal arguments give equal corpora.
 
-    The templates must have that many different sentences.
+    The templates must have enough distinct sentences.
     """
     rng = Random(seed)
     target_of: dict[str, str] = {}
@@ -597,7 +597,7 @@ def generate(
         known = target_of.setdefault(pair.source, pair.target)
         assert known == pair.target, f"two translations of {pair.source!r}"
     pairs = [Pair(source, target) for source, target in target_of.items()]
-    # Templates with few sentences run dry on the way: without shuffling they would be missing at the end.
+    # Templates with few sentences are exhausted early; without shuffling, the last split would lack them.
     rng.shuffle(pairs)
     return PhraseCorpus(
         train=pairs[:train], validation=pairs[train : train + validation], test=pairs[train + validation :]
@@ -610,7 +610,7 @@ def _plain(text: str) -> str:
 
 
 def small_corpus() -> PhraseCorpus:
-    """Return sentences about birthdays alone: 3,360 exist, so that the test split holds new combinations."""
+    """Return sentences about birthdays only: 3,360 exist, so that the test split has new combinations."""
     [birthdays] = [template for template in TEMPLATES if "birthday is on" in template.source]
     return generate(seed=1, train=2_000, validation=100, test=100, templates=[birthdays])
 
@@ -626,10 +626,9 @@ def write(corpus: PhraseCorpus, folder: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Write the corpus to files."""
     parser = argparse.ArgumentParser(prog="python -m examples.phrases", description="Write the corpus to files.")
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="where train.en, train.de and so on are written")
-    parser.add_argument("--small", action="store_true", help="write 2,200 pairs about birthdays, which train fast")
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="write train.en, train.de and so on to this folder")
+    parser.add_argument("--small", action="store_true", help="write only 2,200 pairs about birthdays, which train fast")
     arguments = parser.parse_args(argv)
     corpus = small_corpus() if arguments.small else generate(seed=1)
     write(corpus, arguments.folder)

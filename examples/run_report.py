@@ -1,4 +1,4 @@
-"""What a run leaves for people to look at: its records as CSV, its curves as PNG."""
+"""Saves the records of a run as CSV and its curves as PNG."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ferryman.types import LearningRateCurve, MetricRecord, StepMetrics, Validat
 
 
 def save_learning_rate(curve: LearningRateCurve, path: Path) -> None:
-    """Draw the curve of GetLRSchedule into a PNG file."""
+    """Plot the curve of GetLRSchedule to a PNG file."""
     figure = _figure()
     axes = figure.add_subplot()
     axes.plot([point.step for point in curve.points], [point.learning_rate for point in curve.points])
@@ -24,7 +24,7 @@ def save_learning_rate(curve: LearningRateCurve, path: Path) -> None:
 
 
 def save_training(records: Sequence[MetricRecord], path: Path) -> None:
-    """Draw loss and BLEU over the steps into a PNG file."""
+    """Plot loss and BLEU over the steps to a PNG file."""
     steps = [record.payload for record in records if isinstance(record.payload, StepMetrics)]
     validations = [record.payload for record in records if isinstance(record.payload, ValidationMetrics)]
     figure = _figure()
@@ -40,7 +40,7 @@ def save_training(records: Sequence[MetricRecord], path: Path) -> None:
 
 
 def save_metrics(records: Sequence[MetricRecord], path: Path) -> None:
-    """Write every step and validation record as a line of CSV; what a kind does not have stays empty."""
+    """Write every step and validation record as a line of CSV; fields of the other kind stay empty."""
     kinds = {"step": StepMetrics, "validation": ValidationMetrics}
     names = list(dict.fromkeys(field.name for kind in kinds.values() for field in dataclasses.fields(kind)))
     with path.open("w", newline="") as file:

@@ -1,4 +1,4 @@
-"""Translating many sentences through a service."""
+"""Translates many sentences in batches."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def translate_all(
     beam_size: int | None = None,
     early_stopping: EarlyStopping | None = None,
 ) -> list[str]:
-    """Return the best translation of each sentence; None is the service's default."""
+    """Return the best translation of each sentence. None selects the service's default."""
     texts: list[str] = []
     for start in range(0, len(sentences), BATCH_SENTENCES):
         batch = sentences[start : start + BATCH_SENTENCES]

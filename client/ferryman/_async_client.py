@@ -17,7 +17,7 @@ from ferryman._channel import ChannelOptions, channel_options
 from ferryman._convert import Call, Pages, encode
 from ferryman._download import ModelFolder
 from ferryman._rpc_errors import ACCEPTED_KEY, error_from_rpc
-from ferryman._stream import Sentence, StreamBook, StreamRoad, each_in_thread
+from ferryman._stream import Sentence, StreamBuffer, StreamCalls, read_in_thread
 from ferryman._tail import MetricsTail
 from ferryman._tracing import Metadata, call_span
 from ferryman._upload import CorpusText, read_pieces
@@ -30,9 +30,9 @@ StreamCall: TypeAlias = "grpc.aio.StreamStreamCall[Any, Any]"
 
 
 class AsyncClient:
-    """A connection to a Ferryman service, for asyncio. Made and used in one event loop; close it, or use `async with`.
+    """A connection to a Ferryman service, for asyncio. Use it in one event loop; close it, or use `async with`.
 
-    Arguments, results and errors of every method are those of `ferryman.Client`; only what differs is said here.
+    Every method has the arguments, results and errors of the method of `ferryman.Client`; docstrings give differences.
     """
 
     def __init__(
@@ -44,11 +44,11 @@ class AsyncClient:
         options: ChannelOptions = (),
     ) -> None:
         """See `ferryman.Client`."""
-        given = _checks.check_connection(target, credentials, timeout_s, options)
+        checked = _checks.check_connection(target, credentials, timeout_s, options)
         self._target = target
         self._timeout_s = float(timeout_s)
         self._is_closed = False
-        all_options = channel_options(given, target)
+        all_options = channel_options(checked, target)
         self._channel = (
             grpc.aio.insecure_channel(target, all_options)
             if credentials is None
@@ -104,7 +104,7 @@ class AsyncClient:
         order: types.RunOrder | str = types.RunOrder.NEWEST_FIRST,
     ) -> AsyncIterator[types.TrainingRun]:
         """See `Client.list_training_runs`; iterate with `async for`."""
-        return self._all(_convert.list_training_runs(states, model_name, order))
+        return self._items(_convert.list_training_runs(states, model_name, order))
 
     async def cancel_training(self, run_id: str) -> types.TrainingRun:
         """See `Client.cancel_training`."""
@@ -157,7 +157,7 @@ class AsyncClient:
         heartbeats: bool = False,
         reconnect_timeout_s: float = 60.0,
     ) -> AsyncGenerator[Any]:
-        """See `Client.stream_metrics`; iterate with `async for`. Who stops early closes it: `contextlib.aclosing`."""
+        """See `Client.stream_metrics`; iterate with `async for`. To stop early, use `contextlib.aclosing`."""
         tail = MetricsTail(run_id, after_sequence, follow=follow, reconnect_timeout_s=reconnect_timeout_s)
         while True:
             try:
@@ -166,10 +166,10 @@ class AsyncClient:
                         if tail.accept(item) and (heartbeats or isinstance(item, types.MetricRecord)):
                             yield item
             except Unavailable as error:
-                pause_s = tail.pause_s(error)
+                delay_s = tail.next_delay_s(error)
             else:
                 return
-            await asyncio.sleep(pause_s)
+            await asyncio.sleep(delay_s)
 
     async def wait(
         self,
@@ -212,7 +212,7 @@ class AsyncClient:
         validation: CorpusText,
         request_id: str | None = None,
     ) -> types.Corpus:
-        """See `Client.upload_corpus`; files and iterables are read in a thread, the loop is not blocked."""
+        """See `Client.upload_corpus`; a thread reads files and iterables, so the event loop is not blocked."""
         call = _convert.upload_corpus(
             display_name, source_language, target_language, request_id, train=train, validation=validation
         )
@@ -230,13 +230,13 @@ class AsyncClient:
 
     def list_corpora(self) -> AsyncIterator[types.Corpus]:
         """See `Client.list_corpora`; iterate with `async for`."""
-        return self._all(_convert.list_corpora)
+        return self._items(_convert.list_corpora)
 
     # --- Models and translation ---------------------------------------------------------------------------------------
 
     def list_models(self) -> AsyncIterator[types.Model]:
         """See `Client.list_models`; iterate with `async for`."""
-        return self._all(_convert.list_models)
+        return self._items(_convert.list_models)
 
     async def get_model(self, model: str) -> types.ModelDetails:
         """See `Client.get_model`."""
@@ -257,12 +257,12 @@ class AsyncClient:
         await self._call(_convert.delete_model_version(model))
 
     async def download_model(self, model: str, folder: str | os.PathLike[str]) -> types.ModelVersion:
-        """See `Client.download_model`; files are written in a thread, the loop is not blocked."""
+        """See `Client.download_model`; a thread writes the files, so the event loop is not blocked."""
         with ModelFolder(folder) as target:
             async with contextlib.aclosing(self._stream(_convert.download_model(model))) as stream:
                 async for item in stream:
-                    await _to_its_end(target.accept, item)
-            return await _to_its_end(target.finish)
+                    await _run_to_completion(target.accept, item)
+            return await _run_to_completion(target.finish)
 
     async def load_model(self, model: str, *, timeout_s: float | None = None) -> types.LoadedModel:
         """See `Client.load_model`."""
@@ -286,7 +286,7 @@ class AsyncClient:
         timeout_s: float | None = None,
         **options: Unpack[types.TranslateOptions],
     ) -> types.TranslationResult:
-        """See `Client.translate`; cancelling the task cancels the work on the server."""
+        """See `Client.translate`; cancelling the task cancels the translation on the server."""
         call = _convert.translate(model, sentences, target_prefixes, split_sentences, options)
         return await self._call(call, timeout_s)
 
@@ -302,38 +302,38 @@ class AsyncClient:
         reconnect_timeout_s: float = 60.0,
         **options: Unpack[types.TranslateOptions],
     ) -> AsyncGenerator[types.StreamTranslation]:
-        """See `Client.translate_stream`; `sentences` may be an asynchronous iterable, any other is read in a thread.
+        """See `Client.translate_stream`; `sentences` may be an asynchronous iterable, and a thread reads any other.
 
-        Who stops early closes it: `contextlib.aclosing`.
+        To stop early, use `contextlib.aclosing`.
         """
         _checks.check_sentences(sentences, may_be_async=True)
         call = _convert.translate_stream(model, split_sentences, window, options)
-        road = StreamRoad(call, timeout_s=timeout_s, reconnect_timeout_s=reconnect_timeout_s)
-        book = StreamBook(window, in_order=in_order)
+        calls = StreamCalls(call, timeout_s=timeout_s, reconnect_timeout_s=reconnect_timeout_s)
+        buffer = StreamBuffer(window, in_order=in_order)
         changed = asyncio.Event()
-        reading = asyncio.create_task(_take_all(sentences, book, changed))
+        reading = asyncio.create_task(_add_all(sentences, buffer, changed))
         reading.add_done_callback(lambda _: changed.set())
         try:
             while True:
                 with call_span(call.path) as span:
-                    responses = self._stream_translate(road, book, reading, changed, span.metadata)
+                    responses = self._stream_translate(calls, buffer, reading, changed, span.metadata)
                     try:
                         async for response in responses:
-                            road.sign_of_life()
-                            for result in book.accept(call.read(response)):
-                                book.give()
+                            calls.response_received()
+                            for result in buffer.accept(call.read(response)):
+                                buffer.mark_delivered()
                                 changed.set()
                                 yield result
                         break
                     except grpc.aio.AioRpcError as error:
-                        span.failed(error)
-                        pause_s = road.pause_s(
+                        span.record_failure(error)
+                        delay_s = calls.next_delay_s(
                             error_from_rpc(error, self._target), dict(error.initial_metadata() or ())
                         )
                     finally:
                         responses.cancel()
                         changed.set()
-                await asyncio.sleep(pause_s)
+                await asyncio.sleep(delay_s)
             await reading
         finally:
             reading.cancel()
@@ -341,20 +341,20 @@ class AsyncClient:
 
     def _stream_translate(
         self,
-        road: StreamRoad,
-        book: StreamBook,
+        calls: StreamCalls,
+        buffer: StreamBuffer,
         reading: asyncio.Task[None],
         changed: asyncio.Event,
         metadata: Metadata,
     ) -> StreamCall:
-        """Make the next call of a stream: all sentences without an answer, then those that are still to be read."""
+        """Make the next call of a stream: send all unanswered sentences, then the new ones."""
         _checks.check_open(is_closed=self._is_closed)
-        book.rewind()
-        begun: asyncio.Future[StreamCall] = asyncio.get_running_loop().create_future()
-        method = self._channel.stream_stream(road.call.path, encode, road.call.response_type.FromString)
-        requests = _stream_requests(road.call, begun, book, reading, changed)
-        responses = method(requests, timeout=road.remaining_s(), metadata=metadata)
-        begun.set_result(responses)
+        buffer.requeue()
+        started: asyncio.Future[StreamCall] = asyncio.get_running_loop().create_future()
+        method = self._channel.stream_stream(calls.call.path, encode, calls.call.response_type.FromString)
+        requests = _stream_requests(calls.call, started, buffer, reading, changed)
+        responses = method(requests, timeout=calls.remaining_s(), metadata=metadata)
+        started.set_result(responses)
         return responses
 
     # --- How calls are made -------------------------------------------------------------------------------------------
@@ -370,7 +370,7 @@ class AsyncClient:
                 raise error_from_rpc(error, self._target) from error
         return call.read(response)
 
-    async def _all(self, pages: Pages[T]) -> AsyncIterator[T]:
+    async def _items(self, pages: Pages[T]) -> AsyncIterator[T]:
         token = ""
         while True:
             page = await self._call(pages(token))
@@ -397,66 +397,66 @@ class AsyncClient:
         _checks.check_open(is_closed=self._is_closed)
         method = self._channel.stream_unary(call.path, encode, call.response_type.FromString)
         with call_span(call.path) as span:
-            responding = method(_read_in_thread(requests), metadata=span.metadata)
+            pending = method(_read_in_thread(requests), metadata=span.metadata)
             try:
-                response = await responding
+                response = await pending
             except grpc.aio.AioRpcError as error:
                 if failures:
-                    raise failures[0]  # noqa: B904 (it has its own cause; the refusal only followed from it)
+                    raise failures[0]  # noqa: B904 (it has its own cause; the server only refused the truncated upload)
                 raise error_from_rpc(error, self._target) from error
             finally:
-                responding.cancel()
+                pending.cancel()
         return call.read(response)
 
 
 async def _read_in_thread(requests: Iterator[Message]) -> AsyncIterator[Message]:
-    """Yield the requests, each read in a thread."""
+    """Yield the requests; a thread reads each."""
     while isinstance(request := await asyncio.to_thread(next, requests, None), Message):
         yield request
 
 
-async def _take_all(
-    sentences: Iterable[Sentence] | AsyncIterable[Sentence], book: StreamBook, changed: asyncio.Event
+async def _add_all(
+    sentences: Iterable[Sentence] | AsyncIterable[Sentence], buffer: StreamBuffer, changed: asyncio.Event
 ) -> None:
-    """Take all sentences, each as soon as there is room; raises what reading them does."""
-    async for item in sentences if isinstance(sentences, AsyncIterable) else each_in_thread(sentences):
-        await _until(lambda: book.has_room, changed)
-        book.take(item)
+    """Add all sentences to the buffer, as capacity permits. Raises the errors of the iterable."""
+    async for item in sentences if isinstance(sentences, AsyncIterable) else read_in_thread(sentences):
+        await _until(lambda: buffer.has_capacity, changed)
+        buffer.add(item)
         changed.set()
 
 
 async def _stream_requests(
     call: Call[types.StreamTranslateResponse],
-    begun: asyncio.Future[StreamCall],
-    book: StreamBook,
+    started: asyncio.Future[StreamCall],
+    buffer: StreamBuffer,
     reading: asyncio.Task[None],
     changed: asyncio.Event,
 ) -> AsyncIterator[Message]:
-    """Yield the requests of a stream: the configuration, and once that is accepted, sentences as soon as they are read.
+    """Yield the requests of a stream: the configuration and, once it is accepted, sentences as they are read.
 
-    A message that is on its way when the server ends the call makes grpc.aio forget the call's status.
+    The wait for acceptance is needed: grpc.aio loses the status of a call that ends while a message is being sent.
     """
     yield call.request
-    responses = await begun
+    responses = await started
     if ACCEPTED_KEY not in {key for key, _ in await responses.initial_metadata()}:
         await responses.code()
         return
     while True:
-        await _until(lambda: book.has_news or reading.done() or responses.done(), changed)
-        if responses.done() or not book.has_news:
+        await _until(lambda: buffer.has_pending or reading.done() or responses.done(), changed)
+        if responses.done() or not buffer.has_pending:
             return
-        yield book.message()
+        yield buffer.next_request()
 
 
 async def _until(condition: Callable[[], bool], changed: asyncio.Event) -> None:
-    """Wait until the condition holds; it is looked at after every change. Several may wait for one event."""
+    """Wait until the condition holds; evaluate it after every change. Several tasks may wait for one event."""
     while not condition():
         changed.clear()
         await changed.wait()
 
 
-async def _to_its_end(work: Callable[..., T], *arguments: object) -> T:
-    """Do the work in a thread; a cancellation takes effect after it, so that no thread writes into what is removed."""
+async def _run_to_completion(work: Callable[..., T], *arguments: object) -> T:
+    """Run `work` in a thread. A cancellation waits for it, so that no thread writes to a removed folder."""
     task = asyncio.ensure_future(asyncio.to_thread(work, *arguments))
     try:
         return await asyncio.shield(task)

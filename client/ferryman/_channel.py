@@ -1,4 +1,4 @@
-"""How both clients set up their channel."""
+"""The gRPC channel options of both clients: retries, keepalive, reconnecting."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ferryman._checks import LARGEST_REQUEST_BYTES, is_loopback
 
 ChannelOptions = Sequence[tuple[str, Any]]
 
-# Without what deletes and unloads: repeated after an answer that was lost, it would say that there is nothing.
+# Deletions and UnloadModel are missing: repeated after a lost response, they would report that nothing exists.
 _RETRIED: Final = {
     "ferryman.v1.TrainingService": (
         "StartTraining",  # idempotent by its request_id, which the client always sends
@@ -28,13 +28,13 @@ _RETRIED: Final = {
         "ListModels",
         "GetModel",
         "SetModelAlias",
-        "DownloadModel",  # only until its first message has come
+        "DownloadModel",  # only until its first response
         "LoadModel",
         "ListLoadedModels",
     ),
     "ferryman.v1.TranslationService": (
         "Translate",
-        "StreamTranslate",  # only until the server has accepted it: after that the client itself takes it up again
+        "StreamTranslate",  # only until the server has accepted it; later the client itself resumes it
     ),
 }
 _RETRY_POLICY: Final = {
@@ -44,15 +44,14 @@ _RETRY_POLICY: Final = {
     "backoffMultiplier": 2,
     "retryableStatusCodes": ["UNAVAILABLE"],
 }
-# Each failed attempt takes a token, each success gives one half back, and below half of them nothing is repeated: the
-# callers of a server that dies are all repeated elsewhere, the callers of a service that is down do not knock at it
-# four times each.
+# A failed attempt costs a token and a success returns half a token; below half of the tokens nothing is retried. So the
+# calls of a server that dies are retried elsewhere, but an outage of the whole service is not multiplied by four.
 _RETRY_THROTTLING: Final = {"maxTokens": 1000, "tokenRatio": 0.5}
 
 
 def channel_options(extra: ChannelOptions, target: str = "") -> list[tuple[str, Any]]:
-    """Return the options of a channel to the target; the caller's replace those of the same name."""
-    # gRPC would ask the proxy of http_proxy for this machine too, where that finds another.
+    """Return the options of a channel to the target; options in `extra` replace the defaults."""
+    # gRPC would use the proxy in http_proxy for loopback addresses too, and reach the proxy's own machine.
     direct = {"grpc.enable_http_proxy": 0} if is_loopback(target) else {}
     return list(({**_defaults(), **direct, **dict(extra)}).items())
 
@@ -62,16 +61,15 @@ def _defaults() -> dict[str, Any]:
         "grpc.service_config": _service_config(),
         "grpc.primary_user_agent": f"ferryman/{version('ferryman')}",
         "grpc.max_receive_message_length": 64 * 1024 * 1024,
-        # A request that does not fit in here is not repeated.
+        # A request that does not fit into this buffer is not retried.
         "grpc.per_rpc_retry_buffer_size": LARGEST_REQUEST_BYTES,
-        # A dead peer is noticed within 30 s + 10 s, also by a quiet call. A server allows a ping every 10 s.
+        # Detects a dead peer within 30 s + 10 s, also during a quiet call. The server allows a ping every 10 s.
         "grpc.keepalive_time_ms": 30_000,
         "grpc.keepalive_timeout_ms": 10_000,
-        # A ping that measures the bandwidth may be under way, and keepalive waits for it.
+        # Keepalive waits for a bandwidth ping in flight.
         "grpc.http2.ping_timeout_ms": 10_000,
         "grpc.http2.max_pings_without_data": 0,
-        # After an outage the channel looks for the server every second or two, not every two minutes, also where its
-        # name leads to by then.
+        # After an outage the channel reconnects, and resolves the name, every second or two, not every two minutes.
         "grpc.initial_reconnect_backoff_ms": 100,
         "grpc.min_reconnect_backoff_ms": 1_000,
         "grpc.max_reconnect_backoff_ms": 2_000,
@@ -83,7 +81,7 @@ def _service_config() -> str:
     names = [{"service": service, "method": method} for service, methods in _RETRIED.items() for method in methods]
     return json.dumps(
         {
-            # Every address behind the name gets its share, not the first one everything.
+            # Spread calls over every address of the name.
             "loadBalancingConfig": [{"round_robin": {}}],
             "methodConfig": [{"name": names, "retryPolicy": _RETRY_POLICY}],
             "retryThrottling": _RETRY_THROTTLING,

@@ -17,7 +17,7 @@ from ferryman._channel import ChannelOptions, channel_options
 from ferryman._convert import Call, Pages, encode
 from ferryman._download import ModelFolder
 from ferryman._rpc_errors import error_from_rpc
-from ferryman._stream import Sentence, SentencePump, StreamBook, StreamRoad
+from ferryman._stream import Sentence, SentenceReader, StreamBuffer, StreamCalls
 from ferryman._tail import MetricsTail
 from ferryman._tracing import call_span
 from ferryman._upload import CorpusText, read_pieces
@@ -27,11 +27,11 @@ T = TypeVar("T")
 
 
 class Client:
-    """A connection to a Ferryman service. Safe to share between threads; close it, or use it in a `with` block.
+    """A connection to a Ferryman service. It is thread-safe; close it, or use it in a `with` block.
 
-    Every method raises errors of `ferryman.errors`. Calls that are safe to repeat are repeated, up to four times within
-    about a second, while the server is unavailable. If the target's name has several addresses, calls are spread over
-    all of them that can be reached.
+    Every method raises errors of `ferryman.errors`. While the server is unavailable, calls that are safe to retry are
+    attempted up to four times within about a second. If the target's name has several addresses, calls are balanced
+    over all reachable ones.
     """
 
     def __init__(
@@ -42,19 +42,19 @@ class Client:
         timeout_s: float = 60.0,
         options: ChannelOptions = (),
     ) -> None:
-        """Connect, lazily, to `target`; without `credentials` in plain text.
+        """Connect to `target` at the first call; without `credentials` the connection is not encrypted.
 
         `target` is "host:port" or any gRPC name, such as "dns:///ferryman-serving-headless:50051" or
-        "ipv4:10.0.0.1:50051,10.0.0.2:50051".
-        `timeout_s` is the deadline of every call but uploads, downloads and streams. `options` are gRPC channel
-        options, which replace the client's of the same name. No proxy is asked for this machine's own addresses.
-        Raises InvalidRequest for a target that is no address, and for a deadline that is not over 0 to 1e9 seconds.
+        "ipv4:10.0.0.1:50051,10.0.0.2:50051". `timeout_s` is the deadline of every call except uploads, downloads and
+        streams. `options` are gRPC channel options; they override the client's defaults. Loopback addresses bypass
+        proxies.
+        Raises InvalidRequest for an invalid target, and for a deadline outside 0 to 1e9 seconds.
         """
-        given = _checks.check_connection(target, credentials, timeout_s, options)
+        checked = _checks.check_connection(target, credentials, timeout_s, options)
         self._target = target
         self._timeout_s = float(timeout_s)
         self._is_closed = False
-        all_options = channel_options(given, target)
+        all_options = channel_options(checked, target)
         self._channel = (
             grpc.insecure_channel(target, all_options)
             if credentials is None
@@ -88,12 +88,12 @@ class Client:
         keep_optimizer: bool = False,
         processes: int | None = None,
     ) -> types.TrainingRun:
-        """Start a run that publishes the next version of `model_name`; returns at once.
+        """Start a run that publishes the next version of `model_name`; return without waiting for it.
 
-        `request_id` is a UUID: the same one with the same arguments returns the same run, for ever. By default a new
-        one is made. `validate_only` checks everything and starts nothing. `initial_model` (a reference, such as
-        "en-de/7") is fine-tuned, with `keep_optimizer` from Adam's moments of the run that made it. `processes` train
-        it together.
+        `request_id` is a UUID that makes the call idempotent: repeated with the same arguments, it returns the same
+        run. By default the client generates one. `validate_only` validates the request without starting a run.
+        `initial_model`, a reference such as "en-de/7", is the model to fine-tune; with `keep_optimizer` training also
+        starts from its optimizer state (Adam's moments). `processes` is the number of data-parallel processes.
         Raises CorpusNotFound, InvalidRecipe, InvalidRequest, RequestIdReused, TooManyRuns, RoleNotServed,
         ModelNotFound, ModelHasNoWeights, OptimizerNotKept.
         """
@@ -117,27 +117,33 @@ class Client:
         model_name: str = "",
         order: types.RunOrder | str = types.RunOrder.NEWEST_FIRST,
     ) -> Iterator[types.TrainingRun]:
-        """Yield the runs in one of `states` (none: in any) and for `model_name` (empty: for any)."""
-        return self._all(_convert.list_training_runs(states, model_name, order))
+        """Yield the runs, filtered by `states` and `model_name`; an empty filter matches all."""
+        return self._items(_convert.list_training_runs(states, model_name, order))
 
     def cancel_training(self, run_id: str) -> types.TrainingRun:
-        """Ask the run to stop; it is CANCELLED, or `cancel_requested` is set. Raises RunNotFound, IllegalTransition."""
+        """Request cancellation. The returned run is CANCELLED, or `cancel_requested` is set.
+
+        Raises RunNotFound, IllegalTransition.
+        """
         return self._call(_convert.cancel_training(run_id))
 
     def pause_training(self, run_id: str) -> types.TrainingRun:
-        """Ask the run to rest; it is PAUSED, or `pause_requested` is set. Raises RunNotFound, IllegalTransition."""
+        """Request a pause: the run writes a checkpoint and its worker stops.
+
+        The returned run is PAUSED, or `pause_requested` is set. Raises RunNotFound, IllegalTransition.
+        """
         return self._call(_convert.pause_training(run_id))
 
     def resume_training(self, run_id: str) -> types.TrainingRun:
-        """Let the run go on from its last checkpoint. Raises RunNotFound, IllegalTransition."""
+        """Resume a paused run from its last checkpoint. Raises RunNotFound, IllegalTransition."""
         return self._call(_convert.resume_training(run_id))
 
     def list_checkpoints(self, run_id: str) -> list[types.Checkpoint]:
-        """Return the complete checkpoints of the run, by rising step. Raises RunNotFound."""
+        """Return the complete checkpoints of the run, ordered by step. Raises RunNotFound."""
         return self._call(_convert.list_checkpoints(run_id))
 
     def delete_training_run(self, run_id: str) -> None:
-        """Remove a run that has ended, or that the server cannot read; what it published stays.
+        """Delete a run that is terminal or unreadable; the model version that it published remains.
 
         Raises RunNotFound, RunNotFinished, RunStillNeeded.
         """
@@ -174,11 +180,12 @@ class Client:
         heartbeats: bool = False,
         reconnect_timeout_s: float = 60.0,
     ) -> Generator[Any]:
-        """Yield the run's records after `after_sequence`, then live, until its terminal state.
+        """Replay the run's records after `after_sequence`, then stream live updates until its terminal state.
 
-        With `follow` False it ends after the history. A broken connection or a restarted server does not end it: it
-        goes on after the last record, without gap or duplicate. `heartbeats` also yields the server's signs of life.
-        Raises RunNotFound, SequenceOutOfRange, and Unavailable once no attempt reached the server for
+        With `follow` False the stream ends after the history. If the connection breaks or the server restarts, the
+        client reconnects and continues after the last record, without gap or duplicate. `heartbeats` also yields the
+        server's heartbeats.
+        Raises RunNotFound, SequenceOutOfRange, and Unavailable once no call has reached the server for
         `reconnect_timeout_s`.
         """
         tail = MetricsTail(run_id, after_sequence, follow=follow, reconnect_timeout_s=reconnect_timeout_s)
@@ -189,10 +196,10 @@ class Client:
                         if tail.accept(item) and (heartbeats or isinstance(item, types.MetricRecord)):
                             yield item
             except Unavailable as error:
-                pause_s = tail.pause_s(error)
+                delay_s = tail.next_delay_s(error)
             else:
                 return
-            time.sleep(pause_s)
+            time.sleep(delay_s)
 
     def wait(
         self,
@@ -201,7 +208,7 @@ class Client:
         *,
         reconnect_timeout_s: float = 60.0,
     ) -> types.TrainingRun:
-        """Return the run once it is terminal, SUCCEEDED or not; `on_record` sees every record on the way."""
+        """Wait until the run is terminal and return it; call `on_record` with every record."""
         _checks.check_callback(on_record)
         with contextlib.closing(self.stream_metrics(run_id, reconnect_timeout_s=reconnect_timeout_s)) as records:
             for record in records:
@@ -221,8 +228,8 @@ class Client:
     ) -> types.LearningRateCurve:
         """Return the learning-rate curve of exactly one of `schedule`, `recipe` and `run_id`.
 
-        The numbers are those that training uses. Defaults: from step 1 to the schedule's end (else 50,000), 1,000
-        points. Raises InvalidRecipe, InvalidRequest, RunNotFound.
+        Training computes its rates with the same function. By default the curve has 1,000 points, from step 1 to the
+        end of the schedule, or to step 50,000 if it has none. Raises InvalidRecipe, InvalidRequest, RunNotFound.
         """
         return self._call(_convert.get_lr_schedule(schedule, recipe, run_id, (first_step, last_step), max_points))
 
@@ -238,11 +245,11 @@ class Client:
         validation: CorpusText,
         request_id: str | None = None,
     ) -> types.Corpus:
-        """Upload a parallel corpus; it is stored whole or not at all.
+        """Upload a parallel corpus; the upload is atomic.
 
         `train` and `validation` are each a tuple (source file, target file), plain or .gz, UTF-8, one sentence a line;
-        or an iterable of (source, target) sentence pairs. Either is streamed, never held in memory. With your own
-        `request_id` (a UUID) the call may be repeated. No deadline.
+        or an iterable of (source, target) sentence pairs. The text is streamed, not held in memory. `request_id` is a
+        UUID that makes the call idempotent. The call has no deadline.
         Raises InvalidCorpus, InvalidRequest, CorpusTooLarge, DiskFull, RequestIdReused; OSError for an unreadable file.
         """
         call = _convert.upload_corpus(
@@ -257,49 +264,53 @@ class Client:
         return self._call(_convert.get_corpus(corpus_id))
 
     def delete_corpus(self, corpus_id: str) -> None:
-        """Remove the corpus; runs that have ended and models keep working. The server's operator can bring its text
-        back for 7 days. Raises CorpusNotFound, CorpusInUse (unfinished runs train on it)."""
+        """Delete the corpus; finished runs and models remain. The server's operator can restore its text for 7 days.
+
+        Raises CorpusNotFound, CorpusInUse (unfinished runs train on it).
+        """
         self._call(_convert.delete_corpus(corpus_id))
 
     def list_corpora(self) -> Iterator[types.Corpus]:
-        """Yield all corpora, newest first; one that the server cannot read has `unreadable` set."""
-        return self._all(_convert.list_corpora)
+        """Yield all corpora, newest first; if the server cannot read a corpus, its `unreadable` says why."""
+        return self._items(_convert.list_corpora)
 
     # --- Models and translation ---------------------------------------------------------------------------------------
 
     def list_models(self) -> Iterator[types.Model]:
-        """Yield all models, by name."""
-        return self._all(_convert.list_models)
+        """Yield all models, ordered by name."""
+        return self._items(_convert.list_models)
 
     def get_model(self, model: str) -> types.ModelDetails:
-        """Return the model, and the version of it that the reference names: "name" the latest, "name/7" that one,
-        "name@production" what the alias points at. Raises ModelNotFound, InvalidRequest."""
+        """Return a model and one of its versions: "name" is the latest, "name/7" version 7, "name@production" an alias.
+
+        Raises ModelNotFound, InvalidRequest.
+        """
         return self._call(_convert.get_model(model))
 
     def set_model_alias(self, name: str, alias: str, version: int, *, timeout_s: float | None = None) -> types.Model:
-        """Let `name@alias` be `version` of the model from now on; no request fails, whatever the alias was before.
+        """Point `name@alias` at `version`, without failing any request. Setting the current version again is a no-op.
 
-        A server that has the alias's present version in memory loads the new one first, which may take longer than the
-        client's deadline: `timeout_s`. Raises ModelNotFound, InvalidRequest, ModelDamaged, ModelTooLarge.
+        If the server has the previous version in memory, it loads the new one first. That can take longer than the
+        client's deadline; `timeout_s` overrides it. Raises ModelNotFound, InvalidRequest, ModelDamaged, ModelTooLarge.
         """
         return self._call(_convert.set_model_alias(name, alias, version), timeout_s)
 
     def delete_model_alias(self, name: str, alias: str) -> None:
-        """Remove the alias; what it points at stays. Raises ModelNotFound, InvalidRequest."""
+        """Delete the alias; its version remains. Raises ModelNotFound, InvalidRequest."""
         self._call(_convert.delete_model_alias(name, alias))
 
     def delete_model_version(self, model: str) -> None:
-        """Remove the version "name/version" for ever; its number is not given again.
+        """Delete the version "name/version" permanently; its number is not reused.
 
         Raises ModelInUse (an alias points at it, or an unfinished run starts from it), ModelNotFound, InvalidRequest.
         """
         self._call(_convert.delete_model_version(model))
 
     def download_model(self, model: str, folder: str | os.PathLike[str]) -> types.ModelVersion:
-        """Download the version that the reference names into `folder`, which must not exist, and return it.
+        """Download a model version into the new folder `folder`, and return the version.
 
-        Size and digest of every file are checked; the folder appears whole or not at all. `ferryman-service
-        import-model` publishes it on another server. No deadline.
+        The client verifies size and digest of every file, and creates the folder only if all match. To publish it on
+        another server, use `ferryman-service import-model`. The call has no deadline.
         Raises ModelNotFound, InvalidRequest, ModelDamaged; FileExistsError and other OSErrors of the folder.
         """
         with ModelFolder(folder) as target:
@@ -309,22 +320,22 @@ class Client:
             return target.finish()
 
     def load_model(self, model: str, *, timeout_s: float | None = None) -> types.LoadedModel:
-        """Load the version that the reference names into the server's memory and warm it up; return when it is ready.
+        """Load a model version into the server's memory and warm it up; return when it is ready.
 
-        After DeadlineExceeded the server goes on loading. Raises ModelNotFound, InvalidRequest, ModelDamaged,
+        After DeadlineExceeded the server continues loading. Raises ModelNotFound, InvalidRequest, ModelDamaged,
         ModelTooLarge, RoleNotServed.
         """
         return self._call(_convert.load_model(model), timeout_s)
 
     def unload_model(self, model: str, *, timeout_s: float | None = None) -> bool:
-        """Take the version that the reference names out of the server's memory; return whether it was there.
+        """Unload a model version from the server's memory; return whether it was loaded.
 
-        Returns when the translations that it serves have ended. Raises ModelNotFound, InvalidRequest, RoleNotServed.
+        The call waits for the translations in progress. Raises ModelNotFound, InvalidRequest, RoleNotServed.
         """
         return self._call(_convert.unload_model(model), timeout_s)
 
     def list_loaded_models(self) -> list[types.LoadedModel]:
-        """Return what is in the server's memory, the most recently used first. Raises RoleNotServed."""
+        """Return the models in the server's memory, most recently used first. Raises RoleNotServed."""
         return self._call(_convert.list_loaded_models())
 
     def translate(
@@ -337,12 +348,12 @@ class Client:
         timeout_s: float | None = None,
         **options: Unpack[types.TranslateOptions],
     ) -> types.TranslationResult:
-        """Translate one sentence or several with "name" (latest version), "name/version" or "name@alias".
+        """Translate one or more sentences with the model "name" (latest version), "name/version" or "name@alias".
 
-        `options`: `ferryman.TranslateOptions`, such as `beam_size=1` or `sampling=Sampling(top_k=10)`. What is not
-        given, or None, takes the service's default: beam 5, the best hypothesis only, length penalty 1, a maximum
-        length of two times the source plus 10 subwords. `target_prefixes`: words that each translation must begin with.
-        `split_sentences`: the entries are texts, whose sentences are translated one by one and joined again.
+        `options` are those of `ferryman.TranslateOptions`, such as `beam_size=1` or `sampling=Sampling(top_k=10)`. None
+        selects the service's default: beam size 5, one hypothesis, length penalty 1, at most 2n + 10 subwords for a
+        source of n. `target_prefixes` are the target prefixes of the translations, one for each sentence.
+        `split_sentences` splits each item into sentences, translates them separately, and joins the translations.
         Raises ModelNotFound, InvalidSentence, InvalidRequest, QueueFull, DeadlineExceeded, ModelDamaged, ModelTooLarge,
         RoleNotServed.
         """
@@ -363,41 +374,42 @@ class Client:
     ) -> Generator[types.StreamTranslation]:
         """Translate any number of sentences in bounded memory; yield results as they finish, or `in_order`.
 
-        A sentence is a string, an (id, sentence) pair or a `StreamSentence`; a result has its sentence's id, a string's
-        is its number from 0. `sentences` is read in another thread, at most two windows ahead of the results that you
-        have taken; `window` (default 256) bounds what the server works on at a time. A sentence that cannot be
-        translated has a result with an error. What `sentences` raises is raised here, after the results of what came
-        before. No deadline unless `timeout_s`. When a server goes away half-way, what has no answer is sent again, to
-        the same version: each sentence still has exactly one result. Who stops early closes it: `contextlib.closing`.
-        Raises what `translate` does, but for QueueFull (a stream waits) and InvalidSentence; Unavailable also once no
-        attempt to go on has reached a server for `reconnect_timeout_s`.
+        A sentence is a string, an (id, sentence) pair or a `StreamSentence`. A result has the id of its sentence; the
+        id of a string is its number, from 0. A sentence that cannot be translated has a result with an error.
+        A thread reads `sentences`, at most two windows ahead of the results that you have received; `window` (default
+        256) limits the sentences on the server. An exception of `sentences` is raised here, after the results of the
+        sentences before it. There is no deadline unless `timeout_s` is given.
+        If the connection breaks, the client sends the unanswered sentences again, to the same model version, so that
+        each sentence has exactly one result. To stop early, close the generator, e.g. with `contextlib.closing`.
+        Raises the errors of `translate` except QueueFull (a stream waits) and InvalidSentence; also Unavailable once no
+        call has reached a server for `reconnect_timeout_s`.
         """
         _checks.check_open(is_closed=self._is_closed)
         _checks.check_sentences(sentences, may_be_async=False)
         call = _convert.translate_stream(model, split_sentences, window, options)
-        road = StreamRoad(call, timeout_s=timeout_s, reconnect_timeout_s=reconnect_timeout_s)
-        pump = SentencePump(sentences, StreamBook(window, in_order=in_order))
+        calls = StreamCalls(call, timeout_s=timeout_s, reconnect_timeout_s=reconnect_timeout_s)
+        reader = SentenceReader(sentences, StreamBuffer(window, in_order=in_order))
         method = self._channel.stream_stream(call.path, encode, call.response_type.FromString)
-        with contextlib.closing(pump):
+        with contextlib.closing(reader):
             while True:
                 _checks.check_open(is_closed=self._is_closed)
                 with call_span(call.path) as span:
-                    responses = method(pump.requests(road.call), timeout=road.remaining_s(), metadata=span.metadata)
+                    responses = method(reader.requests(calls.call), timeout=calls.remaining_s(), metadata=span.metadata)
                     try:
                         for response in responses:
-                            road.sign_of_life()
-                            yield from pump.results(call.read(response))
+                            calls.response_received()
+                            yield from reader.results(call.read(response))
                         break
                     except grpc.RpcError as error:
-                        span.failed(error)
-                        pause_s = road.pause_s(
+                        span.record_failure(error)
+                        delay_s = calls.next_delay_s(
                             error_from_rpc(error, self._target), dict(responses.initial_metadata() or ())
                         )
                     finally:
                         responses.cancel()
-                time.sleep(pause_s)
-            if pump.failure is not None:
-                raise pump.failure
+                time.sleep(delay_s)
+            if reader.failure is not None:
+                raise reader.failure
 
     # --- How calls are made -------------------------------------------------------------------------------------------
 
@@ -412,7 +424,7 @@ class Client:
                 raise error_from_rpc(error, self._target) from error
         return call.read(response)
 
-    def _all(self, pages: Pages[T]) -> Iterator[T]:
+    def _items(self, pages: Pages[T]) -> Iterator[T]:
         token = ""
         while True:
             page = self._call(pages(token))
@@ -443,7 +455,7 @@ class Client:
                 response = future.result()
             except grpc.RpcError as error:
                 if failures:
-                    raise failures[0]  # noqa: B904 (it has its own cause; the refusal only followed from it)
+                    raise failures[0]  # noqa: B904 (it has its own cause; the server only refused the truncated upload)
                 raise error_from_rpc(error, self._target) from error
             finally:
                 future.cancel()

@@ -1,6 +1,6 @@
-"""Where the wire begins: requests from arguments, dataclasses from responses. Written once for both clients.
+"""Builds requests from arguments and reads responses into dataclasses, for both clients.
 
-A `Call` says which RPC to make, with what, and how to read the answer; how it is made is the client's business.
+A `Call` holds the RPC, its request, and the conversion of its response; the clients make it.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Call(Generic[T]):
     read: Callable[[Any], T]
 
     def __post_init__(self) -> None:
-        """Raises InvalidRequest for a request that no server takes: gRPC would tell of message sizes."""
+        """Raises InvalidRequest for a request above the service's limit; gRPC's own error would not name the cause."""
         size = self.request.ByteSize()
         if size > LARGEST_REQUEST_BYTES:
             text = f"has {size:,} bytes, may have {LARGEST_REQUEST_BYTES:,} at most: is an argument far too long?"
@@ -75,7 +75,7 @@ def encode(message: Message) -> bytes:
 
 @dataclass(frozen=True, kw_only=True)
 class StartOptions:
-    """What StartTraining may be told beside corpus, model and recipe; the names are those of StartTrainingRequest."""
+    """Options of StartTraining; the names are those of StartTrainingRequest."""
 
     request_id: str | None
     validate_only: bool
@@ -157,7 +157,7 @@ def delete_training_run(run_id: str) -> Call[None]:
 def list_training_runs(
     states: Iterable[types.RunState | str], model_name: str, order: types.RunOrder | str
 ) -> Pages[types.TrainingRun]:
-    """ListTrainingRuns. Raises InvalidRequest for a word that is no state or order."""
+    """ListTrainingRuns. Raises InvalidRequest for an unknown state or order."""
     filled = training_pb2.ListTrainingRunsRequest()
     violations: list[Violation] = []
     if isinstance(states, str | bytes | Mapping) or not is_iterable(states):
@@ -257,8 +257,8 @@ def upload_corpus(
 def upload_requests(call: Call[types.Corpus], pieces: Iterable[Piece], failures: list[Exception]) -> Iterator[Message]:
     """Yield all requests of an upload: the header, then the text, piece by piece.
 
-    What reading a piece raises is put into `failures`. gRPC would log it and cancel the call, and a server may take a
-    cancelled upload for a complete one; a last request without any item makes it refuse the upload instead.
+    An exception of `pieces` is appended to `failures`. gRPC would log it and cancel the call, and a server may mistake
+    a cancelled upload for a complete one; so a last request without an item makes it refuse the upload.
     """
     yield call.request
     try:
@@ -521,7 +521,7 @@ def stream_sentences(sentences: Iterable[WireSentence]) -> Message:
 
 
 def record_from_message(message: metrics_pb2.MetricRecord) -> types.MetricRecord:
-    """Return the record. A payload that is news to this client becomes an event that says so."""
+    """Return the record. An unknown payload becomes an event that says so."""
     kind = message.WhichOneof("payload")
     payload: types.MetricPayload = (
         from_message(_PAYLOADS[kind], getattr(message, kind))

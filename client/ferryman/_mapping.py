@@ -1,9 +1,9 @@
 """Dataclasses to protobuf messages and back, by name.
 
 A dataclass and its message have the same field names, except that a google.protobuf.Duration `x` is a float `x_s` here.
-What each field needs is told by the dataclass's annotation: another dataclass, a StrEnum, a tuple, a datetime, or a
-plain value. None stands for a field that is not set; where the message cannot tell (a plain proto3 scalar), None
-stands for zero. A field that is marked types.NOT_ON_THE_WIRE is left alone.
+The annotation of a field selects its conversion: a dataclass, a StrEnum, a tuple, a datetime, or a plain value. None
+stands for an unset field, and for zero in a plain proto3 scalar, which has no presence. Fields marked
+types.NOT_ON_THE_WIRE are skipped.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _WHOLE_NUMBERS: Final = {
     FieldDescriptor.CPPTYPE_UINT64: (0, 2**64 - 1),
 }
 
-# Protobuf's descriptors and well-known types come from C and have no common static type: they are Any here.
+# Protobuf's descriptors and well-known types are implemented in C and share no static type, so they are Any here.
 
 T = TypeVar("T")
 E = TypeVar("E", bound=enum.StrEnum)
@@ -39,7 +39,7 @@ E = TypeVar("E", bound=enum.StrEnum)
 
 @dataclasses.dataclass(frozen=True)
 class _Field:
-    """One field of a dataclass: its name, its name on the wire, and what its annotation asks for."""
+    """One field of a dataclass: its name, its name on the wire, and the parts of its annotation."""
 
     name: str
     wire_name: str
@@ -49,7 +49,7 @@ class _Field:
 
 
 def from_message(cls: type[T], message: Message) -> T:
-    """Return the dataclass that the message stands for."""
+    """Return the message as an instance of the dataclass `cls`."""
     kind: Any = cls
     return cls(**{field.name: _read(field, message) for field in _fields(kind)})
 
@@ -57,8 +57,8 @@ def from_message(cls: type[T], message: Message) -> T:
 def fill_message(value: object, message: Message, path: str = "") -> list[Violation]:
     """Set the fields of the message that are not None in the dataclass.
 
-    Returns what does not fit the wire at all (a word that is no member of an enumeration, a number of the wrong type or
-    size), each named by its path below `path`; such a field is left unset.
+    Returns a violation for each value that the wire cannot carry: an unknown enum member, a number of the wrong type or
+    out of range. Its field is named by its path below `path` and stays unset.
     """
     kind: Any = type(value)
     violations: list[Violation] = []
@@ -77,8 +77,7 @@ def fill_message(value: object, message: Message, path: str = "") -> list[Violat
 
 
 def fill_part(cls: type[object], value: object, message: Message, path: str) -> list[Violation]:
-    """Set the message, and every field of it that is not None in `value`, which must be an instance of `cls`; returns
-    what is wrong, as `fill_message` does."""
+    """Mark the message as set and fill it, as `fill_message` does; `value` must be an instance of `cls`."""
     if not isinstance(value, cls):
         article = "an" if cls.__name__[0] in "AEIOU" else "a"
         return [wrong(path, value, f"{article} {cls.__name__}{_constructed(cls.__name__, value)}")]
@@ -87,7 +86,8 @@ def fill_part(cls: type[object], value: object, message: Message, path: str) -> 
 
 
 def fill_fields(message: Message, fields: Mapping[str, object]) -> list[Violation]:
-    """Set fields of the message by name: plain values and lists of texts. Returns what does not fit, None included."""
+    """Set plain values and lists of texts by field name. Returns a violation for each value that does not fit,
+    such as None."""
     violations: list[Violation] = []
     for name, value in fields.items():
         descriptor: Any = message.DESCRIPTOR.fields_by_name[name]
@@ -99,7 +99,7 @@ def fill_fields(message: Message, fields: Mapping[str, object]) -> list[Violatio
 
 
 def is_iterable(value: Any) -> bool:  # noqa: ANN401 (it is what is checked)
-    """Tell whether a loop can go over the value; nothing is taken from it."""
+    """Whether `iter` accepts the value; no item is consumed."""
     try:
         iter(value)
     except TypeError:
@@ -108,13 +108,13 @@ def is_iterable(value: Any) -> bool:  # noqa: ANN401 (it is what is checked)
 
 
 def wrong(path: str, value: object, wanted: str) -> Violation:
-    """Return the violation of a value that cannot be sent at all; `wanted` says what can."""
+    """Return the violation "is VALUE, must be WANTED"."""
     return Violation(field=path, description=f"is {shown(value)}, must be {wanted}", reason="INVALID_VALUE")
 
 
 def shown(value: object) -> str:
-    """Return the value as a message may quote it: its beginning, on one line."""
-    # The beginning of what repr would write, without writing all of a text of megabytes.
+    """Return the beginning of the value's repr, on one line, for an error message."""
+    # Slice first: repr of a text of megabytes is slow.
     text = repr(value[:_SHOWN_CHARACTERS] if isinstance(value, str | bytes) else value)
     is_whole = len(text) <= _SHOWN_CHARACTERS and not (
         isinstance(value, str | bytes) and len(value) > _SHOWN_CHARACTERS
@@ -129,7 +129,7 @@ def enum_number(descriptor: Any, word: str) -> int | None:  # noqa: ANN401
 
 
 def enum_member(cls: type[E], descriptor: Any, number: int) -> E | None:  # noqa: ANN401
-    """Return the member for the number; for 0 and for a number that is news to this client, UNKNOWN or else None."""
+    """Return the member for the number; UNKNOWN, or None if `cls` has no UNKNOWN, for 0 and unknown numbers."""
     member = descriptor.values_by_number.get(number)
     word = member.name.removeprefix(_prefix(descriptor)).lower() if member is not None and number else "unknown"
     return next((candidate for candidate in cls if candidate.value == word), None)
@@ -141,7 +141,7 @@ def _prefix(descriptor: Any) -> str:  # noqa: ANN401
 
 @functools.cache
 def _fields(cls: Hashable) -> tuple[_Field, ...]:
-    assert isinstance(cls, type) and dataclasses.is_dataclass(cls), f"{cls} is no dataclass"
+    assert isinstance(cls, type) and dataclasses.is_dataclass(cls), f"{cls} is not a dataclass"
     hints = typing.get_type_hints(cls)
     on_the_wire = [field.name for field in dataclasses.fields(cls) if field.metadata.get("wire", True)]
     return tuple(_field(name, hints[name]) for name in on_the_wire)
@@ -152,7 +152,7 @@ def _field(name: str, hint: Any) -> _Field:  # noqa: ANN401 (an annotation has n
     optional = type(None) in choices
     kinds = [choice for choice in choices if choice is not type(None)]
     repeated = typing.get_origin(kinds[0]) is tuple
-    # "Preset | str": the enumeration says more.
+    # "Preset | str": the enumeration comes first and says more.
     kind = typing.get_args(kinds[0])[0] if repeated else kinds[0]
     return _Field(name, name.removesuffix("_s"), kind, optional, repeated)
 
@@ -216,14 +216,14 @@ def _fill_texts(container: Any, items: Any, path: str) -> list[Violation]:  # no
 
 
 def _constructed(name: str, value: object) -> str:
-    """Return how a dictionary is written as the class of that name, "" for what is none."""
+    """Return the hint that shows a dictionary as a call of the class; empty for other values."""
     if not isinstance(value, Mapping):
         return ""
-    return shown_words(f": write {name}({', '.join(f'{key}=...' for key in value)})")
+    return shown_words(f"; write {name}({', '.join(f'{key}=...' for key in value)})")
 
 
 def shown_words(text: str) -> str:
-    """Return a text that quotes a caller's words, cut where a message ends."""
+    """Return the text, cut to the length of a quotation in an error message."""
     return text if len(text) <= _SHOWN_CHARACTERS else text[:_SHOWN_CHARACTERS] + "…"
 
 

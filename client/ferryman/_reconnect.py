@@ -1,4 +1,4 @@
-"""When a broken stream is taken up again, and for how long that is tried."""
+"""Exponential backoff with jitter for streams that reconnect."""
 
 from __future__ import annotations
 
@@ -9,40 +9,40 @@ from typing import Final
 
 from ferryman.errors import Unavailable
 
-_FIRST_PAUSE_S: Final = 0.1
-_LONGEST_PAUSE_S: Final = 5.0
+_FIRST_DELAY_S: Final = 0.1
+_LONGEST_DELAY_S: Final = 5.0
 
 
-class Reconnection:
-    """The state of one stream's reconnecting, for both clients: they make the calls and the pauses, this decides."""
+class ReconnectBackoff:
+    """The delays between the calls of one stream, and when to give up. Both clients make the calls and sleep."""
 
     def __init__(self, timeout_s: float, clock: Callable[[], float] = time.monotonic) -> None:
-        """Store. `timeout_s` bounds the time without any word from the server; `clock` tells seconds."""
+        """Give up once no call has reached the server for `timeout_s`; `clock` returns seconds."""
         self._timeout_s = timeout_s
         self._clock = clock
         self._broken_since_s: float | None = None
-        self._pause_s = _FIRST_PAUSE_S
+        self._delay_s = _FIRST_DELAY_S
 
-    def sign_of_life(self) -> None:
-        """Note that the server has said something."""
+    def reset(self) -> None:
+        """Start over, because the server has sent a response."""
         self._broken_since_s = None
-        self._pause_s = _FIRST_PAUSE_S
+        self._delay_s = _FIRST_DELAY_S
 
-    def accepted(self) -> None:
-        """Note that the server had accepted the call that has broken, though it may have had nothing to say in it.
+    def call_accepted(self) -> None:
+        """Restart the timeout, because the server accepted the call that broke, perhaps without a response.
 
-        Pauses grow on until it says something: a sentence that every server dies of shall not kill them in a row.
+        Delays keep growing until a response arrives: a sentence that crashes a server must not crash all in a row.
         """
         self._broken_since_s = None
 
-    def pause_s(self, error: Unavailable) -> float:
-        """Return how long to wait before the next call; raise `error` if the server has been silent for too long."""
+    def next_delay_s(self, error: Unavailable) -> float:
+        """Return the delay before the next call. Raises `error` once the timeout has passed."""
         now_s = self._clock()
         if self._broken_since_s is None:
             self._broken_since_s = now_s
         if now_s - self._broken_since_s >= self._timeout_s:
             raise error
-        pause_s = self._pause_s
-        self._pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
-        # Spread, so that the watchers of a server that comes back do not all knock at once.
-        return pause_s * random.uniform(0.5, 1.0)  # noqa: S311 (no secret)
+        delay_s = self._delay_s
+        self._delay_s = min(2 * delay_s, _LONGEST_DELAY_S)
+        # Jitter, so that the clients of a restarted server do not all reconnect at once.
+        return delay_s * random.uniform(0.5, 1.0)  # noqa: S311 (no secret)

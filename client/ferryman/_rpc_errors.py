@@ -1,4 +1,4 @@
-"""gRPC errors to the SDK's tree, and back (for the fake server of `ferryman.testing`)."""
+"""Converts gRPC errors to the SDK's errors, and back for the fake server of `ferryman.testing`."""
 
 from __future__ import annotations
 
@@ -14,43 +14,43 @@ from ferryman.errors import FerrymanError, Violation, error_class
 
 ERROR_DOMAIN: Final = "ferryman.v1"
 ACCEPTED_KEY: Final = "ferryman-model"
-"""In the initial metadata of a stream whose configuration the server has accepted."""
+"""Key in the initial metadata of an accepted stream; its value is the model version, "name/7"."""
 _STATUS_FORGOTTEN: Final = "Internal error from Core"
-"""What grpc.aio says when it could not send: the status that the server ended the call with is lost by then."""
-_STATUS_LOST: Final = "the server ended the call while a message was on its way to it"
+"""The message of grpc.aio when sending failed; the server's own status is lost by then."""
+_STATUS_LOST: Final = "the server ended the call while the client was sending a message"
 _BROKEN_OFF: Final = (
     (grpc.StatusCode.INTERNAL, "RST_STREAM"),
     (grpc.StatusCode.UNKNOWN, "Stream removed"),
 )
-"""What gRPC says of a stream that was broken off without a status. A proxy that has passed on a stream's first message
-can do nothing else when the server behind it is gone."""
+"""Code and text of gRPC for a stream that broke without a status. A proxy that has forwarded the first message of a
+stream reports the death of its server this way."""
 _NOT_CONNECTED: Final = (
     "connections to all backends failing",
     "failed to connect to all addresses",
     "errors resolving",
 )
-"""What gRPC says of a call for which it has no connection."""
+"""Texts of gRPC for a call without a connection."""
 _CAUSES: Final = (
     ("connection refused", "connection refused"),
-    ("errors resolving", "the name has no address"),
-    ("http1.x server", "a web server is there, which does not speak gRPC"),
+    ("errors resolving", "the host name does not resolve"),
+    ("http1.x server", "the server speaks HTTP/1, not gRPC"),
     ("handshake", "the TLS handshake failed"),
-    ("no such file", "there is no such socket"),
+    ("no such file", "no such socket"),
     ("timed out", "the connection timed out"),
     ("timeout", "the connection timed out"),
-    ("unreachable", "the network does not reach it"),
-    ("proxy", "the proxy of http_proxy or https_proxy does not let it through"),
+    ("unreachable", "network unreachable"),
+    ("proxy", "the proxy in http_proxy or https_proxy refused the connection"),
 )
 _TOO_LARGE: Final = "message larger than max"
 _DETAILS_KEY: Final = "grpc-status-details-bin"
 REQUEST_ID_KEY: Final = "x-request-id"
-"""In the trailing metadata of every call that the service has answered."""
+"""Key in the trailing metadata of every call that the service answered."""
 
 
 def error_from_rpc(error: Any, target: str = "") -> FerrymanError:  # noqa: ANN401 (grpc.RpcError is a Call only by convention)
-    """Return the error that a failed call to the target stands for; `error` is a grpc.Call or a grpc.aio.AioRpcError.
+    """Return the SDK's error for a failed call to the target; `error` is a grpc.Call or a grpc.aio.AioRpcError.
 
-    The metadata of one that has reached no server names the `target`, and the `cause` in a few words.
+    If the call reached no server, the metadata holds `target` and a short `cause`.
     """
     code: grpc.StatusCode = error.code()
     message = error.details() or code.name
@@ -68,13 +68,13 @@ def error_from_rpc(error: Any, target: str = "") -> FerrymanError:  # noqa: ANN4
             retry = RetryInfo()
             detail.Unpack(retry)
             retry_delay_s = retry.retry_delay.ToNanoseconds() / 1e9
-    # Another domain's reason says nothing here: a proxy may have answered.
+    # Ignore the reason of another domain: a proxy may have answered.
     reason = info.reason if info.domain == ERROR_DOMAIN else ""
     if not reason and any(code is broken and words in message for broken, words in _BROKEN_OFF):
         code, message = grpc.StatusCode.UNAVAILABLE, f"the connection to the server broke: {message}"
     metadata = dict(info.metadata)
     if not reason:
-        message, found = _own_words(code, message, target)
+        message, found = _explained(code, message, target)
         metadata |= found
     return error_class(reason, code)(
         message,
@@ -88,31 +88,31 @@ def error_from_rpc(error: Any, target: str = "") -> FerrymanError:  # noqa: ANN4
 
 
 def has_lost_status(error: FerrymanError) -> bool:
-    """Whether the server gave another status than this error's, which the asynchronous gRPC library has dropped."""
+    """Whether grpc.aio dropped the status that the server sent."""
     return error.message == _STATUS_LOST
 
 
 def unreachable_text(target: str, cause: str, cure: str) -> str:
-    """Return what to tell a caller whose call has reached no server."""
-    return f"no service answers at {target} ({cause}): start one with `ferryman-service serve`, or {cure}"
+    """Return the error message for a call that reached no server; `cure` is an imperative clause."""
+    return f"cannot reach a service at {target} ({cause}); start one with `ferryman-service serve`, or {cure}"
 
 
-def _own_words(code: grpc.StatusCode, message: str, target: str) -> tuple[str, dict[str, str]]:
-    """Return message and metadata for what gRPC itself says, which speaks of its insides."""
+def _explained(code: grpc.StatusCode, message: str, target: str) -> tuple[str, dict[str, str]]:
+    """Return a message and metadata in place of gRPC's own message, which describes its internals."""
     if code is grpc.StatusCode.UNAVAILABLE and any(words in message for words in _NOT_CONNECTED):
         cause = next((text for words, text in _CAUSES if words in message.lower()), "no connection")
         where = target or "the target"
-        text = unreachable_text(where, cause, "give the client the address of a running one, HOST:PORT")
+        text = unreachable_text(where, cause, "pass the client the address of a running one, HOST:PORT")
         return text, {"target": where, "cause": cause}
     if code is grpc.StatusCode.DEADLINE_EXCEEDED and target:
-        return f"{target} has not ended the call before its deadline: is a service there, or give it more time", {}
+        return f"{target} did not answer before the deadline; check that a service runs there, or raise timeout_s", {}
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED and _TOO_LARGE in message:
-        return f"{message}: send less in one call, such as fewer sentences", {}
+        return f"{message}; send less in one call, such as fewer sentences", {}
     return message, {}
 
 
 def status_from_error(error: FerrymanError) -> Status:
-    """Return the status that `error_from_rpc` reads."""
+    """The inverse of `error_from_rpc`."""
     status = Status(code=error.code.value[0], message=error.message)
     _add(status, ErrorInfo(reason=error.reason, domain=ERROR_DOMAIN, metadata=error.metadata))
     if error.violations:
@@ -134,7 +134,7 @@ def _details(error: Any) -> list[AnyMessage]:  # noqa: ANN401
             try:
                 return list(Status.FromString(value).details)
             except DecodeError:
-                return []  # the code and the message are still worth having
+                return []  # the code and the message are still useful
     return []
 
 

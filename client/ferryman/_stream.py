@@ -1,4 +1,4 @@
-"""The sentences of a `translate_stream`: which are under way, which are still to be sent, which results come next."""
+"""The state of a `translate_stream`: sentences in flight, sentences to send, results to deliver."""
 
 from __future__ import annotations
 
@@ -16,61 +16,59 @@ from google.protobuf.message import Message
 from ferryman._checks import checked_reconnect_timeout_s, checked_timeout_s, raise_any
 from ferryman._convert import Call, WireSentence, stream_of_version, stream_sentence, stream_sentences
 from ferryman._mapping import wrong
-from ferryman._reconnect import Reconnection
+from ferryman._reconnect import ReconnectBackoff
 from ferryman._rpc_errors import ACCEPTED_KEY, has_lost_status
 from ferryman.errors import FerrymanError, InvalidSentence, Unavailable
 from ferryman.types import SentenceError, StreamSentence, StreamTranslateResponse, StreamTranslation
 
 T = TypeVar("T")
 Sentence: TypeAlias = str | tuple[str, str] | StreamSentence
-"""A sentence alone, (id, sentence), or all that can be said of one."""
+"""A sentence, an (id, sentence) pair, or a sentence with all its options."""
 
 _DEFAULT_WINDOW: Final = 256
 _MESSAGE_SENTENCES: Final = 64
 _MESSAGE_BYTES: Final = 1 << 20
-"""A message holds no more than this, but for a single sentence that is larger."""
+"""The largest message, except for a single larger sentence."""
+
+_MAX_LOST_STATUSES: Final = 5
+"""How many refusals with a lost status are retried. A race loses the status, so a retry usually receives it."""
 
 
-_LOST_STATUSES: Final = 5
-"""How often a call is repeated that was refused in words that were lost. Each loses them only by a race."""
+class StreamBuffer:
+    """The sentences of one `translate_stream`. Both clients wait and make the calls; this class keeps the state.
 
+    On the wire a sentence's id is its number; the caller's ids are arbitrary. `has_capacity` limits the sentences
+    without a delivered result to two windows: one on the server, one in transit or waiting for its turn.
 
-class StreamBook:
-    """The state of one `translate_stream`, shared by both clients: they wait and make the call, this keeps account.
-
-    On the wire a sentence's id is its number; the caller's ids may be anything. `has_room` bounds what was taken from
-    the caller and not given back as a result to two windows: one on the server, one on the way or waiting for its
-    turn.
-
-    A sentence that fits no request is sent as an empty one, and its error takes the place of that one's translation. So
-    it has its turn, its place in the window and the version that answers, as any other.
+    A sentence that no request can hold is sent as an empty one, and its error replaces the translation. So it keeps its
+    turn, counts against the window, and reports the model version, like any other sentence.
     """
 
     def __init__(self, window: int | None, *, in_order: bool) -> None:
-        """Store. With `in_order` results come in the order of the sentences, else as they finish."""
+        """With `in_order` results come in the order of the sentences, else as they finish."""
         self._limit = 2 * (window or _DEFAULT_WINDOW)
         self._in_order = in_order
         self._ids: dict[int, str] = {}
         self._unanswered: dict[int, WireSentence] = {}
         self._to_send: deque[WireSentence] = deque()
         self._errors: dict[int, SentenceError] = {}
-        self._held: dict[int, StreamTranslation] = {}
-        self._taken = 0
-        self._given = 0
+        self._out_of_order: dict[int, StreamTranslation] = {}
+        self._added = 0
+        self._delivered = 0
 
     @property
-    def has_room(self) -> bool:
-        """Whether another sentence may be taken from the caller."""
-        return self._taken - self._given < self._limit
+    def has_capacity(self) -> bool:
+        """Whether another sentence may be added."""
+        return self._added - self._delivered < self._limit
 
     @property
-    def has_news(self) -> bool:
+    def has_pending(self) -> bool:
         """Whether a sentence waits to be sent."""
         return bool(self._to_send)
 
-    def take(self, item: Sentence) -> None:
-        """Take a sentence from the caller; it is to be sent. Raises InvalidRequest for what is none."""
-        number = self._taken
+    def add(self, item: Sentence) -> None:
+        """Add a sentence to send. Raises InvalidRequest if it is not a sentence."""
+        number = self._added
         sentence = _checked(item, number)
         try:
             wire = stream_sentence(sentence, number)
@@ -80,17 +78,17 @@ class StreamBook:
                 reason=violation.reason, message=f"{violation.field} {violation.description}"
             )
             wire = stream_sentence(dataclasses.replace(sentence, sentence="", target_prefix=""), number)
-        self._taken += 1
+        self._added += 1
         self._ids[number] = sentence.id
         self._unanswered[number] = wire
         self._to_send.append(wire)
 
-    def rewind(self) -> None:
-        """Send again what has no answer: the call that it was sent in has broken off."""
+    def requeue(self) -> None:
+        """Queue all unanswered sentences again, for a new call."""
         self._to_send = deque(self._unanswered.values())
 
-    def message(self) -> Message:
-        """Return the next request: of what waits to be sent, as much as a message should hold, at least a sentence."""
+    def next_request(self) -> Message:
+        """Return the next request: as many pending sentences as a message holds, at least one."""
         sentences = [self._to_send.popleft()]
         size = sentences[0].ByteSize()
         while self._to_send and len(sentences) < _MESSAGE_SENTENCES:
@@ -101,27 +99,27 @@ class StreamBook:
         return stream_sentences(sentences)
 
     def accept(self, response: StreamTranslateResponse) -> Sequence[StreamTranslation]:
-        """Return the results that can be given to the caller, now that this response is here."""
+        """Record a response; return the results to deliver."""
         results: list[StreamTranslation] = []
         for result in response.translations:
             number = int(result.id)
             del self._unanswered[number]
-            mine = dataclasses.replace(result, id=self._ids.pop(number), model=response.model)
+            named = dataclasses.replace(result, id=self._ids.pop(number), model=response.model)
             if error := self._errors.pop(number, None):
-                mine = dataclasses.replace(mine, translation=None, error=error)
+                named = dataclasses.replace(named, translation=None, error=error)
             if self._in_order:
-                self._held[number] = mine
+                self._out_of_order[number] = named
             else:
-                results.append(mine)
-        place = self._given
-        while place in self._held:
-            results.append(self._held.pop(place))
-            place += 1
+                results.append(named)
+        next_number = self._delivered
+        while next_number in self._out_of_order:
+            results.append(self._out_of_order.pop(next_number))
+            next_number += 1
         return results
 
-    def give(self) -> None:
-        """Note that a result was given to the caller."""
-        self._given += 1
+    def mark_delivered(self) -> None:
+        """Count a result that the caller has received."""
+        self._delivered += 1
 
 
 def _checked(item: Any, number: int) -> StreamSentence:  # noqa: ANN401 (it is what is checked)
@@ -135,158 +133,155 @@ def _checked(item: Any, number: int) -> StreamSentence:  # noqa: ANN401 (it is w
     return cast("StreamSentence", item)
 
 
-class StreamRoad:
-    """The calls of one `translate_stream`: one, and a further one whenever a server goes away half-way.
+class StreamCalls:
+    """The calls of one `translate_stream`: the first, and another one whenever the connection breaks.
 
-    Only a call that a server had accepted is taken up again, or a refused one whose status was lost on the way. Its
-    first version is that of all of them, so that one stream never mixes two.
+    Only two kinds of calls are repeated: one that a server had accepted, and a refused one whose status was lost. Every
+    further call asks for the model version of the first, so that a stream never mixes two versions.
     """
 
     def __init__(
         self, call: Call[StreamTranslateResponse], *, timeout_s: float | None, reconnect_timeout_s: float
     ) -> None:
-        """Store. `timeout_s` is the deadline of all calls together, `reconnect_timeout_s` bounds the silence.
+        """`timeout_s` is the deadline of all calls together. Give up once no call has reached a server for
+        `reconnect_timeout_s`.
 
-        Raises InvalidRequest for what is no time.
+        Raises InvalidRequest for an invalid timeout.
         """
         self.call = call
-        self._ends_s = None if timeout_s is None else time.monotonic() + checked_timeout_s(timeout_s)
+        self._deadline_s = None if timeout_s is None else time.monotonic() + checked_timeout_s(timeout_s)
         self._accepted = False
         self._lost_statuses = 0
-        self._reconnection = Reconnection(checked_reconnect_timeout_s(reconnect_timeout_s))
+        self._backoff = ReconnectBackoff(checked_reconnect_timeout_s(reconnect_timeout_s))
 
     def remaining_s(self) -> float | None:
-        """Return the deadline of the next call."""
-        return None if self._ends_s is None else max(0.0, self._ends_s - time.monotonic())
+        """Return the time left for the next call; None without a deadline."""
+        return None if self._deadline_s is None else max(0.0, self._deadline_s - time.monotonic())
 
-    def sign_of_life(self) -> None:
-        """Note a response."""
-        self._reconnection.sign_of_life()
+    def response_received(self) -> None:
+        self._backoff.reset()
 
-    def pause_s(self, error: FerrymanError, initial_metadata: Mapping[str, str | bytes]) -> float:
-        """Return how long to wait before the next call; raise `error` if there is to be none."""
+    def next_delay_s(self, error: FerrymanError, initial_metadata: Mapping[str, str | bytes]) -> float:
+        """Return the delay before the next call. Raises `error` if the stream must end."""
         version = initial_metadata.get(ACCEPTED_KEY)
         if version is not None:
             self._accepted = True
             self.call = stream_of_version(self.call, str(version))
-            # A source may be quiet for hours, and so is its stream: that the server took it up is word enough.
-            self._reconnection.accepted()
+            # A source may be quiet for hours, and its stream too: acceptance counts as contact with the server.
+            self._backoff.call_accepted()
         if not isinstance(error, Unavailable):
             raise error
         if not self._accepted:
-            if not has_lost_status(error) or self._lost_statuses == _LOST_STATUSES:
+            if not has_lost_status(error) or self._lost_statuses == _MAX_LOST_STATUSES:
                 raise error
             self._lost_statuses += 1
-        return self._reconnection.pause_s(error)
+        return self._backoff.next_delay_s(error)
 
 
-class SentencePump:
-    """Reads the caller's sentences in a thread of its own, so that each is sent as soon as it is there."""
+class SentenceReader:
+    """Reads the caller's sentences in a thread, so that each is sent as soon as it is available."""
 
-    def __init__(self, sentences: Iterable[Sentence], book: StreamBook) -> None:
-        """Store, and start to read."""
+    def __init__(self, sentences: Iterable[Sentence], buffer: StreamBuffer) -> None:
         self.failure: BaseException | None = None
-        self._calls = 0
+        self._call_number = 0
         self._sentences = sentences
-        self._book = book
+        self._buffer = buffer
         self._changed = threading.Condition()
-        self._read_all = False
+        self._finished = False
         self._closed = False
-        # A caller's iterable may wait for ever; the end of the program must not wait for it.
-        threading.Thread(target=self._read, name="ferryman-sentences", daemon=True).start()
+        # A daemon: the caller's iterable may block, and the end of the program must not wait for it.
+        threading.Thread(target=self._read_all, name="ferryman-sentences", daemon=True).start()
 
     def requests(self, call: Call[StreamTranslateResponse]) -> Iterator[Message]:
-        """Return the requests of a call, which takes the place of the one before."""
+        """Return the requests of a call, which replaces the previous call."""
         with self._changed:
-            self._calls += 1
-            self._book.rewind()
+            self._call_number += 1
+            self._buffer.requeue()
             self._changed.notify_all()
-            return self._requests(call, self._calls)
+            return self._requests(call, self._call_number)
 
     def _requests(self, call: Call[StreamTranslateResponse], number: int) -> Iterator[Message]:
         yield call.request
         while True:
             with self._changed:
                 self._changed.wait_for(
-                    lambda: self._book.has_news or self._read_all or self._closed or self._calls > number
+                    lambda: self._buffer.has_pending or self._finished or self._closed or self._call_number > number
                 )
-                if self._closed or self._calls > number or not self._book.has_news:
+                if self._closed or self._call_number > number or not self._buffer.has_pending:
                     return
-                message = self._book.message()
+                message = self._buffer.next_request()
             yield message
 
     def results(self, response: StreamTranslateResponse) -> Iterator[StreamTranslation]:
-        """Yield the results that the caller can have now."""
+        """Yield the results that the response completes."""
         with self._changed:
-            results = self._book.accept(response)
+            results = self._buffer.accept(response)
         for result in results:
             with self._changed:
-                self._book.give()
+                self._buffer.mark_delivered()
                 self._changed.notify_all()
             yield result
 
     def close(self) -> None:
-        """Read no more."""
+        """Stop reading."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
 
-    def _read(self) -> None:
+    def _read_all(self) -> None:
         try:
             for item in self._sentences:
                 with self._changed:
-                    self._changed.wait_for(lambda: self._book.has_room or self._closed)
+                    self._changed.wait_for(lambda: self._buffer.has_capacity or self._closed)
                     if self._closed:
                         return
-                    self._book.take(item)
+                    self._buffer.add(item)
                     self._changed.notify_all()
-        except BaseException as error:  # noqa: BLE001 (whatever the caller's iterable raises, the caller gets it back)
+        except BaseException as error:  # noqa: BLE001 (an exception of the caller's iterable is raised to the caller)
             self.failure = error
         finally:
             with self._changed:
-                self._read_all = True
+                self._finished = True
                 self._changed.notify_all()
 
 
-async def each_in_thread(items: Iterable[T]) -> AsyncIterator[T]:
-    """Yield the items, which are read in a thread of their own, at most a message's worth ahead; raises what that
-    raises."""
-    loop, news, room = asyncio.get_running_loop(), asyncio.Event(), threading.Semaphore(_MESSAGE_SENTENCES)
-    found: deque[T] = deque()
+async def read_in_thread(items: Iterable[T]) -> AsyncIterator[T]:
+    """Yield the items of an iterable that a thread reads, at most one message ahead. Raises the iterable's error."""
+    loop, changed, capacity = asyncio.get_running_loop(), asyncio.Event(), threading.Semaphore(_MESSAGE_SENTENCES)
+    ready: deque[T] = deque()
     failures: list[BaseException | None] = []
     closed = threading.Event()
 
     def wake() -> None:
-        with contextlib.suppress(RuntimeError):  # the loop has ended: nobody waits
-            loop.call_soon_threadsafe(news.set)
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            loop.call_soon_threadsafe(changed.set)
 
     def read() -> None:
-        failure: BaseException | None = None
         try:
             for item in items:
-                room.acquire()
+                capacity.acquire()
                 if closed.is_set():
-                    return
-                found.append(item)
-                if len(found) == 1:
+                    break
+                ready.append(item)
+                if len(ready) == 1:
                     wake()
-        except BaseException as error:  # noqa: BLE001 (whatever the caller's iterable raises, the caller gets it back)
-            failure = error
-        finally:
-            failures.append(failure)
-            wake()
+        except BaseException as error:  # noqa: BLE001 (an exception of the caller's iterable is raised to the caller)
+            failures.append(error)
+        else:
+            failures.append(None)
+        wake()
 
     threading.Thread(target=read, name="ferryman-sentences", daemon=True).start()
     try:
-        while found or not failures:
-            news.clear()
-            if not found and not failures:
-                await news.wait()
-            while found:
-                room.release()
-                yield found.popleft()
+        while ready or not failures:
+            changed.clear()
+            if not ready and not failures:
+                await changed.wait()
+            while ready:
+                capacity.release()
+                yield ready.popleft()
         if failures[0] is not None:
             raise failures[0]
     finally:
         closed.set()
-        room.release()
+        capacity.release()

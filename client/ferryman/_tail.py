@@ -1,4 +1,4 @@
-"""Where a reader of a run's metrics stands, and when a broken stream is taken up again."""
+"""The position of a client in a run's metrics, across reconnects."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Callable
 
 from ferryman._checks import checked_reconnect_timeout_s
 from ferryman._convert import Call, stream_metrics
-from ferryman._reconnect import Reconnection
+from ferryman._reconnect import ReconnectBackoff
 from ferryman.errors import Unavailable
 from ferryman.types import Heartbeat, MetricRecord
 
 
 class MetricsTail:
-    """The state of one `stream_metrics`, shared by both clients: they make the calls and the pauses, this decides."""
+    """The state of one `stream_metrics`. Both clients make the calls and sleep; this class says where and when."""
 
     def __init__(
         self,
@@ -24,28 +24,28 @@ class MetricsTail:
         reconnect_timeout_s: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Store. `reconnect_timeout_s` bounds the time without any word from the server; `clock` tells seconds.
+        """Give up once no call has reached the server for `reconnect_timeout_s`; `clock` returns seconds.
 
-        Raises InvalidRequest for what is no time.
+        Raises InvalidRequest if `reconnect_timeout_s` is negative or not a number.
         """
         self._run_id = run_id
         self._last_sequence = after_sequence
         self._follow = follow
-        self._reconnection = Reconnection(checked_reconnect_timeout_s(reconnect_timeout_s), clock)
+        self._backoff = ReconnectBackoff(checked_reconnect_timeout_s(reconnect_timeout_s), clock)
 
     def call(self) -> Call[MetricRecord | Heartbeat]:
-        """Return the call that goes on where the last one broke off."""
+        """Return the call that resumes after the last record."""
         return stream_metrics(self._run_id, self._last_sequence, not self._follow)
 
     def accept(self, item: MetricRecord | Heartbeat) -> bool:
-        """Note a sign of life; tell whether it is news (a record that was seen before is not)."""
-        self._reconnection.sign_of_life()
+        """Record a response; return whether the caller should see it, which is False for a repeated record."""
+        self._backoff.reset()
         if isinstance(item, Heartbeat):
             return True
-        is_news = item.sequence > self._last_sequence
+        is_new = item.sequence > self._last_sequence
         self._last_sequence = max(self._last_sequence, item.sequence)
-        return is_news
+        return is_new
 
-    def pause_s(self, error: Unavailable) -> float:
-        """Return how long to wait before the next call; raise `error` if the server has been silent for too long."""
-        return self._reconnection.pause_s(error)
+    def next_delay_s(self, error: Unavailable) -> float:
+        """Return the delay before the next call. Raises `error` once the reconnect timeout has passed."""
+        return self._backoff.next_delay_s(error)

@@ -1,6 +1,6 @@
-"""A span for every call, if the program that uses the client traces with OpenTelemetry.
+"""A client span for every call, if the application traces with OpenTelemetry.
 
-Who traces has imported opentelemetry.trace to say so. Nothing is imported here before that, and nothing is done.
+An application that traces has imported opentelemetry.trace. Otherwise this module imports nothing and does nothing.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ _API: Final = "opentelemetry.trace"
 
 
 class CallSpan:
-    """What is around one call. `metadata` tells the server of it; None if nobody traces."""
+    """The span of one call. `metadata` carries the trace context to the server; None without tracing."""
 
     def __init__(self, metadata: Metadata = None) -> None:
         self.metadata = metadata
         self.code = grpc.StatusCode.OK
         self.has_failed = False
 
-    def failed(self, error: Any) -> None:  # noqa: ANN401 (a grpc.RpcError is a Call only by convention)
-        """Note how the call has failed; for who catches the error inside the block."""
+    def record_failure(self, error: Any) -> None:  # noqa: ANN401 (a grpc.RpcError is a Call only by convention)
+        """Record the failure of the call, for callers that catch the error inside the block."""
         code = error.code() if callable(error.code) else error.code
         self.code = code if isinstance(code, grpc.StatusCode) else grpc.StatusCode.UNKNOWN
         self.has_failed = True
@@ -38,7 +38,7 @@ class CallSpan:
 
 @contextmanager
 def call_span(path: str) -> Iterator[CallSpan]:
-    """Time the block, a call of the method with that path, as a child of the span around it."""
+    """Trace the block, a call of the method `path`, as a child of the current span."""
     api: Any = sys.modules.get(_API)
     if api is None:
         yield CallSpan()
@@ -48,23 +48,23 @@ def call_span(path: str) -> Iterator[CallSpan]:
     name = path.lstrip("/")
     service, _, method = name.partition("/")
     attributes = {"rpc.system": "grpc", "rpc.service": service, "rpc.method": method}
-    # It is nobody's current span: a stream's block is left and entered again with each item that the caller takes.
+    # Never the current span: the caller leaves and reenters the block of a stream with each item.
     span = api.get_tracer("ferryman", _release()).start_span(name, kind=api.SpanKind.CLIENT, attributes=attributes)
     carrier: dict[str, str] = {}
     propagate.inject(carrier, api.set_span_in_context(span))
-    ours = CallSpan(tuple(carrier.items()))
+    call = CallSpan(tuple(carrier.items()))
     try:
-        yield ours
+        yield call
     except (GeneratorExit, asyncio.CancelledError):
-        ours.code = grpc.StatusCode.CANCELLED  # the caller wants no more: no failure
+        call.code = grpc.StatusCode.CANCELLED  # the caller stopped early, which is not a failure
         raise
     except (FerrymanError, grpc.RpcError) as error:
-        ours.failed(error)
+        call.record_failure(error)
         raise
     finally:
-        span.set_attribute("rpc.grpc.status_code", ours.code.value[0])
-        if ours.has_failed:
-            span.set_attribute("error.type", ours.code.name)
+        span.set_attribute("rpc.grpc.status_code", call.code.value[0])
+        if call.has_failed:
+            span.set_attribute("error.type", call.code.name)
             span.set_status(api.Status(api.StatusCode.ERROR))
         span.end()
 

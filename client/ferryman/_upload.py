@@ -1,4 +1,4 @@
-"""The text of an upload, piece by piece: no more than one piece is ever in memory."""
+"""Reads the text of an upload in pieces; at most one piece is in memory."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from ferryman._mapping import is_iterable, wrong
 from ferryman.errors import Violation
 
 CHUNK_BYTES: Final = 512 * 1024
-"""The size of a piece: of a file exactly (but the last), of pairs about."""
+"""The size of a piece: exact for files, except the last piece, and approximate for pairs."""
 
 _PAIR_OVERHEAD_BYTES: Final = 12
-"""What the wire adds to a pair, at most, while sentences are short: even empty pairs fill a piece some day."""
+"""The wire's overhead of a pair of short sentences, at most. Counting it lets even empty pairs fill a piece."""
 
 _GZIP_MARK: Final = b"\x1f\x8b"
 
 _REQUEST_OVERHEAD_BYTES: Final = 32
-"""What the wire adds to the pairs of a request, at most."""
+"""The wire's overhead of a request with pairs, at most."""
 
 _LARGEST_PAIR_BYTES: Final = LARGEST_UPLOAD_REQUEST_BYTES - CHUNK_BYTES - _REQUEST_OVERHEAD_BYTES
-"""Such a pair still fits into a request behind those that have not filled a piece."""
+"""A pair of this size still fits into a request whose piece is not full yet."""
 
 SplitName: TypeAlias = Literal["train", "validation"]
 SideName: TypeAlias = Literal["source", "target"]
@@ -51,7 +51,7 @@ def read_pieces(train: CorpusText, validation: CorpusText) -> Iterator[Piece]:
 
 
 def text_violations(train: object, validation: object) -> list[Violation]:
-    """Return what is wrong with the shape of texts, as far as it shows before they are read."""
+    """Return violations of the arguments' types, found without reading the texts."""
     return [*_shape_violations("train", train), *_shape_violations("validation", validation)]
 
 
@@ -74,7 +74,7 @@ def _split_pieces(split: SplitName, text: CorpusText) -> Iterator[Piece]:
 
 
 def _are_files(text: object) -> bool:
-    """Whether the text is given as two file names; a tuple of two pairs holds tuples instead."""
+    """Whether the text is two file names, as opposed to a tuple of two pairs."""
     return isinstance(text, tuple) and len(text) == 2 and all(isinstance(part, str | os.PathLike) for part in text)
 
 
@@ -91,12 +91,12 @@ def _chunks(path: str | os.PathLike[str]) -> Iterator[bytes]:
 
 
 def _damage(path: str | os.PathLike[str], error: Exception) -> str:
-    # gzip says the same of what follows the compressed data, zeros apart, as of a file that begins so.
+    # gzip reports trailing bytes with the message for a file that is not gzip.
     with open(path, "rb") as file:
         begins_well = file.read(len(_GZIP_MARK)) == _GZIP_MARK
     if begins_well and str(error).startswith("Not a gzipped file"):
-        return f"compressed data is followed by something else ({error}); compress the text again"
-    return f"cut short, damaged or not gzip ({error})"
+        return f"extra bytes after the compressed data ({error}); compress the text again"
+    return f"truncated, damaged or not gzip ({error}); compress the text again"
 
 
 def _pair_pieces(split: SplitName, pairs: Iterable[tuple[str, str]]) -> Iterator[Piece]:
@@ -113,17 +113,17 @@ def _pair_pieces(split: SplitName, pairs: Iterable[tuple[str, str]]) -> Iterator
         yield Piece(split=split, pairs=tuple(batch))
 
 
-def _checked_pair(place: str, pair: Any) -> tuple[str, str, int]:  # noqa: ANN401 (it is what is checked)
-    """Return source, target and what they take in a request; raises InvalidRequest for no pair of UTF-8 texts."""
+def _checked_pair(field: str, pair: Any) -> tuple[str, str, int]:  # noqa: ANN401 (it is what is checked)
+    """Return source, target and their size in a request. Raises InvalidRequest unless it is a pair of UTF-8 texts."""
     try:
         source, target = pair
         if isinstance(pair, str):
             raise TypeError
         size = len(source.encode()) + len(target.encode()) + _PAIR_OVERHEAD_BYTES
     except (TypeError, ValueError, AttributeError):
-        raise_any([wrong(place, pair, "a (source, target) pair of UTF-8 texts")])
+        raise_any([wrong(field, pair, "a (source, target) pair of UTF-8 texts")])
         raise
     if size > _LARGEST_PAIR_BYTES:
-        text = f"has {size:,} bytes, a pair may have {_LARGEST_PAIR_BYTES:,}: split it into sentences"
-        raise_any([Violation(field=place, description=text, reason="REQUEST_TOO_LARGE")])
+        text = f"has {size:,} bytes, a pair may have {_LARGEST_PAIR_BYTES:,}; split it into sentences"
+        raise_any([Violation(field=field, description=text, reason="REQUEST_TOO_LARGE")])
     return source, target, size

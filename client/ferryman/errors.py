@@ -1,9 +1,9 @@
-"""The one tree of errors that the SDK raises for a call; a bare gRPC error never reaches you.
+"""The errors that the SDK raises for a call. It never raises gRPC errors.
 
     FerrymanError
-    ├── InvalidArgument          your mistake in the request; `violations` names what is wrong. Also a ValueError
+    ├── InvalidArgument          the request is invalid; `violations` says why. Also a ValueError
     │   ├── InvalidRequest
-    │   │   └── UnknownOption    made here: a keyword that is no option. Also a TypeError
+    │   │   └── UnknownOption    raised by the client: an unknown keyword argument. Also a TypeError
     │   ├── InvalidRecipe
     │   ├── InvalidCorpus
     │   └── InvalidSentence
@@ -14,7 +14,7 @@
     ├── AlreadyExists
     │   └── RequestIdReused
     ├── FailedPrecondition
-    │   ├── ClientClosed         made here: a call after `close`. Also a ValueError
+    │   ├── ClientClosed         raised by the client: a call after `close`. Also a ValueError
     │   ├── IllegalTransition
     │   ├── RunNotFinished
     │   ├── RunStillNeeded
@@ -36,7 +36,7 @@
     │   ├── TooManyAliases
     │   ├── TooManyCalls
     │   └── TooManyRuns
-    ├── Unavailable              also: the server cannot be reached
+    ├── Unavailable              also if the server cannot be reached
     │   ├── StoreUnavailable
     │   ├── TooManyOpenFiles
     │   └── ServerShuttingDown
@@ -48,8 +48,8 @@
         ├── ModelDamaged
         └── RowUnreadable
 
-The classes below the root stand for a status code, the leaves for a reason. A reason that this client does not know yet
-becomes the class of its status code; a code that has no class becomes FerrymanError itself.
+The classes directly below the root stand for status codes, the leaves for reasons. A reason that this client does not
+know raises the class of its status code; a code without a class raises FerrymanError.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ import grpc
 
 @dataclass(frozen=True, kw_only=True)
 class Violation:
-    """One thing that is wrong with a request: `field` is a path such as "recipe.model.heads" or "sentences[3]"."""
+    """An invalid field of a request; `field` is a path such as "recipe.model.heads" or "sentences[3]"."""
 
     field: str
     description: str
@@ -72,12 +72,12 @@ class Violation:
 
 
 class FerrymanError(Exception):
-    """The root.
+    """The base class of all errors.
 
-    `message` is for people; `reason` is the stable UPPER_SNAKE_CASE name to tell cases apart, by default the class's
-    own; `metadata` holds the dynamic parts of the message; `violations` is empty but for InvalidArgument; `code` is the
-    status; `retry_delay_s` is when the server thinks that it is worth another try, None if it does not say;
-    `request_id` is what the server's log calls the call, empty if no server has answered it.
+    `message` is for people; `reason` is a stable UPPER_SNAKE_CASE identifier for programs, by default from the class's
+    name; `metadata` holds the variable parts of the message; `violations` is set only for InvalidArgument; `code` is
+    the gRPC status; `retry_delay_s` is the delay that the server suggests before a retry, or None; `request_id`
+    identifies the call in the server's log, and is empty if no server answered.
     """
 
     default_code: ClassVar[grpc.StatusCode] = grpc.StatusCode.UNKNOWN
@@ -104,30 +104,30 @@ class FerrymanError(Exception):
 
 
 class InvalidArgument(FerrymanError, ValueError):
-    """The request is wrong, and will be however often it is sent. Printing it prints the violations.
+    """The request is invalid; repeating it cannot succeed. `str` lists the violations.
 
-    Violations that the client finds before it sends anything are all here. Of the server's, `violations` holds the
-    first 20, fewer if they are long; `violations_total` counts them all.
+    `violations` holds all violations that the client found, or the first 20 of the server's, fewer if they are long.
+    `violations_total` counts all.
     """
 
     default_code = grpc.StatusCode.INVALID_ARGUMENT
 
     @property
     def violations_total(self) -> int:
-        """How many violations there are; `violations` may hold fewer."""
-        told = self.metadata.get("violations_total", "")
-        return max(int(told) if told.isdecimal() else 0, len(self.violations))
+        """The number of all violations; `violations` may hold fewer."""
+        total = self.metadata.get("violations_total", "")
+        return max(int(total) if total.isdecimal() else 0, len(self.violations))
 
     def __str__(self) -> str:
-        return self.told_as(lambda field: field)
+        return self.format_with(lambda field: field)
 
-    def told_as(self, name_of: Callable[[str], str]) -> str:
-        """Return the text, each field under the name that `name_of` gives it, such as an option of a command line."""
+    def format_with(self, name_of: Callable[[str], str]) -> str:
+        """Return the message with fields renamed by `name_of`, for example to the options of a command line."""
         lines = [f"{name_of(violation.field)}: {violation.description}" for violation in self.violations]
         if self.violations_total < 2:
             return lines[0] if lines else self.message
-        rest = "" if len(lines) == self.violations_total else f", the first {len(lines)}"
-        return "\n  ".join([f"{self.violations_total:,} violations{rest}:", *lines])
+        cut = "" if len(lines) == self.violations_total else f", the first {len(lines)}"
+        return "\n  ".join([f"{self.violations_total:,} violations{cut}:", *lines])
 
 
 class InvalidRequest(InvalidArgument):
@@ -135,85 +135,85 @@ class InvalidRequest(InvalidArgument):
 
 
 class UnknownOption(InvalidRequest, TypeError):
-    """A keyword argument is no option of the method. No server says so: the client finds it."""
+    """A keyword argument is not an option of the method. The client raises it, not the server."""
 
 
 class InvalidRecipe(InvalidArgument):
-    """A recipe has values out of range or in conflict."""
+    """A recipe has values that are out of range or conflict."""
 
 
 class InvalidCorpus(InvalidArgument):
-    """The text of a corpus is empty, misaligned, not UTF-8 or has a line over the limit."""
+    """The text of a corpus is empty, misaligned or not UTF-8, or has a line over the limit."""
 
 
 class InvalidSentence(InvalidArgument):
-    """A sentence to translate is too long or holds control characters."""
+    """A sentence is too long or has control characters."""
 
 
 class NotFound(FerrymanError):
-    """What the request names does not exist."""
+    """A resource that the request names does not exist."""
 
     default_code = grpc.StatusCode.NOT_FOUND
 
 
 class CorpusNotFound(NotFound):
-    """No such corpus."""
+    """The corpus does not exist."""
 
 
 class RunNotFound(NotFound):
-    """No such training run."""
+    """The training run does not exist."""
 
 
 class ModelNotFound(NotFound):
-    """No such model, or no such version or alias of it."""
+    """The model does not exist, or it has no such version or alias."""
 
 
 class AlreadyExists(FerrymanError):
-    """What the request would create exists."""
+    """The resource that the request would create exists already."""
 
     default_code = grpc.StatusCode.ALREADY_EXISTS
 
 
 class RequestIdReused(AlreadyExists):
-    """The request_id came before, with another body."""
+    """The request_id was used before with other arguments."""
 
 
 class FailedPrecondition(FerrymanError):
-    """The state of the system does not allow it."""
+    """The state of the server does not allow the request."""
 
     default_code = grpc.StatusCode.FAILED_PRECONDITION
 
 
 class ClientClosed(FailedPrecondition, ValueError):
-    """The client was used after `close`. No server says so: the client finds it."""
+    """The client was used after `close`. The client raises it, not the server."""
 
 
 class IllegalTransition(FailedPrecondition):
-    """The run's state does not allow it."""
+    """The state of the run does not allow the transition."""
 
 
 class RunNotFinished(FailedPrecondition):
-    """A run that has not ended cannot be deleted."""
+    """A run that is not terminal cannot be deleted."""
 
 
 class RunStillNeeded(FailedPrecondition):
-    """A run with keep_optimizer will start with the optimizer in this run's checkpoints."""
+    """Another run, with keep_optimizer, still needs the optimizer state in this run's checkpoints."""
 
 
 class ModelHasNoWeights(FailedPrecondition):
-    """The model was published without the weights that training could start from."""
+    """The model was published without the weights that fine-tuning needs."""
 
 
 class ModelInUse(FailedPrecondition):
-    """An alias points at the version, or an unfinished run starts from it: it cannot be deleted."""
+    """The version cannot be deleted: an alias points at it, or an unfinished run starts from it."""
 
 
 class CorpusInUse(FailedPrecondition):
-    """Unfinished runs train on the corpus: it cannot be deleted."""
+    """The corpus cannot be deleted: unfinished runs train on it."""
 
 
 class OptimizerNotKept(FailedPrecondition):
-    """The checkpoints of the run that made the model are gone, and with them Adam's moments."""
+    """The checkpoints of the run that trained the model are gone, and its optimizer state with them."""
 
 
 class RoleNotServed(FailedPrecondition):
@@ -221,63 +221,63 @@ class RoleNotServed(FailedPrecondition):
 
 
 class OutOfRange(FerrymanError):
-    """A position beyond the end."""
+    """A position is beyond the end."""
 
     default_code = grpc.StatusCode.OUT_OF_RANGE
 
 
 class SequenceOutOfRange(OutOfRange):
-    """A sequence number that the run has not reached."""
+    """The run has not reached the sequence number."""
 
 
 class ResourceExhausted(FerrymanError):
-    """A limit is reached."""
+    """A limit of the server is reached."""
 
     default_code = grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
 class AnswerTooLarge(ResourceExhausted):
-    """The answer is larger than a message may be: ask for less in a call."""
+    """The response exceeds the maximum message size; request less in one call."""
 
 
 class AnswersUnread(ResourceExhausted):
-    """Too many bytes of answers wait for their callers to read them, on this connection or on all."""
+    """Too many bytes of responses are unread by clients, on this connection or on all."""
 
 
 class CorpusTooLarge(ResourceExhausted):
-    """A corpus is over the operator's limit."""
+    """The corpus exceeds the operator's limit."""
 
 
 class DiskFull(ResourceExhausted):
-    """The server's disk has no space left, or less than its operator keeps for runs in progress."""
+    """The server's disk is full, or has less free space than the operator reserves for runs in progress."""
 
 
 class MessageTooLarge(ResourceExhausted):
-    """A message of an upload has more bytes than the server accepts."""
+    """A message of an upload exceeds the maximum size."""
 
 
 class ModelTooLarge(ResourceExhausted):
-    """A model by itself takes more memory than the operator allows for all."""
+    """The model alone needs more memory than the operator allows for all models."""
 
 
 class QueueFull(ResourceExhausted):
-    """More waits to be translated than the server admits; there should be room in `retry_delay_s`."""
+    """The translation queue is full; retry after `retry_delay_s`."""
 
 
 class TooManyCalls(ResourceExhausted):
-    """As many calls of this kind are in flight as the server allows; call again after `retry_delay_s`."""
+    """Too many calls of this kind are in flight; retry after `retry_delay_s`."""
 
 
 class TooManyRuns(ResourceExhausted):
-    """As many runs are waiting, or unfinished, as the operator allows."""
+    """The number of queued or unfinished runs has reached the operator's limit."""
 
 
 class TooManyAliases(ResourceExhausted):
-    """A model has as many aliases as a model may have."""
+    """The model has reached the maximum number of aliases."""
 
 
 class Unavailable(FerrymanError):
-    """Try again later."""
+    """The server is unavailable; retry later."""
 
     default_code = grpc.StatusCode.UNAVAILABLE
 
@@ -287,11 +287,11 @@ class StoreUnavailable(Unavailable):
 
 
 class TooManyOpenFiles(Unavailable):
-    """The server has as many files open as it may, or nearly so."""
+    """The server has reached, or nearly reached, its limit of open files."""
 
 
 class ServerShuttingDown(Unavailable):
-    """The server is stopping; another one, or the next one, goes on."""
+    """The server is shutting down; retry on another server, or after its restart."""
 
 
 class DeadlineExceeded(FerrymanError):
@@ -301,7 +301,7 @@ class DeadlineExceeded(FerrymanError):
 
 
 class MessageOverdue(DeadlineExceeded):
-    """The client has not sent the next message of the call in time."""
+    """The client did not send the next message of the call in time."""
 
 
 class Cancelled(FerrymanError):
@@ -321,20 +321,20 @@ class DatabaseDamaged(DataLoss):
 
 
 class ModelDamaged(DataLoss):
-    """A file of a published model is missing or is not what was published, on the server or after a download."""
+    """A file of a published model is missing or corrupt, on the server or after a download."""
 
 
 class RowUnreadable(DataLoss):
-    """What the server's database holds of a run, a corpus or a version of a model cannot be read; it can be deleted."""
+    """The server cannot read its database entry of a run, a corpus or a model version; delete it."""
 
 
 def reason_of(error: type[FerrymanError]) -> str:
-    """Return the reason that stands for the class: its name in UPPER_SNAKE_CASE."""
+    """Return the reason of the class: its name in UPPER_SNAKE_CASE."""
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", error.__name__).upper()
 
 
 def error_class(reason: str, code: grpc.StatusCode) -> type[FerrymanError]:
-    """Return the class of the reason; if there is none, the class of the status code; else FerrymanError."""
+    """Return the class of the reason, else the class of the status code, else FerrymanError."""
     return _BY_REASON.get(reason) or _BY_CODE.get(code, FerrymanError)
 
 
@@ -344,6 +344,6 @@ def _descendants(root: type[FerrymanError]) -> Iterator[type[FerrymanError]]:
         yield from _descendants(child)
 
 
-# Made once, at import: a class that a user derives later never answers for a reason.
+# Built once at import, so that a subclass defined by a user never handles a reason.
 _BY_REASON: Final = {reason_of(error): error for error in _descendants(FerrymanError)}
 _BY_CODE: Final = {error.default_code: error for error in FerrymanError.__subclasses__()}

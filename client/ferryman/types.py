@@ -1,7 +1,7 @@
-"""What the SDK speaks in: frozen dataclasses, the fields of the contract under the same names.
+"""The SDK's types: frozen dataclasses with the field names of the contract.
 
 Durations are seconds and end in `_s`; times are aware datetimes in UTC. A field that the service did not set is None.
-Enumerations are strings: wherever one is taken, its plain value is as good (`Recipe(preset="tiny")`).
+Enumerations are strings; arguments also accept the plain value (`Recipe(preset="tiny")`).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class NormPlacement(enum.StrEnum):
 
 
 class Activation(enum.StrEnum):
-    """What stands between the maps of a feed-forward sublayer."""
+    """The activation function of feed-forward sublayers."""
 
     RELU = "relu"
     GELU = "gelu"
@@ -45,14 +45,14 @@ class Activation(enum.StrEnum):
 
 
 class Positions(enum.StrEnum):
-    """How the network knows where a token stands."""
+    """The position encoding."""
 
     SINUSOIDAL = "sinusoidal"
     ROPE = "rope"
 
 
 class Precision(enum.StrEnum):
-    """What matrix products are computed in while training."""
+    """The floating-point format of matrix products in training."""
 
     FP32 = "fp32"
     BF16 = "bf16"
@@ -68,7 +68,7 @@ class Averaging(enum.StrEnum):
 
 
 class SubwordAlgorithm(enum.StrEnum):
-    """How SentencePiece learns subwords."""
+    """The subword algorithm of SentencePiece."""
 
     UNIGRAM = "unigram"
     BPE = "bpe"
@@ -136,8 +136,8 @@ class DataRecipe:
 class LearningRateSchedule:
     """A learning-rate schedule, a function of the step (from 1), and for WSD of the decays that the run has planned.
 
-    NOAM knows `factor` and `d_model`; the others `peak_learning_rate`; COSINE, LINEAR and WSD also
-    `minimum_learning_rate` and `total_steps`; WSD also `decay_share` and `decay_shape`. All know `warmup_steps`.
+    NOAM uses `factor` and `d_model`, the other kinds `peak_learning_rate`. COSINE, LINEAR and WSD also use
+    `minimum_learning_rate` and `total_steps`, WSD also `decay_share` and `decay_shape`. All use `warmup_steps`.
     """
 
     kind: ScheduleKind | str | None = None
@@ -174,9 +174,9 @@ class OptimizationRecipe:
 
 @dataclass(frozen=True, kw_only=True)
 class StopRecipe:
-    """When training ends: at the first limit reached; 0 is no limit.
+    """The limits of training; the first one reached ends it. 0 is no limit.
 
-    With WSD `patience` and `target_score` let the decay begin, and the run ends with it.
+    With WSD, `patience` and `target_score` start the decay, and the run ends after it.
     """
 
     max_steps: int | None = None
@@ -200,7 +200,7 @@ class ValidationRecipe:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What is trained and how. None takes the preset's value; in a recipe that the service returns nothing is None."""
+    """The model to train, and how. None selects the preset's value; recipes from the service have no None."""
 
     preset: Preset | str | None = None
     model: ModelRecipe | None = None
@@ -268,7 +268,7 @@ class SentencePair:
 
 @dataclass(frozen=True, kw_only=True)
 class SplitStatistics:
-    """What a part of a corpus holds. Words are separated by white space; empty pairs have an empty side."""
+    """Statistics of a split of a corpus. Words are separated by white space; empty pairs have an empty side."""
 
     pairs: int
     source_words: int
@@ -279,7 +279,7 @@ class SplitStatistics:
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusWarning:
-    """Something in a corpus that was probably not meant: `count` of `total` lines or pairs; `example` is the first.
+    """A probable mistake in a corpus, in `count` of `total` lines or pairs; `example` is the first.
 
     `field` is a split or a file, such as "train.source". The codes: protos/ferryman/v1/corpus.proto.
     """
@@ -316,9 +316,9 @@ class Corpus:
 
 
 class RunState(enum.StrEnum):
-    """Where a run stands. SUCCEEDED, FAILED and CANCELLED are terminal; UNKNOWN is a state newer than this client.
+    """The state of a run. SUCCEEDED, FAILED and CANCELLED are terminal; UNKNOWN is a state newer than this client.
 
-    A PAUSED run waits for `resume_training`. A run that waits for a new worker after the death of one is QUEUED.
+    A PAUSED run waits for `resume_training`. A run that waits for a new worker, because its worker died, is QUEUED.
     """
 
     UNKNOWN = "unknown"
@@ -333,7 +333,7 @@ class RunState(enum.StrEnum):
 
     @property
     def is_terminal(self) -> bool:
-        """Whether the run can change no more."""
+        """Whether the state is final."""
         return self in (RunState.SUCCEEDED, RunState.FAILED, RunState.CANCELLED)
 
 
@@ -399,7 +399,7 @@ class StateChange:
 
 @dataclass(frozen=True, kw_only=True)
 class RunEvent:
-    """A remark for a person; `code` is a stable UPPER_SNAKE_CASE name."""
+    """An event of a run, with a message for people; `code` is a stable UPPER_SNAKE_CASE identifier."""
 
     level: EventLevel
     code: str
@@ -407,7 +407,7 @@ class RunEvent:
 
 
 MetricPayload = StepMetrics | ValidationMetrics | StateChange | RunEvent | DecayPlan
-"""What a record can hold."""
+"""The payload of a record."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -421,7 +421,7 @@ class MetricRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class Heartbeat:
-    """Nothing new: every record up to `last_sequence` was sent. The next sign of life comes within `interval_s`."""
+    """A heartbeat: every record up to `last_sequence` was sent. The next message follows within `interval_s`."""
 
     last_sequence: int
     state: RunState
@@ -440,7 +440,7 @@ class RunOrder(enum.StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class RunProgress:
-    """How far a run is. `fraction` (0 to 1) and `remaining_s` are those of the nearest limit of the recipe."""
+    """The progress of a run. `fraction` (0 to 1) and `remaining_s` refer to the nearest limit of the recipe."""
 
     step: int = 0
     epoch: int = 0
@@ -454,7 +454,7 @@ class RunProgress:
 
 @dataclass(frozen=True, kw_only=True)
 class RunError:
-    """Why a run failed: a stable UPPER_SNAKE_CASE reason, what to do about it, the last lines of the worker's log."""
+    """Why a run failed: a stable UPPER_SNAKE_CASE reason, a message with the cure, the end of the worker's log."""
 
     reason: str
     message: str
@@ -529,8 +529,8 @@ class ModelScores:
 
 @dataclass(frozen=True, kw_only=True)
 class Int8Outcome:
-    """What 8-bit arithmetic was measured to cost before a version was published: sacreBLEU of the same held-out pairs
-    in float32 and in int8, None without pairs. `kept`: the version has int8; if it loses over 0.3 it has not."""
+    """The measured effect of int8 on a version before its publication: sacreBLEU of the same held-out pairs in float32
+    and in int8, None without pairs. `kept`: the version includes int8, because int8 loses at most 0.3 BLEU."""
 
     pairs: int
     kept: bool
@@ -540,8 +540,8 @@ class Int8Outcome:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelVersion:
-    """A published version; it never changes. `parameters` counts trained weights. `int8` is None if nobody has said
-    what it costs, as of versions of an earlier release.
+    """A published version; it never changes. `parameters` counts trained weights. `int8` is None if its cost was not
+    recorded, as in versions of an earlier release.
 
     `unreadable` says why the server cannot read it, in a list; then only name and number are to be relied upon, and
     `delete_model_version` removes it. It is empty for every other version.
@@ -591,7 +591,7 @@ class Model:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelDetails:
-    """A model, and the version of it that was asked for."""
+    """A model and the requested version."""
 
     model: Model
     version: ModelVersion
@@ -617,7 +617,7 @@ class DownloadFile:
 
 @dataclass(frozen=True, kw_only=True)
 class DownloadHeader:
-    """What a download begins with: the version, and its files in the order in which they follow."""
+    """The first message of a download: the version, and its files in the order of transmission."""
 
     version: ModelVersion
     files: tuple[DownloadFile, ...]
@@ -625,7 +625,7 @@ class DownloadHeader:
 
 @dataclass(frozen=True, kw_only=True)
 class DownloadChunk:
-    """A piece of a file: the file's place in the header, from 0, and the piece's first byte in it."""
+    """A chunk of a file: the index of the file in the header, from 0, and the chunk's byte offset in the file."""
 
     file: int
     offset: int
@@ -636,7 +636,7 @@ class DownloadChunk:
 
 
 class EarlyStopping(enum.StrEnum):
-    """When a beam search has found enough: at the FIRST beam_size hypotheses, or when no better one can come."""
+    """When beam search stops: at the FIRST beam_size finished hypotheses, or when no better one is possible."""
 
     FIRST = "first"
     OPTIMAL = "optimal"
@@ -644,10 +644,10 @@ class EarlyStopping(enum.StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """Random sampling from the model's distribution; what is None takes the service's default.
+    """Random sampling from the model's distribution; None selects the service's default.
 
-    Logits are divided by `temperature`; drawn is from the `top_k` most probable subwords (0: all), then from the
-    smallest set of them whose probabilities reach `top_p`. The same `seed` gives the same samples.
+    Logits are divided by `temperature`. Tokens are sampled from the `top_k` most probable (0: all), reduced to the
+    smallest set with the total probability `top_p`. The same `seed` gives the same samples.
     """
 
     temperature: float | None = None
@@ -657,7 +657,7 @@ class Sampling:
 
 
 class TranslateOptions(TypedDict, total=False):
-    """How to search for a translation: the keyword arguments that `translate` and `translate_stream` share.
+    """The options of beam search and sampling: the keyword arguments that `translate` and `translate_stream` share.
 
     Ranges and defaults: protos/ferryman/v1/translation.proto, message TranslateOptions.
     """
@@ -707,13 +707,13 @@ class Translation:
 
     @property
     def text(self) -> str:
-        """The text of the best hypothesis; empty if the search found none, which only constraints can bring about."""
+        """The text of the best hypothesis; empty if the constraints of the search leave none."""
         return self.hypotheses[0].text if self.hypotheses else ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TranslateTimings:
-    """Where the time of a request went on the server, seconds.
+    """The time that the server spent on a request, by stage, in seconds.
 
     `queue_s`, `encode_s`, `decode_s` and `steps` are of the sentence that took most; `mean_batch_rows` is how many rows
     (sentences times beam, other callers' included) a decoding step computed.
@@ -739,7 +739,7 @@ class TranslationResult:
 
 @dataclass(frozen=True, kw_only=True)
 class StreamSentence:
-    """A sentence of a stream, its caller's id, and the words that its translation must begin with."""
+    """A sentence of a stream, with the caller's id and a target prefix."""
 
     id: str
     sentence: str
@@ -748,7 +748,7 @@ class StreamSentence:
 
 @dataclass(frozen=True, kw_only=True)
 class SentenceError:
-    """Why a sentence of a stream has no translation: a stable UPPER_SNAKE_CASE reason, and what to do about it."""
+    """The error of a sentence of a stream: a stable UPPER_SNAKE_CASE reason, and a message with the cure."""
 
     reason: str
     message: str
@@ -756,8 +756,9 @@ class SentenceError:
 
 @dataclass(frozen=True, kw_only=True)
 class StreamTranslation:
-    """What became of a sentence of a stream: either `translation` or `error` is set. `id` is the caller's, or the
-    sentence's number from 0; `model` is what made it, "name/version"."""
+    """The result of a sentence of a stream: either `translation` or `error` is set. `id` is the caller's, or the
+    sentence's number from 0; `model` is the model
+    version, "name/version"."""
 
     id: str
     translation: Translation | None = None

@@ -17,7 +17,7 @@ async def async_client(fake: FakeFerryman) -> AsyncIterator[AsyncClient]:
         yield client
 
 
-async def test_a_run_from_corpus_to_translation(fake, async_client):
+async def test_run_from_corpus_to_translation(fake, async_client):
     corpus = await async_client.upload_corpus("toy", "en", "de", train=[("a", "b")], validation=[("c", "d")])
     assert (await async_client.get_corpus(corpus.corpus_id)) == corpus
     run = await async_client.start_training(corpus.corpus_id, "m", Recipe(preset="base"))
@@ -33,7 +33,7 @@ async def test_a_run_from_corpus_to_translation(fake, async_client):
     assert [c.corpus_id async for c in async_client.list_corpora()] == [corpus.corpus_id]
 
 
-async def test_the_life_of_a_version(fake, async_client, tmp_path):
+async def test_model_version_lifecycle(fake, async_client, tmp_path):
     fake.add_model("m"), fake.add_model("m")
     assert (await async_client.set_model_alias("m", "production", 1)).aliases[0].version == 1
     assert (await async_client.translate("m@production", "x")).model == "m/1"
@@ -50,7 +50,7 @@ async def test_the_life_of_a_version(fake, async_client, tmp_path):
     assert (await async_client.get_model("m")).model.versions == (2,)
 
 
-async def test_a_download_whose_task_is_cancelled_leaves_nothing(fake, async_client, tmp_path):
+async def test_cancelled_download_leaves_no_folder(fake, async_client, tmp_path):
     fake.add_model("m")
     task = asyncio.create_task(async_client.download_model("m", tmp_path / "bundle"))
     while not list(tmp_path.iterdir()):
@@ -61,7 +61,7 @@ async def test_a_download_whose_task_is_cancelled_leaves_nothing(fake, async_cli
     assert list(tmp_path.iterdir()) == []
 
 
-async def test_errors_are_those_of_the_tree(async_client):
+async def test_calls_raise_ferryman_errors(async_client):
     with pytest.raises(errors.ModelNotFound, match="nope"):
         await async_client.translate("nope", "x")
     with pytest.raises(errors.RunNotFound):
@@ -70,7 +70,7 @@ async def test_errors_are_those_of_the_tree(async_client):
         await anext(async_client.stream_metrics("run_x"))
 
 
-async def test_what_reading_the_pairs_raises_reaches_the_caller(async_client):
+async def test_exception_of_pairs_reaches_caller(async_client):
     def pairs() -> Iterator[tuple[str, str]]:
         yield "a", "b"
         raise RuntimeError("the caller's own")
@@ -80,7 +80,7 @@ async def test_what_reading_the_pairs_raises_reaches_the_caller(async_client):
     assert [corpus async for corpus in async_client.list_corpora()] == []
 
 
-async def test_cancelling_the_task_cancels_the_call():
+async def test_cancelling_task_cancels_call():
     arrived, gate = threading.Event(), threading.Event()
 
     def slow(sentence: str) -> str:

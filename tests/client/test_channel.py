@@ -69,7 +69,7 @@ def wait_until(condition: Callable[[], bool], seconds: float = 10) -> None:
 # --- Balancing --------------------------------------------------------------------------------------------------------
 
 
-def test_calls_go_round_all_servers_and_past_one_that_is_gone():
+def test_calls_are_balanced_over_reachable_servers():
     with replicas(3) as fakes, Client(all_of(fakes)) as client:
         wait_until(lambda: len(who_answers(client, 6)) == 3)
         assert who_answers(client, 30) == {"0": 10, "1": 10, "2": 10}
@@ -79,7 +79,7 @@ def test_calls_go_round_all_servers_and_past_one_that_is_gone():
         wait_until(lambda: len(who_answers(client, 6)) == 3)
 
 
-async def test_the_asynchronous_client_goes_round_too():
+async def test_async_calls_are_balanced():
     with replicas(2) as fakes:
         async with AsyncClient(all_of(fakes)) as client:
             found: Counter[str] = Counter()
@@ -89,7 +89,7 @@ async def test_the_asynchronous_client_goes_round_too():
                 found[(await client.translate("m", "x")).translations[0].text] += 1
 
 
-def test_a_name_with_several_addresses_is_a_headless_service():
+def test_name_with_several_addresses_is_balanced():
     """Two replicas on the same port of two addresses; later the name leads to a third one, and to no other."""
     with FakeFerryman(translate=lambda _: "1") as first:
         port = int(first.target.rpartition(":")[2])
@@ -112,7 +112,7 @@ def test_a_name_with_several_addresses_is_a_headless_service():
 # --- Repeating --------------------------------------------------------------------------------------------------------
 
 
-def test_nobody_notices_that_a_server_is_killed():
+def test_killed_server_fails_no_call():
     """SIGKILL of one of two server processes with twenty callers on them: every Translate is answered."""
     command = [sys.executable, "-c", _SERVER_PROGRAM]
     servers = [
@@ -147,7 +147,7 @@ def test_nobody_notices_that_a_server_is_killed():
             server.communicate()
 
 
-def test_large_requests_are_repeated_too(fake, client):
+def test_large_requests_are_retried(fake, client):
     fake.add_model("m")
     fake.fail_next("Translate", errors.Unavailable("not now"), times=2)
     sentence = "x" * 3_000_000
@@ -155,7 +155,7 @@ def test_large_requests_are_repeated_too(fake, client):
     assert fake.calls == ["Translate"] * 3
 
 
-def test_what_is_harmful_to_repeat_is_not_repeated(fake, client):
+def test_non_idempotent_calls_are_not_retried(fake, client):
     for call, name in (
         (client.delete_training_run, "DeleteTrainingRun"),
         (client.delete_corpus, "DeleteCorpus"),
@@ -168,7 +168,7 @@ def test_what_is_harmful_to_repeat_is_not_repeated(fake, client):
     assert fake.calls == ["DeleteTrainingRun", "DeleteCorpus", "DeleteModelVersion", "UnloadModel"]
 
 
-async def test_a_service_that_is_down_is_soon_not_asked_four_times(fake):
+async def test_retry_throttling_limits_calls_to_a_dead_service(fake):
     """Throttling: after 500 failed attempts of a connection a call is made once."""
     fake.fail_next("Translate", errors.Unavailable("down"), times=100_000)
     async with AsyncClient(fake.target) as client:
@@ -193,7 +193,7 @@ def silent_server() -> Iterator[str]:
         yield f"127.0.0.1:{listening.getsockname()[1]}"
 
 
-def test_a_server_that_hangs_ends_in_the_deadline_of_the_client(silent_server):
+def test_hanging_server_ends_in_client_deadline(silent_server):
     began_s = time.monotonic()
     with Client(silent_server, timeout_s=0.3) as client, pytest.raises(errors.DeadlineExceeded) as caught:
         client.get_training_run("run_x")
@@ -201,13 +201,13 @@ def test_a_server_that_hangs_ends_in_the_deadline_of_the_client(silent_server):
     assert caught.value.code.name == "DEADLINE_EXCEEDED"
 
 
-async def test_a_server_that_hangs_ends_in_the_deadline_of_the_asynchronous_client(silent_server):
+async def test_hanging_server_ends_in_async_client_deadline(silent_server):
     async with AsyncClient(silent_server, timeout_s=0.3) as client:
         with pytest.raises(errors.DeadlineExceeded):
             await client.translate("m", "x")
 
 
-def test_every_call_has_a_deadline_by_default(silent_server):
+def test_every_call_has_a_default_deadline(silent_server):
     """Uploads, downloads and streams excepted, which may take as long as they do and have keepalive."""
     with Client(silent_server) as client:
         assert client._timeout_s == 60
@@ -227,14 +227,14 @@ def test_every_call_has_a_deadline_by_default(silent_server):
 
 
 @pytest.mark.parametrize("timeout_s", [0, -1, float("nan"), float("inf"), 1e10])
-def test_a_deadline_that_every_call_would_miss_is_refused(timeout_s):
-    with pytest.raises(ValueError, match="must be over 0 and at most 1,000,000,000"):
+def test_invalid_deadline_is_refused(timeout_s):
+    with pytest.raises(ValueError, match="must be a number of seconds over 0 and at most 1,000,000,000"):
         Client("localhost:1", timeout_s=timeout_s)
-    with pytest.raises(ValueError, match="must be over 0 and at most 1,000,000,000"):
+    with pytest.raises(ValueError, match="must be a number of seconds over 0 and at most 1,000,000,000"):
         AsyncClient("localhost:1", timeout_s=timeout_s)
 
 
-def test_the_longest_deadline_is_kept(fake):
+def test_longest_deadline_is_accepted(fake):
     with Client(fake.target, timeout_s=1e9) as client:
         assert list(client.list_models()) == []
 
@@ -242,7 +242,7 @@ def test_the_longest_deadline_is_kept(fake):
 # --- Connections ------------------------------------------------------------------------------------------------------
 
 
-def test_the_callers_options_replace_the_clients():
+def test_caller_options_override_defaults():
     options = dict(channel_options([("grpc.keepalive_time_ms", 5), ("grpc.mine", 1)]))
     assert (options["grpc.keepalive_time_ms"], options["grpc.mine"]) == (5, 1)
     names = [name for name, _ in channel_options([("grpc.keepalive_time_ms", 5)])]
@@ -250,11 +250,11 @@ def test_the_callers_options_replace_the_clients():
 
 
 NO_SERVER = (
-    r"no service answers at 127\.0\.0\.1:1 \(connection refused\): start one with `ferryman-service serve`, or give"
+    r"cannot reach a service at 127\.0\.0\.1:1 \(connection refused\); start one with `ferryman-service serve`, or pass"
 )
 
 
-async def test_where_no_server_is_the_error_says_what_to_do():
+async def test_unreachable_server_error_says_what_to_do():
     with Client("127.0.0.1:1") as client, pytest.raises(errors.Unavailable, match=NO_SERVER) as caught:
         client.get_corpus("cor_x")
     assert caught.value.metadata == {"target": "127.0.0.1:1", "cause": "connection refused"}
@@ -265,15 +265,15 @@ async def test_where_no_server_is_the_error_says_what_to_do():
             await async_client.get_corpus("cor_x")
 
 
-def test_a_server_that_does_not_answer_is_named(silent_server):
+def test_deadline_error_names_the_server(silent_server):
     with (
         Client(silent_server, timeout_s=0.1) as client,
-        pytest.raises(errors.DeadlineExceeded, match=f"{silent_server} has not ended the call before its deadline"),
+        pytest.raises(errors.DeadlineExceeded, match=f"{silent_server} did not answer before the deadline"),
     ):
         client.get_corpus("cor_x")
 
 
-async def test_no_proxy_is_asked_for_this_machine(fake, monkeypatch):
+async def test_loopback_target_bypasses_proxy(fake, monkeypatch):
     """The proxy that the environment names does not exist: whoever asks it gets no answer."""
     for name in ("no_proxy", "no_grpc_proxy"):
         monkeypatch.delenv(name, raising=False)
@@ -290,11 +290,11 @@ async def test_no_proxy_is_asked_for_this_machine(fake, monkeypatch):
 @pytest.mark.parametrize(
     "target", ["10.0.0.1:5", "dns:///ferryman:5", "ipv4:127.0.0.1:5,10.0.0.1:5", "localhost.example:5"]
 )
-def test_a_proxy_may_lead_to_other_machines(target):
+def test_remote_target_may_use_proxy(target):
     assert "grpc.enable_http_proxy" not in dict(channel_options((), target))
 
 
-def test_every_option_is_one_of_the_library():
+def test_every_channel_option_exists_in_grpc():
     """gRPC says nothing of an option that it does not know, and a misspelt one has no effect."""
     library = Path(cygrpc.__file__).read_bytes()
     names = [
@@ -303,14 +303,14 @@ def test_every_option_is_one_of_the_library():
     assert [name for name in names if f"{name}\0".encode() not in library] == []
 
 
-def test_pings_are_no_more_than_the_service_allows():
+def test_ping_interval_respects_service_limit():
     client, server = dict(channel_options(())), dict(RpcConfig().options())
     assert client["grpc.keepalive_time_ms"] >= 2 * server["grpc.http2.min_ping_interval_without_data_ms"]
     assert client["grpc.per_rpc_retry_buffer_size"] >= server["grpc.max_receive_message_length"]
     assert client["grpc.max_receive_message_length"] >= server["grpc.max_send_message_length"]
 
 
-def test_a_quiet_call_is_pinged_and_the_server_does_not_mind():
+def test_quiet_call_is_pinged_without_goaway():
     """Client's and service's intervals, thirty times as fast: no GOAWAY (too_many_pings) cuts the call."""
     keepalive_s = dict(channel_options(()))["grpc.keepalive_time_ms"] / 1000 / 30
     allowed_ms = dict(RpcConfig().options())["grpc.http2.min_ping_interval_without_data_ms"] // 30
@@ -365,7 +365,7 @@ class FreezingProxy:
             target.shutdown(socket.SHUT_WR)
 
 
-def test_a_connection_that_died_without_a_word_is_noticed_and_the_stream_goes_on(fake):
+def test_stream_resumes_after_silent_connection_loss(fake):
     fake.hold_after = 4
     proxy = FreezingProxy(fake.target)
     names = ("grpc.keepalive_time_ms", "grpc.keepalive_timeout_ms", "grpc.http2.ping_timeout_ms")
@@ -401,7 +401,7 @@ def upload_until_it_arrives(client: Client) -> str:
             return corpus.corpus_id
 
 
-def test_a_connection_age_is_invisible():
+def test_connection_age_is_invisible():
     """Connections end every 0.3 s: a stream of metrics, a long translate_stream and many calls do not notice."""
     script = training_script(steps=300)
     with FakeFerryman(script=script, hold_after=150, options=AGED) as fake, Client(fake.target) as client:

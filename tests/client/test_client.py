@@ -18,7 +18,7 @@ from ferryman import (
 from ferryman.testing import FakeFerryman, noam_learning_rate
 
 
-def test_a_run_from_corpus_to_translation(fake, client, corpus):
+def test_run_from_corpus_to_translation(fake, client, corpus):
     recipe = Recipe(preset="tiny", model=ModelRecipe(d_model=64, norm="pre"), seed=0)
     run = client.start_training(corpus.corpus_id, "en-de", recipe)
     seen = []
@@ -35,12 +35,12 @@ def test_a_run_from_corpus_to_translation(fake, client, corpus):
     assert client.get_model("en-de/1").version.run_id == run.run_id
 
 
-def test_a_single_string_is_one_sentence(fake, client):
+def test_single_string_is_one_sentence(fake, client):
     fake.add_model("m")
     assert [t.text for t in client.translate("m", "ab").translations] == ["AB"]
 
 
-def test_the_curve_is_read_to_the_last_bit(client):
+def test_learning_rates_are_exact(client):
     curve = client.get_lr_schedule(schedule=LearningRateSchedule(kind="noam"), first_step=3, last_step=9)
     assert [point.step for point in curve.points] == list(range(3, 10))
     assert [point.learning_rate for point in curve.points] == [noam_learning_rate(step) for step in range(3, 10)]
@@ -48,13 +48,13 @@ def test_the_curve_is_read_to_the_last_bit(client):
 
 
 @pytest.mark.parametrize("subject", [{}, {"run_id": "x", "recipe": Recipe()}])
-def test_a_curve_has_exactly_one_subject(client, fake, subject):
+def test_curve_needs_exactly_one_subject(client, fake, subject):
     with pytest.raises(errors.InvalidRequest, match="exactly one"):
         client.get_lr_schedule(**subject)
     assert fake.calls == []
 
 
-def test_lists_go_on_over_all_pages(fake, client, corpus):
+def test_list_yields_all_pages(fake, client, corpus):
     started = [client.start_training(corpus.corpus_id, f"m{i % 2}").run_id for i in range(120)]
     fake.calls.clear()
     assert [run.run_id for run in client.list_training_runs()] == started[::-1]
@@ -65,19 +65,19 @@ def test_lists_go_on_over_all_pages(fake, client, corpus):
     assert [c.corpus_id for c in client.list_corpora()] == [corpus.corpus_id]
 
 
-def test_a_state_that_does_not_exist_is_refused_before_the_call(client, fake):
+def test_unknown_state_is_refused_before_the_call(client, fake):
     with pytest.raises(errors.InvalidRequest, match="'done', must be one of queued"):
         client.list_training_runs(states=["done"])
     assert fake.calls == []
 
 
-def test_validate_only_starts_nothing(client, corpus):
+def test_validate_only_starts_no_run(client, corpus):
     run = client.start_training(corpus.corpus_id, "m", validate_only=True)
     assert (run.run_id, run.state) == ("", RunState.QUEUED)
     assert list(client.list_training_runs()) == []
 
 
-def test_a_request_id_is_sent_and_keeps_its_promise(client, corpus):
+def test_request_id_makes_start_idempotent(client, corpus):
     request_id = str(uuid4())
     first = client.start_training(corpus.corpus_id, "m", request_id=request_id)
     assert client.start_training(corpus.corpus_id, "m", request_id=request_id).run_id == first.run_id
@@ -85,7 +85,7 @@ def test_a_request_id_is_sent_and_keeps_its_promise(client, corpus):
         client.start_training(corpus.corpus_id, "other", request_id=request_id)
 
 
-def test_safe_calls_are_repeated_while_the_server_is_unavailable(fake, client, corpus):
+def test_safe_calls_are_retried_while_unavailable(fake, client, corpus):
     fake.calls.clear()
     fake.fail_next("StartTraining", errors.Unavailable("not now"), times=3)
     client.start_training(corpus.corpus_id, "m")
@@ -93,21 +93,21 @@ def test_safe_calls_are_repeated_while_the_server_is_unavailable(fake, client, c
     assert len(list(client.list_training_runs())) == 1
 
 
-def test_repeating_ends_after_four_attempts(fake, client):
+def test_retries_end_after_four_attempts(fake, client):
     fake.fail_next("Translate", errors.StoreUnavailable("locked"), times=10)
     with pytest.raises(errors.StoreUnavailable, match="locked"):
         client.translate("m", "x")
     assert fake.calls == ["Translate"] * 4
 
 
-def test_other_errors_are_not_repeated(fake, client):
+def test_other_errors_are_not_retried(fake, client):
     fake.fail_next("GetCorpus", errors.DiskFull("full"), times=10)
     with pytest.raises(errors.DiskFull):
         client.get_corpus("x")
     assert fake.calls == ["GetCorpus"]
 
 
-def test_a_deadline_ends_a_call():
+def test_deadline_ends_call():
     gate = threading.Event()
 
     def slow(sentence: str) -> str:
@@ -121,14 +121,14 @@ def test_a_deadline_ends_a_call():
         gate.set()
 
 
-def test_an_unreachable_server_is_unavailable(fake, client):
+def test_unreachable_server_raises_unavailable(fake, client):
     fake.stop()
     with pytest.raises(errors.Unavailable) as caught:
         client.get_training_run("run_x")
     assert caught.value.code.name == "UNAVAILABLE"
 
 
-def test_cancelling_a_held_run(corpus, fake, client):
+def test_held_run_can_be_cancelled(corpus, fake, client):
     fake.hold_after = 4
     run = client.start_training(corpus.corpus_id, "m")
     assert client.get_training_run(run.run_id).state is RunState.RUNNING
@@ -137,13 +137,13 @@ def test_cancelling_a_held_run(corpus, fake, client):
     assert client.cancel_training(run.run_id).state is RunState.CANCELLED
 
 
-def test_a_finished_run_cannot_be_cancelled(client, corpus):
+def test_finished_run_cannot_be_cancelled(client, corpus):
     run = client.start_training(corpus.corpus_id, "m")
     with pytest.raises(errors.IllegalTransition):
         client.cancel_training(run.run_id)
 
 
-def test_history_ends_where_the_run_stands(fake, client, corpus):
+def test_history_ends_at_the_last_record(fake, client, corpus):
     fake.hold_after = 5
     run = client.start_training(corpus.corpus_id, "m")
     records = list(client.stream_metrics(run.run_id, 3, follow=False))
@@ -151,7 +151,7 @@ def test_history_ends_where_the_run_stands(fake, client, corpus):
     assert isinstance(records[0].payload, StepMetrics)
 
 
-def test_heartbeats_come_when_asked_for(fake, client, corpus):
+def test_heartbeats_are_yielded_on_request(fake, client, corpus):
     fake.hold_after = 4
     run = client.start_training(corpus.corpus_id, "m")
     stream = client.stream_metrics(run.run_id, 4, heartbeats=True)

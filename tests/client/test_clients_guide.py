@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 GUIDE = (ROOT / "docs" / "clients.md").read_text(encoding="utf-8")
 
 
-def test_the_options_are_those_of_the_code():
+def test_documented_options_match_code():
     options = dict(channel_options((), "localhost:1"))
     rows = re.findall(r"^\| (`grpc\.[^|]+) \| ([^|]+) \|", GUIDE, re.MULTILINE)
     assert len(rows) == 6

@@ -37,7 +37,7 @@ def until_it_arrives(call: Callable[[], str]) -> str:
                 raise
 
 
-def test_a_run_and_a_long_translation_do_not_notice_that_connections_end(service):
+def test_connection_age_interrupts_neither_run_nor_translation(service):
     stubs = Stubs(service.address)
     request_id = str(uuid.uuid4())
     corpus_id = until_it_arrives(lambda: stubs.upload().corpus_id)

@@ -96,14 +96,14 @@ RUNS = st.builds(
 
 
 @given(RECIPES)
-def test_a_recipe_survives_the_wire(recipe):
+def test_recipe_round_trips(recipe):
     message = recipe_pb2.Recipe()
     assert fill_message(recipe, message) == []
     assert from_message(types.Recipe, recipe_pb2.Recipe.FromString(message.SerializeToString())) == recipe
 
 
 @given(RUNS)
-def test_a_run_survives_the_wire(run):
+def test_run_round_trips(run):
     message = training_pb2.TrainingRun()
     assert fill_message(run, message) == []
     assert from_message(types.TrainingRun, training_pb2.TrainingRun.FromString(message.SerializeToString())) == run
@@ -123,7 +123,7 @@ CHECKPOINTS = st.builds(
 
 
 @given(CHECKPOINTS)
-def test_a_checkpoint_survives_the_wire(checkpoint):
+def test_checkpoint_round_trips(checkpoint):
     message = training_pb2.Checkpoint()
     assert fill_message(checkpoint, message) == []
     assert from_message(types.Checkpoint, training_pb2.Checkpoint.FromString(message.SerializeToString())) == checkpoint
@@ -132,7 +132,7 @@ def test_a_checkpoint_survives_the_wire(checkpoint):
 @pytest.mark.parametrize(
     "payload", [*training_script(), types.RunEvent(level=types.EventLevel.INFO, code="A", message="b")]
 )
-def test_a_record_survives_the_wire(payload):
+def test_record_round_trips(payload):
     record = types.MetricRecord(sequence=7, time=datetime(2026, 1, 2, 3, 4, 5, 678901, tzinfo=UTC), payload=payload)
     assert _convert.record_from_message(_convert.record_to_message(record)) == record
 
@@ -177,7 +177,7 @@ MESSAGES = {
 
 
 @pytest.mark.parametrize("cls", MESSAGES, ids=lambda cls: cls.__name__)
-def test_a_dataclass_has_the_fields_of_its_message(cls):
+def test_dataclass_has_fields_of_its_message(cls):
     names = {field.name.removesuffix("_s") for field in dataclasses.fields(cls) if field.metadata.get("wire", True)}
     assert names == {field.name for field in MESSAGES[cls].DESCRIPTOR.fields}
 
@@ -200,20 +200,20 @@ ENUMS = [
 
 
 @pytest.mark.parametrize(("cls", "wire"), ENUMS)
-def test_an_enumeration_has_the_members_of_its_wire_type(cls, wire):
+def test_enum_has_members_of_its_wire_type(cls, wire):
     prefix = wire.keys()[0].removesuffix("UNSPECIFIED")
     assert {member.value for member in cls} - {"unknown"} == {
         name.removeprefix(prefix).lower() for name in wire.keys()[1:]
     }
 
 
-def test_plain_words_are_as_good_as_members():
+def test_strings_equal_enum_members():
     message = recipe_pb2.Recipe()
     assert fill_message(types.Recipe(preset="big", schedule=types.LearningRateSchedule(kind="cosine")), message) == []
     assert (message.preset, message.schedule.kind) == (recipe_pb2.PRESET_BIG, recipe_pb2.SCHEDULE_KIND_COSINE)
 
 
-def test_what_does_not_fit_the_wire_is_refused_all_at_once():
+def test_all_unsendable_values_are_reported_at_once():
     recipe = types.Recipe(
         preset="huge",
         model=types.ModelRecipe(d_model=2**40, norm="unspecified"),
@@ -235,25 +235,25 @@ def test_what_does_not_fit_the_wire_is_refused_all_at_once():
     assert "'huge', must be one of tiny, small, base, big, deep_shallow" in str(caught.value)
 
 
-def test_values_from_the_future_do_not_break_this_client():
+def test_unknown_wire_values_are_tolerated():
     assert from_message(types.StateChange, metrics_pb2.StateChange(state=99)).state is types.RunState.UNKNOWN
     assert from_message(types.Recipe, recipe_pb2.Recipe(preset=99)).preset is None
     record = _convert.record_from_message(metrics_pb2.MetricRecord(sequence=3))
     assert (record.sequence, record.payload.code) == (3, "UNKNOWN_RECORD")
 
 
-def test_the_options_of_a_start_have_the_fields_of_the_request():
+def test_start_options_have_fields_of_request():
     names = {field.name for field in dataclasses.fields(_convert.StartOptions)}
     assert names | {"corpus_id", "model_name", "recipe"} == {
         field.name for field in training_pb2.StartTrainingRequest.DESCRIPTOR.fields
     }
 
 
-def test_a_duration_is_seconds():
+def test_duration_is_seconds():
     message = metrics_pb2.Heartbeat(state=metrics_pb2.RUN_STATE_RUNNING)
     message.interval.FromTimedelta(timedelta(milliseconds=2500))
     assert from_message(types.Heartbeat, message).interval_s == 2.5
 
 
-def test_a_search_that_found_nothing_has_no_text():
+def test_translation_without_hypotheses_has_empty_text():
     assert types.Translation(hypotheses=(), source_tokens=3).text == ""

@@ -31,7 +31,7 @@ CALLERS_ERRORS = [cls for cls in descendants(domain.FerrymanError) if cls is not
 
 
 @pytest.mark.parametrize("domain_class", CALLERS_ERRORS, ids=lambda cls: cls.__name__)
-def test_every_domain_error_comes_back_as_its_namesake(fake, client, domain_class):
+def test_every_domain_error_raises_its_namesake(fake, client, domain_class):
     if issubclass(domain_class, domain.InvalidArgument):
         error = domain_class([domain.Violation(field="a[1].b", description="is 3", reason="TOO_ODD")])
     else:
@@ -63,12 +63,12 @@ def test_every_domain_error_comes_back_as_its_namesake(fake, client, domain_clas
 FOUND_BY_THE_CLIENT = {"ClientClosed", "UnknownOption"}
 
 
-def test_the_tree_has_no_class_that_the_domain_lacks():
+def test_error_tree_matches_domain():
     names = {cls.__name__ for cls in descendants(errors.FerrymanError)}
     assert names - FOUND_BY_THE_CLIENT == {cls.__name__ for cls in CALLERS_ERRORS}
 
 
-def test_all_violations_are_printed():
+def test_str_lists_all_violations():
     violations = [errors.Violation(field=f"f[{i}]", description=f"is {i}") for i in range(3)]
     assert str(errors.InvalidRecipe("f[0]: is 0 (and 2 more)", violations=violations)) == (
         "3 violations:\n  f[0]: is 0\n  f[1]: is 1\n  f[2]: is 2"
@@ -76,7 +76,7 @@ def test_all_violations_are_printed():
     assert str(errors.InvalidRecipe("f[0]: is 0", violations=violations[:1])) == "f[0]: is 0"
 
 
-def test_a_cut_list_of_violations_tells_the_exact_total():
+def test_truncated_violations_show_exact_total():
     violations = [errors.Violation(field=f"f[{i}]", description=f"is {i}") for i in range(20)]
     cut = errors.InvalidRecipe("1,024 violations", violations=violations, metadata={"violations_total": "1024"})
     assert (cut.violations_total, len(cut.violations)) == (1024, 20)
@@ -110,7 +110,7 @@ class FailedCall(grpc.RpcError):
     ],
 )
 @pytest.mark.parametrize("details", [None, b"\xff not a status"])
-def test_without_a_reason_the_status_code_decides(code, expected, details):
+def test_status_code_selects_class_without_reason(code, expected, details):
     error = error_from_rpc(FailedCall(code, details))
     assert type(error) is expected
     assert (error.code, str(error)) == (code, "a message")
@@ -123,7 +123,7 @@ def with_info(info: ErrorInfo) -> bytes:
 
 
 @pytest.mark.parametrize("given", ["page-7/3:a", ""])
-async def test_an_error_has_the_id_of_its_request(fake, client, given):
+async def test_error_has_request_id(fake, client, given):
     sent = errors.QueueFull("full", request_id=given)
     fake.fail_next("GetCorpus", sent, times=2)
     with pytest.raises(errors.QueueFull) as caught:
@@ -135,11 +135,11 @@ async def test_an_error_has_the_id_of_its_request(fake, client, given):
     assert caught.value.request_id == given
 
 
-def test_a_call_that_no_server_has_answered_has_no_request_id():
+def test_unanswered_call_has_no_request_id():
     assert error_from_rpc(FailedCall(grpc.StatusCode.UNAVAILABLE, None)).request_id == ""
 
 
-def test_a_reason_from_the_future_is_kept_under_the_class_of_its_code():
+def test_unknown_reason_raises_class_of_its_code():
     error = error_from_rpc(
         FailedCall(grpc.StatusCode.NOT_FOUND, with_info(ErrorInfo(reason="BERTH_NOT_FOUND", domain="ferryman.v1")))
     )
@@ -147,7 +147,7 @@ def test_a_reason_from_the_future_is_kept_under_the_class_of_its_code():
     assert error.reason == "BERTH_NOT_FOUND"
 
 
-def test_a_reason_of_another_domain_is_none_of_ours():
+def test_reason_of_another_domain_is_ignored():
     error = error_from_rpc(
         FailedCall(grpc.StatusCode.UNAVAILABLE, with_info(ErrorInfo(reason="RUN_NOT_FOUND", domain="proxy.example")))
     )
@@ -171,14 +171,14 @@ class BrokenOff(FailedCall):
         (grpc.StatusCode.UNKNOWN, "Stream removed (GOAWAY received)"),
     ],
 )
-def test_a_stream_that_a_proxy_broke_off_is_a_broken_connection_and_a_bug_of_the_server_is_not(code, words):
+def test_broken_stream_is_unavailable_but_server_error_is_not(code, words):
     error = error_from_rpc(BrokenOff(code, words))
     assert (type(error), error.code) == (errors.Unavailable, grpc.StatusCode.UNAVAILABLE)
     bug = with_info(ErrorInfo(reason="INTERNAL", domain="ferryman.v1"))
     assert type(error_from_rpc(BrokenOff(code, words, bug))) is errors.FerrymanError
 
 
-def test_the_delay_that_the_server_asks_for_is_told(fake, client):
+def test_error_has_retry_delay_of_server(fake, client):
     fake.add_model("m")
     fake.fail_next("Translate", errors.QueueFull("full", retry_delay_s=1.25))
     with pytest.raises(errors.QueueFull) as caught:

@@ -14,13 +14,13 @@ def loaded_by(statement: str) -> set[str]:
     return set(json.loads(result.stdout))
 
 
-def test_the_sdk_loads_nothing_heavy():
+def test_sdk_import_is_light():
     modules = loaded_by("import ferryman, ferryman.testing")
     assert "grpc" in modules
     assert modules & HEAVY == set()
 
 
-def test_the_command_says_what_it_needs_where_it_is_missing(tmp_path: Path):
+def test_command_without_extra_says_how_to_install_it(tmp_path: Path):
     # -S leaves site-packages out; what the SDK itself needs is not reached.
     client = Path(__file__).parents[2] / "client"
     result = subprocess.run(
@@ -31,5 +31,5 @@ def test_the_command_says_what_it_needs_where_it_is_missing(tmp_path: Path):
         cwd=tmp_path,
     )  # fmt: skip
     assert result.returncode == 1
-    assert result.stderr == "ferryman: the command line needs typer and rich: install the extra ferryman[cli]\n"
+    assert result.stderr == "ferryman: the command line needs typer and rich; run `pip install 'ferryman[cli]'`\n"
     assert result.stdout == ""

@@ -10,7 +10,7 @@ from ferryman import errors, types
 from ferryman._download import ModelFolder
 
 
-def test_aliases_are_references(fake, client):
+def test_alias_is_a_model_reference(fake, client):
     fake.add_model("m"), fake.add_model("m")
     assert client.get_model("m").model.aliases == ()
     client.set_model_alias("m", "production", 2)
@@ -29,7 +29,7 @@ def test_aliases_are_references(fake, client):
         client.set_model_alias("m", "production", 3)
 
 
-def test_a_deleted_version_gives_its_number_to_no_other(fake, client):
+def test_deleted_version_number_is_not_reused(fake, client):
     fake.add_model("m"), fake.add_model("m")
     client.set_model_alias("m", "production", 2)
     with pytest.raises(errors.ModelInUse) as caught:
@@ -42,7 +42,7 @@ def test_a_deleted_version_gives_its_number_to_no_other(fake, client):
     assert fake.add_model("m").version == 3
 
 
-def test_models_in_memory(fake, client):
+def test_load_list_and_unload_models(fake, client):
     fake.add_model("a"), fake.add_model("b")
     loaded = client.load_model("a")
     assert (loaded.model, loaded.load_time_s) == ("a/1", 0.5)
@@ -53,7 +53,7 @@ def test_models_in_memory(fake, client):
     assert client.list_loaded_models() == []
 
 
-def test_only_what_may_be_repeated_is_repeated(fake, client):
+def test_only_idempotent_calls_are_retried(fake, client):
     fake.add_model("m")
     client.set_model_alias("m", "production", 1)
     calls = {
@@ -77,7 +77,7 @@ def test_only_what_may_be_repeated_is_repeated(fake, client):
             call()
 
 
-def test_a_download_is_the_published_folder(fake, client, tmp_path):
+def test_download_equals_published_folder(fake, client, tmp_path):
     published = fake.add_model("m")
     version = client.download_model("m", tmp_path / "here" / ".." / "bundle")
     assert version == published
@@ -93,7 +93,7 @@ def test_a_download_is_the_published_folder(fake, client, tmp_path):
     assert hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest() == version.digest
 
 
-def test_a_folder_that_exists_is_refused_before_the_call(fake, client, tmp_path):
+def test_existing_folder_is_refused_before_the_call(fake, client, tmp_path):
     fake.add_model("m")
     with pytest.raises(FileExistsError, match="exists"):
         client.download_model("m", tmp_path)
@@ -103,7 +103,7 @@ def test_a_folder_that_exists_is_refused_before_the_call(fake, client, tmp_path)
 
 
 @pytest.mark.parametrize("error", [errors.ModelNotFound("no model"), errors.ModelDamaged("a file is gone")])
-def test_a_download_that_fails_leaves_nothing(fake, client, tmp_path, error):
+def test_failed_download_leaves_no_folder(fake, client, tmp_path, error):
     fake.fail_next("DownloadModel", error)
     with pytest.raises(type(error)):
         client.download_model("m", tmp_path / "bundle")
@@ -135,7 +135,7 @@ def header(version, *names):
     return types.DownloadHeader(version=version, files=tuple(files))
 
 
-def test_files_come_in_any_pieces(tmp_path, version):
+def test_files_may_arrive_in_any_chunks(tmp_path, version):
     items = [chunk(0, 0, b"hel"), chunk(0, 3, b"lo"), chunk(2, 0, b"w"), chunk(2, 1, b"orld!")]
     assert receive(tmp_path / "bundle", [header(version, "a", "b", "c"), *items]) == version
     assert {path.name: path.read_bytes() for path in (tmp_path / "bundle").iterdir()} == {
@@ -148,42 +148,42 @@ def test_files_come_in_any_pieces(tmp_path, version):
 @pytest.mark.parametrize(
     ("items", "text"),
     [
-        ([chunk(0, 0, b"hellO"), chunk(2, 0, b"world!")], "a arrived with 5 bytes and SHA-256"),
-        ([chunk(0, 0, b"hello"), chunk(2, 0, b"world?")], "c arrived with 6 bytes and SHA-256"),
-        ([chunk(0, 0, b"hello"), chunk(2, 0, b"world!!")], "c arrived with 7 bytes"),
+        ([chunk(0, 0, b"hellO"), chunk(2, 0, b"world!")], "a has 5 bytes with SHA-256"),
+        ([chunk(0, 0, b"hello"), chunk(2, 0, b"world?")], "c has 6 bytes with SHA-256"),
+        ([chunk(0, 0, b"hello"), chunk(2, 0, b"world!!")], "c has 7 bytes"),
         ([chunk(0, 0, b"hello")], "ended in c"),
         ([chunk(0, 0, b"hell")], "ended in a"),
         ([], "ended in a"),
-        ([chunk(0, 1, b"ello")], "bytes from 1 of file 0, the next are those from 0 of file 0"),
-        ([chunk(2, 0, b"world!")], "bytes from 0 of file 2"),
-        ([chunk(0, 0, b"")], "bytes from 0 of file 0"),
-        ([chunk(0, 0, b"hello"), chunk(2, 0, b"world!"), chunk(3, 0, b"x")], "bytes from 0 of file 3"),
+        ([chunk(0, 1, b"ello")], "offset 1 of file 0, but offset 0 of file 0 is next"),
+        ([chunk(2, 0, b"world!")], "offset 0 of file 2"),
+        ([chunk(0, 0, b"")], "offset 0 of file 0"),
+        ([chunk(0, 0, b"hello"), chunk(2, 0, b"world!"), chunk(3, 0, b"x")], "offset 0 of file 3"),
         ([chunk(-1, 0, b"x")], "file -1"),
     ],
 )
-def test_what_is_not_what_was_published_is_not_kept(tmp_path, version, items, text):
+def test_damaged_download_is_removed(tmp_path, version, items, text):
     with pytest.raises(errors.ModelDamaged, match=text):
         receive(tmp_path / "bundle", [header(version, "a", "b", "c"), *items])
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", ["", "..", "../x", "/etc/passwd", "a/b", ".hidden", "a\0", "a" * 101, "ä"])
-def test_a_server_names_no_path(tmp_path, version, name):
-    with pytest.raises(errors.ModelDamaged, match="names a file"):
+def test_file_name_that_is_a_path_is_refused(tmp_path, version, name):
+    with pytest.raises(errors.ModelDamaged, match="is not a valid file name"):
         receive(tmp_path / "bundle", [header(version, name)])
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_download_begins_with_one_header(tmp_path, version):
+def test_download_needs_exactly_one_header(tmp_path, version):
     for items in ([header(version, "a"), header(version, "b")], [header(version, "a", "a")]):
-        with pytest.raises(errors.ModelDamaged, match="two headers, or a file twice"):
+        with pytest.raises(errors.ModelDamaged, match="two headers or listed a file twice"):
             receive(tmp_path / "bundle", items)
-    for items, text in (([chunk(0, 0, b"x")], "bytes from 0"), ([], "before its header")):
+    for items, text in (([chunk(0, 0, b"x")], "offset 0"), ([], "before its header")):
         with pytest.raises(errors.ModelDamaged, match=text):
             receive(tmp_path / "bundle", items)
 
 
-def test_a_folder_that_was_made_meanwhile_is_left_alone(tmp_path, version):
+def test_folder_created_during_download_is_kept(tmp_path, version):
     with ModelFolder(tmp_path / "bundle") as target:
         target.accept(header(version, "b"))
         target.accept(chunk(0, 0, b"hello"))

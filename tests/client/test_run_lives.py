@@ -31,7 +31,7 @@ def states(client, run_id):
     return [(record.payload.state, record.payload.attempt) for record in records if hasattr(record.payload, "state")]
 
 
-def test_a_run_rests_and_goes_on(fake, client, held):
+def test_run_pauses_and_resumes(fake, client, held):
     assert client.pause_training(held).state is RunState.PAUSED
     assert client.pause_training(held).state is RunState.PAUSED
     assert client.resume_training(held).state is RunState.QUEUED
@@ -47,7 +47,7 @@ def test_a_run_rests_and_goes_on(fake, client, held):
     assert steps == [1, 2, 3, 4]
 
 
-def test_a_queued_run_rests_without_ever_having_had_a_worker(fake, client, corpus):
+def test_queued_run_can_be_paused(fake, client, corpus):
     fake.hold_after = 1
     run_id = client.start_training(corpus.corpus_id, "m").run_id
     assert client.pause_training(run_id).state is RunState.PAUSED
@@ -56,7 +56,7 @@ def test_a_queued_run_rests_without_ever_having_had_a_worker(fake, client, corpu
     assert client.wait(run_id).attempt == 1
 
 
-def test_a_stream_goes_on_across_a_rest(fake, client, held):
+def test_stream_continues_across_a_pause(fake, client, held):
     stream = client.stream_metrics(held, 5, heartbeats=True)
     client.pause_training(held)
     assert next(stream).payload.state is RunState.PAUSED
@@ -69,7 +69,7 @@ def test_a_stream_goes_on_across_a_rest(fake, client, held):
     assert rest[-1].payload.state is RunState.SUCCEEDED
 
 
-def test_a_resting_run_can_be_cancelled(client, held):
+def test_paused_run_can_be_cancelled(client, held):
     client.pause_training(held)
     assert client.cancel_training(held).state is RunState.CANCELLED
     for call in (client.pause_training, client.resume_training):
@@ -77,7 +77,7 @@ def test_a_resting_run_can_be_cancelled(client, held):
             call(held)
 
 
-def test_an_exporting_run_cannot_be_paused(fake, client, corpus):
+def test_exporting_run_cannot_be_paused(fake, client, corpus):
     fake.hold_after = 9
     run_id = client.start_training(corpus.corpus_id, "m").run_id
     assert client.get_training_run(run_id).state is RunState.EXPORTING
@@ -85,7 +85,7 @@ def test_an_exporting_run_cannot_be_paused(fake, client, corpus):
         client.pause_training(run_id)
 
 
-def test_restarts_are_counted_until_a_worker_gets_further(fake, client, corpus):
+def test_restarts_are_counted_until_progress(fake, client, corpus):
     script = training_script(steps=2)
     lost = [StateChange(state=RunState.QUEUED, attempt=1), StateChange(state=RunState.STARTING, attempt=2)]
     fake.script = [*script[:4], *lost, *script[4:]]
@@ -96,7 +96,7 @@ def test_restarts_are_counted_until_a_worker_gets_further(fake, client, corpus):
     assert client.get_training_run(run_id).restarts == 0
 
 
-def test_a_checkpoint_for_each_validation(client, corpus):
+def test_every_validation_has_a_checkpoint(client, corpus):
     run_id = client.start_training(corpus.corpus_id, "m").run_id
     [checkpoint] = client.list_checkpoints(run_id)
     [validation] = [r.payload for r in client.stream_metrics(run_id) if isinstance(r.payload, ValidationMetrics)]
@@ -111,7 +111,7 @@ def test_a_checkpoint_for_each_validation(client, corpus):
     assert checkpoint.create_time.tzinfo is not None
 
 
-def test_a_deleted_run_is_gone_but_for_its_model(client, corpus):
+def test_deleting_run_keeps_its_model(client, corpus):
     request_id = str(uuid4())
     run_id = client.start_training(corpus.corpus_id, "m", request_id=request_id).run_id
     client.delete_training_run(run_id)
@@ -122,12 +122,12 @@ def test_a_deleted_run_is_gone_but_for_its_model(client, corpus):
     assert client.start_training(corpus.corpus_id, "m", request_id=request_id).run_id != run_id
 
 
-def test_a_run_that_goes_on_cannot_be_deleted(client, held):
+def test_unfinished_run_cannot_be_deleted(client, held):
     with pytest.raises(errors.RunNotFinished):
         client.delete_training_run(held)
 
 
-def test_a_deletion_is_not_repeated(fake, client, corpus):
+def test_deletion_is_not_retried(fake, client, corpus):
     """Its second attempt would say that there is no such run."""
     run_id = client.start_training(corpus.corpus_id, "m").run_id
     fake.calls.clear()
@@ -138,7 +138,7 @@ def test_a_deletion_is_not_repeated(fake, client, corpus):
 
 
 @pytest.mark.parametrize("rpc", ["PauseTraining", "ResumeTraining", "ListCheckpoints"])
-def test_the_others_are_repeated(fake, client, held, rpc):
+def test_pause_resume_and_list_are_retried(fake, client, held, rpc):
     fake.calls.clear()
     fake.fail_next(rpc, errors.Unavailable("not now"))
     {
@@ -149,7 +149,7 @@ def test_the_others_are_repeated(fake, client, held, rpc):
     assert fake.calls == [rpc] * 2
 
 
-def test_fine_tuning_names_the_version_it_starts_from(client, corpus):
+def test_fine_tuned_run_names_its_initial_model(client, corpus):
     first = client.start_training(corpus.corpus_id, "m")
     assert (first.initial_model, first.processes, first.keep_optimizer) == (None, 1, False)
     second = client.start_training(corpus.corpus_id, "m", initial_model="m", keep_optimizer=True, processes=2)
@@ -163,7 +163,7 @@ def test_fine_tuning_names_the_version_it_starts_from(client, corpus):
         client.start_training(corpus.corpus_id, "m", keep_optimizer=True)
 
 
-def test_a_run_whose_optimizer_is_needed_cannot_be_deleted(fake, client, corpus):
+def test_run_whose_optimizer_is_needed_cannot_be_deleted(fake, client, corpus):
     source = client.start_training(corpus.corpus_id, "m").run_id
     fake.hold_after = 1
     needy = client.start_training(corpus.corpus_id, "m", initial_model="m/1", keep_optimizer=True).run_id
@@ -174,14 +174,14 @@ def test_a_run_whose_optimizer_is_needed_cannot_be_deleted(fake, client, corpus)
     client.delete_training_run(source)
 
 
-def test_options_that_do_not_fit_the_wire_are_named(client, fake):
+def test_unsendable_start_options_are_reported(client, fake):
     with pytest.raises(errors.InvalidRequest) as caught:
         client.start_training("c", "m", processes=2**40)
     assert [violation.field for violation in caught.value.violations] == ["processes"]
     assert fake.calls == []
 
 
-def test_the_fake_holds_events_of_training(fake, client, corpus):
+def test_fake_replays_training_events(fake, client, corpus):
     fake.script.insert(5, RunEvent(level="warning", code="UPDATE_SKIPPED", message="step 2: the gradient was inf"))
     run_id = client.start_training(corpus.corpus_id, "m").run_id
     assert [r.payload.code for r in client.stream_metrics(run_id) if isinstance(r.payload, RunEvent)] == [
@@ -189,7 +189,7 @@ def test_the_fake_holds_events_of_training(fake, client, corpus):
     ]
 
 
-async def test_the_async_client_does_the_same(fake, held):
+async def test_async_client_pauses_and_resumes(fake, held):
     async with AsyncClient(fake.target) as client:
         assert (await client.pause_training(held)).state is RunState.PAUSED
         assert (await client.resume_training(held)).state is RunState.QUEUED
@@ -203,7 +203,7 @@ async def test_the_async_client_does_the_same(fake, held):
             await client.get_training_run(held)
 
 
-def test_a_corpus_is_deleted_once_no_run_needs_it(fake, client, corpus):
+def test_corpus_can_be_deleted_once_unused(fake, client, corpus):
     fake.hold_after = 2
     run_id = client.start_training(corpus.corpus_id, "m").run_id
     with pytest.raises(errors.CorpusInUse) as caught:

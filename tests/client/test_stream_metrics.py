@@ -17,7 +17,7 @@ def start_held_run(fake: FakeFerryman, client: Client) -> str:
     return client.start_training(corpus.corpus_id, "m").run_id
 
 
-def test_it_goes_on_after_the_server_was_killed_and_restarted():
+def test_stream_resumes_after_server_restart():
     script = training_script(steps=300)
     with FakeFerryman(script=script, hold_after=150) as fake, Client(fake.target) as client:
         run_id = start_held_run(fake, client)
@@ -36,7 +36,7 @@ def test_it_goes_on_after_the_server_was_killed_and_restarted():
         assert fake.calls.count("StreamMetrics") >= 2
 
 
-async def test_the_async_client_goes_on_too():
+async def test_async_stream_resumes_after_server_restart():
     script = training_script(steps=300)
     with FakeFerryman(script=script, hold_after=150) as fake:
         with Client(fake.target) as client:
@@ -52,7 +52,7 @@ async def test_the_async_client_goes_on_too():
         assert sequences == list(range(1, len(script) + 1))
 
 
-def test_it_gives_up_on_a_server_that_stays_away(fake, client, corpus):
+def test_stream_raises_unavailable_after_reconnect_timeout(fake, client, corpus):
     fake.hold_after = 4
     run_id = client.start_training(corpus.corpus_id, "m").run_id
     stream = client.stream_metrics(run_id, reconnect_timeout_s=0.3)
@@ -62,7 +62,7 @@ def test_it_gives_up_on_a_server_that_stays_away(fake, client, corpus):
         next(stream)
 
 
-def test_other_errors_end_it_at_once(fake, client, corpus):
+def test_other_errors_end_the_stream_at_once(fake, client, corpus):
     run_id = client.start_training(corpus.corpus_id, "m").run_id
     with pytest.raises(errors.SequenceOutOfRange):
         next(client.stream_metrics(run_id, 99))
@@ -71,7 +71,7 @@ def test_other_errors_end_it_at_once(fake, client, corpus):
     assert fake.calls.count("StreamMetrics") == 2
 
 
-def test_a_record_seen_before_is_no_news(client, corpus):
+def test_repeated_record_is_skipped(client, corpus):
     run_id = client.start_training(corpus.corpus_id, "m").run_id
     records = list(client.stream_metrics(run_id))
     tail = MetricsTail(run_id, 0, follow=True, reconnect_timeout_s=1)
@@ -84,19 +84,19 @@ def test_a_record_seen_before_is_no_news(client, corpus):
     assert tail.call().request.after_sequence == 3
 
 
-def test_pauses_grow_to_a_bound_and_a_sign_of_life_starts_them_over():
+def test_backoff_is_bounded_and_reset_by_a_response():
     now_s = 0.0
     tail = MetricsTail("r", 0, follow=True, reconnect_timeout_s=60, clock=lambda: now_s)
     gone = errors.Unavailable("gone")
-    pauses_s = []
+    delays_s = []
     for _ in range(9):
-        pauses_s.append(tail.pause_s(gone))
-        now_s += pauses_s[-1]
-    assert 0.05 <= pauses_s[0] <= 0.1
-    assert all(2.5 <= pause_s <= 5 for pause_s in pauses_s[-2:])
+        delays_s.append(tail.next_delay_s(gone))
+        now_s += delays_s[-1]
+    assert 0.05 <= delays_s[0] <= 0.1
+    assert all(2.5 <= delay_s <= 5 for delay_s in delays_s[-2:])
     tail.accept(Heartbeat(last_sequence=0, state=RunState.RUNNING, interval_s=1))
     now_s += 1000
-    assert tail.pause_s(gone) <= 0.1
+    assert tail.next_delay_s(gone) <= 0.1
     now_s += 61
     with pytest.raises(errors.Unavailable):
-        tail.pause_s(gone)
+        tail.next_delay_s(gone)

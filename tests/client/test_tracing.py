@@ -25,7 +25,7 @@ def spans(monkeypatch):
     return spans
 
 
-def test_a_refused_call_tells_its_status(client, spans):
+def test_refused_call_records_status(client, spans):
     with pytest.raises(RunNotFound):
         client.get_training_run("run_x")
     span = spans.one(GET)
@@ -40,13 +40,13 @@ def test_a_refused_call_tells_its_status(client, spans):
     assert span.status.status_code is trace.StatusCode.ERROR
 
 
-def test_a_server_that_is_not_there_is_seen(spans):
+def test_unreachable_server_records_unavailable(spans):
     with Client("127.0.0.1:1", timeout_s=5) as client, pytest.raises(Unavailable):
         client.get_training_run("run_x")
     assert spans.one(GET).attributes["error.type"] == "UNAVAILABLE"
 
 
-def test_to_close_a_stream_early_is_no_failure(client, corpus, spans):
+def test_closing_stream_early_is_not_a_failure(client, corpus, spans):
     run = client.start_training(corpus.corpus_id, "en-de")
     with contextlib.closing(client.stream_metrics(run.run_id)) as records:
         next(records)
@@ -55,13 +55,13 @@ def test_to_close_a_stream_early_is_no_failure(client, corpus, spans):
     assert span.status.status_code is trace.StatusCode.UNSET
 
 
-def test_without_a_provider_a_call_has_no_context(monkeypatch):
+def test_call_without_provider_has_no_context(monkeypatch):
     monkeypatch.setattr(trace, "_TRACER_PROVIDER", None)
     with call_span("/" + GET) as span:
         assert span.metadata == ()
 
 
-def test_a_program_that_does_not_trace_loads_no_opentelemetry():
+def test_program_without_tracing_does_not_import_opentelemetry():
     code = """
 import sys
 from ferryman import Client

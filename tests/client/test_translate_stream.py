@@ -14,9 +14,9 @@ import pytest
 
 from ferryman import AsyncClient, Client, Sampling, StreamSentence, StreamTranslation, errors, types
 from ferryman._convert import SearchOptions, translate_stream
-from ferryman._reconnect import Reconnection
+from ferryman._reconnect import ReconnectBackoff
 from ferryman._rpc_errors import error_from_rpc
-from ferryman._stream import StreamBook, StreamRoad
+from ferryman._stream import StreamBuffer, StreamCalls
 from ferryman.testing import FakeFerryman
 
 Collect = Callable[..., list[StreamTranslation]]
@@ -43,7 +43,7 @@ def collect(fake: FakeFerryman, request: pytest.FixtureRequest) -> Collect:
     return sync if request.param == "sync" else lambda sentences, **options: asyncio.run(collected(sentences, options))
 
 
-def test_a_result_bears_its_sentences_id(collect):
+def test_result_has_id_of_its_sentence(collect):
     sentences = ["one", ("my id", "two"), StreamSentence(id="ü" * 200, sentence="three", target_prefix="Drei")]
     found = collect(sentences)
     results = {result.id: result.translation.text for result in found}
@@ -66,7 +66,7 @@ def test_options_reach_the_server(collect):
     assert result.translation.source_pieces == ("ein", "satz", "</s>")
 
 
-def test_a_sentence_that_cannot_be_translated_has_an_error_of_its_own(fake, collect):
+def test_untranslatable_sentence_has_an_error(fake, collect):
     def translate(sentence: str) -> str:
         if sentence == "bad":
             violation = errors.Violation(field="sentence", description="is bad", reason="SENTENCE_TOO_LONG")
@@ -79,19 +79,19 @@ def test_a_sentence_that_cannot_be_translated_has_an_error_of_its_own(fake, coll
     assert bad.error == types.SentenceError(reason="SENTENCE_TOO_LONG", message="is bad")
 
 
-def test_nothing_to_translate(collect):
+def test_empty_source_yields_no_results(collect):
     assert collect([]) == []
 
 
-def test_errors_are_those_of_the_tree(fake, collect):
+def test_stream_raises_ferryman_errors(fake, collect):
     fake.fail_next("StreamTranslate", errors.ModelTooLarge("too large"), times=9)
     with pytest.raises(errors.ModelTooLarge):
         collect(["x"])
-    # Once, unless the race was lost that test_a_lost_status_is_asked_for_again describes.
+    # Once, unless the race was lost that test_lost_status_is_retried describes.
     assert 1 <= fake.calls.count("StreamTranslate") <= 6
 
 
-def test_who_is_not_accepted_is_repeated_only_as_any_call(fake, collect):
+def test_stream_refused_as_unavailable_is_retried_like_any_call(fake, collect):
     fake.fail_next("StreamTranslate", errors.ServerShuttingDown("stopping"), times=9)
     with pytest.raises(errors.ServerShuttingDown):
         collect(["x"])
@@ -111,20 +111,20 @@ class _LostStatus(grpc.RpcError):
         return None
 
 
-def test_a_lost_status_is_asked_for_again():
+def test_lost_status_is_retried():
     """The call was not accepted, so nothing was done; its refusal is worth more to the caller than "unavailable"."""
-    road = StreamRoad(translate_stream("m", False, None, {}), timeout_s=None, reconnect_timeout_s=60.0)
+    calls = StreamCalls(translate_stream("m", False, None, {}), timeout_s=None, reconnect_timeout_s=60.0)
     lost = error_from_rpc(_LostStatus())
     for _ in range(5):
-        assert road.pause_s(lost, {}) < 10
+        assert calls.next_delay_s(lost, {}) < 10
     with pytest.raises(errors.ModelTooLarge):
-        road.pause_s(errors.ModelTooLarge("too large"), {})
+        calls.next_delay_s(errors.ModelTooLarge("too large"), {})
     with pytest.raises(errors.Unavailable):
-        road.pause_s(lost, {})
+        calls.next_delay_s(lost, {})
 
 
 @pytest.mark.parametrize("in_order", [False, True])
-def test_a_stream_goes_on_when_its_server_comes_back_and_keeps_its_version(fake, collect, in_order):
+def test_stream_resumes_after_server_restart_with_same_version(fake, collect, in_order):
     stops = iter([300, 900])
     stop_at = next(stops)
     translated: list[str] = []
@@ -155,7 +155,7 @@ def test_a_stream_goes_on_when_its_server_comes_back_and_keeps_its_version(fake,
     assert fake.backend.loaded.keys() == {"m/1"}, "no stream mixes two versions"
 
 
-def test_a_stream_gives_up_on_a_server_that_stays_away(fake, collect):
+def test_stream_raises_unavailable_after_reconnect_timeout(fake, collect):
     def sentences() -> Iterator[str]:
         yield "x"
         time.sleep(0.2)
@@ -173,8 +173,8 @@ class Breaks:
         self._fake = fake
         self._now_s = 0.0
 
-    def reconnection(self, timeout_s: float) -> Reconnection:
-        return Reconnection(timeout_s, clock=lambda: self._now_s)
+    def backoff(self, timeout_s: float) -> ReconnectBackoff:
+        return ReconnectBackoff(timeout_s, clock=lambda: self._now_s)
 
     def happen(self) -> None:
         # One may come before the client has seen that the call before was accepted: so they are less than a timeout
@@ -194,11 +194,11 @@ class Breaks:
 def breaks(fake: FakeFerryman, monkeypatch: pytest.MonkeyPatch) -> Breaks:
     fake.add_model("m")
     breaks = Breaks(fake)
-    monkeypatch.setattr("ferryman._stream.Reconnection", breaks.reconnection)
+    monkeypatch.setattr("ferryman._stream.ReconnectBackoff", breaks.backoff)
     return breaks
 
 
-def test_a_quiet_stream_outlives_servers_that_come_back(fake, client, breaks):
+def test_quiet_stream_survives_server_restarts(fake, client, breaks):
     answered = threading.Event()
 
     def sentences() -> Iterator[str]:
@@ -213,7 +213,7 @@ def test_a_quiet_stream_outlives_servers_that_come_back(fake, client, breaks):
     assert [result.translation.text for result in results] == ["TWO"]
 
 
-async def test_a_quiet_stream_outlives_servers_that_come_back_also_asynchronously(fake, breaks):
+async def test_quiet_stream_survives_server_restarts_async(fake, breaks):
     answered = asyncio.Event()
 
     async def sentences() -> AsyncIterator[str]:
@@ -229,17 +229,17 @@ async def test_a_quiet_stream_outlives_servers_that_come_back_also_asynchronousl
         assert [result.translation.text async for result in results] == ["TWO"]
 
 
-def test_servers_that_accept_a_stream_and_break_it_off_are_asked_ever_more_rarely():
-    reconnection = Reconnection(60, clock=lambda: 0.0)
-    pauses_s = []
+def test_backoff_grows_if_accepted_streams_break():
+    backoff = ReconnectBackoff(60, clock=lambda: 0.0)
+    delays_s = []
     for _ in range(9):
-        reconnection.accepted()
-        pauses_s.append(reconnection.pause_s(errors.Unavailable("gone")))
-    assert pauses_s[0] <= 0.1
-    assert pauses_s[-1] >= 2.5
+        backoff.call_accepted()
+        delays_s.append(backoff.next_delay_s(errors.Unavailable("gone")))
+    assert delays_s[0] <= 0.1
+    assert delays_s[-1] >= 2.5
 
 
-def test_what_the_sentences_raise_comes_after_the_results_of_what_was_before(fake, client):
+def test_exception_of_sentences_comes_after_earlier_results(fake, client):
     fake.add_model("m")
 
     def sentences() -> Iterator[str]:
@@ -253,7 +253,7 @@ def test_what_the_sentences_raise_comes_after_the_results_of_what_was_before(fak
 
 
 @pytest.mark.parametrize("kind", ["asynchronous", "ordinary"])
-async def test_what_the_sentences_raise_reaches_the_asynchronous_caller(fake, kind):
+async def test_exception_of_sentences_reaches_async_caller(fake, kind):
     fake.add_model("m")
 
     async def asynchronous() -> AsyncIterator[str]:
@@ -271,7 +271,7 @@ async def test_what_the_sentences_raise_reaches_the_asynchronous_caller(fake, ki
             await anext(results)
 
 
-def test_each_sentence_is_sent_as_soon_as_it_is_there(fake, client):
+def test_sentence_is_sent_as_soon_as_available(fake, client):
     """A person who types waits for the answer before the next line."""
     fake.add_model("m")
     answered = threading.Semaphore(0)
@@ -285,7 +285,7 @@ def test_each_sentence_is_sent_as_soon_as_it_is_there(fake, client):
         answered.release()
 
 
-async def test_each_sentence_is_sent_as_soon_as_it_is_there_also_asynchronously(fake):
+async def test_sentence_is_sent_as_soon_as_available_async(fake):
     fake.add_model("m")
     answered = threading.Semaphore(0)
 
@@ -299,7 +299,7 @@ async def test_each_sentence_is_sent_as_soon_as_it_is_there_also_asynchronously(
             answered.release()
 
 
-async def test_who_stops_early_leaves_no_thread_also_asynchronously(fake):
+async def test_stopping_early_leaves_no_thread_async(fake):
     fake.add_model("m")
     async with AsyncClient(fake.target) as client:
         stream = client.translate_stream("m", map(str, itertools.count()))
@@ -309,7 +309,7 @@ async def test_who_stops_early_leaves_no_thread_also_asynchronously(fake):
 
 
 @pytest.mark.parametrize("in_order", [False, True])
-def test_the_source_is_read_only_two_windows_ahead(fake, client, in_order):
+def test_source_is_read_at_most_two_windows_ahead(fake, client, in_order):
     fake.add_model("m")
     read = itertools.count()
     sentences = (str(next(read)) for _ in range(10_000))
@@ -321,7 +321,7 @@ def test_the_source_is_read_only_two_windows_ahead(fake, client, in_order):
         assert next(read) <= 100 + 2 * 10 + 1
 
 
-async def test_an_asynchronous_source_is_read_only_two_windows_ahead(fake):
+async def test_async_source_is_read_at_most_two_windows_ahead(fake):
     fake.add_model("m")
     read = 0
 
@@ -339,7 +339,7 @@ async def test_an_asynchronous_source_is_read_only_two_windows_ahead(fake):
             assert read <= 100 + 2 * 10
 
 
-def test_who_stops_early_leaves_no_thread_and_no_call(fake, client):
+def test_stopping_early_leaves_no_thread_and_no_call(fake, client):
     fake.add_model("m")
     with contextlib.closing(client.translate_stream("m", map(str, itertools.count()))) as results:
         next(results)
@@ -353,7 +353,7 @@ def no_thread_is_left() -> None:
         time.sleep(0.01)
 
 
-def test_a_deadline(client):
+def test_deadline_ends_stream(client):
     gate = threading.Event()
 
     def slow(sentence: str) -> str:
@@ -367,7 +367,7 @@ def test_a_deadline(client):
         gate.set()
 
 
-def test_wrong_words_are_refused_before_any_call(fake, client):
+def test_bad_options_are_refused_before_the_call(fake, client):
     with pytest.raises(errors.InvalidRequest, match="must be one of first, optimal"):
         next(client.translate_stream("m", ["x"], early_stopping="never"))
     with pytest.raises(errors.UnknownOption, match="beam: is no option"):
@@ -375,18 +375,18 @@ def test_wrong_words_are_refused_before_any_call(fake, client):
     assert fake.calls == []
 
 
-def test_the_keywords_are_the_options():
+def test_keywords_match_translate_options():
     assert types.TranslateOptions.__annotations__.keys() == SearchOptions.__annotations__.keys()
 
 
-def test_the_reorder_buffer_is_bounded():
-    book = StreamBook(4, in_order=True)
-    while book.has_room:
-        book.take("x")
-    assert len(book.message().sentences.sentences) == 8
+def test_reorder_buffer_is_bounded():
+    buffer = StreamBuffer(4, in_order=True)
+    while buffer.has_capacity:
+        buffer.add("x")
+    assert len(buffer.next_request().sentences.sentences) == 8
 
 
-def test_many_sentences_in_order(fake, client):
+def test_many_sentences_come_in_order(fake, client):
     fake.add_model("m")
     count = 0
     for result in client.translate_stream("m", map(str, range(20_000)), in_order=True):

@@ -20,7 +20,7 @@ def write(path, lines, opener=open):
     return path
 
 
-def test_plain_and_gzipped_files_arrive_whole(fake, client, tmp_path):
+def test_plain_and_gzipped_files_arrive_complete(fake, client, tmp_path):
     files = write(tmp_path / "a.en", SOURCE), write(tmp_path / "a.de.gz", TARGET, gzip.open)
     small = str(write(tmp_path / "b.en", ["x"])), str(write(tmp_path / "b.de", ["y"]))
     corpus = client.upload_corpus("files", "en", "de", train=files, validation=small)
@@ -30,13 +30,13 @@ def test_plain_and_gzipped_files_arrive_whole(fake, client, tmp_path):
     assert (corpus.train.pairs, corpus.validation.pairs) == (40_000, 1)
 
 
-def test_pairs_arrive_whole(fake, client):
+def test_pairs_arrive_complete(fake, client):
     pairs = list(zip(SOURCE, TARGET, strict=True))
     corpus = client.upload_corpus("pairs", "en", "de", train=iter(pairs), validation=(("a", "b"), ("c", "d")))
     assert fake.pairs[corpus.corpus_id] == {"train": pairs, "validation": [("a", "b"), ("c", "d")]}
 
 
-def test_no_piece_is_larger_than_a_message_may_be(tmp_path):
+def test_no_piece_exceeds_message_limit(tmp_path):
     files = write(tmp_path / "a", SOURCE), write(tmp_path / "b", TARGET)
     chunks = [piece.data for piece in read_pieces(files, []) if piece.side == "source"]
     assert {len(chunk) for chunk in chunks[:-1]} == {CHUNK_BYTES}
@@ -46,7 +46,7 @@ def test_no_piece_is_larger_than_a_message_may_be(tmp_path):
     assert sum(map(len, batches)) == 100_000
 
 
-def test_text_is_read_as_it_is_sent():
+def test_text_is_read_lazily():
     taken = 0
 
     def endless() -> Iterator[tuple[str, str]]:
@@ -59,7 +59,7 @@ def test_text_is_read_as_it_is_sent():
     assert taken <= CHUNK_BYTES // 2000 + 1
 
 
-def test_what_reading_raises_reaches_the_caller_and_nothing_is_stored(fake, client, tmp_path, caplog):
+def test_read_error_reaches_caller_and_nothing_is_stored(fake, client, tmp_path, caplog):
     def pairs() -> Iterator[tuple[str, str]]:
         yield "a", "b"
         raise RuntimeError("the caller's own")
@@ -75,21 +75,21 @@ def test_what_reading_raises_reaches_the_caller_and_nothing_is_stored(fake, clie
 
 
 @pytest.mark.parametrize("suffix", ["gz", "GZ", "Gz"])
-def test_gzip_is_unpacked_whatever_the_case_of_its_suffix(tmp_path, suffix):
+def test_gzip_suffix_is_case_insensitive(tmp_path, suffix):
     path = tmp_path / f"a.{suffix}"
     path.write_bytes(gzip.compress(b"one\n") + gzip.compress(b"two\n") + bytes(512))  # as tapes are padded
     assert b"".join(piece.data for piece in read_pieces((path, path), []) if piece.side == "source") == b"one\ntwo\n"
 
 
-def test_what_follows_compressed_data_is_told_apart(tmp_path):
+def test_extra_bytes_after_gzip_are_reported(tmp_path):
     path = tmp_path / "a.gz"
     path.write_bytes(gzip.compress(b"one\n") + b"two\n")
-    with pytest.raises(OSError, match=r"a\.gz: compressed data is followed by something else"):
+    with pytest.raises(OSError, match=r"a\.gz: extra bytes after the compressed data"):
         list(read_pieces((path, path), []))
 
 
 @pytest.mark.parametrize("damage", ["cut", "garbage", "plain"])
-def test_a_damaged_gzip_file_is_named(client, tmp_path, damage):
+def test_error_names_damaged_gzip_file(client, tmp_path, damage):
     good = gzip.compress("\n".join(SOURCE).encode())
     data = {"cut": good[: len(good) // 2], "garbage": good[:1000] + bytes(1000) + good[2000:], "plain": b"text\n"}
     path = tmp_path / "a.gz"
@@ -99,7 +99,7 @@ def test_a_damaged_gzip_file_is_named(client, tmp_path, damage):
     assert list(client.list_corpora()) == []
 
 
-def test_the_server_s_verdict_reaches_the_caller(client, tmp_path):
+def test_server_error_reaches_caller(client, tmp_path):
     with pytest.raises(errors.InvalidCorpus, match="train: has 2 source lines and 1 target lines"):
         client.upload_corpus(
             "x",
@@ -110,7 +110,7 @@ def test_the_server_s_verdict_reaches_the_caller(client, tmp_path):
         )
 
 
-def test_a_request_id_makes_it_repeatable(client):
+def test_request_id_makes_upload_idempotent(client):
     request_id = str(uuid4())
     ids = {
         client.upload_corpus("x", "en", "de", train=[("a", "b")], validation=[], request_id=request_id).corpus_id

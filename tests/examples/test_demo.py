@@ -56,21 +56,21 @@ def printed(console):
     return console.file.getvalue()
 
 
-def test_training_follows_the_run_to_its_model(task, console):
+def test_train_follows_run_until_publication(task, console):
     with FakeFerryman() as fake, Client(fake.target) as client:
         run, _ = demo.train(client, fake.target, task, console)
         assert (run.state, run.model_name, run.model_version) == (RunState.SUCCEEDED, "letters", 1)
         assert "BLEU" in printed(console)
 
 
-def test_a_run_that_fails_ends_the_demo_with_its_reason(task, console):
+def test_failed_run_fails_demo_with_reason(task, console):
     script = [StateChange(state=RunState.QUEUED), StateChange(state=RunState.FAILED)]
     failure = pytest.raises(DemoFailed, match="training ended failed")
     with FakeFerryman(script=script) as fake, Client(fake.target) as client, failure:
         demo.train(client, fake.target, task, console)
 
 
-def test_a_demo_that_is_stopped_cancels_its_run(task, monkeypatch, console):
+def test_interrupted_demo_cancels_run(task, monkeypatch, console):
     def interrupted(client, run_id, console, on_record):
         raise KeyboardInterrupt
 
@@ -81,7 +81,7 @@ def test_a_demo_that_is_stopped_cancels_its_run(task, monkeypatch, console):
         assert [run.state for run in client.list_training_runs()] == [RunState.CANCELLED]
 
 
-def test_the_schedule_is_drawn_into_terminal_and_file(task, output, console):
+def test_schedule_is_plotted_in_terminal_and_file(task, output, console):
     with FakeFerryman() as fake, Client(fake.target) as client:
         demo.show_learning_rate(client, task.recipe, console)
     assert "at step" in printed(console)
@@ -89,7 +89,7 @@ def test_the_schedule_is_drawn_into_terminal_and_file(task, output, console):
     assert (output / "learning-rate.png").stat().st_size > 1000
 
 
-def test_the_runs_records_become_files(task, output, console):
+def test_records_are_saved_as_files(task, output, console):
     with FakeFerryman() as fake, Client(fake.target) as client:
         run, _ = demo.train(client, fake.target, task, console)
         demo.save_run(client, run.run_id)
@@ -97,37 +97,37 @@ def test_the_runs_records_become_files(task, output, console):
     assert (output / "training.png").stat().st_size > 1000
 
 
-def test_white_space_does_not_make_a_translation_wrong():
-    assert demo.is_right(" A  B", "A B\t")
-    assert not demo.is_right("A b", "A B")
+def test_exact_match_ignores_white_space():
+    assert demo.is_exact(" A  B", "A B\t")
+    assert not demo.is_exact("A b", "A B")
 
 
-def test_the_table_shows_wrong_translations_first(task, console):
+def test_table_shows_wrong_translations_first(task, console):
     share = demo.show_translations(task.test, ["A B", "C", "D"], console)
     assert share == pytest.approx(2 / 3)
     assert printed(console).index("✗") < printed(console).index("A B")
     assert printed(console).count("✗") == 1
 
 
-def test_the_result_is_the_exact_share_or_the_usual_scores(task):
+def test_summary_is_exact_share_or_scores(task):
     assert demo.summary(task, ["A B", "C", "D"], 2 / 3) == "66.7 % of 3 held-out sentences exactly right"
     own = dataclasses.replace(task, expected_share=0.0)
     assert demo.summary(own, list(task.test.target), 1.0).startswith("BLEU ")
 
 
-def test_how_to_go_on_names_the_exact_version(console):
-    demo.show_what_is_left("letters/3", console)
+def test_output_paths_name_exact_version(console):
+    demo.show_output_paths("letters/3", console)
     assert "demo-output/data/models/letters/3" in printed(console)
     assert "ferryman translate letters/3 " in printed(console)
 
 
-def test_own_text_is_checked_before_anything_starts(tmp_path):
+def test_own_text_is_checked_before_service_starts(tmp_path):
     arguments = argparse.Namespace(train="t", valid="t", test="t", source="en", target="de")
     with pytest.raises(TextMissing, match=r"t\.en\.gz is a file"):
         demo.own_text_task(arguments, 1.0)
 
 
-def test_own_text_gets_a_vocabulary_that_it_can_fill(tmp_path):
+def test_own_text_limits_vocabulary_size(tmp_path):
     for language in ("en", "de"):
         (tmp_path / f"t.{language}").write_text("word\n" * 4000)
     arguments = argparse.Namespace(train="t", valid="t", test="t", source="en", target="de")
@@ -137,11 +137,11 @@ def test_own_text_gets_a_vocabulary_that_it_can_fill(tmp_path):
     assert task.model_name == "own-en-de"
 
 
-def test_file_options_come_together_or_not_at_all(capsys):
+def test_file_options_require_each_other(capsys):
     with pytest.raises(SystemExit) as stopped:
         demo.parse(["--train", "x"])
     assert stopped.value.code == 2
-    assert "give all of TRAIN, VALID, TEST, SOURCE and TARGET" in capsys.readouterr().err
+    assert "pass all of TRAIN, VALID, TEST, SOURCE and TARGET" in capsys.readouterr().err
 
 
 class PausedClient:
@@ -175,22 +175,22 @@ def step_of(number, seconds):
         (0.06, None, "about 8 minutes on this machine."),
     ],
 )
-def test_estimate_follows_the_speed_of_the_machine(console, step_s, expected_steps, said):
-    watched = demo_training.Demonstration(
-        PausedClient(), "run_1", console, expected_steps=expected_steps, longest_s=480.0
+def test_estimate_follows_measured_speed(console, step_s, expected_steps, said):
+    watched = demo_training.DemoRun(
+        PausedClient(), "run_1", console, expected_steps=expected_steps, max_duration_s=480.0
     )
     for number in range(demo_training.MEASURED_STEPS):
         assert "about" not in printed(console)
-        watched.see(record(step_of(number, 30.0 if number < 10 else step_s)))
+        watched.on_record(record(step_of(number, 30.0 if number < 10 else step_s)))
     assert said in printed(console)
 
 
-def test_run_pauses_after_its_first_validation_and_resumes_once(console):
+def test_run_pauses_after_first_validation_and_resumes_once(console):
     client = PausedClient()
-    watched = demo_training.Demonstration(client, "run_1", console, expected_steps=None, longest_s=60.0)
+    watched = demo_training.DemoRun(client, "run_1", console, expected_steps=None, max_duration_s=60.0)
     numbers = {field.name: 0 for field in dataclasses.fields(ValidationMetrics)}
     for payload in (ValidationMetrics(**numbers), StateChange(state=RunState.PAUSED), ValidationMetrics(**numbers)):
-        watched.see(record(payload))
+        watched.on_record(record(payload))
     assert client.calls == [("pause", "run_1"), ("resume", "run_1")]
 
 
@@ -204,7 +204,7 @@ def test_run_pauses_after_its_first_validation_and_resumes_once(console):
         (0.70, DecayReason.TIME, 5000, True, "The machine is slow or busy"),
     ],
 )
-def test_only_a_broken_run_fails_the_demo(task, console, share, reason, steps, fails, hint):
+def test_slow_machine_does_not_fail_demo(task, console, share, reason, steps, fails, hint):
     """A slow machine is told what to do, and is no failure."""
     task = dataclasses.replace(task, expected_share=0.95)
     run = TrainingRun(
@@ -218,7 +218,7 @@ def test_only_a_broken_run_fails_the_demo(task, console, share, reason, steps, f
     decay = DecayPlan(first_step=1, last_step=steps, reason=reason)
     if fails:
         with pytest.raises(DemoFailed, match="at least 90 % are required"):
-            demo.judge(task, share, run, decay, console)
+            demo.check_result(task, share, run, decay, console)
     else:
-        demo.judge(task, share, run, decay, console)
+        demo.check_result(task, share, run, decay, console)
     assert hint in printed(console) and bool(printed(console)) == bool(hint)

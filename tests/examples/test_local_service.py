@@ -9,7 +9,7 @@ from ferryman.errors import FerrymanError
 pytestmark = pytest.mark.system
 
 
-def test_the_service_serves_inside_the_block_and_is_gone_after_it(tmp_path):
+def test_service_runs_only_inside_block(tmp_path):
     with local_service(tmp_path / "data", tmp_path / "service.log") as address, Client(address) as client:
         assert list(client.list_models()) == []
     with Client(address, timeout_s=2) as client, pytest.raises(FerrymanError):
@@ -17,13 +17,13 @@ def test_the_service_serves_inside_the_block_and_is_gone_after_it(tmp_path):
     assert "serving on" in (tmp_path / "service.log").read_text()
 
 
-def test_a_service_that_does_not_start_shows_the_end_of_its_log(tmp_path):
+def test_failed_start_shows_end_of_log(tmp_path):
     broken = local_service(tmp_path / "data", tmp_path / "service.log", ["--max-sentences", "0"])
     with pytest.raises(ServiceFailed, match=r"(?s)exit status 2.*--max-sentences is 0"), broken:
         pytest.fail("the block must not be entered")
 
 
-def test_the_service_is_stopped_when_the_block_fails(tmp_path):
+def test_service_stops_if_block_fails(tmp_path):
     addresses = []
 
     def fail_inside():

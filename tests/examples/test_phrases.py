@@ -22,16 +22,16 @@ def corpus():
     return phrases.generate(seed=1)
 
 
-def test_the_splits_have_the_sizes_asked_for(corpus):
+def test_splits_have_requested_sizes(corpus):
     assert [len(split) for split in (corpus.train, corpus.validation, corpus.test)] == [30_000, 500, 300]
 
 
-def test_no_source_sentence_occurs_twice(corpus):
+def test_source_sentences_are_unique(corpus):
     sources = [pair.source for split in (corpus.train, corpus.validation, corpus.test) for pair in split]
     assert len(set(sources)) == len(sources)
 
 
-def test_a_source_has_one_target_whatever_the_seed(corpus):
+def test_source_has_one_target_for_all_seeds(corpus):
     targets = {pair.source: pair.target for pair in corpus.train}
     other = phrases.generate(seed=2, train=10_000)
     shared = [pair for pair in other.train if pair.source in targets]
@@ -39,7 +39,7 @@ def test_a_source_has_one_target_whatever_the_seed(corpus):
     assert all(targets[pair.source] == pair.target for pair in shared)
 
 
-def test_the_seed_decides_alone():
+def test_seed_determines_corpus():
     program = (
         "from examples import phrases\n"
         "for pair in phrases.generate(seed=5, train=200, validation=10, test=10).train: print(pair)"
@@ -58,7 +58,7 @@ def test_the_seed_decides_alone():
     assert len(outputs.pop()) > 200 * 20
 
 
-def test_another_seed_gives_other_sentences():
+def test_other_seed_gives_other_sentences():
     first, second = (phrases.generate(seed=seed, train=50, validation=1, test=1).train for seed in (1, 2))
     assert list(first) != list(second)
 
@@ -72,14 +72,14 @@ def test_sentences_are_single_nfc_lines_with_plain_spaces(corpus):
             assert text.endswith(".")
 
 
-def test_both_sides_of_a_template_have_the_same_known_slots():
+def test_template_sides_have_same_known_slots():
     for template in phrases.TEMPLATES:
         names = phrases.slots_of(template.source)
         assert names == phrases.slots_of(template.target), template
         assert {name.rstrip("2") for name in names} <= set(phrases.SLOTS), template
 
 
-def test_every_slot_is_used_and_every_template_occurs_in_the_test_split(corpus):
+def test_every_slot_and_template_is_used(corpus):
     used = {name.rstrip("2") for template in phrases.TEMPLATES for name in phrases.slots_of(template.source)}
     assert used == set(phrases.SLOTS)
     assert len(phrases.TEMPLATES) >= 25
@@ -87,7 +87,7 @@ def test_every_slot_is_used_and_every_template_occurs_in_the_test_split(corpus):
     assert len(beginnings) > 25
 
 
-def test_the_second_draw_of_a_slot_differs_from_the_first():
+def test_second_draw_of_slot_differs():
     template = Pair("{city} {city2}", "{city} {city2}")
     rng = Random(0)
     for _ in range(300):
@@ -135,7 +135,7 @@ def test_sentences_use_plain_spaces_where_cldr_has_none():
         (phrases.dative_duration(40, "year"), "40 years", "40 Jahren"),
     ],
 )
-def test_the_pieces_are_what_a_reader_of_both_languages_expects(pair, source, target):
+def test_slot_values_are_correct_in_both_languages(pair, source, target):
     assert pair == Pair(source, target)
 
 
@@ -159,7 +159,7 @@ def test_the_pieces_are_what_a_reader_of_both_languages_expects(pair, source, ta
         ),
     ],
 )
-def test_whole_sentences(start, source, target):
+def test_sample_sentences_are_correct(start, source, target):
     """Each slot yields the value that a person wrote down; only the template is under test."""
     values = {
         "vehicle": Pair("The train", "Der Zug"),
@@ -179,7 +179,7 @@ def test_whole_sentences(start, source, target):
     assert (english, german) == (source, target)
 
 
-def test_corpus_of_the_demo_is_pinned(corpus):
+def test_demo_corpus_is_pinned(corpus):
     """The share that the demo promises is of these 300 sentences, after these pairs; with pinned CLDR and num2words."""
     pairs = [pair for split in (corpus.train, corpus.validation, corpus.test) for pair in split]
     text = "".join(f"{pair.source}\t{pair.target}\n" for pair in pairs)
@@ -189,7 +189,7 @@ def test_corpus_of_the_demo_is_pinned(corpus):
     )
 
 
-def test_program_writes_files_that_an_upload_takes(tmp_path, capsys):
+def test_program_writes_uploadable_files(tmp_path, capsys):
     assert phrases.main([str(tmp_path), "--small"]) == 0
     assert capsys.readouterr().out == "2,000 training, 100 validation and 100 test pairs\n"
     lines = {path.name: path.read_text(encoding="utf-8").splitlines() for path in tmp_path.iterdir()}

@@ -55,7 +55,7 @@ def records():
     ]
 
 
-def test_the_csv_holds_every_step_and_validation(records, tmp_path):
+def test_csv_has_every_step_and_validation(records, tmp_path):
     run_report.save_metrics(records, tmp_path / "metrics.csv")
     with (tmp_path / "metrics.csv").open(newline="") as file:
         step, validation = csv.DictReader(file)
@@ -65,7 +65,7 @@ def test_the_csv_holds_every_step_and_validation(records, tmp_path):
     assert step["time"] == "2026-03-03T00:00:00+00:00"
 
 
-def test_the_curves_become_pictures(records, tmp_path):
+def test_curves_are_saved_as_png(records, tmp_path):
     run_report.save_training(records, tmp_path / "training.png")
     points = tuple(LearningRatePoint(step=step, learning_rate=step * 1e-6) for step in range(1, 10))
     curve = LearningRateCurve(points=points, schedule=LearningRateSchedule(), peak=points[-1])
@@ -74,6 +74,6 @@ def test_the_curves_become_pictures(records, tmp_path):
         assert (tmp_path / name).read_bytes().startswith(PNG)
 
 
-def test_a_run_without_validations_can_be_drawn(records, tmp_path):
+def test_run_without_validations_can_be_plotted(records, tmp_path):
     run_report.save_training(records[:2], tmp_path / "training.png")
     assert (tmp_path / "training.png").read_bytes().startswith(PNG)

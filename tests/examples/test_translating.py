@@ -5,7 +5,7 @@ from ferryman import Client
 from ferryman.testing import FakeFerryman
 
 
-def test_sentences_are_translated_in_batches_and_in_order():
+def test_sentences_are_translated_in_batches_in_order():
     sentences = [f"sentence {number}" for number in range(250)]
     with FakeFerryman() as fake, Client(fake.target) as client:
         fake.add_model("letters")

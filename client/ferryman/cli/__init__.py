@@ -1,1 +1,1 @@
-"""The command `ferryman`: the SDK at a terminal. Needs the extra `cli`."""
+"""The command line `ferryman`. Needs the extra `cli`."""

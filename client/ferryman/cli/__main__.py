@@ -8,10 +8,10 @@ from importlib.util import find_spec
 
 
 def main() -> None:
-    """Run the command line, or say what is missing for it."""
+    """Run the command line. Exits with a message if the extra `cli` is not installed."""
     if find_spec("typer") is None or find_spec("rich") is None:
-        sys.exit("ferryman: the command line needs typer and rich: install the extra ferryman[cli]")
-    # gRPC's own log lines have no place between ours; it reads this when it is first imported.
+        sys.exit("ferryman: the command line needs typer and rich; run `pip install 'ferryman[cli]'`")
+    # Silences gRPC's log lines. gRPC reads the variable when it is imported.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     from ferryman.cli.ending import run_process
 

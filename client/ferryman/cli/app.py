@@ -1,4 +1,4 @@
-"""The command line: the root command, and where every command is registered."""
+"""The root command of `ferryman`, and the registration of all commands."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ app = typer.Typer(
 )
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(requested: bool) -> None:
+    if requested:
         print_line(f"ferryman {__version__}")
         raise typer.Exit
 
@@ -33,13 +33,13 @@ def _print_version(wanted: bool) -> None:
 def root(
     context: typer.Context,
     server: Annotated[
-        str, typer.Option(envvar="FERRYMAN_SERVER", help="The service.", metavar="HOST:PORT")
+        str, typer.Option(envvar="FERRYMAN_SERVER", help="Address of the service.", metavar="HOST:PORT")
     ] = "localhost:50051",
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Train encoder-decoder Transformers and translate with them, on a Ferryman service."""
+    """Train encoder-decoder Transformers and translate with them on a Ferryman service."""
     context.obj = server
 
 

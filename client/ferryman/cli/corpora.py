@@ -1,4 +1,4 @@
-"""`ferryman corpus`: upload corpora, look at them, delete them."""
+"""`ferryman corpus`: uploads, lists, shows and deletes corpora."""
 
 from __future__ import annotations
 
@@ -11,26 +11,29 @@ from ferryman import Corpus, SplitStatistics
 from ferryman.cli.common import connect
 from ferryman.cli.output import print_fields, print_line, print_message, print_table, unreadable
 
-app = typer.Typer(no_args_is_help=True, help="Parallel corpora.")
+app = typer.Typer(no_args_is_help=True, help="Manage parallel corpora.")
 
 
 @app.command()
 def upload(
     context: typer.Context,
-    name: Annotated[str, typer.Argument(help="A name for people.")],
-    source: Annotated[str, typer.Option(help="Language of the source side, such as en.")],
-    target: Annotated[str, typer.Option(help="Language of the target side, such as de.")],
+    name: Annotated[str, typer.Argument(help="Display name of the corpus.")],
+    source: Annotated[str, typer.Option(help="Source language, such as en.")],
+    target: Annotated[str, typer.Option(help="Target language, such as de.")],
     train: Annotated[
-        tuple[Path, Path], typer.Option(help="Source and target file, one sentence a line, plain or .gz.")
+        tuple[Path, Path],
+        typer.Option(help="Source and target file with the training pairs: one sentence a line, plain or .gz."),
     ],
-    validation: Annotated[tuple[Path, Path], typer.Option(help="The same, for the validation pairs.")],
-    request_id: Annotated[str | None, typer.Option(help="A UUID that makes the upload repeatable.")] = None,
+    validation: Annotated[tuple[Path, Path], typer.Option(help="Source and target file with the validation pairs.")],
+    request_id: Annotated[str | None, typer.Option(help="Make the upload idempotent with this UUID.")] = None,
 ) -> None:
-    """Upload a corpus; prints its id on the first line. Warnings about its text go to the error output."""
+    """Upload a corpus and print its id on the first line. Warnings about the text go to standard error."""
     with connect(context) as client:
         corpus = client.upload_corpus(name, source, target, train=train, validation=validation, request_id=request_id)
     for warning in corpus.warnings:
-        print_message(f"Warning: {warning.field}: {warning.message} ({warning.code}; the first: {warning.example!r})")
+        print_message(
+            f"Warning: {warning.field}: {warning.message} ({warning.code}; first example: {warning.example!r})"
+        )
     print_line(corpus.corpus_id)
     print_line(f"{corpus.train.pairs:,} training pairs, {corpus.validation.pairs:,} validation pairs")
 
@@ -49,7 +52,9 @@ def list_(context: typer.Context) -> None:
 
 
 @app.command()
-def show(context: typer.Context, corpus_id: Annotated[str, typer.Argument(metavar="CORPUS")]) -> None:
+def show(
+    context: typer.Context, corpus_id: Annotated[str, typer.Argument(metavar="CORPUS", help="Id of the corpus.")]
+) -> None:
     """Show a corpus and its first sentence pairs."""
     with connect(context) as client:
         corpus = client.get_corpus(corpus_id)
@@ -69,8 +74,10 @@ def show(context: typer.Context, corpus_id: Annotated[str, typer.Argument(metava
 
 
 @app.command()
-def delete(context: typer.Context, corpus_id: Annotated[str, typer.Argument(metavar="CORPUS")]) -> None:
-    """Delete a corpus that no unfinished run trains on; models and ended runs stay."""
+def delete(
+    context: typer.Context, corpus_id: Annotated[str, typer.Argument(metavar="CORPUS", help="Id of the corpus.")]
+) -> None:
+    """Delete a corpus that no unfinished run uses; models and finished runs remain."""
     with connect(context) as client:
         client.delete_corpus(corpus_id)
     print_line("deleted")

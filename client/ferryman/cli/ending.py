@@ -1,4 +1,4 @@
-"""How the process ends: by itself, by Ctrl-C, or because nobody reads what it prints. Each has its exit status."""
+"""Exit statuses, and the clean exit after Ctrl-C and closed pipes."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ from typing import Final, NoReturn
 from ferryman.cli import output
 
 FAILED: Final = 1
-CALLERS_MISTAKE: Final = 2
+USAGE_ERROR: Final = 2
 INTERRUPTED: Final = 130
-"""What shells report for a program that SIGINT has ended."""
+"""The status that shells report for a program ended by SIGINT."""
 
 HELP: Final = (
-    "Exit status: 0 done, also if the reader of the output has closed it early; 1 the server or the run has failed; "
-    "2 something in the command or its input is wrong; 130 interrupted by Ctrl-C."
+    "Exit status: 0 success, also if the reader closes the pipe early; 1 the server or the run failed; "
+    "2 the command or its input is wrong; 130 interrupted by Ctrl-C."
 )
 
 _UNWIND_S: Final = 2.0
-"""Ctrl-C may interrupt gRPC where it holds a lock that closing the connection waits for."""
+"""The time to clean up after Ctrl-C. Closing the connection may wait for a lock that an interrupted gRPC call holds."""
 
 
 def run_process(command: Callable[[], object]) -> None:
-    """Run the command line as this process, and end the process with its status."""
+    """Run the command and exit the process with its status."""
     _fill_standard_descriptors()
     output.prepare_streams()
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is ignored, as in the background
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # otherwise ignored, as in a background job
         signal.signal(signal.SIGINT, _interrupt)
     try:
         command()
         status: str | int | None = 0
     except SystemExit as end:
         status = end.code
-    except BaseException:  # Ctrl-C may end a call in the middle, which then fails in another way
+    except BaseException:  # Ctrl-C may interrupt a call, which then fails with another error
         if not was_interrupted():
             raise
         status = 0
@@ -49,12 +49,12 @@ def run_process(command: Callable[[], object]) -> None:
     except OSError:
         output.discard()
     if status == INTERRUPTED:
-        _end()  # no waiting for threads: one may wait for what the interrupted call has locked
+        _exit_now()  # without joining threads: one may wait for a lock of the interrupted call
     sys.exit(status)
 
 
 def _fill_standard_descriptors() -> None:
-    """Open /dev/null in place of a closed standard stream: else the next connection would get its number."""
+    """Open /dev/null in place of a closed standard stream, whose descriptor a connection would otherwise get."""
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
@@ -66,22 +66,22 @@ _interrupted = threading.Event()
 
 
 def was_interrupted() -> bool:
-    """Tell whether the process has had Ctrl-C: what fails from then on fails because of it."""
+    """Whether Ctrl-C was pressed; later errors are consequences of it."""
     return _interrupted.is_set()
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    """Unwind what the command has begun, within a time; a second Ctrl-C does not wait for it."""
+    """Clean up for at most _UNWIND_S; a second Ctrl-C exits at once."""
     _interrupted.set()
-    signal.signal(signal.SIGINT, lambda *_: _end())
-    _thread.start_new_thread(_end_later, ())
+    signal.signal(signal.SIGINT, lambda *_: _exit_now())
+    _thread.start_new_thread(_exit_later, ())
     raise KeyboardInterrupt
 
 
-def _end_later() -> None:
+def _exit_later() -> None:
     time.sleep(_UNWIND_S)
-    _end()
+    _exit_now()
 
 
-def _end() -> NoReturn:
+def _exit_now() -> NoReturn:
     os._exit(INTERRUPTED)

@@ -1,4 +1,4 @@
-"""`ferryman models`: look at published models, name, download and delete them, and hold them in memory."""
+"""`ferryman models`: lists, shows, aliases, downloads, deletes, loads and unloads published models."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from ferryman.cli.common import connect
 from ferryman.cli.output import print_fields, print_line, print_table, unreadable
 from ferryman.types import Int8Outcome
 
-app = typer.Typer(no_args_is_help=True, help="Published models.")
+app = typer.Typer(no_args_is_help=True, help="Manage published models.")
 
 _LOAD_TIMEOUT_S: Final = 600.0
-"""Big models take longer to read than the client's own deadline allows."""
+"""Big models take longer to load than the client's default deadline."""
 _REFERENCE: Final = typer.Argument(
-    metavar="MODEL", help='"name" for the latest version, "name/version", or "name@alias".'
+    metavar="MODEL", help='Model: "name" (latest version), "name/version" or "name@alias".'
 )
 
 
 @app.command("list")
 def list_(
     context: typer.Context,
-    loaded: Annotated[bool, typer.Option("--loaded", help="List what is in the server's memory instead.")] = False,
+    loaded: Annotated[bool, typer.Option("--loaded", help="List the models in the server's memory instead.")] = False,
 ) -> None:
-    """List the models with their latest version."""
+    """List the models and their latest versions."""
     if loaded:
         _list_loaded(context)
         return
@@ -78,10 +78,10 @@ def show(
 
 
 def int8_text(outcome: Int8Outcome | None) -> str:
-    """Say what serving in 8-bit arithmetic does to the score."""
+    """Return the measured effect of int8 on BLEU."""
     if outcome is None:
         return "-"
-    kept = "" if outcome.kept else ", left out"
+    kept = "" if outcome.kept else ", not published"
     if outcome.fp32_bleu is None or outcome.int8_bleu is None:
         return f"not measured{kept}"
     # Adding zero turns -0.0 into 0.0.
@@ -90,23 +90,23 @@ def int8_text(outcome: Int8Outcome | None) -> str:
 
 
 def _of(pairs: int) -> str:
-    """Say on how many pairs a score was measured; models of an earlier release do not know."""
+    """Return the number of scored pairs; empty if the model does not record it."""
     return f" ({pairs:,} pairs)" if pairs else ""
 
 
 @app.command()
 def alias(
     context: typer.Context,
-    name: Annotated[str, typer.Argument(metavar="NAME", help="The model's name.")],
-    alias: Annotated[str, typer.Argument(metavar="ALIAS", help='The alias, such as "production".')],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the model.")],
+    alias: Annotated[str, typer.Argument(metavar="ALIAS", help='Name of the alias, such as "production".')],
     version: Annotated[
-        int | None, typer.Argument(metavar="[VERSION]", help="The version to point at.", min=1, max=2**31 - 1)
+        int | None, typer.Argument(metavar="[VERSION]", help="Version to point the alias at.", min=1, max=2**31 - 1)
     ] = None,
-    delete: Annotated[bool, typer.Option("--delete", help="Remove the alias instead.")] = False,
+    delete: Annotated[bool, typer.Option("--delete", help="Delete the alias.")] = False,
 ) -> None:
-    """Let NAME@ALIAS be a version of the model, or nothing any more."""
+    """Point the alias NAME@ALIAS at a version, or delete it."""
     if delete == (version is not None):
-        raise typer.BadParameter("give either a VERSION or --delete")
+        raise typer.BadParameter("pass either VERSION or --delete")
     with connect(context) as client:
         if version is None:
             client.delete_model_alias(name, alias)
@@ -119,9 +119,9 @@ def alias(
 @app.command()
 def delete(
     context: typer.Context,
-    model: Annotated[str, typer.Argument(metavar="MODEL", help='The version, "name/version".')],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help='Model version: "name/version".')],
 ) -> None:
-    """Delete a version for ever; its number is not given again."""
+    """Delete a model version permanently; its number is not reused."""
     with connect(context) as client:
         client.delete_model_version(model)
     print_line("deleted")
@@ -131,11 +131,11 @@ def delete(
 def download(
     context: typer.Context,
     model: Annotated[str, _REFERENCE],
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder that does not exist yet.")],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="New folder to create.")],
 ) -> None:
-    """Download a version; `ferryman-service import-model FOLDER NAME` publishes it on another server."""
+    """Download a model version. To publish it on another server: `ferryman-service import-model FOLDER NAME`."""
     if not folder.name:
-        raise typer.BadParameter("FOLDER must be the name of a folder that does not exist yet")
+        raise typer.BadParameter(f"FOLDER is {str(folder)!r}, which has no name; pass the path of a new folder")
     with connect(context) as client:
         version = client.download_model(model, folder)
     print_line(f"{version.reference}: {version.size_bytes / 1e6:.1f} MB in {folder}")
@@ -143,7 +143,7 @@ def download(
 
 @app.command()
 def load(context: typer.Context, model: Annotated[str, _REFERENCE]) -> None:
-    """Load a version into the server's memory, so that no translation waits for that."""
+    """Load a model version into the server's memory before the first translation."""
     with connect(context) as client:
         loaded = client.load_model(model, timeout_s=_LOAD_TIMEOUT_S)
     print_line(f"{loaded.model}: {loaded.memory_bytes / 1e6:.1f} MB, loaded in {loaded.load_time_s:.1f} s")
@@ -151,7 +151,7 @@ def load(context: typer.Context, model: Annotated[str, _REFERENCE]) -> None:
 
 @app.command()
 def unload(context: typer.Context, model: Annotated[str, _REFERENCE]) -> None:
-    """Take a version out of the server's memory, once its translations have ended."""
+    """Unload a model version from the server's memory, after its translations in progress."""
     with connect(context) as client:
         was_loaded = client.unload_model(model, timeout_s=_LOAD_TIMEOUT_S)
     print_line("unloaded" if was_loaded else "was not loaded")
@@ -163,4 +163,4 @@ def _list_loaded(context: typer.Context) -> None:
             (loaded.model, f"{loaded.memory_bytes / 1e6:.1f} MB", f"{loaded.load_time_s:.1f} s")
             for loaded in client.list_loaded_models()
         ]
-    print_table(("in memory, last used first", "memory", "load time"), rows)
+    print_table(("loaded model", "memory", "load time"), rows)

@@ -1,4 +1,4 @@
-"""Options of the command line: all mistakes at once, and under the names that their user knows."""
+"""Reports errors by option name, and all errors of a command line at once."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ _NAMES: Final = {
     "alias": "ALIAS",
     "corpus_id": "CORPUS",
     "max_points": "--points",
+    "recipe": "--recipe",
     "model": "MODEL",
     "model_name": "MODEL",
     "name": "NAME",
@@ -29,49 +30,48 @@ _NAMES: Final = {
     "target_prefixes": "--prefix",
     "target_prefix": "--prefix",
 }
-"""What is no option of the same name."""
-_WITHIN: Final = re.compile(r"^(?:config\.)?(?:options\.)?(?:sampling\.)?|^header\.|^schedule\.")
+"""Fields of requests whose option or argument has another name."""
+_PREFIX: Final = re.compile(r"^(?:config\.)?(?:options\.)?(?:sampling\.)?|^header\.|^schedule\.")
 
 
 class FerrymanCommand(TyperCommand):
-    """A command that names every mistake in its options, not the first alone."""
+    """A command that reports all invalid options, not only the first."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:  # noqa: ANN401 (typer's context has no public type here)
-        """Parse; a single mistake is told as typer does."""
         try:
             return super().parse_args(ctx, list(args))
         except typer.BadParameter:
-            mistakes = self._mistakes(ctx, args)
-            if len(mistakes) > 1:
-                ctx.fail("\n".join([f"{len(mistakes)} mistakes:", *mistakes]))
+            problems = self._problems(ctx, args)
+            if len(problems) > 1:
+                ctx.fail("\n".join([f"{len(problems)} errors:", *problems]))
             raise
 
-    def _mistakes(self, ctx: Any, args: list[str]) -> list[str]:  # noqa: ANN401
+    def _problems(self, ctx: Any, args: list[str]) -> list[str]:  # noqa: ANN401
         given, _, _ = self.make_parser(ctx).parse_args(args=list(args))
-        mistakes: list[str] = []
+        problems: list[str] = []
         for parameter in self.get_params(ctx):
             if parameter.is_eager:
                 continue
             try:
                 parameter.handle_parse_result(ctx, given, [])
             except typer.BadParameter as error:
-                mistakes.append(error.format_message())
-        return mistakes
+                problems.append(error.format_message())
+        return problems
 
 
 def option_of(field: str) -> str:
-    """Return what the user of the command line calls a field of a request: "options.beam_size" is "--beam-size".
+    """Return the option or argument for a field of a request: "options.beam_size" is "--beam-size".
 
-    A recipe's fields have the names of its file, which are those of --set; a sentence is counted from 1.
+    The fields of a recipe keep their names, as in the recipe file and in --set. Sentences are counted from 1.
     """
-    if field == "recipe" or field.startswith("recipe."):
+    if field.startswith("recipe."):
         return field.removeprefix("recipe.")
     if counted := re.fullmatch(r"(sentences|target_prefixes|states)\[(\d+)\]", field):
-        place = int(counted[2]) + 1
-        return f"sentence {place}" if counted[1] == "sentences" else f"{_NAMES[counted[1]]} {place}"
+        number = int(counted[2]) + 1
+        return f"sentence {number}" if counted[1] == "sentences" else f"{_NAMES[counted[1]]} {number}"
     if file := re.fullmatch(r"(train|validation)(?:\.(source|target))?(.*)", field):
         return f"--{file[1]}{file[3]} ({file[2]} file)" if file[2] else f"--{file[1]}{file[3]}"
     if field == "sentences":
         return field
-    name = _WITHIN.sub("", field)
+    name = _PREFIX.sub("", field)
     return _NAMES.get(name) or f"--{name.replace('_', '-')}"

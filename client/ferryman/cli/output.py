@@ -1,7 +1,8 @@
-"""Everything the command line prints. Text from elsewhere (names, messages, translations) goes out as text.
+"""All output of the command line. Untrusted text (names, messages, translations) is printed literally.
 
-Commands print through this module only: the linter refuses `print` in the others. Control characters, which would move
-the cursor, change colours or break a row, are shown as escapes ("\\x1b"); no text is taken for markup.
+Commands print only through this module; the linter forbids `print` elsewhere. Control characters, which could move the
+cursor, change colours or break a row, are printed as escapes ("\\x1b"). No text is
+interpreted as markup.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
-# C0 and C1 controls, DEL, line and paragraph separator, lone surrogates (an argument that is not UTF-8 has them).
+# C0 and C1 controls, DEL, line and paragraph separator, lone surrogates (from arguments that are not UTF-8).
 _CONTROL: Final = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 _CONTROL_BUT_NEWLINE: Final = re.compile(_CONTROL.pattern.replace("\x00-\x1f", "\x00-\x09\x0b-\x1f"))
 
 
 def printable(text: str) -> str:
-    """Return the text on one line, its control characters and line breaks escaped as Python writes them."""
+    """Return the text on one line, with control characters and line breaks as Python escapes."""
     return _CONTROL.sub(_escape, text)
 
 
@@ -34,49 +35,47 @@ def _escape(found: re.Match[str]) -> str:
 
 
 class Terminal(Console):
-    """A rich console for text from elsewhere: no markup, no guessed colours, control characters escaped."""
+    """A rich console for untrusted text: no markup, no highlighting, control characters escaped."""
 
     def __init__(self, *, stderr: bool = False) -> None:
         super().__init__(stderr=stderr, markup=False, highlight=False, emoji=False)
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
-        """Yield the segments, their text escaped; control sequences of rich itself are segments of their own."""
+        """Yield the segments with escaped text; rich's own control sequences are separate segments."""
         for text, style, control in super().render(renderable, options):
             yield Segment(text if control else _CONTROL_BUT_NEWLINE.sub(_escape, text), style, control)
 
     def on_broken_pipe(self) -> NoReturn:
-        """Leave it to the root command, which ends for a closed pipe as it does for every other output."""
+        """Raise, so that the root command handles the closed pipe."""
         raise BrokenPipeError
 
 
 def styled(text: str, style: str = "") -> Text:
-    """Return one line for a Terminal."""
+    """Return the text as one styled line for a Terminal."""
     return Text(printable(text), style)
 
 
 def unreadable(why: str) -> str:
-    """Say in a list that the server cannot read this row."""
+    """Return the cell for a row that the server cannot read."""
     return f"unreadable: {why}"
 
 
 def print_line(text: object = "", *, flush: bool = False) -> None:
-    """Print one line on standard output."""
     print(printable(str(text)), flush=flush)
 
 
 def print_lines(text: str) -> None:
-    """Print a text that may have several lines."""
     for line in text.splitlines():
         print_line(line)
 
 
 def print_row(cells: Iterable[object], *, flush: bool = False) -> None:
-    """Print one row for other programs: cells separated by tabs, which no cell contains."""
+    """Print one row as tab-separated cells; cells contain no tabs."""
     print("\t".join(printable(str(cell)) for cell in cells), flush=flush)
 
 
 def print_table(columns: Iterable[str], rows: Iterable[Iterable[object]]) -> None:
-    """Print a table; where the output is no terminal, tab-separated lines for other programs."""
+    """Print a table; if the output is not a terminal, print tab-separated lines."""
     console = Terminal()
     if not console.is_terminal:
         for row in rows:
@@ -84,7 +83,7 @@ def print_table(columns: Iterable[str], rows: Iterable[Iterable[object]]) -> Non
         return
     table = Table(box=None, padding=(0, 2, 0, 0))
     for number, column in enumerate(columns):
-        # Ids and references are for copying: the first column is never cut while another can still give way.
+        # Ids and references are for copying: shrink other columns before the first one.
         table.add_column(column, no_wrap=number == 0, overflow="fold")
     for row in rows:
         table.add_row(*(styled(str(cell)) for cell in row))
@@ -100,28 +99,28 @@ def print_fields(fields: Iterable[tuple[str, object]]) -> None:
 
 
 def print_translation(text: str) -> None:
-    """Print a translation on one line, at once: as it is for another program, escaped at a terminal."""
-    # A text that was split may have line breaks; what is printed has one line for each.
+    """Print a translation on one line and flush; escape control characters only at a terminal."""
+    # With --split a translation may have line breaks, but each input line has one output line.
     line = " ".join(text.splitlines())
     print(printable(line) if sys.stdout.isatty() else line, flush=True)
 
 
 def print_json(value: dict[str, Any]) -> None:
-    """Print an object on one line, at once."""
+    """Print an object on one line and flush."""
     line = json.dumps(value, ensure_ascii=not encodes(sys.stdout, "ä€😀"))
-    # JSON's own escapes for what json.dumps leaves: C1 controls, separators and lone surrogates.
+    # JSON escapes for characters that json.dumps does not escape: C1 controls, separators and lone surrogates.
     print(_CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", line), flush=True)
 
 
 def print_message(text: str) -> None:
-    """Print a message for the person at the terminal, on standard error. Nobody may be there to read it."""
+    """Print a message on standard error; ignore a closed one."""
     with contextlib.suppress(OSError):
         for line in text.splitlines():
             print(printable(line), file=sys.stderr, flush=True)
 
 
 def encodes(stream: TextIO, text: str) -> bool:
-    """Tell whether the stream can carry the text."""
+    """Whether the encoding of the stream can represent the text."""
     try:
         text.encode(stream.encoding)
     except UnicodeEncodeError:
@@ -130,14 +129,14 @@ def encodes(stream: TextIO, text: str) -> bool:
 
 
 def write_utf8() -> None:
-    """Let standard output carry UTF-8 whatever the locale says, unless it is a terminal, which knows better."""
+    """Switch standard output to UTF-8, unless it is a terminal, which has its own encoding."""
     if not sys.stdout.isatty():
         _reconfigure(sys.stdout, encoding="utf-8")
 
 
 def prepare_streams() -> None:
-    """Escape what the encoding of the locale cannot carry; without a stream, print to nowhere."""
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 (it is open until the process ends)
+    """Escape characters that the locale cannot encode; replace closed streams by /dev/null."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 (open until the process ends)
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         _reconfigure(stream, errors="backslashreplace")
@@ -150,11 +149,11 @@ def _reconfigure(stream: TextIO, **options: str) -> None:
 
 
 def flush() -> None:
-    """Write what was printed. Raises OSError."""
+    """Flush standard output. Raises OSError."""
     sys.stdout.flush()
 
 
 def discard() -> None:
-    """Drop what standard output has not taken: nobody reads it any more."""
+    """Discard unwritten output, because the reader has closed the pipe."""
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,4 +1,4 @@
-"""A learning-rate curve in a terminal."""
+"""Plots a learning-rate curve in a terminal."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class _Style:
 _UNICODE: Final = _Style(dots=(2, 4), y_axis="┤", corner="└", x_axis="─")
 _ASCII: Final = _Style(dots=(1, 1), y_axis="|", corner="+", x_axis="-")
 CHARACTERS: Final = "┤└─" + chr(_BRAILLE) + chr(_BRAILLE + 0xFF)
-"""What a terminal must be able to show, unless the plot is in ASCII."""
+"""Characters that the terminal must support, unless the plot is in ASCII."""
 MIN_WIDTH: Final = 24
 
 
@@ -53,14 +53,14 @@ def draw_curve(
     for x, y in _dots(points, highest, across * columns, down * height):
         row = down * height - 1 - y
         cells[row // down][x // across] |= _DOTS[x % across][row % down]
-    # Every fourth line has its label: more would only be noise.
+    # Label every fourth line.
     margins = [f"{labels[row] if row % 4 == 0 else '':>{label_width}} {style.y_axis}" for row in range(height)]
     rows = [margin + "".join(map(style.character, row)) for margin, row in zip(margins, cells, strict=True)]
     return "\n".join([*rows, *_step_axis(points, label_width, columns, style)])
 
 
 def _dots(points: Sequence[LearningRatePoint], highest: float, x_dots: int, y_dots: int) -> Iterator[tuple[int, int]]:
-    """Yield (x, y) of every dot, y from the bottom; neighbours are joined, so that a steep curve has no holes."""
+    """Yield (x, y) of every dot, y from the bottom; neighbours are joined, so that a steep curve has no gaps."""
     first, last = points[0].step, points[-1].step
     previous: tuple[int, int] | None = None
     for point in points:
@@ -78,8 +78,8 @@ def _step_axis(points: Sequence[LearningRatePoint], label_width: int, columns: i
     middle = "training step"
     margin = " " * label_width
     axis = f"{margin} {style.corner}{style.x_axis * columns}"
-    room = columns - len(first) - len(last)
-    if room < 1:  # the end says more than the beginning
+    space = columns - len(first) - len(last)
+    if space < 1:  # the last step is more useful than the first
         return axis, f"{margin}  {last:>{columns}}"
-    text = middle.center(room) if room >= len(middle) + 2 else " " * room
+    text = middle.center(space) if space >= len(middle) + 2 else " " * space
     return axis, f"{margin}  {first}{text}{last}"

@@ -1,4 +1,4 @@
-"""Following a run at a terminal."""
+"""Follows a run at a terminal."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ from ferryman import (
 from ferryman.cli.output import styled
 
 _UNEXPLAINED: Final = ("WORKER_DIED", "EXPORT_MISMATCH")
-# Before the export, in which a run is done with its limits.
+# Later states have no limits left to reach.
 _BEFORE_EXPORT: Final = (RunState.QUEUED, RunState.STARTING, RunState.RUNNING, RunState.PAUSED)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunView:
-    """What a person wants to know of a run: a fold over its records. Times are those of the records.
+    """The progress of a run, computed from its records. Times are those of the records.
 
-    A run may rest or lose its worker and go on: `worked_s` is the time of its earlier workers, seconds, and
-    `start_time` is when the present one began; None between two. `decay_start_s` is when the decay was planned.
+    A run can be paused or lose its worker: `worked_s` is the running time of its earlier workers, and `start_time` is
+    the start of the current one, None without a worker. `decay_start_s` is the elapsed time when the decay was planned.
     """
 
     state: RunState = RunState.QUEUED
@@ -50,7 +50,7 @@ class RunView:
     decay_start_s: float = 0.0
 
     def after(self, record: MetricRecord) -> RunView:
-        """Return the view with one record more."""
+        """Return the view updated by a record."""
         view = replace(self, time=record.time)
         match record.payload:
             case StateChange(state=RunState.RUNNING):
@@ -67,12 +67,12 @@ class RunView:
                 return view
 
     def elapsed_s(self) -> float:
-        """Return the time that workers have worked, seconds."""
+        """Return the running time of all workers, seconds."""
         running_s = (self.time - self.start_time).total_seconds() if self.time and self.start_time else 0.0
         return self.worked_s + running_s
 
     def fraction(self, stop: StopRecipe) -> float:
-        """Return the used share of the nearest limit, 0 to 1."""
+        """Return the progress towards the nearest limit, 0 to 1."""
         if self.state not in _BEFORE_EXPORT:
             return 1.0
         step, epoch = (self.step.step, self.step.epoch) if self.step else (0, 1)
@@ -86,7 +86,7 @@ class RunView:
         return min(1.0, max((done / limit for done, limit in used if limit), default=0.0))
 
     def remaining_s(self, stop: StopRecipe) -> float | None:
-        """Return the estimated time to the nearest limit, seconds; None while unknown."""
+        """Return the estimated time to the nearest limit, seconds; None if unknown."""
         fraction = self.fraction(stop)
         if self.decay is not None and self.step is not None:
             done = self.step.step - self.decay.first_step + 1
@@ -98,10 +98,9 @@ class RunView:
 def follow(
     client: Client, run_id: str, console: Console, on_record: Callable[[MetricRecord], None] | None = None
 ) -> TrainingRun:
-    """Show the run until it ends: a progress bar, and a line for each validation, change of state and event.
+    """Follow the run until it ends and return it. Show a progress bar, and a line for each validation, state and event.
 
-    Returns the terminal run. On a console that is no terminal only the lines are printed. `on_record` is called with
-    each record after its line.
+    If the console is not a terminal, print only the lines. Calls `on_record` with each record after its line.
     """
     run = client.get_training_run(run_id)
     stop = run.recipe.stop or StopRecipe()
@@ -123,7 +122,7 @@ def follow(
 
 
 def describe(record: MetricRecord) -> Text | None:
-    """Return the line for a record; None for a training step, which only moves the bar."""
+    """Return the line for a record; None for a training step, which only updates the progress bar."""
     match record.payload:
         case ValidationMetrics() as validation:
             line = (
@@ -142,14 +141,13 @@ def describe(record: MetricRecord) -> Text | None:
 
 
 def describe_decay(decay: DecayPlan) -> str:
-    """Return the line for a planned decay."""
     why = {"time": "the time limit", "target_score": "the target score", "patience": "stop.patience"}
     steps = f"steps {decay.first_step:,} to {decay.last_step:,}"
-    return f"learning rate decays over {steps}, the last one ({why.get(decay.reason, 'a newer reason')})"
+    return f"learning rate decays over {steps}, then the run ends ({why.get(decay.reason, 'unknown reason')})"
 
 
 def describe_end(run: TrainingRun) -> Text:
-    """Return how a terminal run ended."""
+    """Return the final line for a terminal run."""
     if run.state is RunState.SUCCEEDED:
         return styled(f"{run.run_id} succeeded: published {run.model_name}/{run.model_version}", "bold green")
     if run.error is None:
@@ -159,12 +157,12 @@ def describe_end(run: TrainingRun) -> Text:
 
 
 def log_lines(error: RunError) -> list[str]:
-    """Return the end of the worker's log if it says more than the error: most failures are told by their message."""
+    """Return the end of the worker's log if the error message does not explain the failure."""
     return error.log_tail.rstrip().splitlines() if error.reason in _UNEXPLAINED else []
 
 
 def _progress(console: Console) -> Progress:
-    # None of rich's time columns: they count from the start of this process, not of the run.
+    # Without rich's time columns, which count from the start of this process, not of the run.
     return Progress(
         BarColumn(bar_width=16),
         TextColumn("{task.percentage:>3.0f} %"),
@@ -180,7 +178,7 @@ def _update(progress: Progress, task: TaskID, view: RunView, stop: StopRecipe) -
 
 
 def numbers(view: RunView, stop: StopRecipe) -> str:
-    """Return the numbers beside the bar, the most wanted first: a narrow terminal cuts the last ones off."""
+    """Return the text beside the bar, most important first: a narrow terminal truncates it."""
     if view.step is None:
         return str(view.state)
     step, remaining_s = view.step, view.remaining_s(stop)

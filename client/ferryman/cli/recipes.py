@@ -1,4 +1,4 @@
-"""Recipes at the command line: a TOML file, and `path=value` overrides on top of it."""
+"""Builds recipes from a TOML file and `path=value` overrides."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ T = TypeVar("T")
 
 
 def build_recipe(file: Path | None, preset: str | None, overrides: Sequence[str]) -> Recipe:
-    """Return the recipe of the file, with the preset, with the overrides ("model.d_model=64") on top.
+    """Return the recipe of the file, replaced in part by the preset and then by overrides such as "model.d_model=64".
 
-    Raises InvalidRecipe for a file that is not TOML, for unknown fields and for malformed overrides; OSError.
+    Raises InvalidRecipe for invalid TOML, unknown fields and malformed overrides; OSError.
     """
     values = _read(file) if file is not None else {}
     if preset is not None:
@@ -33,7 +33,7 @@ def build_recipe(file: Path | None, preset: str | None, overrides: Sequence[str]
 
 
 def to_toml(recipe: Recipe) -> str:
-    """Return the fields that are set as a TOML file, which `build_recipe` reads back."""
+    """Return the set fields as TOML, which `build_recipe` can read."""
     tables = dataclasses.asdict(recipe)
     lines = _assignments({name: value for name, value in tables.items() if not isinstance(value, dict)})
     for title, table in tables.items():
@@ -47,7 +47,7 @@ def _assignments(table: Mapping[str, object]) -> list[str]:
 
 
 def _toml(value: object) -> str:
-    # What JSON writes for text and for true and false is TOML too; not so its infinity.
+    # JSON strings and booleans are valid TOML; JSON's Infinity is not.
     return json.dumps(str(value)) if isinstance(value, str) else repr(value).lower()
 
 
@@ -55,28 +55,26 @@ def _read(file: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(file.read_text(encoding="utf-8-sig"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise _invalid("recipe", f"{file} is not TOML: {error}") from error
+        raise _invalid("recipe", f"{file} is not valid TOML: {error}") from error
 
 
 def _apply(values: dict[str, Any], override: str) -> Iterator[Violation]:
-    """Set the field that the override names; yields what is wrong with it."""
+    """Apply the override to `values`; yield a violation if it is malformed."""
     path, equals, text = override.partition("=")
     *parents, name = path.strip().split(".")
     if not equals or not name:
-        yield Violation(
-            field="recipe", description=f'{override!r} is not an override, write it like "model.d_model=64"'
-        )
+        yield Violation(field="set", description=f"{override!r} is not FIELD=VALUE; write it like model.d_model=64")
         return
     for parent in parents:
         values = values.setdefault(parent, {})
         if not isinstance(values, dict):
-            yield Violation(field=f"recipe.{path}", description=f"{parent} is a value and has no parts")
+            yield Violation(field=f"recipe.{path}", description=f"{parent} is a value, not a table")
             return
     values[name] = _parse(text.strip())
 
 
 def _parse(text: str) -> object:
-    """Return the TOML value, or the text itself where it is none: `norm=pre` needs no quotes."""
+    """Return the TOML value, or the text itself if it is not TOML, so that `norm=pre` needs no quotes."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except (tomllib.TOMLDecodeError, RecursionError):
@@ -84,14 +82,14 @@ def _parse(text: str) -> object:
 
 
 def _build(cls: type[T], values: object, path: str, violations: list[Violation]) -> T:
-    """Return the part of a recipe; what is no field of it is left out, with a violation each."""
+    """Build the dataclass from the table; add a violation for each unknown field and skip it."""
     if not isinstance(values, Mapping):
         violations.append(Violation(field=path, description=f"is {values!r}, must be a table of fields"))
         return cls()
     hints = typing.get_type_hints(cls)
-    legal = f"not a field of {path}; its fields are {', '.join(hints)}"
+    unknown = f"is not a field of {path}; its fields are {', '.join(hints)}"
     violations += [
-        Violation(field=f"{path}.{name}", description=legal, reason="UNKNOWN_FIELD")
+        Violation(field=f"{path}.{name}", description=unknown, reason="UNKNOWN_FIELD")
         for name in values
         if name not in hints
     ]

@@ -1,4 +1,4 @@
-"""`ferryman train`, `watch` and `runs`: start training, follow it, look at it, rest it, stop it, remove it."""
+"""`ferryman train`, `watch` and `runs`: starts, follows, lists, shows, pauses, cancels and deletes training runs."""
 
 from __future__ import annotations
 
@@ -23,38 +23,39 @@ from ferryman.cli.output import (
 from ferryman.cli.progress import describe, follow, log_lines
 from ferryman.cli.recipes import build_recipe, to_toml
 
-app = typer.Typer(no_args_is_help=True, help="Training runs.")
-RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="The run's id.")]
+app = typer.Typer(no_args_is_help=True, help="Manage training runs.")
+RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="Id of the run.")]
 
 
 def train(
     context: typer.Context,
-    corpus_id: Annotated[str, typer.Argument(metavar="CORPUS", help="The corpus's id.")],
-    model_name: Annotated[str, typer.Argument(metavar="MODEL", help="The model to publish a version of.")],
-    recipe: Annotated[Path | None, typer.Option(help="A TOML file with the fields of a recipe.")] = None,
-    preset: Annotated[Preset | None, typer.Option(help="The starting point, before the file's.")] = None,
+    corpus_id: Annotated[str, typer.Argument(metavar="CORPUS", help="Id of the corpus.")],
+    model_name: Annotated[str, typer.Argument(metavar="MODEL", help="Name of the model to publish.")],
+    recipe: Annotated[Path | None, typer.Option(help="Read the recipe from this TOML file.")] = None,
+    preset: Annotated[Preset | None, typer.Option(help="Start from this preset, instead of the file's.")] = None,
     overrides: Annotated[
-        list[str] | None, typer.Option("--set", help="A field, such as model.d_model=64.", metavar="FIELD=VALUE")
+        list[str] | None,
+        typer.Option("--set", help="Override a field, such as model.d_model=64; repeatable.", metavar="FIELD=VALUE"),
     ] = None,
-    request_id: Annotated[str | None, typer.Option(help="A UUID that makes the start repeatable.")] = None,
-    validate_only: Annotated[bool, typer.Option("--validate-only", help="Check everything, start nothing.")] = False,
-    watch: Annotated[bool, typer.Option("--watch", help="Follow the run to its end.")] = False,
-    initial_model: Annotated[str | None, typer.Option(help="The model to fine-tune, such as en-de or en-de/7.")] = None,
+    request_id: Annotated[str | None, typer.Option(help="Make the start idempotent with this UUID.")] = None,
+    validate_only: Annotated[bool, typer.Option("--validate-only", help="Validate the request only.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Follow the run until it ends.")] = False,
+    initial_model: Annotated[str | None, typer.Option(help="Fine-tune this model, such as en-de or en-de/7.")] = None,
     keep_optimizer: Annotated[
-        bool, typer.Option("--keep-optimizer", help="Fine-tune with the optimizer's moments of the run that made it.")
+        bool, typer.Option("--keep-optimizer", help="Continue with the optimizer state of --initial-model.")
     ] = False,
-    processes: Annotated[int | None, typer.Option(help="Processes that train together.")] = None,
+    processes: Annotated[int | None, typer.Option(help="Set the number of data-parallel processes.")] = None,
 ) -> None:
-    """Start a training run; prints its id on the first line.
+    """Start a training run and print its id on the first line.
 
-    With --validate-only the recipe is printed instead, complete and ready for --recipe.
+    With --validate-only, print the complete recipe instead, as a file for --recipe.
     """
-    wanted = build_recipe(recipe, preset, overrides or [])
+    built = build_recipe(recipe, preset, overrides or [])
     with connect(context) as client:
         run = client.start_training(
             corpus_id,
             model_name,
-            wanted,
+            built,
             request_id=request_id,
             validate_only=validate_only,
             initial_model=initial_model,
@@ -71,7 +72,10 @@ def train(
 
 
 def watch(context: typer.Context, run_id: RunArgument) -> None:
-    """Follow a run to its end, from its beginning. Ctrl-C leaves the run on; a failed run ends with status 1."""
+    """Replay the history of a run and follow it until it ends.
+
+    Ctrl-C stops watching; the run continues. The exit status is 1 if the run failed.
+    """
     with connect(context) as client:
         _watch(client, run_id)
 
@@ -80,7 +84,7 @@ def _watch(client: Client, run_id: str) -> None:
     try:
         run = follow(client, run_id, Terminal())
     except KeyboardInterrupt:
-        print_message(f"{run_id} continues; see it again with: ferryman watch {run_id}")
+        print_message(f"{run_id} continues; to follow it again: ferryman watch {run_id}")
         raise typer.Exit(INTERRUPTED) from None
     if run.state is RunState.FAILED:
         raise typer.Exit(FAILED)
@@ -89,8 +93,8 @@ def _watch(client: Client, run_id: str) -> None:
 @app.command("list")
 def list_(
     context: typer.Context,
-    state: Annotated[list[RunState] | None, typer.Option(help="Only runs in this state; repeatable.")] = None,
-    model: Annotated[str, typer.Option(help="Only runs for this model.")] = "",
+    state: Annotated[list[RunState] | None, typer.Option(help="List only runs in this state; repeatable.")] = None,
+    model: Annotated[str, typer.Option(help="List only runs of this model.")] = "",
 ) -> None:
     """List the runs, newest first."""
     with connect(context) as client:
@@ -113,12 +117,12 @@ def show(context: typer.Context, run_id: RunArgument) -> None:
     fields: list[tuple[str, object]] = [
         ("run", run.run_id),
         ("state", f"{run.state}{_requested(run)}"),
-        ("corpus", f"{run.corpus_id}, which was deleted" if run.corpus_deleted else run.corpus_id),
+        ("corpus", f"{run.corpus_id} (deleted)" if run.corpus_deleted else run.corpus_id),
         ("model", f"{run.model_name}{version}"),
         ("step", f"{run.progress.step:,} (epoch {run.progress.epoch}, {run.progress.fraction:.0%})"),
         ("target tokens", f"{run.progress.target_tokens:,}"),
         ("best BLEU", bleu if pairs == "-" else f"{bleu} ({pairs} pairs)"),
-        ("attempt", f"{run.attempt}, {run.restarts} workers in a row got no further" if run.restarts else run.attempt),
+        ("attempt", f"{run.attempt} ({run.restarts} restarts without progress)" if run.restarts else run.attempt),
         ("processes", run.processes),
         ("starts from", _start(run)),
         ("accepted", _time(run)),
@@ -133,7 +137,7 @@ def show(context: typer.Context, run_id: RunArgument) -> None:
 
 @app.command()
 def events(context: typer.Context, run_id: RunArgument) -> None:
-    """Show what has happened to a run so far, a line each with its time (UTC): all but the training steps."""
+    """Show the events of a run so far, except training steps, with their times in UTC."""
     with connect(context) as client:
         for record in client.stream_metrics(run_id, follow=False):
             if (line := describe(record)) is not None:
@@ -150,7 +154,7 @@ def cancel(context: typer.Context, run_id: RunArgument) -> None:
 
 @app.command()
 def pause(context: typer.Context, run_id: RunArgument) -> None:
-    """Ask a run to rest; `runs resume` lets it go on."""
+    """Pause a run: it writes a checkpoint and its worker stops. Resume it with `runs resume`."""
     with connect(context) as client:
         run = client.pause_training(run_id)
     print_line("pause requested" if run.pause_requested else str(run.state))
@@ -158,7 +162,7 @@ def pause(context: typer.Context, run_id: RunArgument) -> None:
 
 @app.command()
 def resume(context: typer.Context, run_id: RunArgument) -> None:
-    """Let a paused run go on from its last checkpoint."""
+    """Resume a paused run from its last checkpoint."""
     with connect(context) as client:
         run = client.resume_training(run_id)
     print_line(str(run.state))
@@ -166,7 +170,7 @@ def resume(context: typer.Context, run_id: RunArgument) -> None:
 
 @app.command()
 def delete(context: typer.Context, run_id: RunArgument) -> None:
-    """Remove a run that has ended or is unreadable, with its records and checkpoints; what it published stays."""
+    """Delete a finished or unreadable run with its records and checkpoints; its published model remains."""
     with connect(context) as client:
         client.delete_training_run(run_id)
     print_line("deleted")
@@ -200,11 +204,11 @@ def _requested(run: TrainingRun) -> str:
 def _start(run: TrainingRun) -> str:
     if run.initial_model is None:
         return "random weights"
-    return f"{run.initial_model}, with its optimizer" if run.keep_optimizer else run.initial_model
+    return f"{run.initial_model} with its optimizer" if run.keep_optimizer else run.initial_model
 
 
 def _best_bleu(run: TrainingRun) -> tuple[str, str]:
-    """Return the score, and of how many translated pairs it is."""
+    """Return the score and the number of translated pairs."""
     best = run.progress.best_validation
     return (f"{best.bleu:.1f}", f"{best.translated_pairs:,}") if best is not None else ("-", "-")
 

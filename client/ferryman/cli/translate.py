@@ -1,4 +1,4 @@
-"""`ferryman translate`: translate arguments or standard input."""
+"""`ferryman translate`: translates arguments or standard input."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ import typer
 from ferryman import EarlyStopping, Sampling, SentenceError, StreamSentence, TranslateOptions, Translation
 from ferryman.cli import output
 from ferryman.cli.common import connect, failure_text
-from ferryman.cli.ending import CALLERS_MISTAKE, was_interrupted
+from ferryman.cli.ending import USAGE_ERROR, was_interrupted
 from ferryman.cli.lines import Line, read_lines, standard_input
 from ferryman.errors import FerrymanError, InvalidSentence, reason_of
 
 _INVALID: Final = reason_of(InvalidSentence)
+_TOP_P_HELP: Final = "Sample from the smallest set of tokens with this total probability; implies --sample."
 
 
 def _option(text: str, *names: str) -> Any:  # noqa: ANN401 (typer's own)
@@ -27,36 +28,41 @@ def _option(text: str, *names: str) -> Any:  # noqa: ANN401 (typer's own)
 def translate(
     context: typer.Context,
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help='"name" for the latest version, "name/version", or "name@alias".')
+        str, typer.Argument(metavar="MODEL", help='Model: "name" (latest version), "name/version" or "name@alias".')
     ],
     text: Annotated[
-        list[str] | None, typer.Argument(help="Sentences; without any, the lines of standard input.")
+        list[str] | None, typer.Argument(help="Sentences to translate; by default the lines of standard input.")
     ] = None,
-    beam_size: Annotated[int | None, _option("Hypotheses kept at each step; 1 is greedy.")] = None,
-    n_best: Annotated[int | None, _option("Hypotheses to print: number, score and text, by tabs.")] = None,
-    length_penalty: Annotated[float | None, _option("Exponent of the length normalisation.")] = None,
-    max_length: Annotated[int | None, _option("Longest translation, in subwords.")] = None,
-    max_length_ratio: Annotated[float | None, _option("Longest translation, as a multiple of the source.")] = None,
-    min_length: Annotated[int | None, _option("Shortest translation, in subwords.")] = None,
-    patience: Annotated[float | None, _option("Multiplies the hypotheses that a beam waits for.")] = None,
-    early_stopping: Annotated[EarlyStopping | None, _option("When a beam has found enough.")] = None,
-    sample: Annotated[bool, _option("Draw at random instead of searching.", "--sample")] = False,
-    temperature: Annotated[float | None, _option("Divides the logits; implies --sample.")] = None,
-    top_k: Annotated[int | None, _option("Draw from so many subwords; implies --sample.")] = None,
-    top_p: Annotated[float | None, _option("Draw from so much probability; implies --sample.")] = None,
-    seed: Annotated[int | None, _option("The same seed draws the same; implies --sample.")] = None,
-    repetition_penalty: Annotated[float | None, _option("Above 1, what was said becomes less probable.")] = None,
-    no_repeat_ngram_size: Annotated[int | None, _option("No so many subwords in a row twice.")] = None,
-    prefix: Annotated[str, _option("Words that every translation must begin with.")] = "",
-    split: Annotated[bool, _option("Split each text or line into sentences first.", "--split")] = False,
-    token_scores: Annotated[bool, _option("Subwords and scores, with --json.", "--token-scores")] = False,
-    alignment: Annotated[bool, _option("Subwords and what they look at, with --json.", "--alignment")] = False,
-    as_json: Annotated[bool, _option("Print one JSON object a sentence, and one if the call fails.", "--json")] = False,
+    beam_size: Annotated[int | None, _option("Set the beam size; 1 is greedy search.")] = None,
+    n_best: Annotated[int | None, _option("Print this many hypotheses, each with sentence number and score.")] = None,
+    length_penalty: Annotated[float | None, _option("Set the exponent of the length normalization.")] = None,
+    max_length: Annotated[int | None, _option("Limit the length to this many subwords.")] = None,
+    max_length_ratio: Annotated[
+        float | None, _option("Limit the length to this multiple of the source length.")
+    ] = None,
+    min_length: Annotated[int | None, _option("Set the minimum length, in subwords.")] = None,
+    patience: Annotated[float | None, _option("End the search after patience × beam size finished hypotheses.")] = None,
+    early_stopping: Annotated[
+        EarlyStopping | None,
+        _option("Set when beam search stops."),
+    ] = None,
+    sample: Annotated[bool, _option("Sample at random instead of using beam search.", "--sample")] = False,
+    temperature: Annotated[float | None, _option("Divide the logits by this temperature; implies --sample.")] = None,
+    top_k: Annotated[int | None, _option("Sample from this many most probable tokens; implies --sample.")] = None,
+    top_p: Annotated[float | None, _option(_TOP_P_HELP)] = None,
+    seed: Annotated[int | None, _option("Set the random seed, for reproducible samples; implies --sample.")] = None,
+    repetition_penalty: Annotated[float | None, _option("Penalize repeated tokens; 1 is off.")] = None,
+    no_repeat_ngram_size: Annotated[int | None, _option("Forbid repeating any n-gram of this size.")] = None,
+    prefix: Annotated[str, _option("Force every translation to begin with this target prefix.")] = "",
+    split: Annotated[bool, _option("Split each text or line into sentences.", "--split")] = False,
+    token_scores: Annotated[bool, _option("Print subword scores (needs --json).", "--token-scores")] = False,
+    alignment: Annotated[bool, _option("Print source alignments (needs --json).", "--alignment")] = False,
+    as_json: Annotated[bool, _option("Print one JSON object per sentence.", "--json")] = False,
 ) -> None:
-    """Translate sentences, one a line: arguments, or standard input as UTF-8, to UTF-8.
+    """Translate sentences: the arguments, or the lines of standard input. Input and output are UTF-8.
 
-    A line of standard input that cannot be translated (too long, not UTF-8, control characters) gives an empty line and
-    a message with its number on standard error. The others are translated; the exit status is 2 then.
+    For a line of standard input that cannot be translated (too long, not UTF-8, control characters), print an empty
+    line and an error with the line number on standard error, translate the others, and end with exit status 2.
     """
     output.write_utf8()
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
@@ -88,7 +94,7 @@ def translate(
 
 @dataclass(frozen=True, kw_only=True)
 class _Job:
-    """What is to be done with every sentence, and how it is printed."""
+    """The model, the options and the output format of one command."""
 
     model: str
     prefix: str
@@ -114,14 +120,14 @@ class _Job:
         output.print_message(f"line {number + 1}: {error.reason}: {error.message}")
 
     def show_failure(self, error: FerrymanError) -> None:
-        """The call has failed, and no sentence has a result any more: an object without a source."""
+        """Print the error of a failed call as an object without a source."""
         if self.as_json and not was_interrupted():
-            named = {"reason": error.reason, "message": failure_text(error), "request_id": error.request_id}
-            output.print_json({"error": named})
+            fields = {"reason": error.reason, "message": failure_text(error), "request_id": error.request_id}
+            output.print_json({"error": fields})
 
 
 def _lean(value: Translation | SentenceError) -> dict[str, Any]:
-    """Return the fields, without what nobody asked for."""
+    """Return the fields, without empty tuples."""
     return asdict(value, dict_factory=lambda fields: {name: item for name, item in fields if item != ()})
 
 
@@ -136,7 +142,7 @@ def _translate_arguments(context: typer.Context, job: _Job, sentences: Sequence[
 
 
 def _translate_lines(context: typer.Context, job: _Job) -> None:
-    """Translate standard input as a stream: any number of lines in bounded memory, in order."""
+    """Translate the lines of standard input in order, as a stream in bounded memory."""
     sources: deque[Line] = deque()
     failed = False
     lines = read_lines(standard_input())
@@ -154,13 +160,13 @@ def _translate_lines(context: typer.Context, job: _Job) -> None:
                 elif result.translation is not None:
                     job.show(number, source.text, result.translation, result.model)
     if failed:
-        raise typer.Exit(CALLERS_MISTAKE)
+        raise typer.Exit(USAGE_ERROR)
 
 
 def _sentences(lines: Iterable[Line], sources: deque[Line], prefix: str) -> Iterator[StreamSentence]:
-    """Yield the lines as sentences, and remember them in `sources`.
+    """Yield the lines as sentences, and append them to `sources`.
 
-    A line that is no text goes as an empty sentence: its result comes in its turn, and soon.
+    A line that is not text is sent as an empty sentence, so that its result keeps its position.
     """
     for line in lines:
         sources.append(line)

@@ -24,11 +24,11 @@ def run(fake):
     return run
 
 
-def test_version(run):
+def test_version_is_printed(run):
     assert run("--version").stdout == f"ferryman {__version__}\n"
 
 
-def test_schedule_as_plot_and_as_csv(run, fake):
+def test_schedule_prints_plot_or_csv(run, fake):
     plot = run("schedule", "--preset", "base")
     assert plot.exit_code == 0
     assert "6.98e-04 ┤" in plot.stdout
@@ -37,14 +37,14 @@ def test_schedule_as_plot_and_as_csv(run, fake):
     assert csv.stdout.splitlines() == ["step,learning_rate", *(f"{s},{noam_learning_rate(s)!r}" for s in (1, 2, 3))]
 
 
-def test_schedule_of_a_run_stands_alone(run, client, corpus):
+def test_schedule_of_run_excludes_other_options(run, client, corpus):
     run_id = client.start_training(corpus.corpus_id, "m").run_id
     assert run("schedule", "--run", run_id).exit_code == 0
     assert run("schedule", "--run", run_id, "--kind", "noam").exit_code == 2
     assert run("schedule", "--run", "run_x").exit_code == 2
 
 
-def test_corpus_upload_list_show(run, fake, tmp_path):
+def test_corpus_upload_list_show_delete(run, fake, tmp_path):
     (tmp_path / "a.en").write_text("one\ntwo\n")
     with gzip.open(tmp_path / "a.de.gz", "wt") as file:
         file.write("eins\nzwei\n")
@@ -75,7 +75,7 @@ def test_train_and_watch(run, corpus, client, tmp_path):
     assert run("watch", run_id).stdout.endswith("published m/1\n")
 
 
-def test_the_events_of_a_run_are_lines_with_times(run, fake, client, corpus):
+def test_runs_events_prints_lines_with_times(run, fake, client, corpus):
     dropped = RunEvent(level=EventLevel.WARNING, code="PAIRS_DROPPED", message="dropped 3 of 20 (3 EMPTY)")
     fake.script = [*training_script(steps=4)[:3], dropped, *training_script(steps=4)[3:]]
     run_id = client.start_training(corpus.corpus_id, "m").run_id
@@ -88,7 +88,7 @@ def test_the_events_of_a_run_are_lines_with_times(run, fake, client, corpus):
     assert sum(text.startswith("step ") for text in texts) == 1, "validations, not updates"
 
 
-def test_the_recipe_of_a_run_can_be_trained_again(run, corpus, client, tmp_path):
+def test_printed_recipe_can_be_trained_again(run, corpus, client, tmp_path):
     first = run(
         "train", corpus.corpus_id, "m", "--set", "model.norm=pre", "--set", "schedule.factor=1.5"
     ).stdout.strip()
@@ -104,14 +104,14 @@ def test_validate_only_prints_the_recipe(run, corpus, client):
     assert list(client.list_training_runs()) == []
 
 
-def test_a_failed_run_ends_watch_with_1(run, fake, corpus):
+def test_watching_failed_run_exits_with_1(run, fake, corpus):
     fake.script = [*training_script()[:5], StateChange(state=RunState.FAILED, attempt=1, message="out of memory")]
     result = run("train", corpus.corpus_id, "m", "--watch")
     assert result.exit_code == 1
     assert "WORKER_DIED: out of memory" in result.stdout
 
 
-def test_ctrl_c_leaves_the_run_on(fake, client, corpus):
+def test_ctrl_c_while_watching_leaves_run_running(fake, client, corpus):
     fake.hold_after = 5
     run_id = client.start_training(corpus.corpus_id, "m").run_id
     command = [sys.executable, "-u", "-m", "ferryman.cli", "--server", fake.target, "watch", run_id]
@@ -122,7 +122,7 @@ def test_ctrl_c_leaves_the_run_on(fake, client, corpus):
     watch.send_signal(signal.SIGINT)
     _, stderr = watch.communicate(timeout=20)
     assert watch.returncode == 130
-    assert stderr == f"{run_id} continues; see it again with: ferryman watch {run_id}\n"
+    assert stderr == f"{run_id} continues; to follow it again: ferryman watch {run_id}\n"
     assert client.get_training_run(run_id).state is RunState.RUNNING
 
 
@@ -160,7 +160,7 @@ def test_runs_pause_resume_checkpoints_delete(run, fake, client, corpus):
     assert run("runs", "show", held).exit_code == 2
 
 
-def test_fine_tuning(run, fake, client, corpus):
+def test_train_fine_tunes_initial_model(run, fake, client, corpus):
     client.start_training(corpus.corpus_id, "base")
     started = run(
         "train", corpus.corpus_id, "m", "--initial-model", "base", "--keep-optimizer", "--processes", "2"
@@ -168,12 +168,12 @@ def test_fine_tuning(run, fake, client, corpus):
     tuned = client.get_training_run(started)
     assert (tuned.initial_model, tuned.processes) == ("base/1", 2)
     shown = run("runs", "show", started).stdout
-    assert "starts from:   base/1, with its optimizer\n" in shown
+    assert "starts from:   base/1 with its optimizer\n" in shown
     assert "processes:     2\n" in shown
     afresh = run("train", corpus.corpus_id, "m", "--initial-model", "base").stdout.strip()
     assert "starts from:   base/1\n" in run("runs", "show", afresh).stdout
     missing = run("train", corpus.corpus_id, "m", "--initial-model", "nobody")
-    assert (missing.exit_code, missing.stderr) == (2, "Error: no model 'nobody'\n")
+    assert (missing.exit_code, missing.stderr) == (2, "Error: model 'nobody' not found\n")
 
 
 def test_models_list_show(run, fake):
@@ -184,7 +184,7 @@ def test_models_list_show(run, fake):
     assert "BLEU:          31.5 (2 pairs)\n" in shown
     assert "int8:          -0.25 BLEU against fp32 (1,000 pairs)\n" in shown
     missing = run("models", "show", "xx")
-    assert (missing.exit_code, missing.stderr) == (2, "Error: no model 'xx'\n")
+    assert (missing.exit_code, missing.stderr) == (2, "Error: model 'xx' not found\n")
 
 
 @pytest.mark.parametrize(
@@ -195,16 +195,16 @@ def test_models_list_show(run, fake):
         (Int8Outcome(pairs=9, kept=True, fp32_bleu=30.0, int8_bleu=30.1), "+0.10 BLEU against fp32 (9 pairs)"),
         (
             Int8Outcome(pairs=9, kept=False, fp32_bleu=30.0, int8_bleu=29.0),
-            "-1.00 BLEU against fp32 (9 pairs), left out",
+            "-1.00 BLEU against fp32 (9 pairs), not published",
         ),
         (Int8Outcome(pairs=9, kept=True, fp32_bleu=30.001, int8_bleu=30.0), "+0.00 BLEU against fp32 (9 pairs)"),
     ],
 )
-def test_models_show_says_what_int8_costs(outcome, shown):
+def test_models_show_prints_effect_of_int8(outcome, shown):
     assert int8_text(outcome) == shown
 
 
-def test_models_alias(run, fake):
+def test_models_alias_sets_and_deletes(run, fake):
     fake.add_model("en-de"), fake.add_model("en-de")
     assert run("models", "alias", "en-de", "production", "1").stdout == "en-de@production is en-de/1\n"
     assert run("models", "alias", "en-de", "canary", "2").exit_code == 0
@@ -218,7 +218,7 @@ def test_models_alias(run, fake):
     assert "aliases:       canary → 2\n" in run("models", "show", "en-de").stdout
 
 
-def test_models_delete(run, fake):
+def test_models_delete_removes_version(run, fake):
     fake.add_model("en-de"), fake.add_model("en-de")
     run("models", "alias", "en-de", "production", "1")
     refused = run("models", "delete", "en-de/1")
@@ -228,7 +228,7 @@ def test_models_delete(run, fake):
     assert run("models", "list").stdout.startswith("en-de/1\t")
 
 
-def test_models_download(run, fake, tmp_path):
+def test_models_download_creates_folder(run, fake, tmp_path):
     fake.add_model("en-de")
     folder = tmp_path / "bundle"
     downloaded = run("models", "download", "en-de", str(folder))
@@ -236,7 +236,7 @@ def test_models_download(run, fake, tmp_path):
     assert (folder / "manifest.json").exists()
     again = run("models", "download", "en-de", str(folder))
     assert (again.exit_code, again.stdout) == (2, "")
-    assert again.stderr == f"Error: {folder} exists: give the name of a folder that does not\n"
+    assert again.stderr == f"Error: {folder} already exists; choose a new folder\n"
 
 
 def test_models_load_list_unload(run, fake):
@@ -288,7 +288,7 @@ def test_translate_options_reach_the_server(run, fake):
         assert found["source_pieces"] == ["hund", "</s>"]
 
 
-def test_translate_samples_if_any_word_says_so(run, fake):
+def test_any_sampling_option_implies_sampling(run, fake):
     fake.add_model("m")
     for words in (["--sample"], ["--temperature", "0.5"], ["--top-k", "3"], ["--top-p", "0.9"], ["--seed", "7"]):
         assert run("translate", "m", "x", *words, "--n-best", "2").exit_code == 0
@@ -298,7 +298,7 @@ def test_translate_samples_if_any_word_says_so(run, fake):
     assert fake.translate_options[5] == {}
 
 
-def test_a_line_that_cannot_be_translated_leaves_its_place_empty(run, fake):
+def test_untranslatable_line_prints_empty_line(run, fake):
     def translate(sentence):
         if sentence == "bad":
             raise errors.InvalidSentence("has 300 subwords")
@@ -317,12 +317,12 @@ def test_a_line_that_cannot_be_translated_leaves_its_place_empty(run, fake):
 @pytest.mark.parametrize(
     ("line", "problem"),
     [
-        (b"\xff", "is not UTF-8: invalid start byte (byte 1); convert the text, for instance with iconv"),
-        (b"caf\xe9", "is not UTF-8: unexpected end of data (byte 4); convert the text, for instance with iconv"),
-        (b"x" * 2_000_000, "has 2,000,000 bytes, at most 1,048,576 are allowed: split the line"),
+        (b"\xff", "is not UTF-8: invalid start byte (byte 1); convert it to UTF-8, such as with iconv"),
+        (b"caf\xe9", "is not UTF-8: unexpected end of data (byte 4); convert it to UTF-8, such as with iconv"),
+        (b"x" * 2_000_000, "has 2,000,000 bytes, at most 1,048,576 are allowed; split the line"),
     ],
 )
-def test_a_line_that_is_no_text_spoils_none_of_the_others(run, fake, line, problem):
+def test_line_that_is_not_text_leaves_others_intact(run, fake, line, problem):
     fake.add_model("m")
     result = run("translate", "m", stdin=b"good\n" + line + b"\nlast\n" + line)
     assert (result.exit_code, result.stdout) == (2, "GOOD\n\nLAST\n\n")
@@ -331,7 +331,7 @@ def test_a_line_that_is_no_text_spoils_none_of_the_others(run, fake, line, probl
     assert json.loads(result.stdout)["error"] == {"reason": "INVALID_SENTENCE", "message": problem}
 
 
-def test_a_byte_order_mark_at_the_start_is_no_text(run, fake, corpus, tmp_path):
+def test_byte_order_mark_at_start_is_ignored(run, fake, corpus, tmp_path):
     fake.add_model("m")
     translated = run("translate", "m", stdin=b"\xef\xbb\xbfRoom 984\r\n\xef\xbb\xbfb\r\n")
     assert translated.stdout == "ROOM 984\n\ufeffB\n", "only at the start"
@@ -340,7 +340,7 @@ def test_a_byte_order_mark_at_the_start_is_no_text(run, fake, corpus, tmp_path):
     assert checked.stdout == "seed = 5\n"
 
 
-def test_all_violations_are_printed_without_a_stack_trace(run, corpus):
+def test_all_violations_are_printed_without_stack_trace(run, corpus):
     result = run("train", corpus.corpus_id, "m", "--set", "model.norm=mid", "--set", "model.d_model=1.5")
     assert result.exit_code == 2
     assert result.stderr == (
@@ -350,7 +350,7 @@ def test_all_violations_are_printed_without_a_stack_trace(run, corpus):
     )
 
 
-def test_mistakes_are_named_as_options(run, fake):
+def test_violations_name_options(run, fake):
     fake.add_model("m")
     result = run("translate", "m", "x", "--seed", "-1", "--beam-size", str(2**40))
     assert result.exit_code == 2
@@ -371,25 +371,25 @@ def test_mistakes_are_named_as_options(run, fake):
     assert [line.partition(": ")[0] for line in told[1:]] == ["--top-k", "--window", "model.heads", "sentence 2", "RUN"]
 
 
-def test_all_bad_words_of_a_command_line_are_named_at_once(run):
+def test_all_invalid_options_are_reported_at_once(run):
     result = run("schedule", "--kind", "foo", "--decay-shape", "bar", "--warmup-steps", "0", "--preset", "base")
     assert result.exit_code == 2
     assert all(word in result.stderr for word in ("'--kind'", "'--decay-shape'", "'--warmup-steps'"))
-    assert "3 mistakes" in result.stderr
+    assert "3 errors" in result.stderr
     assert "'--preset'" not in result.stderr
 
 
-def test_where_no_server_is_the_command_line_says_what_to_do(run):
+def test_unreachable_server_error_names_server_option(run):
     result = run("--server", "127.0.0.1:1", "models", "list")
     cure = "start one with `ferryman-service serve`, or pass --server HOST:PORT"
-    message = f"Error: no service answers at 127.0.0.1:1 (connection refused): {cure}\n"
+    message = f"Error: cannot reach a service at 127.0.0.1:1 (connection refused); {cure}\n"
     assert (result.exit_code, result.stderr) == (1, message)
     result = run("--server", "http://localhost:50051", "models", "list")
-    message = "--server: is 'http://localhost:50051', must be HOST:PORT, without http://: write localhost:50051"
+    message = "--server: is 'http://localhost:50051', must be HOST:PORT, without http://; write localhost:50051"
     assert (result.exit_code, result.stderr) == (2, f"Error: {message}\n")
 
 
-def test_an_error_names_the_request_by_which_the_log_of_the_server_is_searched(run, fake):
+def test_error_includes_request_id(run, fake):
     fake.fail_next("Translate", errors.QueueFull("full", request_id="r-17"), times=2)
     fake.fail_next("StreamTranslate", errors.FerrymanError("internal", request_id="r-18"))
     assert run("translate", "m", "x").stderr == "Error: full [request r-17]\n"
@@ -411,7 +411,7 @@ def test_an_error_names_the_request_by_which_the_log_of_the_server_is_searched(r
         (errors.FerrymanError("internal"), 1),
     ],
 )
-def test_the_exit_status_says_whose_mistake_it_was(run, fake, error, status):
+def test_exit_status_separates_usage_and_server_errors(run, fake, error, status):
     fake.fail_next("Translate", error)
     result = run("translate", "m", "x")
     assert (result.exit_code, result.stderr) == (status, f"Error: {error.message}\n")

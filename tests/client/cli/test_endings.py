@@ -72,7 +72,7 @@ class Screen:
 
 
 @pytest.mark.parametrize(("keys", "status"), [(b"\x03", 130), (b"\x04", 0)])
-def test_translating_at_a_terminal_ends_by_ctrl_c_and_by_ctrl_d(fake, keys, status):
+def test_ctrl_c_and_ctrl_d_end_translation_at_terminal(fake, keys, status):
     fake.add_model("m")
     fake.translate = lambda sentence: f"{sentence.upper()}\x1b[2J"
     screen = Screen(command(fake, "translate", "m"))
@@ -84,11 +84,11 @@ def test_translating_at_a_terminal_ends_by_ctrl_c_and_by_ctrl_d(fake, keys, stat
     assert b"Fatal" not in screen.shown
 
 
-def test_an_error_ends_translating_while_standard_input_is_open(fake):
-    assert end(start(command(fake, "translate", "nope"))) == (2, "Error: no model 'nope'\n")
+def test_error_ends_translation_with_open_stdin(fake):
+    assert end(start(command(fake, "translate", "nope"))) == (2, "Error: model 'nope' not found\n")
 
 
-def test_no_server_ends_translating_while_standard_input_is_open():
+def test_unreachable_server_ends_translation_with_open_stdin():
     with reserved_port() as port:
         status, said = end(start([*PYTHON, "-m", "ferryman.cli", "--server", f"127.0.0.1:{port}", "translate", "m"]))
     assert status == 1
@@ -96,7 +96,7 @@ def test_no_server_ends_translating_while_standard_input_is_open():
     assert said.count("\n") == 1
 
 
-def test_sigint_ends_translating_in_the_middle_of_a_file(fake):
+def test_sigint_ends_translation_of_a_file(fake):
     fake.add_model("m")
     process = start(command(fake, "translate", "m"))
     lines = threading.Thread(target=_write, args=(process.stdin, b"zeile\n" * 300_000))
@@ -114,7 +114,7 @@ def _write(stream, data):
         stream.flush()
 
 
-def test_a_reader_that_has_enough_ends_translating_quietly(fake):
+def test_closed_pipe_ends_translation_silently(fake):
     fake.add_model("m")
     process = start(command(fake, "translate", "m"))
     process.stdin.write(b"eins\n")
@@ -127,7 +127,7 @@ def test_a_reader_that_has_enough_ends_translating_quietly(fake):
 
 
 @pytest.mark.parametrize("arguments", [["corpus", "list"], ["watch", "RUN"], ["--help"]], ids=" ".join)
-def test_nobody_reads_what_is_printed(fake, client, corpus, arguments):
+def test_closed_pipe_is_not_an_error(fake, client, corpus, arguments):
     run_id = client.start_training(corpus.corpus_id, "m").run_id
     reader, writer = os.pipe()
     os.close(reader)
@@ -136,22 +136,22 @@ def test_nobody_reads_what_is_printed(fake, client, corpus, arguments):
     assert end(process) == (0, "")
 
 
-def test_closed_input_and_a_full_disk_are_the_callers_matter(fake):
+def test_closed_stdin_and_full_disk_are_usage_errors(fake):
     fake.add_model("m")
     closed = ["sh", "-c", 'exec "$@" <&-', "sh", *command(fake, "translate", "m")]
-    message = "Error: standard input: closed; give the sentences as arguments or redirect a file\n"
+    message = "Error: standard input: closed; pass the sentences as arguments or redirect a file\n"
     assert end(start(closed)) == (2, message)
     with open("/dev/full", "wb") as full:
         status, said = end(start(command(fake, "models", "list"), stdout=full))
     assert (status, said) == (2, "Error: No space left on device\n")
 
 
-def test_closed_output_is_no_place_for_a_connection(fake):
+def test_closed_stdout_descriptor_is_not_reused(fake):
     fake.add_model("m")
     assert end(start(["sh", "-c", 'exec "$@" >&-', "sh", *command(fake, "models", "list")])) == (0, "")
 
 
-def test_ctrl_c_ends_a_command_that_cannot_unwind():
+def test_ctrl_c_ends_command_that_hangs():
     """As gRPC if it is interrupted where it holds a lock that closing the connection waits for."""
     program = """if True:
         import threading

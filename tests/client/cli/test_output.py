@@ -74,7 +74,7 @@ def hostile(fake, client):
     return {"CORPUS": corpus.corpus_id, "RUN": client.start_training(corpus.corpus_id, "m").run_id}
 
 
-def test_every_command_is_looked_at_and_has_short_help():
+def test_every_command_is_covered_and_has_help():
     assert set(command_paths()) == set(COMMANDS)
     for path in ("", "runs", *COMMANDS):
         assert CliRunner().invoke(app, [*path.split(), "-h"]).exit_code == 0, path
@@ -96,14 +96,14 @@ def test_no_control_character_is_printed(fake, hostile, command, terminal, tmp_p
         assert [line.count("\t") for line in printed.splitlines()] == [{"c": 4, "r": 6, "m": 5}[command[0]]]
 
 
-def test_messages_of_the_server_are_text(fake):
+def test_server_messages_are_printed_as_text(fake):
     fake.fail_next("GetCorpus", errors.CorpusNotFound(HOSTILE))
     shown = CliRunner().invoke(app, ["corpus", "show", "x"], env={"FERRYMAN_SERVER": fake.target})
     assert (shown.exit_code, CONTROL.findall(shown.stderr)) == (2, [])
     assert shown.stderr.startswith("Error: news [/data/x] [en-de] \\x1b]0;title\\x07")
 
 
-def test_json_keeps_every_character_and_controls_no_terminal(fake):
+def test_json_escapes_control_characters(fake):
     fake.add_model("m")
     fake.translate = lambda _: "\x9b31m \u2028 ä"
     result = CliRunner().invoke(app, ["translate", "m", "x", "--json"], env={"FERRYMAN_SERVER": fake.target})
@@ -112,7 +112,7 @@ def test_json_keeps_every_character_and_controls_no_terminal(fake):
     assert "ä" in result.stdout
 
 
-def test_printable_text_stays_as_it_is():
+def test_printable_text_is_unchanged():
     text = "C:\\temp 'a' \"b\" – Größe 日本語 👩‍👧 [red]"
     assert printable(text) == text
 
@@ -122,7 +122,7 @@ def run_in(environment, fake, *arguments):
     return subprocess.run(command, capture_output=True, env=os.environ | environment, timeout=120, check=False)
 
 
-def test_a_narrow_terminal_in_ascii_draws_the_schedule(fake):
+def test_schedule_fits_narrow_ascii_terminal(fake):
     drawn = run_in({"PYTHONIOENCODING": "ascii", "COLUMNS": "30"}, fake, "schedule", "--preset", "base")
     assert (drawn.returncode, drawn.stderr) == (0, b"")
     lines = drawn.stdout.decode("ascii").splitlines()
@@ -130,7 +130,7 @@ def test_a_narrow_terminal_in_ascii_draws_the_schedule(fake):
     assert max(map(len, lines[1:])) <= 30
 
 
-def test_translations_are_utf8_whatever_the_locale(fake):
+def test_translations_are_utf8_in_any_locale(fake):
     fake.add_model("m")
     translated = run_in({"PYTHONIOENCODING": "ascii"}, fake, "translate", "m", "größe")
     assert (translated.returncode, translated.stdout.decode()) == (0, "GRÖSSE\n")
@@ -149,14 +149,14 @@ def test_translations_are_utf8_whatever_the_locale(fake):
         ("models", "download", "m", "/"),
     ],
 )
-def test_a_mistake_of_the_caller_is_one_line(fake, arguments):
+def test_usage_error_is_one_line(fake, arguments):
     fake.add_model("m")
     result = CliRunner().invoke(app, arguments, env={"FERRYMAN_SERVER": fake.target}, prog_name="ferryman")
     assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (2, "", 1)
     assert result.stderr.startswith("Error: ")
 
 
-def test_the_log_is_shown_where_the_message_does_not_say_what_happened(fake, client, corpus):
+def test_log_is_shown_for_unexplained_failures(fake, client, corpus):
     fake.script = [*training_script()[:3], StateChange(state=RunState.FAILED, attempt=1, message="it died")]
     run_id = client.start_training(corpus.corpus_id, "m").run_id
     held = fake.backend.run(run_id)

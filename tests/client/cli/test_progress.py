@@ -23,7 +23,7 @@ def view_after(count: int, seconds_per_record: float = 10.0) -> RunView:
     return view
 
 
-def test_time_and_share_come_from_the_records():
+def test_elapsed_time_and_fraction_come_from_records():
     # Records 3 (RUNNING) to 5 (step 2): 20 s for 2 of 8 steps.
     view = view_after(5)
     assert view.elapsed_s() == 20
@@ -31,7 +31,7 @@ def test_time_and_share_come_from_the_records():
     assert view.remaining_s(StopRecipe(max_steps=8)) == pytest.approx(60)
 
 
-def test_the_nearest_limit_counts():
+def test_nearest_limit_determines_fraction():
     view = view_after(5)
     assert view.fraction(StopRecipe(max_steps=100, max_time_seconds=25.0)) == 0.8
     assert view.fraction(StopRecipe(max_steps=0, max_epochs=0)) == 0.0
@@ -44,7 +44,7 @@ def changed(view: RunView, state: RunState, at_s: float) -> RunView:
 
 
 @pytest.mark.parametrize("how", [[RunState.PAUSED, RunState.QUEUED], [RunState.QUEUED]])
-def test_a_rest_and_a_restart_take_no_time_of_the_run(how):
+def test_pause_and_restart_do_not_count_as_elapsed_time(how):
     view = view_after(5)
     for seconds, state in enumerate(how, start=50):
         view = changed(view, state, at_s=seconds)
@@ -57,7 +57,7 @@ def test_a_rest_and_a_restart_take_no_time_of_the_run(how):
     assert view.elapsed_s() == 40
 
 
-def test_a_resting_run_says_how_it_goes_on(fake, client, corpus):
+def test_paused_run_prints_resume_command(fake, client, corpus):
     fake.script = [*SCRIPT[:5], StateChange(state=RunState.PAUSED, attempt=1, message="the disk is full"), *SCRIPT[5:]]
     run = client.start_training(corpus.corpus_id, "m")
     out = io.StringIO()
@@ -65,12 +65,12 @@ def test_a_resting_run_says_how_it_goes_on(fake, client, corpus):
     assert f"paused: the disk is full\nto resume: ferryman runs resume {run.run_id}\n" in out.getvalue()
 
 
-def test_before_the_first_step_there_is_a_state_and_no_eta():
+def test_before_first_step_only_the_state_is_shown():
     assert numbers(view_after(2), StopRecipe(max_steps=4)) == "starting"
     assert view_after(3).remaining_s(StopRecipe(max_time_seconds=10.0)) is None
 
 
-def test_the_numbers_are_those_that_were_asked_for():
+def test_numbers_beside_the_bar():
     assert numbers(view_after(5), StopRecipe(max_steps=1000)) == (
         "ETA 166:20  step 2/1,000  loss 2.667  lr 3.49e-07  20,000 target tokens/s"
     )
@@ -83,7 +83,7 @@ def test_the_numbers_are_those_that_were_asked_for():
 
 
 @pytest.mark.parametrize("terminal", [False, True])
-def test_follow_prints_what_happens_and_returns_the_run(client, corpus, terminal):
+def test_follow_prints_events_and_returns_run(client, corpus, terminal):
     run = client.start_training(corpus.corpus_id, "m", Recipe(stop=StopRecipe(max_steps=4)))
     out = io.StringIO()
     end = follow(client, run.run_id, Console(file=out, force_terminal=terminal, width=100))
@@ -93,7 +93,7 @@ def test_follow_prints_what_happens_and_returns_the_run(client, corpus, terminal
     assert ("100 %" in out.getvalue()) == terminal
 
 
-def test_a_failed_run_shows_its_reason(fake, client, corpus):
+def test_failed_run_prints_reason(fake, client, corpus):
     fake.script = [*SCRIPT[:5], StateChange(state=RunState.FAILED, attempt=1, message="no [space] left")]
     run = client.start_training(corpus.corpus_id, "m")
     out = io.StringIO()
@@ -101,7 +101,7 @@ def test_a_failed_run_shows_its_reason(fake, client, corpus):
     assert f"{run.run_id} failed: WORKER_DIED: no [space] left" in out.getvalue()
 
 
-def test_planned_decay_tells_the_rest_of_the_run():
+def test_planned_decay_determines_remaining_time():
     """After the plan the remaining steps are known, whatever the limit of time says."""
     view = view_after(5)
     plan = DecayPlan(first_step=3, last_step=10, reason=DecayReason.TIME)
@@ -111,4 +111,4 @@ def test_planned_decay_tells_the_rest_of_the_run():
     assert view.fraction(StopRecipe(max_time_seconds=1e6)) == pytest.approx(0.4)
     assert view.remaining_s(StopRecipe(max_time_seconds=1e6)) == pytest.approx(60)
     line = describe(MetricRecord(sequence=6, time=START, payload=plan))
-    assert line.plain == "learning rate decays over steps 3 to 10, the last one (the time limit)"
+    assert line.plain == "learning rate decays over steps 3 to 10, then the run ends (the time limit)"

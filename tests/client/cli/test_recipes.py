@@ -7,7 +7,7 @@ from ferryman.cli.recipes import build_recipe, to_toml
 from ferryman.errors import InvalidRecipe
 
 
-def test_overrides_stand_over_the_preset_and_the_preset_over_the_file(tmp_path):
+def test_overrides_precede_preset_and_preset_precedes_file(tmp_path):
     file = tmp_path / "recipe.toml"
     file.write_text('preset = "base"\nseed = 3\n[model]\nd_model = 32\nheads = 2\n[stop]\nmax_steps = 10\n')
     assert build_recipe(file, "tiny", ["model.d_model=64", "model.norm=pre", "model.dropout = 0.25"]) == Recipe(
@@ -18,31 +18,31 @@ def test_overrides_stand_over_the_preset_and_the_preset_over_the_file(tmp_path):
     )
 
 
-def test_nothing_given_is_an_empty_recipe():
+def test_no_arguments_give_empty_recipe():
     assert build_recipe(None, None, []) == Recipe()
 
 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("model.dmodel=1", r"recipe\.model\.dmodel: not a field of recipe\.model; its fields are d_model"),
-        ("modle.d_model=1", r"recipe\.modle: not a field of recipe"),
+        ("model.dmodel=1", r"recipe\.model\.dmodel: is not a field of recipe\.model; its fields are d_model"),
+        ("modle.d_model=1", r"recipe\.modle: is not a field of recipe"),
         ("model=1", r"recipe\.model: is 1, must be a table"),
-        ("model.d_model", "is not an override"),
-        ("=1", "is not an override"),
-        ("seed.a=1", r"recipe\.seed\.a: seed is a value and has no parts"),
+        ("model.d_model", "is not FIELD=VALUE"),
+        ("=1", "is not FIELD=VALUE"),
+        ("seed.a=1", r"recipe\.seed\.a: seed is a value, not a table"),
     ],
 )
-def test_a_bad_override_is_explained(override, message):
+def test_bad_override_is_explained(override, message):
     with pytest.raises(InvalidRecipe, match=message):
         build_recipe(None, None, ["seed=1", override])
 
 
-def test_all_bad_overrides_are_named_at_once():
+def test_all_bad_overrides_are_reported_at_once():
     with pytest.raises(InvalidRecipe) as caught:
         build_recipe(None, None, ["model.dmodel=1", "odd", "model.heds=2", "modle.d_model=1"])
     assert [violation.field for violation in caught.value.violations] == [
-        "recipe",
+        "set",
         "recipe.modle",
         "recipe.model.dmodel",
         "recipe.model.heds",
@@ -50,14 +50,14 @@ def test_all_bad_overrides_are_named_at_once():
 
 
 @pytest.mark.parametrize("content", [b"preset = \n", b"\xff"])
-def test_a_file_that_is_not_toml_is_named(tmp_path, content):
+def test_invalid_toml_error_names_file(tmp_path, content):
     file = tmp_path / "bad.toml"
     file.write_bytes(content)
-    with pytest.raises(InvalidRecipe, match=r"bad\.toml is not TOML"):
+    with pytest.raises(InvalidRecipe, match=r"bad\.toml is not valid TOML"):
         build_recipe(file, None, [])
 
 
-def test_a_recipe_that_is_printed_reads_back(tmp_path):
+def test_printed_recipe_reads_back(tmp_path):
     """Every kind of value: text, whole numbers, fractions of every size, true and false."""
     recipe = Recipe(
         preset="tiny",
@@ -73,6 +73,6 @@ def test_a_recipe_that_is_printed_reads_back(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["x = " + "[" * 5000, "x = \udcff"])
-def test_an_override_that_is_no_value_is_refused(text):
+def test_override_without_value_is_refused(text):
     with pytest.raises(InvalidRecipe):
         build_recipe(None, None, [f"model.{text.replace(' ', '')}"])
