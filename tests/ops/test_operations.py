@@ -130,7 +130,7 @@ def walk(tmp_path_factory):
 
 def test_three_processes_start(walk):
     assert walk.sections["Start"].split() == ["SERVING"] * 3
-    assert walk.sections["Configure"].count("the configuration is right") == 3
+    assert walk.sections["Configure"].count("the configuration is valid") == 3
 
 
 def test_envoy_and_prometheus_take_their_configurations(walk):
