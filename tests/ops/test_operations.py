@@ -171,7 +171,9 @@ def test_the_logs_tell_what_started_as_which_version(walk):
     starts = re.findall(rf"^\S+Z starting {re.escape(version('ferryman'))}$", walk.sections["Monitor"], re.MULTILINE)
     assert len(starts) >= 3
     assert (
-        len(re.findall(r"^\S+Z the database was brought from nothing to schema", walk.sections["Monitor"], re.MULTILINE))
+        len(
+            re.findall(r"^\S+Z the database was brought from nothing to schema", walk.sections["Monitor"], re.MULTILINE)
+        )
         == 1
     )
 
