@@ -111,33 +111,39 @@ def _parser() -> argparse.ArgumentParser:
     add_arguments(common)
     parser = argparse.ArgumentParser(
         prog="ferryman-service",
-        description="Trains encoder-decoder Transformers and serves them over gRPC. Every flag can also be set by the "
-        "environment variable named beside it, by a file that this variable with _FILE behind it names, and in the "
-        "configuration file. A flag wins over the environment, and that over the file.",
+        description="Train encoder-decoder Transformers and serve them over gRPC. Each flag has an environment "
+        "variable, shown in brackets, and a key in the configuration file. VARIABLE_FILE names a file that holds the "
+        "value of VARIABLE. Flags take precedence over environment variables, and these over the configuration file.",
     )
     parser.add_argument("--version", action="version", version=f"ferryman-service {version('ferryman')}")
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("serve", parents=[common], help="serve until SIGTERM or SIGINT; a second one hurries the end")
-    health = commands.add_parser(
-        "health", parents=[common], help="exit with 0 if the server at --host and --port is serving"
+    commands.add_parser(
+        "serve", parents=[common], help="Run the service until SIGTERM or SIGINT. A second signal stops it at once."
     )
-    health.add_argument("--probe", action="store_true", help="ask at --probe-host and --probe-port instead")
-    health.add_argument("--service", default="", help="ask about this service, or about liveness (default: the whole)")
-    config = commands.add_parser("config", parents=[common], help="look at the configuration, and do nothing else")
+    health = commands.add_parser(
+        "health", parents=[common], help="Check the health of the service at --host and --port. Exit with 0 if SERVING."
+    )
+    health.add_argument("--probe", action="store_true", help="Ask the probe port, at --probe-host and --probe-port.")
+    health.add_argument(
+        "--service", default="", help="Check this gRPC service, or liveness. (default: all services of the process)"
+    )
+    config = commands.add_parser("config", parents=[common], help="Check or show the configuration.")
     what = config.add_mutually_exclusive_group(required=True)
     what.add_argument(
-        "--check", action="store_true", help="name every mistake, each with its source; 2 if there is one"
+        "--check", action="store_true", help="List every error with its source. Exit with 2 if there is one."
     )
     what.add_argument(
-        "--show", action="store_true", help="print each value and its source as TOML, then the CPUs and memory found"
+        "--show", action="store_true", help="Print each value and its source as TOML, then the CPUs and memory found."
     )
     importing = commands.add_parser(
-        "import-model", parents=[common], help="publish a model bundle that was trained elsewhere"
+        "import-model", parents=[common], help="Publish a model bundle that was trained elsewhere."
     )
     importing.add_argument(
-        "bundle", type=Path, help="its folder: a download, or DATA_DIR/models/NAME/VERSION of the other server"
+        "bundle",
+        type=Path,
+        help="Folder of the bundle: a download, or DATA_DIR/models/NAME/VERSION of the other server.",
     )
-    importing.add_argument("name", help="the model to publish it as, such as en-de")
+    importing.add_argument("name", help="Name of the model to publish, such as en-de.")
     _add_folder_commands(commands, common)
     return parser
 
@@ -146,17 +152,19 @@ def _add_folder_commands(
     commands: argparse._SubParsersAction[argparse.ArgumentParser], common: argparse.ArgumentParser
 ) -> None:
     verifying = commands.add_parser(
-        "verify", parents=[common], help="check the data folder, change nothing; exit with 1 if something is damaged"
+        "verify", parents=[common], help="Check the data folder without changing it. Exit with 1 if it is damaged."
     )
-    verifying.add_argument("--deep", action="store_true", help="read every file and compare it with its digest")
+    verifying.add_argument("--deep", action="store_true", help="Read every file and compare it with its digest.")
     repairing = commands.add_parser(
         "repair",
         parents=[common],
-        help="rebuild missing rows of the database from the folders beside it, move to the trash what cannot be "
-        "described; stop all services before",
+        help="Rebuild missing database rows from the data folder, and move other folders without a row to the trash. "
+        "Stop all services first.",
     )
-    repairing.add_argument("--dry-run", action="store_true", help="say what would be done, and change nothing")
-    commands.add_parser("trash", parents=[common], help="list what was moved to the trash of the data folder, and why")
+    repairing.add_argument("--dry-run", action="store_true", help="Print the repairs without making them.")
+    commands.add_parser(
+        "trash", parents=[common], help="List the trash of the data folder, with the reason for each entry."
+    )
 
 
 def _report(error: ConfigMistakes, command: str) -> int:
@@ -166,7 +174,7 @@ def _report(error: ConfigMistakes, command: str) -> int:
         for mistake in error.mistakes:
             _log.error(mistake.text)
         return 2
-    print(f"ferryman-service: {count} mistake{'s' * (count > 1)} in the configuration", file=sys.stderr)  # noqa: T201
+    print(f"ferryman-service: {count} error{'s' * (count > 1)} in the configuration", file=sys.stderr)  # noqa: T201
     for mistake in error.mistakes:
         print(f"  {mistake.text}", file=sys.stderr)  # noqa: T201
     return 2
@@ -175,7 +183,7 @@ def _report(error: ConfigMistakes, command: str) -> int:
 def _config(settings: Settings, arguments: argparse.Namespace) -> int:
     for warning in settings.warnings:
         print(f"warning: {warning}", file=sys.stderr)  # noqa: T201
-    lines = _shown(settings, find_machine()) if arguments.show else ["the configuration is right"]
+    lines = _shown(settings, find_machine()) if arguments.show else ["the configuration is valid"]
     for line in lines:
         print(line)  # noqa: T201
     return 0
@@ -302,17 +310,17 @@ class _StopSignals:
         timer.start()
 
     def _tell(self) -> None:
-        _log.info("told to stop")
+        _log.info("stopping")
         self.stop.set()
 
     def _tell_again(self) -> None:
-        _log.warning("told to stop once more: stopping now")
+        _log.warning("second signal: stopping at once")
         self.hurry.set()
 
 
 def _end_process(status: int) -> None:
     """End the process, which must stop, with what is stuck in it; exit status 0 if it was told to: it does so."""
-    _log.warning("something has not ended in time; it is left, and the process ends")
+    _log.warning("some tasks did not end in time; exiting without them")
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -323,7 +331,7 @@ def _health(config: ServiceConfig, arguments: argparse.Namespace) -> int:
     from ferryman_service.rpc.health import address_of, check_health
 
     if arguments.probe and not config.probe_port:
-        print("ferryman-service: --probe-port is 0, so there is no probe port", file=sys.stderr)  # noqa: T201
+        print("ferryman-service: --probe-port is 0, which turns the probe port off; leave out --probe", file=sys.stderr)  # noqa: T201
         return 2
     host, port = (config.probe_host, config.probe_port) if arguments.probe else (config.host, config.port)
     status = check_health(address_of(host, port), arguments.service, _HEALTH_TIMEOUT_S)
@@ -335,7 +343,7 @@ def _import_model(config: ServiceConfig, arguments: argparse.Namespace) -> int:
     from ferryman_service import bootstrap
 
     if not arguments.bundle.is_dir():
-        raise NotADirectoryError(f"{arguments.bundle}: there is no such folder")
+        raise NotADirectoryError(f"bundle folder {arguments.bundle} not found")
     published = bootstrap.import_model(config, arguments.bundle, arguments.name)
     print(f"published {published.reference}")  # noqa: T201
     return 0
@@ -345,7 +353,7 @@ def _data_folder(config: ServiceConfig) -> DataFolder:
     from ferryman_service.stores.layout import DataFolder
 
     if not config.data_dir.is_dir():
-        raise NotADirectoryError(f"{config.data_dir.absolute()}: there is no such folder; name one with --data-dir")
+        raise NotADirectoryError(f"data folder {config.data_dir.absolute()} not found; set --data-dir")
     folder = DataFolder(config.data_dir)
     folder.create()
     return folder
@@ -366,9 +374,9 @@ def _repair(config: ServiceConfig, arguments: argparse.Namespace) -> int:
 
     lines = repair(_data_folder(config), dry_run=arguments.dry_run)
     if not lines:
-        print("there is nothing to repair")  # noqa: T201
+        print("nothing to repair")  # noqa: T201
     elif arguments.dry_run:
-        print("nothing was changed; without --dry-run this would be done:")  # noqa: T201
+        print("dry run, nothing was changed; planned repairs:")  # noqa: T201
     for line in lines:
         print(line)  # noqa: T201
     return 0

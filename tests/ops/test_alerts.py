@@ -130,7 +130,7 @@ def test_each_alert_says_what_it_is_and_has_a_section_in_the_runbook(alert):
     assert rule["annotations"]["runbook_url"] == f"docs/runbook.md#{alert.lower()}"
     sections = re.findall(rf"^### {alert}\n(.*?)(?=^##|\Z)", RUNBOOK, re.MULTILINE | re.DOTALL)
     assert len(sections) == 1
-    for part in ("**Meaning.**", "**Impact.**", "**Look first.**", "**Do.**"):
+    for part in ("**Meaning.**", "**Impact.**", "**Diagnosis.**", "**Mitigation.**"):
         assert part in sections[0], f"{alert}: no {part}"
 
 

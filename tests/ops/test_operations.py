@@ -130,12 +130,12 @@ def walk(tmp_path_factory):
 
 def test_three_processes_start(walk):
     assert walk.sections["Start"].split() == ["SERVING"] * 3
-    assert walk.sections["Configure"].count("the configuration is right") == 3
+    assert walk.sections["Configure"].count("the configuration is valid") == 3
 
 
 def test_envoy_and_prometheus_take_their_configurations(walk):
-    assert "SUCCESS" in walk.sections["Prometheus and the alerts"]
-    assert "FAILED" not in walk.sections["Prometheus and the alerts"]
+    assert "SUCCESS" in walk.sections["Prometheus and alerts"]
+    assert "FAILED" not in walk.sections["Prometheus and alerts"]
 
 
 def test_nothing_listens_but_on_loopback(walk):
@@ -147,37 +147,39 @@ def test_nothing_listens_but_on_loopback(walk):
 
 
 def test_a_model_is_trained_imported_and_promoted(walk):
-    assert "succeeded: published en-de/1" in walk.sections["The first model"]
-    assert "published en-de/2" in walk.sections["The first model"]
-    assert "en-de@production is en-de/2" in walk.sections["A new version for the callers"]
-    assert re.fullmatch(TRANSLATED, walk.sections["A new version for the callers"].splitlines()[-1])
+    assert "succeeded: published en-de/1" in walk.sections["Train a first model"]
+    assert "published en-de/2" in walk.sections["Train a first model"]
+    assert "en-de@production is en-de/2" in walk.sections["Switch to a new model version"]
+    assert re.fullmatch(TRANSLATED, walk.sections["Switch to a new model version"].splitlines()[-1])
 
 
 def test_prometheus_sees_all_and_nothing_fires(walk):
-    up = re.findall(r"^up\{.*\} => (\d) ", walk.sections["Watch"], re.MULTILINE)
+    up = re.findall(r"^up\{.*\} => (\d) ", walk.sections["Monitor"], re.MULTILINE)
     assert up == ["1"] * 3
-    assert "ALERTS{" not in walk.sections["Watch"]
-    assert 'ferryman_model_loaded_info{compute_type="fp32",model="en-de",version="2"} 1.0' in walk.sections["Watch"]
+    assert "ALERTS{" not in walk.sections["Monitor"]
+    assert 'ferryman_model_loaded_info{compute_type="fp32",model="en-de",version="2"} 1.0' in walk.sections["Monitor"]
 
 
 def test_the_logs_tell_about_one_call(walk):
-    lines = [json.loads(line) for line in walk.sections["Watch"].splitlines() if line.startswith('{"')]
+    lines = [json.loads(line) for line in walk.sections["Monitor"].splitlines() if line.startswith('{"')]
     assert lines
     assert len({line["request_id"] for line in lines}) == 1
     assert lines[-1]["model"] == "en-de/2"
 
 
 def test_the_logs_tell_what_started_as_which_version(walk):
-    starts = re.findall(rf"^\S+Z starting {re.escape(version('ferryman'))}$", walk.sections["Watch"], re.MULTILINE)
+    starts = re.findall(rf"^\S+Z starting {re.escape(version('ferryman'))}$", walk.sections["Monitor"], re.MULTILINE)
     assert len(starts) >= 3
     assert (
-        len(re.findall(r"^\S+Z the database was brought from nothing to schema", walk.sections["Watch"], re.MULTILINE))
+        len(
+            re.findall(r"^\S+Z the database was brought from nothing to schema", walk.sections["Monitor"], re.MULTILINE)
+        )
         == 1
     )
 
 
 def test_no_call_fails_while_every_process_is_restarted(walk):
-    [answers] = walk.sections["Restart, one after the other"].splitlines()  # all the same, and no line of a failure
+    [answers] = walk.sections["Rolling restart"].splitlines()  # all the same, and no line of a failure
     count, _, answer = answers.strip().partition(" ")
     assert int(count) >= 5
     assert re.fullmatch(TRANSLATED, answer)
@@ -191,11 +193,11 @@ def test_traces_reach_the_collector(walk):
 
 
 def test_the_backup_serves(walk):
-    assert re.fullmatch(TRANSLATED, walk.sections["Back up, and restore"].splitlines()[-1])
+    assert re.fullmatch(TRANSLATED, walk.sections["Back up and restore"].splitlines()[-1])
 
 
 def test_what_takes_space_can_be_deleted(walk):
-    assert "data/ferryman.db" in walk.sections["When the disk is full"]
+    assert "data/ferryman.db" in walk.sections["Free disk space"]
     assert not (walk.folder / "data/models/en-de/1").exists()
     assert (walk.folder / "data/models/en-de/2").is_dir()
 

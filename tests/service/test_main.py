@@ -53,7 +53,7 @@ def test_a_second_signal_ends_a_process_that_is_stuck(what):
         process.wait(1)
     process.send_signal(signal.SIGTERM)
     assert process.wait(10) == 0
-    assert b"something has not ended in time" in process.communicate()[1]
+    assert b"some tasks did not end in time" in process.communicate()[1]
 
 
 async def test_a_signal_during_a_call_is_logged_without_the_fields_of_that_call(monkeypatch, caplog):
@@ -65,7 +65,7 @@ async def test_a_signal_during_a_call_is_logged_without_the_fields_of_that_call(
     with logging_with(request_id="of a call"):
         signals._heed()
         await signals.stop.wait()
-    assert fields == [("told to stop", {})]
+    assert fields == [("stopping", {})]
 
 
 def test_a_wrong_configuration_ends_every_command_with_2(monkeypatch, capsys):
@@ -74,7 +74,7 @@ def test_a_wrong_configuration_ends_every_command_with_2(monkeypatch, capsys):
         assert main([*command, "--grace-s", "-1"]) == 2
         told = capsys.readouterr()
         assert told.out == ""
-        assert "2 mistakes in the configuration" in told.err
+        assert "2 errors in the configuration" in told.err
         assert "FERRYMAN_PORT is 'x', must be a whole number" in told.err
         assert "--grace-s is -1, must be from 0 to 3600" in told.err
 
@@ -144,7 +144,7 @@ def test_a_data_folder_whose_path_is_not_utf8_is_refused(tmp_path):
 def test_the_folder_of_a_bundle_that_is_not_there_is_named(tmp_path):
     bundle = tmp_path / "nope"
     [text] = failure_of(*command("import-model", bundle, "en-de", "--data-dir", tmp_path / "data"))
-    assert text == f"ferryman-service: {bundle}: there is no such folder"
+    assert text == f"ferryman-service: bundle folder {bundle} not found"
 
 
 def test_the_log_tells_of_start_and_end_and_of_a_changed_database(tmp_path):
@@ -173,7 +173,7 @@ def test_the_log_tells_of_start_and_end_and_of_a_changed_database(tmp_path):
     assert (first["port"], first["device"], first["compute_type"]) == (0, "auto", "auto")
     assert (first["cpus"], first["cpus_source"]) == (machine.cpus.value, machine.cpus.source)
     assert first["memory_bytes"] == machine.memory.value
-    assert "told to stop" in [line["message"] for line in told[1]]
+    assert "stopping" in [line["message"] for line in told[1]]
 
 
 @pytest.mark.parametrize("arguments", [["serve"], ["health"], ["import-model", "bundle", "en-de"]])
@@ -206,13 +206,13 @@ def test_a_right_configuration_is_shown(monkeypatch, capsys):
     assert threads == f"# automatic translation_threads: {decoding_threads(machine)}"
     automatic = [line.split(":")[0] for line in (queue, caches, models)]
     assert automatic == [f"# automatic {name}" for name in ("queue_tokens", "cache_memory_mib", "model_memory_mib")]
-    assert "warning: FERRYMAN_PROT is no option" in told.err
+    assert "warning: unknown variable FERRYMAN_PROT is ignored" in told.err
     assert main(["config", "--check"]) == 0
 
 
 def test_health_of_a_probe_port_that_is_off(capsys):
     assert main(["health", "--probe", "--probe-port", "0"]) == 2
-    assert "there is no probe port" in capsys.readouterr().err
+    assert "which turns the probe port off" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -250,6 +250,6 @@ def test_folder_commands(tmp_path, capsys):
     assert (status, len(lines)) == (1, 2)
     _, planned = say("repair", dry_run=True)
     _, done = say("repair", dry_run=False)
-    assert planned == ["nothing was changed; without --dry-run this would be done:", *done]
-    assert say("repair", dry_run=False) == (0, ["there is nothing to repair"])
+    assert planned == ["dry run, nothing was changed; planned repairs:", *done]
+    assert say("repair", dry_run=False) == (0, ["nothing to repair"])
     assert say("verify", deep=True) == (0, ["checked database: 1, model versions: 1, runs: 1; damaged: 0"])

@@ -380,7 +380,7 @@ def test_a_second_signal_hurries_the_end(start_with_model, halted_upload, metric
     service = start_with_model(phase, str(LONG_S), "--metrics-port", str(metrics_port))
     call = halted_upload(service)
     service.process.send_signal(signal.SIGTERM)
-    wait_until(lambda: "told to stop" in service.log.read_text())
+    wait_until(lambda: " stopping" in service.log.read_text())
     with pytest.raises(subprocess.TimeoutExpired):
         service.process.wait(1)
     service.process.send_signal(signal.SIGINT)

@@ -141,19 +141,21 @@ class ServiceConfig:
     def _conflicts(self) -> Iterator[Mistake]:
         if self.processes_per_run > self.max_processes_per_run:
             text = (
-                f"--processes-per-run is {self.processes_per_run}, must not be above --max-processes-per-run, which is "
+                f"--processes-per-run is {self.processes_per_run}, must not exceed --max-processes-per-run, which is "
                 f"{self.max_processes_per_run}"
             )
             yield Mistake(options=("processes_per_run", "max_processes_per_run"), text=text)
         if self.device is Device.CPU and self.compute_type is ComputeChoice.FP16:
-            text = "--compute-type is fp16, which is for CUDA; on a CPU use fp32 or int8"
+            text = "--compute-type is fp16, which needs CUDA; on a CPU use fp32 or int8"
             yield Mistake(options=("compute_type", "device"), text=text)
         if self.device is Device.CUDA and self.compute_type in (ComputeChoice.FP32, ComputeChoice.INT8):
-            text = f"--compute-type is {self.compute_type}, which is for a CPU; on CUDA use fp16"
+            text = f"--compute-type is {self.compute_type}, which needs a CPU; on CUDA use fp16"
             yield Mistake(options=("compute_type", "device"), text=text)
         for name in host_names(self.metrics_host_names):
             if not _HOST_NAME.fullmatch(name):
-                text = f"--metrics-host-names has {name!r}, must be host names without ports, such as ferryman.example"
+                text = (
+                    f"--metrics-host-names has {name!r}, must list host names without ports, such as ferryman.example"
+                )
                 yield Mistake(options=("metrics_host_names",), text=text)
         if self.trace_endpoint and not re.fullmatch(r"https?://[^/@\s]+/?", self.trace_endpoint):
             is_like = "must be like http://localhost:4317 or https://host:4317"
@@ -208,82 +210,88 @@ RANGES: Final[Mapping[str, tuple[float, float]]] = {
 """The least and the greatest value of each option that is a number."""
 
 HELP: Final[Mapping[str, str]] = {
-    "host": "address to serve gRPC on",
-    "port": "port to serve gRPC on; 0 takes a free one",
-    "metrics_host": "address of the Prometheus endpoint",
-    "metrics_port": "port of the Prometheus endpoint; 0 turns it off",
-    "metrics_host_names": "host names, with commas between them, that the Prometheus endpoint answers to beyond "
-    "localhost and metrics_host; where it listens beyond loopback it answers to every IP address",
-    "probe_host": "address of the probe port",
-    "probe_port": "port that serves nothing but health checks, for probes that can neither encrypt nor authenticate; 0 "
-    "turns it off",
-    "data_dir": "folder of the database, corpora, runs and models; made if missing",
-    "roles": "what this process does: training, translation, or both with a comma between them",
-    "reflection": "serve gRPC reflection, which grpcurl and its like need",
-    "max_concurrent_runs": "runs that train at the same time",
-    "max_queued_runs": "runs that may wait; more are refused",
-    "max_unfinished_runs": "runs that may be unfinished in all: waiting, paused or training; more are refused",
-    "max_parameters": "most parameters of a model that may be trained; 0: no limit. A model whose weights, gradients "
-    "and moments do not fit into the memory is refused in any case",
-    "max_batch_tokens": "most target tokens of an update; 0: no limit",
-    "max_run_hours": "most hours that a run may train, which its recipe must then limit itself to; 0: no limit",
-    "max_restarts": "workers of a run that may die one after another without getting further before it fails",
-    "restart_backoff_s": "seconds before a worker that died is followed by another; doubles each time, up to 60",
-    "pause_grace_s": "seconds that a worker gets to write its checkpoint after PauseTraining before it is killed",
-    "worker_silence_s": "seconds without a sign of life after which a worker is killed and followed by another; a "
-    "worker gives one every second, whatever it does",
-    "processes_per_run": "processes that train one run together, unless its caller says otherwise",
-    "max_processes_per_run": "most processes that a caller may ask for",
-    "worker_nice": "nice value that training adds to the service's own, so that translation goes first where both want "
-    "the same core; 0: equal priority",
-    "max_corpus_bytes": "largest corpus that may be uploaded, bytes",
-    "min_free_mib": "MiB of the data folder's disk that must stay free: below, uploads, imports and new runs are "
-    "refused, and runs in progress go on; 0: 5 % of the disk, at most 2048",
-    "keep_checkpoints_days": "days after which the checkpoints of an ended run are removed, but for the last one of a "
-    "run that made a published version, which fine-tuning with keep_optimizer starts from; 0: never",
-    "max_prepared_mib": "MiB of disk that tokenised corpora may take, which runs share; the least recently used are "
-    "removed first, those of running runs never, and are made again when they are needed; 0: no limit",
-    "translation_threads": "threads that decode for each loaded model, each on one core; 0: one for each usable CPU, "
-    "at most one for each 512 MiB of usable memory",
-    "compute_type": "arithmetic of translation: on a CPU fp32, or int8, which is faster and costs a little quality; on "
-    "a GPU fp16; auto is fp32 or fp16",
-    "max_batch_rows": "rows (sentences times beam) that a decoding thread runs at the same time for small calls, as "
-    "many for large ones, and as many for long sentences; 0: on a CPU 160, of models wider than 256 80, on a GPU 1024",
-    "max_sentences": "most sentences in one Translate call",
-    "queue_tokens": "source subwords times beam, or half of the maximum length times beam if that is longer than the "
-    "default, that may wait or run before Translate calls are refused; streams may have as many again, and wait; 0: "
-    "131,072 for each decoding thread, at least 262,144",
-    "max_translation_tokens": "most subwords of a translation, whatever max_length a caller asks for; 0: the model's "
-    "max_sentence_tokens",
-    "cache_memory_mib": "MiB of memory that the sentences being translated may come to take, of all models together, "
-    "if each becomes as long as it may; a sentence that has no room waits; 0: half of the usable memory, on a GPU no "
-    "limit",
-    "max_loaded_models": "models kept in memory, the least recently used leaving first",
-    "model_memory_mib": "MiB of memory that the models kept in memory may take, with caches; 0: half of the usable "
-    "memory, on a GPU no limit",
-    "drain_s": "seconds between saying NOT_SERVING and beginning to stop, in which calls are still taken: as long as "
-    "balancers need to notice",
-    "grace_s": "seconds that calls in flight get to end when the service stops",
-    "max_connection_age_s": "seconds after which a connection is asked to end, so that clients spread anew over the "
-    "servers; 0: never",
-    "max_connection_age_grace_s": "seconds that the calls on such a connection get to end before they are cut",
-    "answer_memory_mib": "MiB of large answers that may wait for their callers to read them, a quarter of it on one "
-    "connection; further calls with large answers wait, and are refused after 10 s",
-    "max_calls": "calls in flight of all callers, health checks aside; further ones are refused before their message "
-    "is read",
-    "max_streams": "StreamMetrics, StreamTranslate and reflection calls among them",
-    "max_transfers": "uploads and downloads among them; they are also refused while half of the open files are used",
-    "max_connections": "connections of all callers; further ones are closed. At most a quarter of the open files",
-    "message_memory_mib": "MiB of memory for messages that have not arrived completely, each counted as 4 MiB, the "
-    "largest: half for streams of messages, half for single ones; calls without a part of it are refused",
-    "heartbeat_s": "seconds of silence after which a metrics stream says that it lives",
-    "device": "where models are trained and run: auto, cpu or cuda",
-    "log_level": "DEBUG, INFO, WARNING or ERROR",
-    "log_format": "lines of the log: console, for a person, or json",
-    "log_sentences": "log what is translated, and its translations; else no text of a sentence is ever logged",
-    "trace_endpoint": "where traces are sent, by OTLP over gRPC, such as http://localhost:4317; empty: nowhere",
-    "trace_sample_ratio": "share of the traces that begin here which are kept, from 0 to 1; a caller's own decision "
-    "counts first",
+    "host": "Serve gRPC on this address.",
+    "port": "Serve gRPC on this port. 0 picks a free port.",
+    "metrics_host": "Serve Prometheus metrics on this address.",
+    "metrics_port": "Serve Prometheus metrics on this port. 0 turns metrics off.",
+    "metrics_host_names": "Accept these Host headers on the metrics endpoint: a comma-separated list of host names. "
+    "localhost and metrics_host are always accepted. Beyond loopback, every IP address is accepted too.",
+    "probe_host": "Serve health probes on this address.",
+    "probe_port": "Serve health checks alone on this port, in plain text, for probes without TLS or authentication. 0 "
+    "turns the probe port off.",
+    "data_dir": "Keep the database, corpora, runs and models in this folder. It is created if missing.",
+    "roles": "Set the roles of this process: training, translation, or both, separated by a comma.",
+    "reflection": "Serve gRPC reflection, which tools such as grpcurl need.",
+    "max_concurrent_runs": "Train at most this many runs at the same time.",
+    "max_queued_runs": "Queue at most this many runs. Further runs are refused.",
+    "max_unfinished_runs": "Hold at most this many unfinished runs: queued, paused and training. Further runs are "
+    "refused.",
+    "max_parameters": "Refuse to train models with more parameters. 0: no limit. A model whose weights, gradients and "
+    "optimizer moments exceed the memory is always refused.",
+    "max_batch_tokens": "Limit the target tokens of one update. 0: no limit.",
+    "max_run_hours": "Refuse runs whose recipe does not limit the training time to at most this many hours. 0: no "
+    "limit.",
+    "max_restarts": "Fail a run after more than this many worker deaths in a row without progress.",
+    "restart_backoff_s": "Wait this many seconds before a worker that died is replaced. The wait doubles each time, up "
+    "to 60.",
+    "pause_grace_s": "Give a worker this many seconds after PauseTraining to write its checkpoint, then kill it.",
+    "worker_silence_s": "Kill and replace a worker after this many seconds without a heartbeat. A healthy worker sends "
+    "one every second.",
+    "processes_per_run": "Train each run with this many processes, unless the caller sets the number.",
+    "max_processes_per_run": "Limit the number of processes that a caller may request for a run.",
+    "worker_nice": "Add this nice value to training workers, so that translation gets the larger share of a contended "
+    "core. 0: equal priority.",
+    "max_corpus_bytes": "Refuse uploads of corpora larger than this many bytes.",
+    "min_free_mib": "Keep this many MiB of the data folder's disk free. Below, uploads, imports and new runs are "
+    "refused; runs in progress continue. 0: 5 % of the disk, at most 2048.",
+    "keep_checkpoints_days": "Delete the checkpoints of ended runs after this many days. The last checkpoint of a run "
+    "with a published version is kept: fine-tuning with keep_optimizer starts from it. 0: never delete.",
+    "max_prepared_mib": "Limit the disk space of tokenised corpora, which runs share, to this many MiB. The least "
+    "recently used are deleted first and rebuilt on demand; corpora of running runs are kept. 0: no limit.",
+    "translation_threads": "Decode each loaded model with this many threads, one core each. 0: one thread for each "
+    "usable CPU, at most one for each 512 MiB of usable memory.",
+    "compute_type": "Set the arithmetic of translation. CPU: fp32, or int8, which is faster and costs a little "
+    "quality. GPU: fp16. auto: fp32 on a CPU, fp16 on a GPU.",
+    "max_batch_rows": "Limit the rows (sentences times beam) that a decoding thread runs at the same time. The limit "
+    "applies separately to small calls, large calls and long sentences. 0: 160 on a CPU, 80 for models wider than 256, "
+    "1024 on a GPU.",
+    "max_sentences": "Limit the sentences of one Translate call.",
+    "queue_tokens": "Refuse Translate calls when this many tokens wait or run. A sentence counts its source subwords "
+    "times beam, or half of max_length times beam if max_length exceeds its default. Streams have a separate queue of "
+    "the same size, and wait. 0: 131,072 for each decoding thread, at least 262,144.",
+    "max_translation_tokens": "Limit the subwords of a translation, whatever max_length the caller sets. 0: the "
+    "model's max_sentence_tokens.",
+    "cache_memory_mib": "Limit the decoding caches of all models together to this many MiB, counted as if every "
+    "sentence reached its maximum length. Sentences beyond the limit wait. 0: half of the usable memory; on a GPU no "
+    "limit.",
+    "max_loaded_models": "Keep at most this many models in memory. The least recently used is unloaded first.",
+    "model_memory_mib": "Limit the memory of loaded models, with their caches, to this many MiB. 0: half of the usable "
+    "memory; on a GPU no limit.",
+    "drain_s": "Keep accepting calls for this many seconds after health turns NOT_SERVING, so that load balancers "
+    "notice before the service stops.",
+    "grace_s": "Give calls in flight this many seconds to end when the service stops.",
+    "max_connection_age_s": "Ask each connection to close after this many seconds, so that clients spread over the "
+    "servers again. 0: never.",
+    "max_connection_age_grace_s": "Give the calls of an expired connection this many seconds to end, then cut them.",
+    "answer_memory_mib": "Limit large responses that clients have not read yet to this many MiB, a quarter of it for "
+    "each connection. Further calls with large responses wait, and are refused after 10 s.",
+    "max_calls": "Limit the calls in flight of all clients, health checks excluded. Further calls are refused before "
+    "their message is read.",
+    "max_streams": "Limit the StreamMetrics, StreamTranslate and reflection calls among the calls in flight.",
+    "max_transfers": "Limit the uploads and downloads among the calls in flight. They are also refused while half of "
+    "the file descriptors are in use.",
+    "max_connections": "Limit the connections of all clients; further connections are closed. At most a quarter of the "
+    "file descriptors is used.",
+    "message_memory_mib": "Limit the memory of partly received messages to this many MiB. Each counts as 4 MiB, the "
+    "largest message. Half is for streams of messages, half for single messages. Calls beyond the limit wait 5 s, "
+    "then are refused.",
+    "heartbeat_s": "Send a heartbeat on a metrics stream after this many seconds without a record.",
+    "device": "Train and run models on this device: auto, cpu or cuda.",
+    "log_level": "Log messages of this level and above: DEBUG, INFO, WARNING or ERROR.",
+    "log_format": "Write the log as console, for people, or as json.",
+    "log_sentences": "Log source sentences and translations. Without this option no text of a sentence is logged.",
+    "trace_endpoint": "Send traces by OTLP over gRPC to this endpoint, such as http://localhost:4317. Empty: none.",
+    "trace_sample_ratio": "Sample this share, 0 to 1, of the traces that start here. A caller's own decision wins.",
 }
 
 

@@ -76,7 +76,7 @@ class Settings:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add --config and a flag for every option."""
-    parser.add_argument("--config", metavar="FILE", help=f"configuration file, TOML [{CONFIG_VARIABLE}]")
+    parser.add_argument("--config", metavar="FILE", help=f"Read options from this TOML file. [{CONFIG_VARIABLE}]")
     for option, text in HELP.items():
         default = getattr(_DEFAULTS, option)
         kind: dict[str, Any] = {"action": argparse.BooleanOptionalAction} if isinstance(default, bool) else {}
@@ -125,9 +125,9 @@ def read_value(option: str, given: object) -> object:
     if isinstance(default, int | float):
         return _number(type(default), given)
     if not isinstance(given, str):
-        raise ValueError("must be a text")
+        raise ValueError("must be text")
     if "\0" in given:
-        raise ValueError("must not hold a NUL")
+        raise ValueError("must not contain a NUL character")
     return Path(given) if isinstance(default, Path) else given
 
 
@@ -162,7 +162,7 @@ def _given(
         if key in HELP:
             yield key, f"{path}: {key}", value
         else:
-            text = f"{path}: {key} is no option{_nearest(key.replace('-', '_'), HELP)}"
+            text = f"{path}: unknown option {key}{_nearest(key.replace('-', '_'), HELP)}"
             mistakes.append(Mistake(options=(key,), text=text))
     for option in HELP:
         yield from _from_environment(option, environment, mistakes)
@@ -186,7 +186,7 @@ def _from_environment(
     variable = variable_of(option)
     by_file = variable + _FILE_SUFFIX
     if variable in environment and by_file in environment:
-        text = f"{by_file}: {variable} is set too, and one of them must go"
+        text = f"{variable} and {by_file} are both set; unset one of them"
         mistakes.append(Mistake(options=(option,), text=text))
     elif variable in environment:
         yield option, variable, environment[variable]
@@ -218,7 +218,7 @@ def _warnings(environment: Mapping[str, str]) -> Iterator[str]:
     for variable in sorted(environment):
         ours = variable.startswith(ENVIRONMENT_PREFIX) and variable not in known | _OF_THE_CLIENT
         if ours and not _SERVICE_LINK.fullmatch(variable):
-            yield f"{variable} is no option, and is ignored{_nearest(variable, known)}"
+            yield f"unknown variable {variable} is ignored{_nearest(variable, known)}"
 
 
 def _nearest(word: str, legal: Iterable[str]) -> str:
@@ -259,7 +259,7 @@ def _truth(given: object) -> bool:
 def _number(kind: type[int | float], given: object) -> int | float:
     if isinstance(given, str) and _LINK_VALUE.match(given):
         raise ValueError(
-            "must be a number; this looks like what Kubernetes sets for a Service called ferryman: set "
+            "must be a number; Kubernetes sets such a variable for a Service named ferryman: set "
             "enableServiceLinks: false in the pod"
         )
     text = "must be a whole number" if kind is int else "must be a number"

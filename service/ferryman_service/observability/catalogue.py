@@ -27,74 +27,77 @@ class Group:
 GROUPS: Final[Sequence[Group]] = (
     Group(
         title="Calls",
-        text="Every RPC of every service, health and reflection included. A stream's time is that of its whole life.",
+        text="All RPCs of all services, including health and reflection. The duration of a stream is its whole "
+        "lifetime.",
         metrics=rpc.METRICS,
     ),
     Group(
         title="This process",
-        text="What runs here, how it answers health checks, and the disk of the data folder.",
+        text="Version, roles, health, and the disk of the data folder.",
         metrics=process.METRICS,
     ),
     Group(
         title="Admission and translation",
-        text="Calls and their sentences. A sentence costs its source subwords times its rows (beam or samples); what "
-        "waits and runs is counted so. Sentences, tokens, times and rows are of calls that succeeded.",
+        text="Calls and their sentences. The queue counts source subwords times rows (beam or samples). Sentences, "
+        "tokens, durations and rows count successful calls only.",
         metrics=translations.METRICS,
     ),
     Group(
         title="Engine",
-        text="All decoding threads of all models together, warm-ups included. The mean number of rows is "
+        text="All decoding threads of all models together, including warm-ups. The mean number of rows per step is "
         "`rate(ferryman_engine_step_rows_sum[5m]) / rate(ferryman_engine_step_rows_count[5m])`.",
         metrics=engine.METRICS,
     ),
-    Group(title="Models", text="What is in memory now, and what it took to get there.", metrics=models.METRICS),
+    Group(title="Models", text="Loaded models and model loads.", metrics=models.METRICS),
     Group(
         title="Training, all runs",
-        text="Counted by the process with the role training, which reads the records of all runs once a second. What "
-        "was recorded before it started is not counted.",
+        text="The process with the role training exports these metrics. It reads the records of all runs once a "
+        "second, "
+        "and does not count records from before its start.",
         metrics=training.METRICS,
     ),
     Group(
         title="Training, each active run",
-        text="There from when a run's first worker begins, through pauses and restarts of worker and service, until "
-        "the run ends; at most 50 runs at a time. Whole curves are StreamMetrics' matter.",
+        text="Exported from the start of a run's first worker until the run ends, also while it is paused or restarts; "
+        "for at most 50 runs at a time. For complete curves use StreamMetrics.",
         metrics=run_gauges.METRICS,
     ),
     Group(
         title="Launcher and store",
-        text="The seams between the service, its workers and the database.",
+        text="Starts of workers, and access to the database.",
         metrics=(*launcher.METRICS, *store.METRICS),
     ),
     Group(
         title="GPU",
-        text="Only where NVML answers: an NVIDIA driver, and the package nvidia-ml-py of the extra `gpu`.",
+        text="Exported only where NVML works: it needs an NVIDIA driver and the package nvidia-ml-py of the extra "
+        "`gpu`.",
         metrics=gpu.METRICS,
     ),
 )
 
 LABELS: Final[Mapping[str, str]] = {
-    "grpc_service": "the services of the contract, health and reflection; `other` for a call of a method that does not "
-    "exist",
-    "grpc_method": "their methods; `other`",
+    "grpc_service": "the services of the API, health and reflection; `other` for calls of unknown methods",
+    "grpc_method": "the methods of these services; `other` for unknown methods",
     "call_kind": "`unary`, `stream`, `transfer` (an upload or a download), `health`",
-    "limit": "`calls`, `streams`, `transfers`, `health_calls`, `message_memory`, `open_files`, `silence`",
+    "limit": "`calls`, `streams`, `transfers`, `health_calls`, `health_watches`, `message_memory`, `open_files`, "
+    "`silence`",
     "grpc_type": "`unary`, `client_stream`, `server_stream`, `bidi_stream`",
     "grpc_code": "the 17 status codes, such as `OK`",
-    "version": "of `ferryman_build_info` the package's, of models the number",
-    "roles": "`training`, `translation`, or both with a comma",
-    "service": "the names of the health service; `overall` is the empty one",
+    "version": "in `ferryman_build_info` the version of the package, otherwise the number of the model version",
+    "roles": "`training`, `translation`, or both, separated by a comma",
+    "service": "the service names of grpc.health.v1; `overall` stands for the empty name",
     "method": "`Translate`, `StreamTranslate`",
-    "stage": "`queue`, `text`, `encode`, `decode`; a sentence has no `text`",
-    "model": "models in memory, at most `--max-loaded-models`; gone when the model is unloaded",
+    "stage": "`queue`, `text`, `encode`, `decode`; sentences have no stage `text`",
+    "model": "the models in memory, at most `--max-loaded-models`; removed when the model is unloaded",
     "compute_type": "`fp32`, `int8`, `fp16`",
-    "state": "of runs that are not over `queued`, `starting`, `running`, `exporting`, `paused`; of those that ended "
-    "`succeeded`, `failed`, `cancelled`",
-    "run": "the ids of active runs, at most 50; gone when the run ends",
+    "state": "unfinished runs: `queued`, `starting`, `running`, `exporting`, `paused`; ended runs: `succeeded`, "
+    "`failed`, `cancelled`",
+    "run": "the ids of active runs, at most 50; removed when the run ends",
     "outcome": "`started`, `failed_to_start`",
-    "size": "`small`: of a caller that has little in the engine; `large`: of one that has much; `long`: a sentence "
-    "that is much by itself, rows times maximum length",
+    "size": "`small`: sentences of callers with little work in the engine; `large`: of callers with much work; `long`: "
+    "sentences that are much work by themselves, by rows times maximum length",
     "gpu": "the GPU's index, from `0`",
-    "table": "the tables of the database: `runs`, `records`, `corpora`, `model_versions`, `model_aliases`",
+    "table": "the database tables `runs`, `records`, `corpora`, `model_versions`, `model_aliases`",
 }
 
 _WIDTH: Final = 120
@@ -102,8 +105,8 @@ _HEAD: Final = """# Metrics
 
 <!-- Made by `make metrics-docs` from the code; a test compares them. -->
 
-The service answers Prometheus on `--metrics-port` (9464), at `/metrics`. Counters and times are of one process since
-its start. Every label takes its values from a small set, never from a caller.
+The service exports Prometheus metrics on `--metrics-port` (9464), at `/metrics`. Counters and histograms cover one
+process since its start. Label values come from small fixed sets, never from callers.
 """
 
 
@@ -128,7 +131,7 @@ def _groups() -> Iterator[str]:
 
 
 def _library() -> Iterator[str]:
-    yield "## Process and interpreter\n\nThose that the Prometheus library brings.\n"
+    yield "## Process and interpreter\n\nStandard metrics of the Prometheus client library.\n"
     rows = []
     for family in new_registry().collect():
         suffix = "_total" if family.type == "counter" else ""
@@ -143,10 +146,10 @@ def _labels() -> Iterator[str]:
 
 
 def _buckets() -> Iterator[str]:
-    yield "## Buckets of the histograms\n"
+    yield "## Histogram buckets\n"
     histograms = [metric for metric in all_metrics() if metric.kind is Kind.HISTOGRAM]
     rows = [(f"`{metric.name}`", ", ".join(f"{bound:g}" for bound in metric.buckets)) for metric in histograms]
-    yield _table(("histogram", "at most"), rows)
+    yield _table(("histogram", "upper bounds"), rows)
 
 
 def _names(labels: Sequence[str]) -> str:

@@ -15,21 +15,23 @@ from ferryman_service.observability.definitions import ROWS, counter, described,
 
 STEPS: Final = counter("ferryman_engine_steps_total", "Decoding steps of all engines.")
 STEP_ROWS: Final = histogram(
-    "ferryman_engine_step_rows", "Rows (sentences times beam) of a decoding step.", ROWS, unit="rows"
+    "ferryman_engine_step_rows", "Rows (sentences times beam) per decoding step.", ROWS, unit="rows"
 )
-CACHE_BYTES: Final = gauge("ferryman_engine_cache_bytes", "Memory of all engines' key and value caches.", unit="bytes")
+CACHE_BYTES: Final = gauge(
+    "ferryman_engine_cache_bytes", "Memory of the key and value caches of all engines.", unit="bytes"
+)
 CACHE_BOOKED: Final = gauge(
     "ferryman_engine_cache_booked_bytes",
-    "Memory that the caches would take if every sentence became as long as it may.",
+    "Memory reserved for the caches: their size if every sentence reaches its maximum length.",
     unit="bytes",
 )
 CACHE_LIMIT: Final = gauge(
     "ferryman_engine_cache_limit_bytes",
-    "How much of that may be booked before sentences wait; 0 without a limit.",
+    "Limit of the reserved cache memory. Beyond it, sentences wait. 0: no limit.",
     unit="bytes",
 )
 WAITING: Final = gauge(
-    "ferryman_engine_waiting_sentences", "Sentences that wait for rows of a batch or for memory.", ("size",)
+    "ferryman_engine_waiting_sentences", "Sentences that wait for batch rows or cache memory, by size.", ("size",)
 )
 SIZES: Final = ("small", "large", "long")
 METRICS: Final = (STEPS, STEP_ROWS, CACHE_BYTES, CACHE_BOOKED, CACHE_LIMIT, WAITING)

@@ -13,8 +13,8 @@ from prometheus_client.registry import Collector
 
 from ferryman_service.observability.definitions import described, gauge
 
-MEMORY_USED: Final = gauge("ferryman_gpu_memory_used_bytes", "Memory in use, by whatever process.", ("gpu",), "bytes")
-MEMORY_TOTAL: Final = gauge("ferryman_gpu_memory_total_bytes", "Memory of the GPU.", ("gpu",), "bytes")
+MEMORY_USED: Final = gauge("ferryman_gpu_memory_used_bytes", "GPU memory in use by all processes.", ("gpu",), "bytes")
+MEMORY_TOTAL: Final = gauge("ferryman_gpu_memory_total_bytes", "Total GPU memory.", ("gpu",), "bytes")
 UTILIZATION: Final = gauge(
     "ferryman_gpu_utilization_ratio", "Share of the last sample period in which a kernel ran, 0 to 1.", ("gpu",)
 )

@@ -10,13 +10,13 @@ from ferryman_service.observability.definitions import counter
 
 ATTEMPTS: Final = counter(
     "ferryman_launcher_attempts_total",
-    "Workers that were to be started: `started`, or `failed_to_start` where the program could not be run at all.",
+    "Attempts to start a worker. `failed_to_start`: the program could not be executed.",
     ("outcome",),
 )
 FAILURES: Final = counter(
     "ferryman_supervisor_failures_total",
-    "Looks of the supervisor at the runs that ended with an unexpected error. Training is not ready until one "
-    "succeeds; the log says what is wrong.",
+    "Unexpected errors of the supervisor of runs. TrainingService is NOT_SERVING until the supervisor succeeds again. "
+    "The log has the error.",
 )
 METRICS: Final = (ATTEMPTS, FAILURES)
 

@@ -16,20 +16,23 @@ _LOAD_SECONDS: Final = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160)
 
 LOADED: Final = gauge(
     "ferryman_model_loaded_info",
-    "1 for each version in memory, with the arithmetic that it is computed in.",
+    "1 for each model version in memory. The label compute_type gives its arithmetic.",
     ("model", "version", "compute_type"),
 )
 MEMORY_BYTES: Final = gauge(
     "ferryman_model_memory_bytes",
-    "Memory that a version in memory takes, without what is in flight.",
+    "Memory of a loaded model version, without the caches of calls in flight.",
     ("model", "version"),
     "bytes",
 )
 LOAD_SECONDS: Final = histogram(
-    "ferryman_model_load_seconds", "Time of a load, from the first byte read to the end of the warm-up.", _LOAD_SECONDS
+    "ferryman_model_load_seconds",
+    "Duration of a model load, from the first byte read to the end of the warm-up.",
+    _LOAD_SECONDS,
 )
 LOAD_FAILURES: Final = counter(
-    "ferryman_model_load_failures_total", "Loads that failed: damaged, too large for the limit, or out of memory."
+    "ferryman_model_load_failures_total",
+    "Failed model loads: damaged files, a model too large for the limit, or out of memory.",
 )
 METRICS: Final = (LOADED, MEMORY_BYTES, LOAD_SECONDS, LOAD_FAILURES)
 

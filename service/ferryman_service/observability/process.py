@@ -14,14 +14,18 @@ from prometheus_client.registry import Collector
 
 from ferryman_service.observability.definitions import described, gauge
 
-BUILD: Final = gauge("ferryman_build_info", "1, with the version and the roles of this process.", ("version", "roles"))
+BUILD: Final = gauge(
+    "ferryman_build_info", "Always 1. The labels give the version and the roles of this process.", ("version", "roles")
+)
 SERVING: Final = gauge(
     "ferryman_health_serving",
-    "1 while grpc.health.v1 answers SERVING, else 0; the service `overall` is the empty name.",
+    "1 while grpc.health.v1 answers SERVING, else 0. `overall` stands for the empty service name.",
     ("service",),
 )
 DATA_FREE: Final = gauge(
-    "ferryman_data_free_bytes", "Free space, for this process, of the file system of the data folder.", unit="bytes"
+    "ferryman_data_free_bytes",
+    "Free space that this process may use on the file system of the data folder.",
+    unit="bytes",
 )
 DATA_SIZE: Final = gauge("ferryman_data_size_bytes", "Size of the file system of the data folder.", unit="bytes")
 METRICS: Final = (BUILD, SERVING, DATA_FREE, DATA_SIZE)

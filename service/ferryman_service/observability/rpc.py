@@ -12,19 +12,18 @@ _SECONDS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2
 _METHOD: Final = ("grpc_service", "grpc_method", "grpc_type")
 _UNKNOWN: Final = ("other", "other", "unary")
 
-STARTED: Final = counter("grpc_server_started_total", "Calls that began.", _METHOD)
-HANDLED: Final = counter("grpc_server_handled_total", "Calls that ended.", (*_METHOD, "grpc_code"))
-SECONDS: Final = histogram("grpc_server_handling_seconds", "From a call's begin to its end.", _SECONDS, _METHOD)
+STARTED: Final = counter("grpc_server_started_total", "Calls started.", _METHOD)
+HANDLED: Final = counter("grpc_server_handled_total", "Calls ended, by status code.", (*_METHOD, "grpc_code"))
+SECONDS: Final = histogram("grpc_server_handling_seconds", "Duration of a call.", _SECONDS, _METHOD)
 RECEIVED: Final = counter("grpc_server_msg_received_total", "Messages received from callers.", _METHOD)
 SENT: Final = counter("grpc_server_msg_sent_total", "Messages sent to callers.", _METHOD)
-IN_FLIGHT: Final = gauge("ferryman_calls_in_flight", "Calls that were let in and have not ended.", ("call_kind",))
+IN_FLIGHT: Final = gauge("ferryman_calls_in_flight", "Calls in flight, by kind.", ("call_kind",))
 REFUSED: Final = counter(
-    "ferryman_calls_refused_total", "Calls that a limit of requests has refused or ended.", ("limit",)
+    "ferryman_calls_refused_total", "Calls that a request limit has refused or ended, by limit.", ("limit",)
 )
 INCOMPLETE: Final = gauge(
     "ferryman_incomplete_messages",
-    "Messages that the server is receiving, one for each stream of requests: the memory that is held for them is so "
-    "many times the largest size of a message.",
+    "Partly received messages, one for each request stream. Each reserves memory for the largest message.",
 )
 METRICS: Final[tuple[Metric, ...]] = (STARTED, HANDLED, SECONDS, RECEIVED, SENT, IN_FLIGHT, REFUSED, INCOMPLETE)
 

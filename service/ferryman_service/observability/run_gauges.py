@@ -22,7 +22,7 @@ def _gauge(prefix: str, name: str, text: str, unit: str = "") -> Metric:
 
 OF_STEPS: Final[Mapping[str, Metric]] = {
     "step": _gauge(_RUN, "step", "Updates done."),
-    "epoch": _gauge(_RUN, "epoch", "The pass over the training pairs."),
+    "epoch": _gauge(_RUN, "epoch", "Current epoch."),
     "loss": _gauge(_RUN, "loss", "Label-smoothed cross-entropy per target token of the last step.", "nats"),
     "perplexity": _gauge(_RUN, "perplexity", "Perplexity of the last step."),
     "learning_rate": _gauge(_RUN, "learning_rate", "Learning rate of the last step."),
@@ -31,11 +31,11 @@ OF_STEPS: Final[Mapping[str, Metric]] = {
         _RUN, "target_tokens_per_second", "Target tokens per second of the last step.", "tokens/s"
     ),
     "padding_share": _gauge(_RUN, "padding_share", "Share of padding in the last batch, 0 to 1."),
-    "memory_bytes": _gauge(_RUN, "memory_bytes", "The worker's memory.", "bytes"),
+    "memory_bytes": _gauge(_RUN, "memory_bytes", "Memory of the run's worker.", "bytes"),
     "model_flops_utilization": _gauge(
         _RUN,
         "model_flops_utilization",
-        "Share of the device's peak that the last step reached, 0 to 1; 0 where it is unknown.",
+        "Model FLOPs utilization of the last step: share of the device's peak, 0 to 1. 0 if the peak is unknown.",
     ),
 }
 """By the field of StepMetrics."""
@@ -53,7 +53,7 @@ OF_VALIDATIONS: Final[Mapping[str, Metric]] = {
 LAST_PROGRESS: Final = _gauge(
     _RUN,
     "last_progress_timestamp_seconds",
-    "When the run last got further: a step, a validation, or a worker that began or went on to export; since 1970.",
+    "Unix time of the last progress: a step, a validation, the start of a worker, or the start of the export.",
     "seconds",
 )
 
@@ -64,16 +64,18 @@ def _started_s(run: TrainingRun) -> float:
 
 
 OF_RUNS: Final[Mapping[Metric, Callable[[TrainingRun], float]]] = {
-    _gauge(_RUN, "attempt", "How often a worker was started."): lambda run: run.attempt,
-    _gauge(_RUN, "restarts", "Workers that died in a row without getting further."): lambda run: run.restarts,
-    _gauge(_RUN, "skipped_updates", "Updates skipped for a gradient that was not finite."): (
+    _gauge(_RUN, "attempt", "Number of workers started for the run."): lambda run: run.attempt,
+    _gauge(_RUN, "restarts", "Workers that died in a row without progress."): lambda run: run.restarts,
+    _gauge(_RUN, "skipped_updates", "Updates skipped because of a non-finite gradient."): (
         lambda run: run.progress.skipped_updates
     ),
     _gauge(_RUN, "paused", "1 while the run is paused, else 0."): lambda run: run.state is RunState.PAUSED,
-    _gauge(_RUN, "progress_ratio", "How far the run is to the nearest limit of its recipe, 0 to 1."): (
+    _gauge(_RUN, "progress_ratio", "Progress towards the nearest limit of the recipe, 0 to 1."): (
         lambda run: run.progress.fraction
     ),
-    _gauge(_RUN, "started_timestamp_seconds", "When the run's first worker began, since 1970.", "seconds"): _started_s,
+    _gauge(
+        _RUN, "started_timestamp_seconds", "Unix time of the start of the run's first worker.", "seconds"
+    ): _started_s,
 }
 """What is read from the run."""
 

@@ -13,20 +13,20 @@ _LAG_SECONDS: Final = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 600)
 
 LAG_SECONDS: Final = histogram(
     "ferryman_store_lag_seconds",
-    "From when a worker made a step to when this process read it from the store; of each active run the newest step, "
-    "once a second.",
+    "Delay from a training step in the worker until this process reads it from the database. Observed once a second, "
+    "for the newest step of each active run.",
     _LAG_SECONDS,
 )
 ERRORS: Final = counter(
-    "ferryman_store_errors_total", "Transactions that failed because the database or its disk could not be used."
+    "ferryman_store_errors_total", "Transactions that failed because the database or its disk was unusable."
 )
 DAMAGED: Final = gauge(
     "ferryman_database_damaged",
-    "1 while the database is known to be damaged, by the daily check or by a transaction, else 0.",
+    "1 while the database is known to be damaged, else 0. The daily check and every transaction detect damage.",
 )
 UNREADABLE: Final = counter(
     "ferryman_store_unreadable_rows_total",
-    "Rows of the database that were found to be unreadable, each counted once; of a run's records only the first.",
+    "Unreadable rows found in the database. Each counts once; of a run's records only the first counts.",
     ("table",),
 )
 METRICS: Final = (LAG_SECONDS, ERRORS, DAMAGED, UNREADABLE)

@@ -31,20 +31,20 @@ _STEP_SECONDS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10,
 _RESTARTS: Final = frozenset({"RESTARTED", "HANDED_OVER"})
 _FURTHER: Final = frozenset({RunState.RUNNING, RunState.EXPORTING})
 
-STEPS: Final = counter("ferryman_training_steps_total", "Updates of all runs.")
-TOKENS: Final = counter("ferryman_training_target_tokens_total", "Target tokens trained on.", unit="tokens")
-STEP_SECONDS: Final = histogram("ferryman_training_step_seconds", "Time of an update.", _STEP_SECONDS)
-RUNS: Final = gauge("ferryman_training_runs", "Runs that are not over, by state.", ("state",))
-RUNS_ENDED: Final = counter("ferryman_training_runs_ended_total", "Runs that ended, by state.", ("state",))
+STEPS: Final = counter("ferryman_training_steps_total", "Training updates of all runs.")
+TOKENS: Final = counter(
+    "ferryman_training_target_tokens_total", "Target tokens of all training updates.", unit="tokens"
+)
+STEP_SECONDS: Final = histogram("ferryman_training_step_seconds", "Duration of a training update.", _STEP_SECONDS)
+RUNS: Final = gauge("ferryman_training_runs", "Unfinished runs, by state.", ("state",))
+RUNS_ENDED: Final = counter("ferryman_training_runs_ended_total", "Ended runs, by state.", ("state",))
 CHECKPOINTS: Final = counter(
     "ferryman_training_checkpoints_total",
-    "Checkpoints that were written, as far as one was there at a look each second.",
+    "Checkpoints written. Polled once a second: a checkpoint deleted between two polls is missed.",
 )
-SKIPPED: Final = counter(
-    "ferryman_training_skipped_updates_total", "Updates skipped for a gradient that was not finite."
-)
+SKIPPED: Final = counter("ferryman_training_skipped_updates_total", "Updates skipped because of a non-finite gradient.")
 RESTARTS: Final = counter(
-    "ferryman_training_restarts_total", "Workers that died, or were told to end, and left their run to another."
+    "ferryman_training_restarts_total", "Workers that died or were stopped, and whose run a new worker takes over."
 )
 METRICS: Final = (STEPS, TOKENS, STEP_SECONDS, RUNS, RUNS_ENDED, CHECKPOINTS, SKIPPED, RESTARTS)
 

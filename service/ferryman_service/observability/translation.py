@@ -17,45 +17,46 @@ _CALL_STAGES: Final = ("queue", "text", "encode", "decode")
 _SENTENCE_STAGES: Final = ("queue", "encode", "decode")
 _METHODS: Final = ("Translate", "StreamTranslate")
 
-REQUESTS: Final = counter("ferryman_translate_requests_total", "Calls that were read.", ("method",))
-IN_FLIGHT: Final = gauge("ferryman_translate_in_flight", "Calls that are being served.", ("method",))
+REQUESTS: Final = counter("ferryman_translate_requests_total", "Calls received.", ("method",))
+IN_FLIGHT: Final = gauge("ferryman_translate_in_flight", "Calls in flight.", ("method",))
 QUEUE: Final = gauge(
     "ferryman_translate_queue_tokens",
-    "Rows times what each is booked with (source subwords, or half of a longer maximum length) that wait or run.",
+    "Tokens that wait or run. Each row counts its source subwords, or half of max_length if the caller raised "
+    "max_length.",
     ("method",),
     "tokens",
 )
 QUEUE_LIMIT: Final = gauge(
     "ferryman_translate_queue_limit_tokens",
-    "How many may: beyond it Translate is refused, and StreamTranslate waits.",
+    "Limit of the queue. Beyond it, Translate calls are refused and StreamTranslate calls wait.",
     ("method",),
     "tokens",
 )
-REJECTED: Final = counter("ferryman_translate_rejected_total", "Translate calls that found the queue full.")
+REJECTED: Final = counter("ferryman_translate_rejected_total", "Translate calls refused because the queue was full.")
 SENTENCES: Final = counter("ferryman_translate_sentences_total", "Sentences translated.")
 SOURCE_TOKENS: Final = counter(
-    "ferryman_translate_source_tokens_total", "Subwords of the sentences, end symbols included.", unit="tokens"
+    "ferryman_translate_source_tokens_total", "Source subwords translated, including end symbols.", unit="tokens"
 )
 TARGET_TOKENS: Final = counter(
-    "ferryman_translate_target_tokens_total", "Subwords of the best translations, end symbols included.", unit="tokens"
+    "ferryman_translate_target_tokens_total", "Subwords of the best translations, including end symbols.", unit="tokens"
 )
 CALL_SECONDS: Final = histogram(
-    "ferryman_translate_seconds", "Time of a Translate call, by stage.", _SECONDS, ("stage",)
+    "ferryman_translate_seconds", "Duration of a Translate call, by stage.", _SECONDS, ("stage",)
 )
 SENTENCE_SECONDS: Final = histogram(
-    "ferryman_translate_sentence_seconds", "Time of a sentence, by stage.", _SECONDS, ("stage",)
+    "ferryman_translate_sentence_seconds", "Duration of a sentence, by stage.", _SECONDS, ("stage",)
 )
 SENTENCE_TOKENS: Final = histogram(
     "ferryman_translate_sentence_target_tokens",
-    "Subwords of a best translation, end symbol included.",
+    "Subwords of the best translation of a sentence, including the end symbol.",
     _TOKENS,
     unit="tokens",
 )
 SENTENCE_STEPS: Final = histogram(
-    "ferryman_translate_sentence_steps", "Decoding steps of a sentence.", _TOKENS, unit="steps"
+    "ferryman_translate_sentence_steps", "Decoding steps per sentence.", _TOKENS, unit="steps"
 )
 BATCH_ROWS: Final = histogram(
-    "ferryman_translate_batch_rows", "Rows of a decoding step, mean over a Translate call's.", ROWS, unit="rows"
+    "ferryman_translate_batch_rows", "Mean number of rows per decoding step of a Translate call.", ROWS, unit="rows"
 )
 METRICS: Final = (
     REQUESTS,

@@ -38,11 +38,11 @@ def test_names_of_flags_and_variables():
         ({"grace_s": float("nan")}, "--grace-s is nan"),
         ({"max_corpus_bytes": 2**50 + 1}, "--max-corpus-bytes is 1.12589990684262e.15|1125899906842625"),
         ({"roles": frozenset()}, "--roles must name"),
-        ({"processes_per_run": 9}, "--processes-per-run is 9, must not be above --max-processes-per-run, which is 8"),
+        ({"processes_per_run": 9}, "--processes-per-run is 9, must not exceed --max-processes-per-run, which is 8"),
         ({"worker_silence_s": 4}, "--worker-silence-s is 4, must be from 5 to 86400"),
-        ({"device": Device.CPU, "compute_type": ComputeChoice.FP16}, "is for CUDA; on a CPU use fp32 or int8"),
-        ({"device": Device.CUDA, "compute_type": ComputeChoice.INT8}, "is for a CPU; on CUDA use fp16"),
-        ({"device": Device.CUDA, "compute_type": ComputeChoice.FP32}, "is for a CPU; on CUDA use fp16"),
+        ({"device": Device.CPU, "compute_type": ComputeChoice.FP16}, "needs CUDA; on a CPU use fp32 or int8"),
+        ({"device": Device.CUDA, "compute_type": ComputeChoice.INT8}, "needs a CPU; on CUDA use fp16"),
+        ({"device": Device.CUDA, "compute_type": ComputeChoice.FP32}, "needs a CPU; on CUDA use fp16"),
     ],
 )
 def test_impossible_configuration_is_refused(fields, words):

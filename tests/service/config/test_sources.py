@@ -116,15 +116,15 @@ def test_mistakes_of_all_sources_come_together_each_with_its_source(mistakes_of,
     path = tmp_path / "ferryman.toml"
     assert sorted(found) == sorted(
         [
-            f"{path}: prot is no option; did you mean port?",
+            f"{path}: unknown option prot; did you mean port?",
             f"{path}: port is 'x', must be a whole number",
-            f"{path}: data-dir is no option; did you mean data_dir?",
+            f"{path}: unknown option data-dir; did you mean data_dir?",
             f"{path}: heartbeat_s is True, must be a number",
             f"{path}: roles is {{'x': 1}}, must be training, translation, or both",
             "FERRYMAN_REFLECTION is 'perhaps', must be true or false",
             "FERRYMAN_DEVICE is 'gpu', must be one of auto, cpu, cuda",
             "FERRYMAN_HOST_FILE: /nowhere cannot be read: No such file or directory",
-            "FERRYMAN_MAX_SENTENCES_FILE: FERRYMAN_MAX_SENTENCES is set too, and one of them must go",
+            "FERRYMAN_MAX_SENTENCES and FERRYMAN_MAX_SENTENCES_FILE are both set; unset one of them",
             "--grace-s is 'soon', must be a number",
             "--metrics-port is 70000, must be from 0 to 65535",
             "--queue-tokens is -1, must be from 0 to 1099511627776 (FERRYMAN_QUEUE_TOKENS)",
@@ -170,7 +170,7 @@ def test_variables_that_mean_nothing_are_warned_of(settings_of):
         FERRYMAN_SERVER="localhost:50051",  # the client's
         OTHER="1",
     ).warnings
-    assert warnings == ("FERRYMAN_PROT is no option, and is ignored; did you mean FERRYMAN_PORT?",)
+    assert warnings == ("unknown variable FERRYMAN_PROT is ignored; did you mean FERRYMAN_PORT?",)
 
 
 def test_effective_configuration_is_shown_as_equivalent_toml(settings_of):
