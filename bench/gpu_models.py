@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from sentencepiece import sentencepiece_model_pb2
 
 from ferryman_service.bundle.manifest import SUBWORDS_FILE, WEIGHTS_FILE
-from ferryman_service.domain.models import ModelLineage, ModelScores
+from ferryman_service.domain.models import ModelLineage, ModelScores, PublishedWeights
 from ferryman_service.domain.recipe import Recipe, resolve_recipe
 from ferryman_service.domain.tokens import EOS
 from ferryman_service.domain.training import TrainedModel
@@ -56,7 +56,7 @@ def random_bundle(folder: Path, recipe: Recipe) -> Path:
         weights=parts / WEIGHTS_FILE,
         subwords=parts / SUBWORDS_FILE,
         recipe=recipe,
-        scores=ModelScores(bleu=0.0, chrf=0.0, nll_per_token=0.0, weights="best", step=0),
+        scores=ModelScores(bleu=0.0, chrf=0.0, nll_per_token=0.0, weights=PublishedWeights.CHECKPOINT, step=0),
         parameters=sum(weight.numel() for weight in transformer.parameters()),
         check_sentences=["w4 w5"],
     )

@@ -50,7 +50,7 @@ class Demonstration:
         """Take account of a record."""
         match record.payload:
             case StepMetrics() as step if len(self._step_s) < MEASURED_STEPS:
-                self._step_s.append(step.step_seconds)
+                self._step_s.append(step.duration_s)
                 if len(self._step_s) == MEASURED_STEPS:
                     self._say_what_to_expect()
             case ValidationMetrics() if not self._paused:

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from bench.rehearsal.texts import sentences_of
 from ferryman_service.bundle.manifest import SUBWORDS_FILE, WEIGHTS_FILE
-from ferryman_service.domain.models import ModelLineage, ModelScores
+from ferryman_service.domain.models import ModelLineage, ModelScores, PublishedWeights
 from ferryman_service.domain.recipe import Recipe, resolve_recipe
 from ferryman_service.domain.training import TrainedModel
 from ferryman_service.model.config import TransformerConfig
@@ -50,7 +50,7 @@ def write_bundle(folder: Path, seed: int, check_sentences: Sequence[str]) -> Non
             weights=weights,
             subwords=subwords,
             recipe=recipe,
-            scores=ModelScores(bleu=0.0, chrf=0.0, nll_per_token=0.0, weights="best", step=0),
+            scores=ModelScores(bleu=0.0, chrf=0.0, nll_per_token=0.0, weights=PublishedWeights.CHECKPOINT, step=0),
             parameters=_write_weights(recipe, weights, seed),
             check_sentences=check_sentences[:16],
         )

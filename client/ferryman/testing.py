@@ -89,7 +89,7 @@ def training_script(
             gradient_norm=1.0,
             target_tokens=1000,
             target_tokens_per_second=20_000.0,
-            step_seconds=0.05,
+            duration_s=0.05,
             padding_share=0.02,
             memory_bytes=10**8,
         )
@@ -104,7 +104,7 @@ def training_script(
         bleu=31.5,
         chrf=55.0,
         translated_pairs=2,
-        seconds=0.5,
+        duration_s=0.5,
         best=True,
     )
     return [
@@ -457,7 +457,12 @@ class _Backend:
                 corpus_id=corpus_id,
                 recipe=recipe,
                 scores=types.ModelScores(
-                    bleu=31.5, chrf=55.0, nll_per_token=1.5, weights="best", step=4, translated_pairs=2
+                    bleu=31.5,
+                    chrf=55.0,
+                    nll_per_token=1.5,
+                    weights=types.PublishedWeights.CHECKPOINT,
+                    step=4,
+                    translated_pairs=2,
                 ),
                 parameters=1_000_000,
                 size_bytes=_MODEL_BYTES,
@@ -512,7 +517,7 @@ class _Backend:
 
     def load(self, version: types.ModelVersion) -> types.LoadedModel:
         with self.changed:
-            loaded = types.LoadedModel(model=version.reference, memory_bytes=version.size_bytes, load_time_s=0.5)
+            loaded = types.LoadedModel(model=version.reference, memory_bytes=version.size_bytes, load_duration_s=0.5)
             self.loaded.pop(version.reference, None)  # the most recently used comes last
             return self.loaded.setdefault(version.reference, loaded)
 
@@ -906,8 +911,10 @@ def _read_upload(requests: Iterable[corpus_pb2.UploadCorpusRequest]) -> dict[str
         elif request.HasField("chunk"):
             files[names[request.chunk.split], request.chunk.side] += request.chunk.data
         else:
-            violation = errors.Violation(field="item", description="is missing, set pairs or chunk", reason="REQUIRED")
-            raise errors.InvalidRequest("item: is missing, set pairs or chunk", violations=[violation])
+            violation = errors.Violation(
+                field="upload_part", description="is missing, set pairs or chunk", reason="REQUIRED"
+            )
+            raise errors.InvalidRequest("upload_part: is missing, set pairs or chunk", violations=[violation])
     for name in pairs:
         source, target = (
             files[name, side].decode().removesuffix("\n").split("\n") if (name, side) in files else []

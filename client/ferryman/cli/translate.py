@@ -38,7 +38,9 @@ def translate(
     max_length: Annotated[int | None, _option("Longest translation, in subwords.")] = None,
     max_length_ratio: Annotated[float | None, _option("Longest translation, as a multiple of the source.")] = None,
     min_length: Annotated[int | None, _option("Shortest translation, in subwords.")] = None,
-    patience: Annotated[float | None, _option("Multiplies the hypotheses that a beam waits for.")] = None,
+    beam_patience: Annotated[
+        float | None, _option("Multiply the number of hypotheses that the beam waits for.")
+    ] = None,
     early_stopping: Annotated[EarlyStopping | None, _option("When a beam has found enough.")] = None,
     sample: Annotated[bool, _option("Draw at random instead of searching.", "--sample")] = False,
     temperature: Annotated[float | None, _option("Divides the logits; implies --sample.")] = None,
@@ -67,7 +69,7 @@ def translate(
         max_length=max_length,
         max_length_ratio=max_length_ratio,
         min_length=min_length,
-        patience=patience,
+        beam_patience=beam_patience,
         early_stopping=early_stopping,
         sampling=sampling if sample or sampling != Sampling() else None,
         repetition_penalty=repetition_penalty,

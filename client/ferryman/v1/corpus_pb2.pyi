@@ -275,13 +275,13 @@ class UploadCorpusRequest(_message.Message):
         pairs: Global___PairBatch | None = ...,
         chunk: Global___FileChunk | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "header", b"header", "item", b"item", "pairs", b"pairs"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "header", b"header", "pairs", b"pairs", "upload_part", b"upload_part"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "header", b"header", "item", b"item", "pairs", b"pairs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "header", b"header", "pairs", b"pairs", "upload_part", b"upload_part"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_item: _TypeAlias = _typing.Literal["header", "pairs", "chunk"]  # noqa: Y015
-    _WhichOneofArgType_item: _TypeAlias = _typing.Literal["item", b"item"]  # noqa: Y015
-    def WhichOneof(self, oneof_group: _WhichOneofArgType_item) -> _WhichOneofReturnType_item | None: ...
+    _WhichOneofReturnType_upload_part: _TypeAlias = _typing.Literal["header", "pairs", "chunk"]  # noqa: Y015
+    _WhichOneofArgType_upload_part: _TypeAlias = _typing.Literal["upload_part", b"upload_part"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_upload_part) -> _WhichOneofReturnType_upload_part | None: ...
 
 Global___UploadCorpusRequest: _TypeAlias = UploadCorpusRequest  # noqa: Y015
 

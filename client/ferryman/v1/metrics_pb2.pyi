@@ -108,7 +108,7 @@ class _DecayReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_DecayReas
     DECAY_REASON_UNSPECIFIED: _DecayReason.ValueType  # 0
     """Never returned."""
     DECAY_REASON_TIME: _DecayReason.ValueType  # 1
-    """What is left of `stop.max_time_seconds` is the decay's share; or a decay under way would have taken too long, and is
+    """What is left of `stop.max_duration` is the decay's share; or a decay under way would have taken too long, and is
     shortened.
     """
     DECAY_REASON_TARGET_SCORE: _DecayReason.ValueType  # 2
@@ -122,7 +122,7 @@ class DecayReason(_DecayReason, metaclass=_DecayReasonEnumTypeWrapper):
 DECAY_REASON_UNSPECIFIED: DecayReason.ValueType  # 0
 """Never returned."""
 DECAY_REASON_TIME: DecayReason.ValueType  # 1
-"""What is left of `stop.max_time_seconds` is the decay's share; or a decay under way would have taken too long, and is
+"""What is left of `stop.max_duration` is the decay's share; or a decay under way would have taken too long, and is
 shortened.
 """
 DECAY_REASON_TARGET_SCORE: DecayReason.ValueType  # 2
@@ -208,7 +208,7 @@ class StepMetrics(_message.Message):
     GRADIENT_NORM_FIELD_NUMBER: _builtins.int
     TARGET_TOKENS_FIELD_NUMBER: _builtins.int
     TARGET_TOKENS_PER_SECOND_FIELD_NUMBER: _builtins.int
-    STEP_SECONDS_FIELD_NUMBER: _builtins.int
+    DURATION_FIELD_NUMBER: _builtins.int
     PADDING_SHARE_FIELD_NUMBER: _builtins.int
     MEMORY_BYTES_FIELD_NUMBER: _builtins.int
     SKIPPED_FIELD_NUMBER: _builtins.int
@@ -232,9 +232,7 @@ class StepMetrics(_message.Message):
     target_tokens: _builtins.int
     """Output only. Target tokens of the batch, padding not counted, end-of-sentence counted."""
     target_tokens_per_second: _builtins.float
-    """Output only. target_tokens / step_seconds."""
-    step_seconds: _builtins.float
-    """Output only. Wall time of the step, seconds."""
+    """Output only. target_tokens divided by the seconds of `duration`."""
     padding_share: _builtins.float
     """Output only. Share of padding among the batch's source and target positions, 0 to 1."""
     memory_bytes: _builtins.int
@@ -245,6 +243,10 @@ class StepMetrics(_message.Message):
     """Output only. Share of the device's peak rate that the model's own multiplications reached, 0 to 1; 0 where the peak
     is not known, as on a CPU.
     """
+    @_builtins.property
+    def duration(self) -> _duration_pb2.Duration:
+        """Output only. Wall time of the update."""
+
     def __init__(
         self,
         *,
@@ -257,15 +259,15 @@ class StepMetrics(_message.Message):
         gradient_norm: _builtins.float = ...,
         target_tokens: _builtins.int = ...,
         target_tokens_per_second: _builtins.float = ...,
-        step_seconds: _builtins.float = ...,
+        duration: _duration_pb2.Duration | None = ...,
         padding_share: _builtins.float = ...,
         memory_bytes: _builtins.int = ...,
         skipped: _builtins.bool = ...,
         model_flops_utilization: _builtins.float = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["duration", b"duration"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "gradient_norm", b"gradient_norm", "learning_rate", b"learning_rate", "loss", b"loss", "memory_bytes", b"memory_bytes", "model_flops_utilization", b"model_flops_utilization", "nll_per_token", b"nll_per_token", "padding_share", b"padding_share", "perplexity", b"perplexity", "skipped", b"skipped", "step", b"step", "step_seconds", b"step_seconds", "target_tokens", b"target_tokens", "target_tokens_per_second", b"target_tokens_per_second"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["duration", b"duration", "epoch", b"epoch", "gradient_norm", b"gradient_norm", "learning_rate", b"learning_rate", "loss", b"loss", "memory_bytes", b"memory_bytes", "model_flops_utilization", b"model_flops_utilization", "nll_per_token", b"nll_per_token", "padding_share", b"padding_share", "perplexity", b"perplexity", "skipped", b"skipped", "step", b"step", "target_tokens", b"target_tokens", "target_tokens_per_second", b"target_tokens_per_second"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -285,7 +287,7 @@ class ValidationMetrics(_message.Message):
     BLEU_FIELD_NUMBER: _builtins.int
     CHRF_FIELD_NUMBER: _builtins.int
     TRANSLATED_PAIRS_FIELD_NUMBER: _builtins.int
-    SECONDS_FIELD_NUMBER: _builtins.int
+    DURATION_FIELD_NUMBER: _builtins.int
     BEST_FIELD_NUMBER: _builtins.int
     BLEU_SIGNATURE_FIELD_NUMBER: _builtins.int
     step: _builtins.int
@@ -306,14 +308,16 @@ class ValidationMetrics(_message.Message):
     """Output only. chrF2 of greedy translations, 0 to 100."""
     translated_pairs: _builtins.int
     """Output only. Pairs that were translated for bleu and chrf."""
-    seconds: _builtins.float
-    """Output only. Wall time, seconds."""
     best: _builtins.bool
     """Output only. Whether it is the best so far by the recipe's metric."""
     bleu_signature: _builtins.str
     """Output only. sacreBLEU's signature of bleu, with the tokenizer ("tok:13a"), which the target language decides.
     Empty in records of earlier releases: 13a.
     """
+    @_builtins.property
+    def duration(self) -> _duration_pb2.Duration:
+        """Output only. Wall time of the validation."""
+
     def __init__(
         self,
         *,
@@ -325,13 +329,13 @@ class ValidationMetrics(_message.Message):
         bleu: _builtins.float = ...,
         chrf: _builtins.float = ...,
         translated_pairs: _builtins.int = ...,
-        seconds: _builtins.float = ...,
+        duration: _duration_pb2.Duration | None = ...,
         best: _builtins.bool = ...,
         bleu_signature: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["duration", b"duration"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["best", b"best", "bleu", b"bleu", "bleu_signature", b"bleu_signature", "chrf", b"chrf", "epoch", b"epoch", "loss", b"loss", "nll_per_token", b"nll_per_token", "perplexity", b"perplexity", "seconds", b"seconds", "step", b"step", "translated_pairs", b"translated_pairs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["best", b"best", "bleu", b"bleu", "bleu_signature", b"bleu_signature", "chrf", b"chrf", "duration", b"duration", "epoch", b"epoch", "loss", b"loss", "nll_per_token", b"nll_per_token", "perplexity", b"perplexity", "step", b"step", "translated_pairs", b"translated_pairs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

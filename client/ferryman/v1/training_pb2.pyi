@@ -395,13 +395,13 @@ class StreamMetricsResponse(_message.Message):
         record: _metrics_pb2.MetricRecord | None = ...,
         heartbeat: _metrics_pb2.Heartbeat | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["heartbeat", b"heartbeat", "item", b"item", "record", b"record"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["heartbeat", b"heartbeat", "metrics_update", b"metrics_update", "record", b"record"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["heartbeat", b"heartbeat", "item", b"item", "record", b"record"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["heartbeat", b"heartbeat", "metrics_update", b"metrics_update", "record", b"record"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_item: _TypeAlias = _typing.Literal["record", "heartbeat"]  # noqa: Y015
-    _WhichOneofArgType_item: _TypeAlias = _typing.Literal["item", b"item"]  # noqa: Y015
-    def WhichOneof(self, oneof_group: _WhichOneofArgType_item) -> _WhichOneofReturnType_item | None: ...
+    _WhichOneofReturnType_metrics_update: _TypeAlias = _typing.Literal["record", "heartbeat"]  # noqa: Y015
+    _WhichOneofArgType_metrics_update: _TypeAlias = _typing.Literal["metrics_update", b"metrics_update"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_metrics_update) -> _WhichOneofReturnType_metrics_update | None: ...
 
 Global___StreamMetricsResponse: _TypeAlias = StreamMetricsResponse  # noqa: Y015
 

@@ -33,7 +33,7 @@ def test_time_and_share_come_from_the_records():
 
 def test_the_nearest_limit_counts():
     view = view_after(5)
-    assert view.fraction(StopRecipe(max_steps=100, max_time_seconds=25.0)) == 0.8
+    assert view.fraction(StopRecipe(max_steps=100, max_duration_s=25.0)) == 0.8
     assert view.fraction(StopRecipe(max_steps=0, max_epochs=0)) == 0.0
     assert view.remaining_s(StopRecipe()) is None
 
@@ -67,7 +67,7 @@ def test_a_resting_run_says_how_it_goes_on(fake, client, corpus):
 
 def test_before_the_first_step_there_is_a_state_and_no_eta():
     assert numbers(view_after(2), StopRecipe(max_steps=4)) == "starting"
-    assert view_after(3).remaining_s(StopRecipe(max_time_seconds=10.0)) is None
+    assert view_after(3).remaining_s(StopRecipe(max_duration_s=10.0)) is None
 
 
 def test_the_numbers_are_those_that_were_asked_for():
@@ -108,7 +108,7 @@ def test_planned_decay_tells_the_rest_of_the_run():
     view = view.after(MetricRecord(sequence=6, time=START + timedelta(seconds=40), payload=plan))
     step = replace(view.step, step=4)
     view = view.after(MetricRecord(sequence=7, time=START + timedelta(seconds=60), payload=step))
-    assert view.fraction(StopRecipe(max_time_seconds=1e6)) == pytest.approx(0.4)
-    assert view.remaining_s(StopRecipe(max_time_seconds=1e6)) == pytest.approx(60)
+    assert view.fraction(StopRecipe(max_duration_s=1e6)) == pytest.approx(0.4)
+    assert view.remaining_s(StopRecipe(max_duration_s=1e6)) == pytest.approx(60)
     line = describe(MetricRecord(sequence=6, time=START, payload=plan))
     assert line.plain == "learning rate decays over steps 3 to 10, the last one (the time limit)"

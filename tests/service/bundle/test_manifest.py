@@ -8,7 +8,7 @@ import pytest
 
 from ferryman_service.bundle import manifest as bundles
 from ferryman_service.domain.errors import ModelDamaged
-from ferryman_service.domain.models import Int8Outcome, Int8Scores, ModelLineage, ModelScores
+from ferryman_service.domain.models import Int8Outcome, Int8Scores, ModelLineage, ModelScores, PublishedWeights
 from ferryman_service.domain.recipe import resolve_recipe
 from ferryman_service.domain.translation import ComputeType
 
@@ -24,7 +24,7 @@ def header():
             target_language="de",
             recipe=resolve_recipe({"seed": 7}),
         ),
-        scores=ModelScores(bleu=35.5, chrf=60.25, nll_per_token=1.125, weights="average", step=900),
+        scores=ModelScores(bleu=35.5, chrf=60.25, nll_per_token=1.125, weights=PublishedWeights.AVERAGE, step=900),
         parameters=12345,
         max_sentence_tokens=256,
         architecture=bundles.Architecture(d_model=128, decoder_layers=4, heads=4, vocabulary_size=8000),

@@ -57,7 +57,7 @@ EARLIER_STEP = {
     "gradient_norm": float("inf"),
     "target_tokens": 900,
     "target_tokens_per_second": 1800.0,
-    "step_seconds": 0.5,
+    "duration_s": 0.5,
     "padding_share": 0.1,
     "memory_bytes": 1,
 }
@@ -70,7 +70,7 @@ EARLIER_VALIDATION = {
     "bleu": 1.5,
     "chrf": 20.0,
     "translated_pairs": 3,
-    "seconds": 0.25,
+    "duration_s": 0.25,
     "best": True,
 }
 EARLIER_PROGRESS = {
@@ -79,7 +79,7 @@ EARLIER_PROGRESS = {
     "target_tokens": 2700,
     "target_tokens_per_second": 1800.0,
     "fraction": 0.5,
-    "remaining_seconds": 1.5,
+    "remaining_s": 1.5,
     "last_step": EARLIER_STEP,
     "best_validation": EARLIER_VALIDATION,
 }
@@ -115,7 +115,7 @@ def earlier_recipe():
             "label_smoothing",
             "batch_target_tokens",
         ],
-        "stop": ["max_steps", "max_epochs", "max_time_seconds", "patience"],
+        "stop": ["max_steps", "max_epochs", "max_duration_s", "patience"],
         "validation": ["interval_steps", "metric", "max_translated_pairs", "keep_last"],
     }
     return recipe | {part: {name: recipe[part][name] for name in names} for part, names in known.items()}
@@ -128,7 +128,7 @@ def earlier_run(**changes):
         "target_tokens": 0,
         "target_tokens_per_second": 0.0,
         "fraction": 0.0,
-        "remaining_seconds": None,
+        "remaining_s": None,
         "last_step": None,
         "best_validation": None,
     }
@@ -208,7 +208,7 @@ EARLIER_ROWS = {
                     "recipe": earlier_recipe(),
                 }
             ),
-            "scores": json.dumps({"bleu": 1.0, "chrf": 2.0, "nll_per_token": 3.0, "weights": "best", "step": 9}),
+            "scores": json.dumps({"bleu": 1.0, "chrf": 2.0, "nll_per_token": 3.0, "weights": "checkpoint", "step": 9}),
         }
     ],
 }

@@ -8,6 +8,7 @@ import safetensors.torch
 import torch
 
 from ferryman_service.domain.corpora import Side, Split
+from ferryman_service.domain.models import PublishedWeights
 from ferryman_service.domain.recipe import SelectionMetric
 from ferryman_service.domain.runs import FailureReason, TrainingFailed
 from ferryman_service.domain.schedule import learning_rate
@@ -44,7 +45,7 @@ def test_what_is_left_loads_into_a_model(job, small_recipe, reporter):
     assert trained.parameters == sum(parameter.numel() for parameter in model.parameters())
     assert trained.recipe == recipe
     assert len(trained.check_sentences) == 40
-    assert trained.scores.weights in ("best", "average")
+    assert trained.scores.weights in PublishedWeights
     assert f"{trained.parameters:,} parameters" in reporter.messages("TRAINING_STARTED")[0]
 
 
@@ -100,7 +101,7 @@ def test_the_published_weights_have_the_better_score(job, small_recipe, reporter
     assert "the average of the last 4 checkpoints" in remark
     best = max(reporter.validations, key=lambda validation: (validation.bleu, -validation.nll_per_token))
     assert (trained.scores.bleu, -trained.scores.nll_per_token) >= (best.bleu, -best.nll_per_token)
-    if trained.scores.weights == "best":
+    if trained.scores.weights is PublishedWeights.CHECKPOINT:
         assert trained.scores.step == best.step
 
 

@@ -25,7 +25,7 @@ from tests.service.training.conftest import reversed_pairs
 CONFIG = EngineConfig(device="cpu", threads=1)
 # Every third change to the disk, others without and with its half done; `make soak` takes every one.
 _EVERY = {half: (1, 1) if os.environ.get("FERRYMAN_SOAK") else (1 + half, 3) for half in (False, True)}
-WALL_CLOCK = {"step_seconds": 0, "target_tokens_per_second": 0, "memory_bytes": 0}
+WALL_CLOCK = {"duration_s": 0, "target_tokens_per_second": 0, "memory_bytes": 0}
 
 
 class Crash(BaseException):
@@ -52,7 +52,7 @@ class DurableReporter:
         self._report(dataclasses.replace(metrics, **WALL_CLOCK))
 
     def validation(self, metrics):
-        self._report(dataclasses.replace(metrics, seconds=0))
+        self._report(dataclasses.replace(metrics, duration_s=0))
 
     def decay_plan(self, plan):
         self._report(plan)
@@ -126,7 +126,7 @@ def reverse_corpus(write_corpus):
 def recipe(small_recipe):
     return small_recipe(
         model={"dropout": 0.2, "attention_dropout": 0.1},
-        data={"sampling_alpha": 0.5},
+        data={"subword_regularization_alpha": 0.5},
         optimization={"batch_target_tokens": 410, "ema_decay": 0.9, "accumulation_steps": 2},
         stop={"max_steps": 7},
         validation={"interval_steps": 3, "max_translated_pairs": 4, "checkpoint_interval_steps": 2, "keep_last": 2},
@@ -259,7 +259,7 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(make_job, recip
 
 def test_the_time_that_was_spent_counts_and_reported_steps_are_reached(make_job, small_recipe):
     ticks = itertools.count()
-    recipe = small_recipe(stop={"max_steps": 0, "max_time_seconds": 120.0}, validation={"interval_steps": 5})
+    recipe = small_recipe(stop={"max_steps": 0, "max_duration_s": 120.0}, validation={"interval_steps": 5})
     work, reporter = make_job(recipe), DurableReporter()
     reporter.raise_at = {12: Crash()}
     clock = lambda: float(next(ticks))  # noqa: E731
@@ -439,7 +439,7 @@ def test_weights_of_another_shape_are_refused(make_job, small_recipe):
 def timed_recipe(recipe):
     """Plans its decay by a clock that runs faster in some attempts than in others."""
     schedule = resolve_schedule({"kind": ScheduleKind.WSD, "warmup_steps": 2, "peak_learning_rate": 0.004})
-    stop = dataclasses.replace(recipe.stop, max_steps=0, max_time_seconds=300.0)
+    stop = dataclasses.replace(recipe.stop, max_steps=0, max_duration_s=300.0)
     return dataclasses.replace(recipe, schedule=schedule, stop=stop)
 
 
