@@ -126,7 +126,7 @@ def test_a_manifest_names_no_other_files(bundle, name):
 @pytest.mark.parametrize("version", [1, 2, 99, "3", None])
 def test_another_format_version_says_what_to_do(bundle, version):
     edit_manifest(bundle, lambda values: values.update(format_version=version))
-    with pytest.raises(ModelDamaged, match=f"format version {version!r}, this server reads 3: .*train the model again"):
+    with pytest.raises(ModelDamaged, match=f"format version {version!r}, this server reads 4: .*train the model again"):
         bundles.read_manifest(bundle)
 
 
