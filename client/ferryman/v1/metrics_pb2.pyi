@@ -28,7 +28,7 @@ class _RunStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_RunState.Val
     RUN_STATE_UNSPECIFIED: _RunState.ValueType  # 0
     """Never returned."""
     RUN_STATE_QUEUED: _RunState.ValueType  # 1
-    """Accepted, waiting for a free worker; or waiting to go on from its last checkpoint after its worker died or was told
+    """The run waits for a free worker: at first, or to resume from its last checkpoint after its worker died or was told
     to stop.
     """
     RUN_STATE_STARTING: _RunState.ValueType  # 2
@@ -44,7 +44,7 @@ class _RunStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_RunState.Val
     RUN_STATE_CANCELLED: _RunState.ValueType  # 7
     """The run was cancelled."""
     RUN_STATE_PAUSED: _RunState.ValueType  # 8
-    """At rest, by PauseTraining or because the disk was full; ResumeTraining lets it go on from its last checkpoint."""
+    """PauseTraining paused the run, or the disk was full. ResumeTraining resumes it from its last checkpoint."""
 
 class RunState(_RunState, metaclass=_RunStateEnumTypeWrapper):
     """Where a training run stands. SUCCEEDED, FAILED and CANCELLED are terminal."""
@@ -52,7 +52,7 @@ class RunState(_RunState, metaclass=_RunStateEnumTypeWrapper):
 RUN_STATE_UNSPECIFIED: RunState.ValueType  # 0
 """Never returned."""
 RUN_STATE_QUEUED: RunState.ValueType  # 1
-"""Accepted, waiting for a free worker; or waiting to go on from its last checkpoint after its worker died or was told
+"""The run waits for a free worker: at first, or to resume from its last checkpoint after its worker died or was told
 to stop.
 """
 RUN_STATE_STARTING: RunState.ValueType  # 2
@@ -68,7 +68,7 @@ RUN_STATE_FAILED: RunState.ValueType  # 6
 RUN_STATE_CANCELLED: RunState.ValueType  # 7
 """The run was cancelled."""
 RUN_STATE_PAUSED: RunState.ValueType  # 8
-"""At rest, by PauseTraining or because the disk was full; ResumeTraining lets it go on from its last checkpoint."""
+"""PauseTraining paused the run, or the disk was full. ResumeTraining resumes it from its last checkpoint."""
 Global___RunState: _TypeAlias = RunState  # noqa: Y015
 
 class _EventLevel:
@@ -82,7 +82,7 @@ class _EventLevelEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_EventLevel
     EVENT_LEVEL_INFO: _EventLevel.ValueType  # 1
     """For information."""
     EVENT_LEVEL_WARNING: _EventLevel.ValueType  # 2
-    """Something that a careful operator wants to know."""
+    """A possible problem."""
     EVENT_LEVEL_ERROR: _EventLevel.ValueType  # 3
     """Something went wrong."""
 
@@ -94,7 +94,7 @@ EVENT_LEVEL_UNSPECIFIED: EventLevel.ValueType  # 0
 EVENT_LEVEL_INFO: EventLevel.ValueType  # 1
 """For information."""
 EVENT_LEVEL_WARNING: EventLevel.ValueType  # 2
-"""Something that a careful operator wants to know."""
+"""A possible problem."""
 EVENT_LEVEL_ERROR: EventLevel.ValueType  # 3
 """Something went wrong."""
 Global___EventLevel: _TypeAlias = EventLevel  # noqa: Y015
@@ -108,9 +108,7 @@ class _DecayReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_DecayReas
     DECAY_REASON_UNSPECIFIED: _DecayReason.ValueType  # 0
     """Never returned."""
     DECAY_REASON_TIME: _DecayReason.ValueType  # 1
-    """What is left of `stop.max_duration` is the decay's share; or a decay under way would have taken too long, and is
-    shortened.
-    """
+    """The rest of `stop.max_duration` is only enough for the decay; or the decay was shortened to end in time."""
     DECAY_REASON_TARGET_SCORE: _DecayReason.ValueType  # 2
     """A validation has reached `stop.target_score`."""
     DECAY_REASON_PATIENCE: _DecayReason.ValueType  # 3
@@ -122,9 +120,7 @@ class DecayReason(_DecayReason, metaclass=_DecayReasonEnumTypeWrapper):
 DECAY_REASON_UNSPECIFIED: DecayReason.ValueType  # 0
 """Never returned."""
 DECAY_REASON_TIME: DecayReason.ValueType  # 1
-"""What is left of `stop.max_duration` is the decay's share; or a decay under way would have taken too long, and is
-shortened.
-"""
+"""The rest of `stop.max_duration` is only enough for the decay; or the decay was shortened to end in time."""
 DECAY_REASON_TARGET_SCORE: DecayReason.ValueType  # 2
 """A validation has reached `stop.target_score`."""
 DECAY_REASON_PATIENCE: DecayReason.ValueType  # 3
@@ -164,7 +160,7 @@ class MetricRecord(_message.Message):
 
     @_builtins.property
     def event(self) -> Global___RunEvent:
-        """A remark of the service or of the worker."""
+        """An event that the service or the worker reports."""
 
     @_builtins.property
     def decay_plan(self) -> Global___DecayPlan:
@@ -193,8 +189,8 @@ Global___MetricRecord: _TypeAlias = MetricRecord  # noqa: Y015
 
 @_typing.final
 class StepMetrics(_message.Message):
-    """One update of the weights. A run that goes back to a checkpoint after a divergence (event ROLLED_BACK) reports the
-    steps that it does again; a run that resumes after its worker's end does not.
+    """One update of the weights. A run that returns to a checkpoint after a divergence (event ROLLED_BACK) repeats steps
+    and reports them again. A run that resumes repeats steps without reporting them again.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -343,8 +339,8 @@ Global___ValidationMetrics: _TypeAlias = ValidationMetrics  # noqa: Y015
 
 @_typing.final
 class DecayPlan(_message.Message):
-    """A planned decay of the learning rate. It is durable before the first decayed update, and followed by steps: what
-    resumes the run follows it too. A later plan replaces what follows its first step.
+    """A planned decay of the learning rate. The plan is stored before the first decayed update, so a resumed run follows
+    it. A later plan replaces an earlier one from its own first step on.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -387,7 +383,7 @@ class StateChange(_message.Message):
     attempt: _builtins.int
     """Output only. The worker's attempt, from 1; 0 before the first."""
     message: _builtins.str
-    """Output only. Why, in a sentence; may be empty."""
+    """Output only. The reason, in a sentence. May be empty."""
     def __init__(
         self,
         *,
@@ -405,7 +401,7 @@ Global___StateChange: _TypeAlias = StateChange  # noqa: Y015
 
 @_typing.final
 class RunEvent(_message.Message):
-    """A remark for a person."""
+    """An event, described for people."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -417,7 +413,7 @@ class RunEvent(_message.Message):
     code: _builtins.str
     """Output only. A stable name, UPPER_SNAKE_CASE, such as PAIRS_DROPPED; docs/api.md lists them all."""
     message: _builtins.str
-    """Output only. The remark."""
+    """Output only. The description, for people."""
     def __init__(
         self,
         *,
@@ -435,7 +431,7 @@ Global___RunEvent: _TypeAlias = RunEvent  # noqa: Y015
 
 @_typing.final
 class Heartbeat(_message.Message):
-    """Nothing new since the last message; the stream is alive."""
+    """A sign of life: there are no new records."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -443,12 +439,12 @@ class Heartbeat(_message.Message):
     STATE_FIELD_NUMBER: _builtins.int
     INTERVAL_FIELD_NUMBER: _builtins.int
     last_sequence: _builtins.int
-    """Output only. The last sequence number of the run; everything up to it has been sent."""
+    """Output only. The last sequence number of the run. The stream has sent all records up to it."""
     state: Global___RunState.ValueType
     """Output only. The run's state."""
     @_builtins.property
     def interval(self) -> _duration_pb2.Duration:
-        """Output only. The pause between two heartbeats, within which every live stream says something."""
+        """Output only. The longest time between two messages of a live stream."""
 
     def __init__(
         self,

@@ -166,8 +166,8 @@ class ModelVersion(_message.Message):
     digest: _builtins.str
     """Output only. SHA-256 of the manifest, which holds the digest of every file; hexadecimal."""
     unreadable: _builtins.str
-    """Output only. Why the server cannot read this version, as `latest_version` of ListModels; then only name and version
-    are to be relied upon, all else is unset, and DeleteModelVersion removes the version. Empty for every other version.
+    """Output only. In ListModels: why the server cannot read this version. If it is set, only name and version are valid
+    and all other fields are unset; DeleteModelVersion removes the version. Empty otherwise.
     """
     initial_model: _builtins.str
     """Output only. Fine-tuning: the version whose weights training started from, as "name/version" on the server that
@@ -187,9 +187,7 @@ class ModelVersion(_message.Message):
 
     @_builtins.property
     def int8(self) -> Global___Int8Outcome:
-        """Output only. What serving it in 8-bit arithmetic costs. Unset if nobody has said: of a version of an earlier
-        release, or of a bundle that was made without.
-        """
+        """Output only. The cost of 8-bit arithmetic. Unset if it is unknown, because the bundle was made without it."""
 
     def __init__(
         self,
@@ -222,7 +220,7 @@ Global___ModelVersion: _TypeAlias = ModelVersion  # noqa: Y015
 
 @_typing.final
 class Int8Outcome(_message.Message):
-    """What 8-bit arithmetic was measured to cost before a version was published, and what follows from it."""
+    """The cost of 8-bit arithmetic, measured before the version was published, and whether the version has it."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -288,9 +286,7 @@ class ModelScores(_message.Message):
     step: _builtins.int
     """Output only. The step of the best checkpoint, or the last step of the average."""
     translated_pairs: _builtins.int
-    """Output only. Validation pairs that were translated for bleu and chrf. 0: not known, the version was published by an
-    earlier release.
-    """
+    """Output only. Validation pairs that were translated for bleu and chrf. 0: not known."""
     loss_pairs: _builtins.int
     """Output only. Validation pairs behind nll_per_token: all pairs that validation uses. 0: not known."""
     bleu_signature: _builtins.str
@@ -528,7 +524,7 @@ class DeleteModelVersionRequest(_message.Message):
 
     MODEL_FIELD_NUMBER: _builtins.int
     model: _builtins.str
-    """Required. "name/version"; no other form of a reference, so that nothing is deleted that was not meant."""
+    """Required. "name/version". Other forms of a reference are refused, so that only the named version is deleted."""
     def __init__(
         self,
         *,

@@ -239,8 +239,8 @@ class _ScheduleKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Schedule
     SCHEDULE_KIND_CONSTANT: _ScheduleKind.ValueType  # 5
     """The peak permanently after warmup."""
     SCHEDULE_KIND_WSD: _ScheduleKind.ValueType  # 6
-    """Warmup, stable, decay (Hu et al., 2024; Hägele et al., 2024): the peak after warmup, then a decay to the minimum that
-    ends with the run. With a limit in steps alone the decay takes the last `decay_share` of `total_steps`. With
+    """Warmup, stable, decay (Hu et al., 2024; Hägele et al., 2024): the peak after warmup, then a decay to the minimum
+    that ends with the run. With a limit in steps alone the decay takes the last `decay_share` of `total_steps`. With
     `stop.max_duration`, `stop.target_score` or `stop.patience` the run plans the decay while it trains and records the
     plan (DecayPlan) before the first decayed update.
     """
@@ -263,8 +263,8 @@ SCHEDULE_KIND_LINEAR: ScheduleKind.ValueType  # 4
 SCHEDULE_KIND_CONSTANT: ScheduleKind.ValueType  # 5
 """The peak permanently after warmup."""
 SCHEDULE_KIND_WSD: ScheduleKind.ValueType  # 6
-"""Warmup, stable, decay (Hu et al., 2024; Hägele et al., 2024): the peak after warmup, then a decay to the minimum that
-ends with the run. With a limit in steps alone the decay takes the last `decay_share` of `total_steps`. With
+"""Warmup, stable, decay (Hu et al., 2024; Hägele et al., 2024): the peak after warmup, then a decay to the minimum
+that ends with the run. With a limit in steps alone the decay takes the last `decay_share` of `total_steps`. With
 `stop.max_duration`, `stop.target_score` or `stop.patience` the run plans the decay while it trains and records the
 plan (DecayPlan) before the first decayed update.
 """
@@ -862,8 +862,8 @@ class StopRecipe(_message.Message):
     """
     @_builtins.property
     def max_duration(self) -> _duration_pb2.Duration:
-        """Optional. Time of training, 0 to 10^9 seconds, subword learning and validation included, start of the worker and export
-        not; 0 is no limit. Time between a worker's death and the next one's start does not count. A decay of
+        """Optional. Time of training, 0 to 10^9 seconds, subword learning and validation included, start of the worker and
+        export not; 0 is no limit. Time between a worker's death and the next one's start does not count. A decay of
         SCHEDULE_KIND_WSD is planned to end in time, and may end up to 5 % later if the machine becomes slower. Default: 0.
         """
 
@@ -922,9 +922,9 @@ class ValidationRecipe(_message.Message):
     metric: Global___SelectionMetric.ValueType
     """Optional. The score that decides. Default: SELECTION_METRIC_BLEU."""
     keep_last: _builtins.int
-    """Optional. Checkpoints kept beside the best one, and averaged at the end, 1 to 100. The average, the best or the last
-    checkpoint is published: the one with the better score of `metric`, and where a paired bootstrap on the validation
-    pairs does not support the difference (p >= 0.05), the one with the lower loss. Default: 5.
+    """Optional. Checkpoints kept beside the best one, and averaged at the end, 1 to 100. The average, the best or the
+    last checkpoint is published: the one with the better score of `metric`, and where a paired bootstrap on the
+    validation pairs does not support the difference (p >= 0.05), the one with the lower loss. Default: 5.
     """
     averaging: Global___Averaging.ValueType
     """Optional. Which checkpoints are averaged. Default: AVERAGING_LAST."""

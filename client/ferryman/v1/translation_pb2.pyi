@@ -29,9 +29,9 @@ class _EarlyStoppingEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_EarlySt
     EARLY_STOPPING_UNSPECIFIED: _EarlyStopping.ValueType  # 0
     """FIRST."""
     EARLY_STOPPING_FIRST: _EarlyStopping.ValueType  # 1
-    """As soon as beam_size times beam_patience hypotheses have finished."""
+    """When beam_size times beam_patience hypotheses have finished."""
     EARLY_STOPPING_OPTIMAL: _EarlyStopping.ValueType  # 2
-    """Not before no unfinished hypothesis can still become one of the n_best. Slower."""
+    """When no unfinished hypothesis can still become one of the n_best. Slower."""
 
 class EarlyStopping(_EarlyStopping, metaclass=_EarlyStoppingEnumTypeWrapper):
     """When a beam search has found enough."""
@@ -39,9 +39,9 @@ class EarlyStopping(_EarlyStopping, metaclass=_EarlyStoppingEnumTypeWrapper):
 EARLY_STOPPING_UNSPECIFIED: EarlyStopping.ValueType  # 0
 """FIRST."""
 EARLY_STOPPING_FIRST: EarlyStopping.ValueType  # 1
-"""As soon as beam_size times beam_patience hypotheses have finished."""
+"""When beam_size times beam_patience hypotheses have finished."""
 EARLY_STOPPING_OPTIMAL: EarlyStopping.ValueType  # 2
-"""Not before no unfinished hypothesis can still become one of the n_best. Slower."""
+"""When no unfinished hypothesis can still become one of the n_best. Slower."""
 Global___EarlyStopping: _TypeAlias = EarlyStopping  # noqa: Y015
 
 @_typing.final
@@ -161,11 +161,11 @@ class TranslateOptions(_message.Message):
     (Keskar et al., 2019), above 0 to 10; 1 does nothing. Default: 1.
     """
     no_repeat_ngram_size: _builtins.int
-    """Optional. No sequence of so many subwords may come twice in a translation, 0 to 32; 0 allows all. Default: 0."""
+    """Optional. Forbid repeating any n-gram of this size, in subwords, 0 to 32; 0 allows all. Default: 0."""
     return_token_scores: _builtins.bool
     """Optional. Return subwords and their log-probabilities. Default: false."""
     return_alignment: _builtins.bool
-    """Optional. Return which source subword each target subword looks at most. Default: false."""
+    """Optional. Return the source subword that each target subword attends to most. Default: false."""
     @_builtins.property
     def sampling(self) -> Global___Sampling:
         """Optional. Draw the translation at random instead of searching for the most probable."""
@@ -243,10 +243,10 @@ class Sampling(_message.Message):
     temperature: _builtins.float
     """Optional. Divides the logits, above 0 to 100. Default: 1."""
     top_k: _builtins.int
-    """Optional. Draw from the so many most probable subwords, 0 for all. Default: 0."""
+    """Optional. Sample from this many most probable subwords; 0: from all. Default: 0."""
     top_p: _builtins.float
-    """Optional. Draw from the smallest set of most probable subwords whose probabilities reach this sum, above 0 to 1,
-    after top_k (Holtzman et al., 2020). Default: 1.
+    """Optional. Sample from the smallest set of subwords with this total probability, above 0 to 1; applied after top_k
+    (Holtzman et al., 2020). Default: 1.
     """
     seed: _builtins.int
     """Optional. The same seed, sentence and options give the same samples. Default: drawn at random."""
@@ -430,7 +430,7 @@ class TranslateTimings(_message.Message):
     """
     @_builtins.property
     def queue(self) -> _duration_pb2.Duration:
-        """Waiting for a place in the running batch; of the sentence that waited longest."""
+        """Waiting for a slot in the decoding batch; the longest wait of a sentence."""
 
     @_builtins.property
     def text(self) -> _duration_pb2.Duration:
@@ -501,7 +501,7 @@ Global___StreamTranslateRequest: _TypeAlias = StreamTranslateRequest  # noqa: Y0
 
 @_typing.final
 class StreamTranslateConfig(_message.Message):
-    """What a stream's translations have in common."""
+    """The configuration of a stream, for all of its sentences."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -621,7 +621,7 @@ Global___StreamTranslateResponse: _TypeAlias = StreamTranslateResponse  # noqa: 
 
 @_typing.final
 class StreamTranslation(_message.Message):
-    """What became of a sentence of a stream."""
+    """The outcome of a sentence of a stream."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -668,7 +668,7 @@ class SentenceError(_message.Message):
     on; of several the first.
     """
     message: _builtins.str
-    """A text for people: what is wrong, what is legal, how to mend it."""
+    """What is wrong and how to correct it, for people."""
     def __init__(
         self,
         *,
