@@ -43,7 +43,7 @@ SERVED = $(if $(DATA),--data "$(DATA)") $(if $(SOURCE),--source "$(SOURCE)") $(i
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test check full images quick system ops protos protos-drift metrics-docs dashboards buf-lint lint types layers \
+.PHONY: help setup demo test check full images quick system ops protos protos-drift metrics-docs dashboards buf-lint buf-breaking contract-image lint types layers \
   dockerfile image-contents locks chart wheel-smoke bench-quality bench-quality-tok bench-schedules bench-export bench-training-cpu bench-training-gpu bench-overhead bench-corpora \
   bench-serving-cpu bench-serving-gpu bench-load bench-decode-step bench-search-overhead bench-invariance \
   bench-serving-profile bench-neighbour dearest soak rehearse clean
@@ -87,7 +87,7 @@ ops: $(OPS) ## the tests of deploy/ and examples/, with real servers that they i
 	$(BIN)/mypy deploy/grafana
 	$(BIN)/python -m pytest -m ops
 
-check: protos-drift buf-lint lint types layers dockerfile test ops wheel-smoke ## everything that CI runs, in its order
+check: protos-drift buf-lint buf-breaking lint types layers dockerfile test ops wheel-smoke ## everything that CI runs, in its order
 
 full: images ## what is too long for check
 	$(BIN)/python -m pytest -m full tests --ignore tests/full
@@ -115,6 +115,12 @@ dashboards: $(OPS) ## write deploy/grafana/*.json from the code
 
 buf-lint: $(READY) ## lint the contract
 	$(BIN)/buf lint
+
+buf-breaking: $(READY) ## check that the contract breaks no client of the last one
+	$(BIN)/buf breaking --against protos/ferryman.v1.binpb
+
+contract-image: $(READY) ## write the image of the contract that buf-breaking compares with, when a version is tagged
+	$(BIN)/buf build --exclude-source-info -o protos/ferryman.v1.binpb
 
 lint: $(READY) ## ruff: rules and format
 	$(BIN)/ruff check

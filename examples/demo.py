@@ -103,7 +103,7 @@ def phrases_task(minutes: float) -> Task:
             kind=ScheduleKind.WSD, warmup_steps=150, peak_learning_rate=0.004, decay_share=0.4
         ),
         optimization=OptimizationRecipe(batch_target_tokens=384),
-        stop=StopRecipe(max_time_seconds=60 * minutes, target_score=TARGET_BLEU),
+        stop=StopRecipe(max_duration_s=60 * minutes, target_score=TARGET_BLEU),
         validation=ValidationRecipe(interval_steps=200, max_translated_pairs=200, keep_last=5),
         seed=SEED,
     )
@@ -141,7 +141,7 @@ def own_text_task(arguments: argparse.Namespace, minutes: float) -> Task:
             kind=ScheduleKind.WSD, warmup_steps=200, peak_learning_rate=0.003, decay_share=0.5
         ),
         optimization=OptimizationRecipe(batch_target_tokens=768),
-        stop=StopRecipe(max_time_seconds=60 * minutes),
+        stop=StopRecipe(max_duration_s=60 * minutes),
         validation=ValidationRecipe(interval_steps=200, max_translated_pairs=100, keep_last=3),
     )
     name = f"own-{languages[0]}-{languages[1]}".lower()
@@ -167,9 +167,9 @@ def train(client: Client, address: str, task: Task, console: Console) -> tuple[T
     watch = f".venv/bin/ferryman --server {address} watch {run.run_id}"
     console.print(f"To follow it in another terminal: {watch}", highlight=False, soft_wrap=True)
     stop = run.recipe.stop
-    assert stop is not None and stop.max_time_seconds is not None, "both recipes limit the time"
+    assert stop is not None and stop.max_duration_s is not None, "both recipes limit the time"
     demo_run = DemoRun(
-        client, run.run_id, console, expected_steps=task.expected_steps, max_duration_s=stop.max_time_seconds
+        client, run.run_id, console, expected_steps=task.expected_steps, max_duration_s=stop.max_duration_s
     )
     run = train_and_follow(client, run.run_id, console, demo_run)
     if run.state is not RunState.SUCCEEDED:

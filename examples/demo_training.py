@@ -48,7 +48,7 @@ class DemoRun:
     def on_record(self, record: MetricRecord) -> None:
         match record.payload:
             case StepMetrics() as step if len(self._step_s) < MEASURED_STEPS:
-                self._step_s.append(step.step_seconds)
+                self._step_s.append(step.duration_s)
                 if len(self._step_s) == MEASURED_STEPS:
                     self._print_estimate()
             case ValidationMetrics() if not self._paused:

@@ -167,7 +167,7 @@ def known_requests() -> Iterator[Request]:
     yield one("a MiB of states without a name", "ListTrainingRuns", runs(states=nameless))
     translate, options = translation_pb2.TranslateRequest, translation_pb2.TranslateOptions
     yield one("combining marks", "Translate", translate(model=MODEL, sentences=["a" + "\u0301" * (mib // 16)]))
-    long_beam = options(beam_size=32, patience=10, max_length=4096, n_best=32)
+    long_beam = options(beam_size=32, beam_patience=10, max_length=4096, n_best=32)
     yield one("one word, the widest beam", "Translate", translate(model=MODEL, sentences=["bado"], options=long_beam))
     samples = options(n_best=32, sampling=translation_pb2.Sampling(temperature=100))
     words = ["bado"] * 1024

@@ -82,7 +82,7 @@ class HaltableRun:
         """Return the time at which each update began and ended, in seconds of the epoch."""
         records = self._client.stream_metrics(self._run.run_id, follow=False)
         found = [(record.time.timestamp(), record.payload) for record in records]
-        return [(end_s - step.step_seconds, end_s) for end_s, step in found if isinstance(step, StepMetrics)]
+        return [(end_s - step.duration_s, end_s) for end_s, step in found if isinstance(step, StepMetrics)]
 
     def shipped_with(self) -> dict[str, object]:
         """Return what the worker runs with: its nice value, its threads, how long these spin."""

@@ -204,7 +204,7 @@ def with_time(plan: Plan, start_s: float) -> Recipe:
     if plan.recipe.stop is not None:
         return plan.recipe
     seconds = engine_seconds(plan.seconds, plan.turns, start_s)
-    return replace(plan.recipe, stop=StopRecipe(max_time_seconds=round(seconds, 1)))
+    return replace(plan.recipe, stop=StopRecipe(max_duration_s=round(seconds, 1)))
 
 
 def plain_folder(output: Path, corpus: Corpus, recipe: ResolvedRecipe) -> Path:

@@ -60,7 +60,11 @@ PEER: Final = Peer(name="Transformer-Tiny, text only (Wu et al., 2021), publishe
 RECIPE: Final[dict[str, Any]] = {
     "preset": Preset.TINY,
     "model": {"dropout": 0.3},
-    "data": {"vocabulary_size": 6000, "subword_algorithm": SubwordAlgorithm.UNIGRAM, "sampling_alpha": 0.3},
+    "data": {
+        "vocabulary_size": 6000,
+        "subword_algorithm": SubwordAlgorithm.UNIGRAM,
+        "subword_regularization_alpha": 0.3,
+    },
     "schedule": {"kind": ScheduleKind.INVERSE_SQRT, "peak_learning_rate": 0.005, "warmup_steps": 2000},
     "optimization": {"batch_target_tokens": 4096, "r_drop_alpha": 5.0, "ema_decay": 0.999},
     "stop": {"max_steps": 12_000, "patience": 10},

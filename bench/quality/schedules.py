@@ -67,7 +67,7 @@ class Row:
 def recipe_of(row: Row, kind: ScheduleKind) -> Recipe:
     """Return the preset `tiny`, limited by time alone, with the schedule."""
     data = {"vocabulary_size": PHRASES_VOCABULARY} if row.corpus == "phrases" else {}
-    return resolve_recipe({"data": data, "stop": {"max_time_seconds": 60 * row.minutes}, "schedule": {"kind": kind}})
+    return resolve_recipe({"data": data, "stop": {"max_duration_s": 60 * row.minutes}, "schedule": {"kind": kind}})
 
 
 def corpus_lines(row: Row, data: Path) -> tuple[ParallelLines, ParallelLines]:

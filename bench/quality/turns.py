@@ -153,7 +153,7 @@ def measure_start(client: Client, corpus_id: str, recipe: Recipe, sleep: Callabl
 
 
 def engine_seconds(total_s: float, turns: int, start_s: float) -> float:
-    """Return the stop.max_time_seconds with which a run needs at most `total_s` of wall time.
+    """Return the stop.max_duration_s with which a run needs at most `total_s` of wall time.
 
     The limit counts neither the start of a worker nor its end.
     """

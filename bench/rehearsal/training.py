@@ -31,7 +31,7 @@ _RECIPE: Final = Recipe(
     model=ModelRecipe(d_model=64, encoder_layers=1, decoder_layers=1, heads=4, ffn_dim=128, dropout=0.0),
     data=DataRecipe(vocabulary_size=100, max_sentence_tokens=64),
     optimization=OptimizationRecipe(batch_target_tokens=2048),
-    stop=StopRecipe(max_time_seconds=40.0),
+    stop=StopRecipe(max_duration_s=40.0),
     validation=ValidationRecipe(interval_steps=200, max_translated_pairs=20, checkpoint_interval_steps=20),
 )
 

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Final
 
 from examples.parallel_text import ParallelLines
-from ferryman_service.domain.models import ModelLineage, ModelScores
+from ferryman_service.domain.models import ModelLineage, ModelScores, PublishedWeights
 from ferryman_service.domain.recipe import Recipe
 
-NO_SCORES: Final = ModelScores(bleu=0.0, chrf=0.0, nll_per_token=0.0, weights="best", step=0)
+NO_SCORES: Final = ModelScores(bleu=0.0, chrf=0.0, nll_per_token=0.0, weights=PublishedWeights.CHECKPOINT, step=0)
 _WORDS: Final = 9_000
 _SEED: Final = 1
 

@@ -14,7 +14,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from bench.peers.environment import PeerMissing, ctranslate2_python
 from bench.shared.corpus import News
@@ -29,7 +29,7 @@ from ferryman_service.bundle.manifest import (
     manifest_digest,
     read_manifest,
 )
-from ferryman_service.domain.models import ModelLineage, ModelScores
+from ferryman_service.domain.models import ModelLineage, ModelScores, PublishedWeights
 from ferryman_service.domain.recipe import Recipe, SubwordAlgorithm, recipe_from_dict, resolve_recipe
 from ferryman_service.domain.tokens import EOS
 from ferryman_service.domain.training import TrainedModel
@@ -45,6 +45,7 @@ BASE_VOCABULARY: Final = 32_001
 FORCED_LENGTH: Final = 15
 _CHECK_SENTENCES: Final = 64
 _SEED: Final = 1
+_RENAMED: Final = {"max_time_seconds": "max_duration_s", "sampling_alpha": "subword_regularization_alpha"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,17 +130,28 @@ def current_bundle(bundle: Path, check_sentences: Sequence[str]) -> Path:
     if not (bundle / WEIGHTS_FILE).exists():
         raise FileNotFoundError(f"{bundle} is of an earlier version and holds no {WEIGHTS_FILE}; train a new model")
     header = manifest["header"]
-    recipe = recipe_from_dict(header["lineage"]["recipe"])
+    recipe = recipe_from_dict(_with_present_names(header["lineage"]["recipe"]))
+    scores = dict(header["scores"])
+    kind = PublishedWeights.AVERAGE if scores.pop("weights") == "average" else PublishedWeights.CHECKPOINT
     trained = TrainedModel(
         weights=bundle / WEIGHTS_FILE,
         subwords=bundle / SUBWORDS_FILE,
         recipe=recipe,
-        scores=ModelScores(**header["scores"]),
+        scores=ModelScores(**scores, weights=kind),
         parameters=header["parameters"],
         check_sentences=check_sentences[:_CHECK_SENTENCES],
     )
     lineage = ModelLineage(**{**header["lineage"], "recipe": recipe})
     return _exported(trained, lineage, FOLDER / f"trained-{manifest_digest(bundle)[:12]}")
+
+
+def _with_present_names(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the stored recipe of an earlier version under the names that its fields have now."""
+
+    def renamed(part: Any) -> Any:  # noqa: ANN401 (a part, or a value)
+        return {_RENAMED.get(name, name): part[name] for name in part} if isinstance(part, dict) else part
+
+    return {name: renamed(part) for name, part in recipe.items()}
 
 
 def base_bundle(text: Text) -> Path:

@@ -45,7 +45,7 @@ _WORDS: Final = ("ba", "ce", "di", "fo", "gu", "ka", "le", "mi", "no", "pu")
 # Everything that a checkpoint must hold has a part in it. An update takes long enough to be met.
 _RECIPE: Final[dict[str, Any]] = {
     "model": {"d_model": 64, "encoder_layers": 1, "decoder_layers": 1, "heads": 2, "ffn_dim": 128, "dropout": 0.1},
-    "data": {"vocabulary_size": 50, "max_sentence_tokens": 64, "sampling_alpha": 0.5},
+    "data": {"vocabulary_size": 50, "max_sentence_tokens": 64, "subword_regularization_alpha": 0.5},
     "schedule": {"warmup_steps": 20},
     "optimization": {"batch_target_tokens": 4096, "accumulation_steps": 2, "ema_decay": 0.9},
     "stop": {"max_steps": STEPS},
@@ -330,14 +330,14 @@ def _timeless(payload: Payload) -> list[Payload]:
             return [
                 dataclasses.replace(
                     payload,
-                    step_seconds=0.0,
+                    duration_s=0.0,
                     target_tokens_per_second=0.0,
                     memory_bytes=0,
                     model_flops_utilization=0.0,
                 )
             ]
         case ValidationMetrics():
-            return [dataclasses.replace(payload, seconds=0.0)]
+            return [dataclasses.replace(payload, duration_s=0.0)]
         case StateChange():
             return []
         case RunEvent(code=code):

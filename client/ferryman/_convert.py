@@ -409,7 +409,7 @@ class SearchOptions:
     max_length: int | None = None
     max_length_ratio: float | None = None
     min_length: int | None = None
-    patience: float | None = None
+    beam_patience: float | None = None
     early_stopping: types.EarlyStopping | str | None = None
     sampling: types.Sampling | None = None
     repetition_penalty: float | None = None

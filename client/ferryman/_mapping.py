@@ -183,7 +183,11 @@ def _fill_repeated(field: _Field, items: Any, message: Message, path: str) -> li
 def _fill_value(field: _Field, item: Any, message: Message, path: str) -> list[Violation]:  # noqa: ANN401
     descriptor: Any = message.DESCRIPTOR.fields_by_name[field.wire_name]
     if descriptor.message_type is not None:
-        _WRITERS[descriptor.message_type.full_name](getattr(message, field.wire_name), item)
+        try:
+            _WRITERS[descriptor.message_type.full_name](getattr(message, field.wire_name), item)
+        except (TypeError, ValueError, OverflowError):
+            message.ClearField(field.wire_name)
+            return [wrong(path, item, _WRITTEN[descriptor.message_type.full_name])]
         return []
     if descriptor.enum_type is not None:
         number = enum_number(descriptor.enum_type, str(item))
@@ -262,4 +266,8 @@ _READERS: Mapping[str, Callable[[Any], object]] = {
 _WRITERS: Mapping[str, Callable[[Any, Any], None]] = {
     "google.protobuf.Timestamp": _write_time,
     "google.protobuf.Duration": _write_seconds,
+}
+_WRITTEN: Mapping[str, str] = {
+    "google.protobuf.Timestamp": "a datetime",
+    "google.protobuf.Duration": "a number of seconds",
 }

@@ -126,7 +126,7 @@ class DataRecipe:
     character_coverage: float | None = None
     max_sentence_tokens: int | None = None
     max_length_ratio: float | None = None
-    sampling_alpha: float | None = None
+    subword_regularization_alpha: float | None = None
     bpe_dropout: float | None = None
     split_digits: bool | None = None
     reduce_vocabulary: bool | None = None
@@ -181,7 +181,7 @@ class StopRecipe:
 
     max_steps: int | None = None
     max_epochs: int | None = None
-    max_time_seconds: float | None = None
+    max_duration_s: float | None = None
     patience: int | None = None
     target_score: float | None = None
 
@@ -363,7 +363,7 @@ class StepMetrics:
     gradient_norm: float
     target_tokens: int
     target_tokens_per_second: float
-    step_seconds: float
+    duration_s: float
     padding_share: float
     memory_bytes: int
     skipped: bool = False
@@ -383,7 +383,7 @@ class ValidationMetrics:
     bleu: float
     chrf: float
     translated_pairs: int
-    seconds: float
+    duration_s: float
     best: bool
     bleu_signature: str = ""
 
@@ -514,17 +514,33 @@ class Checkpoint:
 # --- Models -----------------------------------------------------------------------------------------------------------
 
 
+class PublishedWeights(enum.StrEnum):
+    """The weights that a run publishes: those of one checkpoint, or the average of several.
+
+    UNKNOWN is a kind newer than this client.
+    """
+
+    UNKNOWN = "unknown"
+    CHECKPOINT = "checkpoint"
+    AVERAGE = "average"
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelScores:
-    """Scores on the validation pairs (greedy); `weights` is "best" or "average". BLEU and chrF are those of
-    `translated_pairs`, 0 if that is not known, as of versions of an earlier release."""
+    """Scores on the validation pairs (greedy). BLEU and chrF are those of `translated_pairs`, the loss is that of
+    `loss_pairs`; 0 if not known. `bleu_signature` is sacreBLEU's, with the tokenizer; empty if not known.
+
+    `step` is that of the checkpoint, or the last step of the average.
+    """
 
     bleu: float
     chrf: float
     nll_per_token: float
-    weights: str
+    weights: PublishedWeights
     step: int
     translated_pairs: int = 0
+    loss_pairs: int = 0
+    bleu_signature: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -541,7 +557,8 @@ class Int8Outcome:
 @dataclass(frozen=True, kw_only=True)
 class ModelVersion:
     """A published version; it never changes. `parameters` counts trained weights. `int8` is None if its cost was not
-    recorded, as in versions of an earlier release.
+    recorded, as in versions of an earlier release. `initial_model` is None or the version, "name/7", whose weights
+    training started from.
 
     `unreadable` says why the server cannot read it, in a list; then only name and number are to be relied upon, and
     `delete_model_version` removes it. It is empty for every other version.
@@ -561,6 +578,7 @@ class ModelVersion:
     create_time: datetime
     int8: Int8Outcome | None = None
     unreadable: str = ""
+    initial_model: str | None = None
 
     @property
     def reference(self) -> str:
@@ -599,11 +617,11 @@ class ModelDetails:
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedModel:
-    """A version in the memory of the server, "name/version". `load_time_s`: to read it and to warm it up."""
+    """A version in the memory of the server, "name/version". `load_duration_s`: to read it and to warm it up."""
 
     model: str
     memory_bytes: int
-    load_time_s: float
+    load_duration_s: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -668,7 +686,7 @@ class TranslateOptions(TypedDict, total=False):
     max_length: int | None
     max_length_ratio: float | None
     min_length: int | None
-    patience: float | None
+    beam_patience: float | None
     early_stopping: EarlyStopping | str | None
     sampling: Sampling | None
     repetition_penalty: float | None

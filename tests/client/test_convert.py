@@ -68,7 +68,7 @@ VALIDATIONS = st.builds(
     bleu=NUMBER,
     chrf=NUMBER,
     translated_pairs=INT32,
-    seconds=NUMBER,
+    duration_s=SECONDS,
 )
 RUNS = st.builds(
     types.TrainingRun,
@@ -196,6 +196,7 @@ ENUMS = [
     (types.EventLevel, metrics_pb2.EventLevel),
     (types.RunOrder, training_pb2.RunOrder),
     (types.EarlyStopping, translation_pb2.EarlyStopping),
+    (types.PublishedWeights, model_pb2.PublishedWeights),
 ]
 
 
@@ -217,7 +218,7 @@ def test_all_unsendable_values_are_reported_at_once():
     recipe = types.Recipe(
         preset="huge",
         model=types.ModelRecipe(d_model=2**40, norm="unspecified"),
-        stop=types.StopRecipe(max_steps="many"),
+        stop=types.StopRecipe(max_steps="many", max_duration_s=float("inf")),
         schedule=types.LearningRateSchedule(warmup_steps=1.5),
     )
     options = _convert.StartOptions(
@@ -231,6 +232,7 @@ def test_all_unsendable_values_are_reported_at_once():
         "recipe.model.norm",
         "recipe.schedule.warmup_steps",
         "recipe.stop.max_steps",
+        "recipe.stop.max_duration",
     ]
     assert "'huge', must be one of tiny, small, base, big, deep_shallow" in str(caught.value)
 

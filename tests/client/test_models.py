@@ -45,7 +45,7 @@ def test_deleted_version_number_is_not_reused(fake, client):
 def test_load_list_and_unload_models(fake, client):
     fake.add_model("a"), fake.add_model("b")
     loaded = client.load_model("a")
-    assert (loaded.model, loaded.load_time_s) == ("a/1", 0.5)
+    assert (loaded.model, loaded.load_duration_s) == ("a/1", 0.5)
     client.translate("b", "x")
     assert [loaded.model for loaded in client.list_loaded_models()] == ["b/1", "a/1"]
     assert [client.unload_model("b") for _ in range(2)] == [True, False]

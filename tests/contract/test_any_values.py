@@ -190,6 +190,6 @@ def test_models(service, called):
         return
     call = service.model_stub.DownloadModel(request, timeout=20)
     with contextlib.suppress(grpc.RpcError):
-        first, *_ = [response.WhichOneof("item") for response in call]
+        first, *_ = [response.WhichOneof("download_part") for response in call]
         assert first == "header"
     assert call.code() in ALLOWED, (call.code(), call.details(), request)

@@ -4,6 +4,7 @@ import uuid
 
 import grpc
 import pytest
+from google.protobuf.duration_pb2 import Duration
 
 from ferryman import Client, errors
 from ferryman.v1 import corpus_pb2, model_pb2, recipe_pb2, training_pb2, translation_pb2
@@ -34,7 +35,7 @@ UNSPECIFIED_PAIRS = corpus_pb2.UploadCorpusRequest(pairs=corpus_pb2.PairBatch())
         ([], "INVALID_REQUEST", [("header", "REQUIRED")]),
         ([TRAIN_PAIRS], "INVALID_REQUEST", [("header", "REQUIRED")]),
         ([HEADER, HEADER], "INVALID_REQUEST", [("header", "UNEXPECTED")]),
-        ([HEADER, corpus_pb2.UploadCorpusRequest()], "INVALID_REQUEST", [("item", "REQUIRED")]),
+        ([HEADER, corpus_pb2.UploadCorpusRequest()], "INVALID_REQUEST", [("upload_part", "REQUIRED")]),
         ([HEADER, UNSPECIFIED_PAIRS], "INVALID_REQUEST", [("pairs.split", "REQUIRED")]),
         ([HEADER, chunk(b"", 0, 1)], "INVALID_REQUEST", [("chunk.split", "REQUIRED")]),
         ([HEADER, chunk(b"", 1, 0)], "INVALID_REQUEST", [("chunk.side", "REQUIRED")]),
@@ -164,9 +165,9 @@ def recipe(**parts):
             [("recipe.data.bpe_dropout", "CONFLICT"), ("recipe.model.heads", "CONFLICT")],
         ),
         (
-            recipe(data={"sampling_alpha": 0.1, "subword_algorithm": "SUBWORD_ALGORITHM_BPE"}),
+            recipe(data={"subword_regularization_alpha": 0.1, "subword_algorithm": "SUBWORD_ALGORITHM_BPE"}),
             "INVALID_RECIPE",
-            [("recipe.data.sampling_alpha", "CONFLICT")],
+            [("recipe.data.subword_regularization_alpha", "CONFLICT")],
         ),
         (
             recipe(optimization={"accumulation_steps": 5}),
@@ -227,7 +228,7 @@ def test_starts(service, refused, request_message, reason, violations):
 
 INF, NAN = float("inf"), float("nan")
 JUST_OUTSIDE = {
-    "data.sampling_alpha": [-0.1, 1.1, NAN],
+    "data.subword_regularization_alpha": [-0.1, 1.1, NAN],
     "data.bpe_dropout": [-0.1, 1.0, NAN],
     "optimization.clip_norm": [-1, 1.1e9, INF],
     "optimization.accumulation_steps": [0, 1025],
@@ -237,7 +238,7 @@ JUST_OUTSIDE = {
     "optimization.max_skipped_updates": [-1, 1001],
     "optimization.max_rollbacks": [-1, 101],
     "optimization.rollback_rate_scale": [0.0, 1.1, NAN],
-    "stop.max_time_seconds": [-1.0, 1.1e9, INF],
+    "stop.max_duration": [Duration(seconds=-1), Duration(nanos=-1), Duration(seconds=10**9, nanos=1)],
     "stop.patience": [-1, 1_000_001],
     "stop.target_score": [-1.0, 1001.0, NAN],
     "validation.checkpoint_interval_steps": [-1, 10**9 + 1],
@@ -257,7 +258,7 @@ def test_values_just_outside_their_range(service, refused, path, value):
 
 
 JUST_INSIDE = {
-    "data": {"sampling_alpha": 1.0},
+    "data": {"subword_regularization_alpha": 1.0},
     "optimization": {
         "clip_norm": 1e9,
         "accumulation_steps": 4,
@@ -269,7 +270,7 @@ JUST_INSIDE = {
         "max_rollbacks": 0,
         "rollback_rate_scale": 1.0,
     },
-    "stop": {"max_time_seconds": 1e9, "patience": 1_000_000},
+    "stop": {"max_duration": Duration(seconds=10**9), "patience": 1_000_000},
     "validation": {"averaging": "AVERAGING_NONE", "checkpoint_interval_steps": 10**9},
 }
 
@@ -385,7 +386,7 @@ def translate(model="en-de", sentences=("hello",), **options):
                 n_best=40,
                 max_length_ratio=float("nan"),
                 min_length=-1,
-                patience=0,
+                beam_patience=0,
                 early_stopping=9,
                 sampling={"temperature": 0, "top_k": -1, "top_p": 1.5},
                 repetition_penalty=0,
@@ -398,7 +399,7 @@ def translate(model="en-de", sentences=("hello",), **options):
                 ("options.n_best", "OUT_OF_RANGE"),
                 ("options.max_length_ratio", "OUT_OF_RANGE"),
                 ("options.min_length", "OUT_OF_RANGE"),
-                ("options.patience", "OUT_OF_RANGE"),
+                ("options.beam_patience", "OUT_OF_RANGE"),
                 ("options.repetition_penalty", "OUT_OF_RANGE"),
                 ("options.no_repeat_ngram_size", "OUT_OF_RANGE"),
                 ("options.sampling.temperature", "OUT_OF_RANGE"),

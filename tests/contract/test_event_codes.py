@@ -1,12 +1,14 @@
-"""The API guide's tables of events and of reasons for failures are complete, and say the levels that are used."""
+"""The API guide's tables of events, failures and errors are complete, and say the levels and statuses that are used."""
 
 import ast
 import itertools
 import re
 from pathlib import Path
 
+from ferryman_service.domain import errors
 from ferryman_service.domain.records import EventLevel
 from ferryman_service.domain.runs import FailureReason
+from ferryman_service.rpc.errors import INTERNAL_REASON, STATUS_CODES
 
 ROOT = Path(__file__).parents[2]
 CODE = re.compile(r"[A-Z][A-Z0-9]*(?:_[A-Z0-9]+)*")
@@ -79,6 +81,23 @@ def test_every_event_and_reason_is_explained():
 
 def test_every_reason_is_in_the_table():
     assert set(table("Why a run failed")) == {reason.value for reason in FailureReason}
+
+
+def error_reasons():
+    """Return {reason: name of its status} of every error that callers can get."""
+    classes = [cls for cls in vars(errors).values() if isinstance(cls, type) and issubclass(cls, errors.FerrymanError)]
+    sent = {cls: next((STATUS_CODES[base] for base in cls.__mro__ if base in STATUS_CODES), None) for cls in classes}
+    # A class with leaves stands for a status; a deadline that passes has no other name.
+    named = [cls for cls in classes if not cls.__subclasses__() or cls is errors.DeadlineExceeded]
+    found = {cls.__new__(cls).reason: sent[cls].name for cls in named if sent[cls] is not None}
+    return found | {INTERNAL_REASON: "INTERNAL"}
+
+
+def test_every_error_is_in_a_table_with_its_status():
+    guide = (ROOT / "docs/api.md").read_text(encoding="utf-8")
+    below = guide.split("\n## Errors\n", 1)[1].split("\n## ", 1)[0]
+    rows = re.findall(r"^\| `([A-Z_]+)` \| ([A-Z_]+) \|", below, re.MULTILINE)
+    assert dict(rows) == error_reasons()
 
 
 def test_the_scan_sees_every_way_to_make_an_event():

@@ -34,7 +34,7 @@ STEP = StepMetrics(
     gradient_norm=float("inf"),
     target_tokens=512,
     target_tokens_per_second=5120.5,
-    step_seconds=0.1,
+    duration_s=0.1,
     padding_share=0.125,
     memory_bytes=3 << 30,
     skipped=True,
@@ -49,10 +49,18 @@ VALIDATION = ValidationMetrics(
     bleu=12.5,
     chrf=40.25,
     translated_pairs=500,
-    seconds=2.5,
+    duration_s=2.5,
     best=True,
     bleu_signature="nrefs:1|tok:zh",
 )
+
+
+def read_fields(message):
+    """Return the fields that are set, durations as seconds under the dataclass's name."""
+    found = {field.name: value for field, value in message.ListFields()}
+    return {name: value for name, value in found.items() if name != "duration"} | {
+        "duration_s": found["duration"].ToNanoseconds() / 1e9
+    }
 
 
 def unset_fields(message, path=""):
@@ -137,9 +145,7 @@ def test_checking_without_starting(service):
 
 def test_a_failed_run_says_why(service):
     run_id = service.claimed_run()
-    service.runs.append(
-        run_id, 1, [STEP, VALIDATION], RunProgress(step=1, epoch=1, fraction=0.5, remaining_seconds=2.5)
-    )
+    service.runs.append(run_id, 1, [STEP, VALIDATION], RunProgress(step=1, epoch=1, fraction=0.5, remaining_s=2.5))
     failure = RunFailure(reason=FailureReason.NON_FINITE_LOSS, message="the loss is inf", log_tail="last words")
     service.runs.change_state(run_id, 1, RunState.FAILED, "the loss is inf", failure)
     run = service.training_stub.GetTrainingRun(training_pb2.GetTrainingRunRequest(run_id=run_id)).run
@@ -165,8 +171,8 @@ def test_records_arrive_as_they_were_written(service):
         "event",
     ]
     assert records[2].state_change == metrics_pb2.StateChange(state=metrics_pb2.RUN_STATE_RUNNING, attempt=1)
-    assert {field.name: value for field, value in records[3].step.ListFields()} == vars(STEP)
-    assert {field.name: value for field, value in records[4].validation.ListFields()} == vars(VALIDATION)
+    assert read_fields(records[3].step) == vars(STEP)
+    assert read_fields(records[4].validation) == vars(VALIDATION)
     assert records[5].event.level == metrics_pb2.EVENT_LEVEL_WARNING
     assert all(record.time.seconds > 1_700_000_000 for record in records)
 
@@ -200,7 +206,7 @@ def test_models(service):
     version = found.version
     assert (version.version, version.source_language, version.parameters) == (1, "en", 1000)
     assert version.scores == model_pb2.ModelScores(
-        bleu=30.5, chrf=60.25, nll_per_token=1.25, weights="best", step=100, translated_pairs=40
+        bleu=30.5, chrf=60.25, nll_per_token=1.25, weights="PUBLISHED_WEIGHTS_CHECKPOINT", step=100, translated_pairs=40
     )
     assert version.recipe.model.d_model == 128
 
@@ -250,7 +256,7 @@ def test_downloads(service):
     version = service.import_model("downloaded")
     encoder = service.models.bundle_dir(version) / "encoder.onnx"
     header, *chunks = (
-        getattr(response, response.WhichOneof("item"))
+        getattr(response, response.WhichOneof("download_part"))
         for response in service.model_stub.DownloadModel(model_pb2.DownloadModelRequest(model="downloaded"))
     )
     assert header.version == service.model_stub.GetModel(model_pb2.GetModelRequest(model="downloaded/1")).version
@@ -269,7 +275,7 @@ def test_models_in_memory(make_service):
     stub = service.model_stub
     first = stub.LoadModel(model_pb2.LoadModelRequest(model="a")).loaded_model
     assert (first.model, first.memory_bytes) == ("a/1", 1000)
-    assert first.load_time.ToNanoseconds() > 0
+    assert first.load_duration.ToNanoseconds() > 0
     service.translation_stub.Translate(translation_pb2.TranslateRequest(model="b", sentences=["x"]))
     assert stub.LoadModel(model_pb2.LoadModelRequest(model="a/1")).loaded_model == first
     listed = stub.ListLoadedModels(model_pb2.ListLoadedModelsRequest()).loaded_models

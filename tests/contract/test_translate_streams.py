@@ -99,7 +99,7 @@ def test_responses_are_of_bounded_size(service):
         ([sentences("a")], [("config", "REQUIRED")]),
         ([translation_pb2.StreamTranslateRequest()], [("config", "REQUIRED")]),
         ([config(), config()], [("config", "UNEXPECTED")]),
-        ([config(), translation_pb2.StreamTranslateRequest()], [("message", "REQUIRED")]),
+        ([config(), translation_pb2.StreamTranslateRequest()], [("stream_part", "REQUIRED")]),
         ([config(), sentences()], [("sentences.sentences", "OUT_OF_RANGE")]),
         ([config(), sentences(*["a"] * 1025)], [("sentences.sentences", "OUT_OF_RANGE")]),
         (

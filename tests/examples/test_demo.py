@@ -48,7 +48,7 @@ def task():
         return client.upload_corpus("letters", "en", "de", train=PAIRS, validation=PAIRS).corpus_id
 
     test = ParallelLines(source=["a b", "c", "d"], target=["A  B ", "C", "x"])
-    recipe = Recipe(stop=StopRecipe(max_time_seconds=60.0))
+    recipe = Recipe(stop=StopRecipe(max_duration_s=60.0))
     return Task(model_name="letters", upload=upload, test=test, recipe=recipe, expected_share=0.5, expected_steps=None)
 
 
@@ -133,7 +133,7 @@ def test_own_text_limits_vocabulary_size(tmp_path):
     arguments = argparse.Namespace(train="t", valid="t", test="t", source="en", target="de")
     task = demo.own_text_task(arguments, 1.5)
     assert task.recipe.data.vocabulary_size == 1000
-    assert task.recipe.stop.max_time_seconds == 90
+    assert task.recipe.stop.max_duration_s == 90
     assert task.model_name == "own-en-de"
 
 
@@ -163,7 +163,7 @@ def record(payload):
 
 def step_of(number, seconds):
     numbers = {field.name: 0.0 for field in dataclasses.fields(StepMetrics)}
-    return StepMetrics(**numbers | {"step": number, "step_seconds": seconds})
+    return StepMetrics(**numbers | {"step": number, "duration_s": seconds})
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ STEP = StepMetrics(
     gradient_norm=0.5,
     target_tokens=700,
     target_tokens_per_second=3500.0,
-    step_seconds=0.2,
+    duration_s=0.2,
     padding_share=0.05,
     memory_bytes=2**30,
 )
@@ -41,7 +41,7 @@ VALIDATION = ValidationMetrics(
     bleu=12.5,
     chrf=30.0,
     translated_pairs=100,
-    seconds=1.5,
+    duration_s=1.5,
     best=True,
 )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from ferryman_service.bundle import manifest as bundles
-from ferryman_service.domain.models import ModelLineage, ModelScores
+from ferryman_service.domain.models import ModelLineage, ModelScores, PublishedWeights
 from ferryman_service.domain.recipe import resolve_recipe
 
 HEADER = bundles.ManifestHeader(
@@ -17,7 +17,9 @@ HEADER = bundles.ManifestHeader(
         target_language="de",
         recipe=resolve_recipe({}),
     ),
-    scores=ModelScores(bleu=30.5, chrf=60.25, nll_per_token=1.25, weights="best", step=100, translated_pairs=40),
+    scores=ModelScores(
+        bleu=30.5, chrf=60.25, nll_per_token=1.25, weights=PublishedWeights.CHECKPOINT, step=100, translated_pairs=40
+    ),
     parameters=1000,
     max_sentence_tokens=8,
     architecture=bundles.Architecture(d_model=128, decoder_layers=4, heads=4, vocabulary_size=32),

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from ferryman_service.domain.models import ModelLineage, ModelScores
+from ferryman_service.domain.models import ModelLineage, ModelScores, PublishedWeights
 from ferryman_service.domain.recipe import Recipe, SubwordAlgorithm, resolve_recipe
 from ferryman_service.domain.tokens import EOS
 from ferryman_service.domain.training import TrainedModel
@@ -57,7 +57,7 @@ def random_trained_model(folder: Path, recipe: Recipe, seed: int = 0) -> Trained
         weights=folder / "weights.safetensors",
         subwords=folder / "subwords.model",
         recipe=recipe,
-        scores=ModelScores(bleu=12.5, chrf=30.25, nll_per_token=3.5, weights="best", step=100),
+        scores=ModelScores(bleu=12.5, chrf=30.25, nll_per_token=3.5, weights=PublishedWeights.CHECKPOINT, step=100),
         parameters=sum(parameter.numel() for parameter in transformer.parameters()),
         check_sentences=random_sentences(20, seed=2),
     )

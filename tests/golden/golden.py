@@ -49,7 +49,7 @@ SENTENCES: Final = 1_000
 _PAIRS: Final = 6_000
 _VALIDATION_PAIRS: Final = 100
 _PAUSE_AT: Final = STEPS // 2
-_MEASURED: Final = re.compile(r"time|second|per_s|memory|bytes|utilization|mfu")
+_MEASURED: Final = re.compile(r"time|second|duration|per_s|memory|bytes|utilization|mfu")
 """Names of fields that a clock or the machine fills."""
 _OF_THE_ATTEMPT: Final = (StateChange, RunEvent)
 

@@ -179,7 +179,8 @@ def test_steps_tokens_and_runs_are_those_of_the_records(world, records, life):
     assert query("ferryman_training_steps_total") == len(steps)
     assert query("ferryman_training_step_seconds_count") == len(steps)
     assert query("ferryman_training_target_tokens_total") == sum(step.target_tokens for step in steps)
-    assert query("ferryman_training_step_seconds_sum") == pytest.approx(sum(step.step_seconds for step in steps))
+    seconds = sum(step.duration.ToNanoseconds() for step in steps) / 1e9
+    assert query("ferryman_training_step_seconds_sum") == pytest.approx(seconds)
     assert run_id in {run.run_id for run in cancelled_runs(world)}
     assert query('ferryman_training_runs_ended_total{state="succeeded"}') == 1
     assert query('ferryman_training_runs_ended_total{state="cancelled"}') == 2

@@ -75,7 +75,7 @@ class Stubs:
         """Yield the records, without the heartbeats."""
         request = training_pb2.StreamMetricsRequest(run_id=run_id, after_sequence=after_sequence)
         for response in self.training.StreamMetrics(request, timeout=timeout_s, wait_for_ready=True):
-            if response.WhichOneof("item") == "record":
+            if response.WhichOneof("metrics_update") == "record":
                 yield response.record
 
     def wait_for_step(self, run_id, step):

@@ -1,6 +1,8 @@
 """A run limited by time alone, through the real service: it plans its decay, pauses in it, and follows it to the
 end."""
 
+from datetime import timedelta
+
 import pytest
 
 from ferryman.v1 import metrics_pb2, recipe_pb2, training_pb2
@@ -8,7 +10,7 @@ from tests.system.conftest import Stubs, small_recipe
 
 pytestmark = pytest.mark.system
 
-SECONDS = 6.0
+SECONDS = timedelta(seconds=6)
 
 
 def curve_of(stubs, run_id, **bounds):
@@ -16,7 +18,7 @@ def curve_of(stubs, run_id, **bounds):
 
 
 def timed_recipe():
-    recipe = small_recipe(max_steps=0, max_time_seconds=SECONDS)
+    recipe = small_recipe(max_steps=0, max_duration=SECONDS)
     recipe.schedule.CopyFrom(recipe_pb2.LearningRateSchedule(warmup_steps=20))
     return recipe
 

@@ -36,7 +36,9 @@ def test_each_step_says_what_the_contract_promises(road):
         assert step.perplexity == pytest.approx(math.exp(step.nll_per_token))
         assert step.gradient_norm > 0
         assert 0 < step.target_tokens <= run.recipe.optimization.batch_target_tokens
-        assert step.target_tokens_per_second == pytest.approx(step.target_tokens / step.step_seconds)
+        assert step.target_tokens_per_second == pytest.approx(
+            step.target_tokens / (step.duration.ToNanoseconds() / 1e9)
+        )
         assert 0 <= step.padding_share < 1
         assert step.memory_bytes > 10_000_000
 

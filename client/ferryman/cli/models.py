@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Final
 
 import typer
 
+from ferryman import Client
 from ferryman.cli.common import connect
-from ferryman.cli.output import print_fields, print_line, print_table, unreadable
-from ferryman.types import Int8Outcome
+from ferryman.cli.output import print_fields, print_line, print_message, print_table, unreadable
+from ferryman.errors import DataLoss, NotFound
+from ferryman.types import Int8Outcome, ModelVersion
 
 app = typer.Typer(no_args_is_help=True, help="Manage published models.")
 
@@ -30,20 +33,23 @@ def list_(
         _list_loaded(context)
         return
     with connect(context) as client:
-        rows = [
-            (
-                latest.reference,
-                f"{latest.source_language}-{latest.target_language}",
-                f"{latest.scores.bleu:.1f}",
-                latest.scores.translated_pairs or "-",
-                f"{latest.parameters:,}",
-                latest.create_time.isoformat(timespec="seconds"),
-            )
-            if not latest.unreadable
-            else (latest.reference, unreadable(latest.unreadable), "-", "-", "-", "-")
-            for latest in (model.latest_version for model in client.list_models())
-        ]
+        versions = [model.latest_version for model in client.list_models()]
+    rows = [
+        (
+            latest.reference,
+            _languages(latest),
+            f"{latest.scores.bleu:.1f}",
+            latest.scores.translated_pairs or "-",
+            f"{latest.parameters:,}",
+            latest.create_time.isoformat(timespec="seconds"),
+        )
+        if not latest.unreadable
+        else (latest.reference, unreadable(latest.unreadable), "-", "-", "-", "-")
+        for latest in versions
+    ]
     print_table(("latest version", "languages", "BLEU", "pairs", "parameters", "published"), rows)
+    for warning in score_warnings([version for version in versions if not version.unreadable]):
+        print_message(f"warning: {warning}")
 
 
 @app.command()
@@ -54,7 +60,8 @@ def show(
     """Show a version of a model."""
     with connect(context) as client:
         details = client.get_model(model)
-    version, scores = details.version, details.version.scores
+        version, scores = details.version, details.version.scores
+        start = _found(client, version.initial_model)
     print_fields(
         [
             ("model", version.reference),
@@ -64,17 +71,55 @@ def show(
             ("languages", f"{version.source_language} to {version.target_language}"),
             ("BLEU", f"{scores.bleu:.1f}{_of(scores.translated_pairs)}"),
             ("chrF", f"{scores.chrf:.1f}{_of(scores.translated_pairs)}"),
-            ("nll per token", f"{scores.nll_per_token:.4f}"),
+            ("signature", scores.bleu_signature or "-"),
+            ("nll per token", f"{scores.nll_per_token:.4f}{_of(scores.loss_pairs)}"),
             ("int8", int8_text(version.int8)),
             ("weights", f"{scores.weights}, step {scores.step:,}"),
             ("parameters", f"{version.parameters:,}"),
             ("size", f"{version.size_bytes / 1e6:.1f} MB"),
+            ("initial model", version.initial_model or "-"),
             ("run", version.run_id),
             ("corpus", version.corpus_id),
             ("digest", version.digest),
             ("published", version.create_time.isoformat(timespec="seconds")),
         ]
     )
+    for warning in score_warnings([version, *start]):
+        print_message(f"warning: {warning}")
+
+
+def _found(client: Client, reference: str | None) -> list[ModelVersion]:
+    """Return the version, if the server has it: it may be deleted, or of another server."""
+    if reference is None:
+        return []
+    try:
+        return [client.get_model(reference).version]
+    except (NotFound, DataLoss):
+        return []
+
+
+def score_warnings(versions: Sequence[ModelVersion]) -> Iterator[str]:
+    """Yield a warning for each language pair whose versions have BLEU scores of different pairs or signatures."""
+    by_languages: dict[str, list[ModelVersion]] = {}
+    for version in versions:
+        by_languages.setdefault(_languages(version), []).append(version)
+    for languages, group in by_languages.items():
+        reasons = []
+        if len(numbers := {version.scores.translated_pairs for version in group}) > 1:
+            reasons.append("of different numbers of pairs (" + ", ".join(map(_number, sorted(numbers))) + ")")
+        if len({version.scores.bleu_signature for version in group}) > 1:
+            reasons.append("of different signatures")
+        if reasons:
+            names = ", ".join(version.reference for version in group)
+            yield f"the {languages} scores of {names} are not comparable: they are {' and '.join(reasons)}"
+
+
+def _number(pairs: int) -> str:
+    return f"{pairs:,}" if pairs else "unknown"
+
+
+def _languages(version: ModelVersion) -> str:
+    return f"{version.source_language}-{version.target_language}"
 
 
 def int8_text(outcome: Int8Outcome | None) -> str:
@@ -146,7 +191,7 @@ def load(context: typer.Context, model: Annotated[str, _REFERENCE]) -> None:
     """Load a model version into the server's memory before the first translation."""
     with connect(context) as client:
         loaded = client.load_model(model, timeout_s=_LOAD_TIMEOUT_S)
-    print_line(f"{loaded.model}: {loaded.memory_bytes / 1e6:.1f} MB, loaded in {loaded.load_time_s:.1f} s")
+    print_line(f"{loaded.model}: {loaded.memory_bytes / 1e6:.1f} MB, loaded in {loaded.load_duration_s:.1f} s")
 
 
 @app.command()
@@ -160,7 +205,7 @@ def unload(context: typer.Context, model: Annotated[str, _REFERENCE]) -> None:
 def _list_loaded(context: typer.Context) -> None:
     with connect(context) as client:
         rows = [
-            (loaded.model, f"{loaded.memory_bytes / 1e6:.1f} MB", f"{loaded.load_time_s:.1f} s")
+            (loaded.model, f"{loaded.memory_bytes / 1e6:.1f} MB", f"{loaded.load_duration_s:.1f} s")
             for loaded in client.list_loaded_models()
         ]
     print_table(("loaded model", "memory", "load time"), rows)

@@ -81,7 +81,7 @@ class RunView:
         used = [
             (step, stop.max_steps),
             (epoch - 1, stop.max_epochs),
-            (self.elapsed_s(), stop.max_time_seconds),
+            (self.elapsed_s(), stop.max_duration_s),
         ]
         return min(1.0, max((done / limit for done, limit in used if limit), default=0.0))
 

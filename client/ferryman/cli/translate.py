@@ -41,7 +41,9 @@ def translate(
         float | None, _option("Limit the length to this multiple of the source length.")
     ] = None,
     min_length: Annotated[int | None, _option("Set the minimum length, in subwords.")] = None,
-    patience: Annotated[float | None, _option("End the search after patience × beam size finished hypotheses.")] = None,
+    beam_patience: Annotated[
+        float | None, _option("End the search after patience × beam size finished hypotheses.")
+    ] = None,
     early_stopping: Annotated[
         EarlyStopping | None,
         _option("Set when beam search stops."),
@@ -73,7 +75,7 @@ def translate(
         max_length=max_length,
         max_length_ratio=max_length_ratio,
         min_length=min_length,
-        patience=patience,
+        beam_patience=beam_patience,
         early_stopping=early_stopping,
         sampling=sampling if sample or sampling != Sampling() else None,
         repetition_penalty=repetition_penalty,

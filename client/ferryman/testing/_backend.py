@@ -280,7 +280,12 @@ class Backend:
                 corpus_id=corpus_id,
                 recipe=recipe,
                 scores=types.ModelScores(
-                    bleu=31.5, chrf=55.0, nll_per_token=1.5, weights="best", step=4, translated_pairs=2
+                    bleu=31.5,
+                    chrf=55.0,
+                    nll_per_token=1.5,
+                    weights=types.PublishedWeights.CHECKPOINT,
+                    step=4,
+                    translated_pairs=2,
                 ),
                 parameters=1_000_000,
                 size_bytes=_MODEL_BYTES,
@@ -335,7 +340,7 @@ class Backend:
 
     def load(self, version: types.ModelVersion) -> types.LoadedModel:
         with self.changed:
-            loaded = types.LoadedModel(model=version.reference, memory_bytes=version.size_bytes, load_time_s=0.5)
+            loaded = types.LoadedModel(model=version.reference, memory_bytes=version.size_bytes, load_duration_s=0.5)
             self.loaded.pop(version.reference, None)  # the most recently used comes last
             return self.loaded.setdefault(version.reference, loaded)
 

@@ -29,7 +29,7 @@ def training_script(
             gradient_norm=1.0,
             target_tokens=1000,
             target_tokens_per_second=20_000.0,
-            step_seconds=0.05,
+            duration_s=0.05,
             padding_share=0.02,
             memory_bytes=10**8,
         )
@@ -56,6 +56,6 @@ def _validation(step: int, loss: float) -> types.ValidationMetrics:
         bleu=31.5,
         chrf=55.0,
         translated_pairs=2,
-        seconds=0.5,
+        duration_s=0.5,
         best=True,
     )

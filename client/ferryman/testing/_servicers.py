@@ -400,8 +400,10 @@ def _read_upload(requests: Iterable[corpus_pb2.UploadCorpusRequest]) -> dict[str
         elif request.HasField("chunk"):
             files[names[request.chunk.split], request.chunk.side] += request.chunk.data
         else:
-            violation = errors.Violation(field="item", description="is missing; set pairs or chunk", reason="REQUIRED")
-            raise errors.InvalidRequest("item: is missing; set pairs or chunk", violations=[violation])
+            violation = errors.Violation(
+                field="upload_part", description="is missing; set pairs or chunk", reason="REQUIRED"
+            )
+            raise errors.InvalidRequest("upload_part: is missing; set pairs or chunk", violations=[violation])
     for name in pairs:
         source, target = (
             files[name, side].decode().removesuffix("\n").split("\n") if (name, side) in files else []

@@ -25,17 +25,18 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x66\x65rryman/v1/corpus.proto\x12\x0b\x66\x65rryman.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xc5\x02\n\x06\x43orpus\x12\x11\n\tcorpus_id\x18\x01 \x01(\t\x12\x14\n\x0c\x64isplay_name\x18\x02 \x01(\t\x12\x17\n\x0fsource_language\x18\x03 \x01(\t\x12\x17\n\x0ftarget_language\x18\x04 \x01(\t\x12+\n\x05train\x18\x05 \x01(\x0b\x32\x1c.ferryman.v1.SplitStatistics\x12\x30\n\nvalidation\x18\x06 \x01(\x0b\x32\x1c.ferryman.v1.SplitStatistics\x12\x0e\n\x06\x64igest\x18\x07 \x01(\t\x12/\n\x0b\x63reate_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08warnings\x18\t \x03(\x0b\x32\x1a.ferryman.v1.CorpusWarning\x12\x12\n\nunreadable\x18\n \x01(\t\"l\n\rCorpusWarning\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\r\n\x05\x66ield\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\r\n\x05\x63ount\x18\x04 \x01(\x03\x12\r\n\x05total\x18\x05 \x01(\x03\x12\x0f\n\x07\x65xample\x18\x06 \x01(\t\"\x8d\x01\n\x0fSplitStatistics\x12\r\n\x05pairs\x18\x01 \x01(\x03\x12\x14\n\x0csource_words\x18\x02 \x01(\x03\x12\x14\n\x0ctarget_words\x18\x03 \x01(\x03\x12\x13\n\x0b\x65mpty_pairs\x18\x04 \x01(\x03\x12*\n\x07samples\x18\x05 \x03(\x0b\x32\x19.ferryman.v1.SentencePair\".\n\x0cSentencePair\x12\x0e\n\x06source\x18\x01 \x01(\t\x12\x0e\n\x06target\x18\x02 \x01(\t\"\x9c\x01\n\x13UploadCorpusRequest\x12+\n\x06header\x18\x01 \x01(\x0b\x32\x19.ferryman.v1.UploadHeaderH\x00\x12\'\n\x05pairs\x18\x02 \x01(\x0b\x32\x16.ferryman.v1.PairBatchH\x00\x12\'\n\x05\x63hunk\x18\x03 \x01(\x0b\x32\x16.ferryman.v1.FileChunkH\x00\x42\x06\n\x04item\"j\n\x0cUploadHeader\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x14\n\x0c\x64isplay_name\x18\x02 \x01(\t\x12\x17\n\x0fsource_language\x18\x03 \x01(\t\x12\x17\n\x0ftarget_language\x18\x04 \x01(\t\"X\n\tPairBatch\x12!\n\x05split\x18\x01 \x01(\x0e\x32\x12.ferryman.v1.Split\x12(\n\x05pairs\x18\x02 \x03(\x0b\x32\x19.ferryman.v1.SentencePair\"]\n\tFileChunk\x12!\n\x05split\x18\x01 \x01(\x0e\x32\x12.ferryman.v1.Split\x12\x1f\n\x04side\x18\x02 \x01(\x0e\x32\x11.ferryman.v1.Side\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\";\n\x14UploadCorpusResponse\x12#\n\x06\x63orpus\x18\x01 \x01(\x0b\x32\x13.ferryman.v1.Corpus\"%\n\x10GetCorpusRequest\x12\x11\n\tcorpus_id\x18\x01 \x01(\t\"8\n\x11GetCorpusResponse\x12#\n\x06\x63orpus\x18\x01 \x01(\x0b\x32\x13.ferryman.v1.Corpus\";\n\x12ListCorporaRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"T\n\x13ListCorporaResponse\x12$\n\x07\x63orpora\x18\x01 \x03(\x0b\x32\x13.ferryman.v1.Corpus\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"(\n\x13\x44\x65leteCorpusRequest\x12\x11\n\tcorpus_id\x18\x01 \x01(\t\"\x16\n\x14\x44\x65leteCorpusResponse*E\n\x05Split\x12\x15\n\x11SPLIT_UNSPECIFIED\x10\x00\x12\x0f\n\x0bSPLIT_TRAIN\x10\x01\x12\x14\n\x10SPLIT_VALIDATION\x10\x02*>\n\x04Side\x12\x14\n\x10SIDE_UNSPECIFIED\x10\x00\x12\x0f\n\x0bSIDE_SOURCE\x10\x01\x12\x0f\n\x0bSIDE_TARGET\x10\x02\x32\xd9\x02\n\rCorpusService\x12U\n\x0cUploadCorpus\x12 .ferryman.v1.UploadCorpusRequest\x1a!.ferryman.v1.UploadCorpusResponse(\x01\x12J\n\tGetCorpus\x12\x1d.ferryman.v1.GetCorpusRequest\x1a\x1e.ferryman.v1.GetCorpusResponse\x12P\n\x0bListCorpora\x12\x1f.ferryman.v1.ListCorporaRequest\x1a .ferryman.v1.ListCorporaResponse\x12S\n\x0c\x44\x65leteCorpus\x12 .ferryman.v1.DeleteCorpusRequest\x1a!.ferryman.v1.DeleteCorpusResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x66\x65rryman/v1/corpus.proto\x12\x0b\x66\x65rryman.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xc5\x02\n\x06\x43orpus\x12\x11\n\tcorpus_id\x18\x01 \x01(\t\x12\x14\n\x0c\x64isplay_name\x18\x02 \x01(\t\x12\x17\n\x0fsource_language\x18\x03 \x01(\t\x12\x17\n\x0ftarget_language\x18\x04 \x01(\t\x12+\n\x05train\x18\x05 \x01(\x0b\x32\x1c.ferryman.v1.SplitStatistics\x12\x30\n\nvalidation\x18\x06 \x01(\x0b\x32\x1c.ferryman.v1.SplitStatistics\x12\x0e\n\x06\x64igest\x18\x07 \x01(\t\x12/\n\x0b\x63reate_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08warnings\x18\t \x03(\x0b\x32\x1a.ferryman.v1.CorpusWarning\x12\x12\n\nunreadable\x18\n \x01(\t\"l\n\rCorpusWarning\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\r\n\x05\x66ield\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\r\n\x05\x63ount\x18\x04 \x01(\x03\x12\r\n\x05total\x18\x05 \x01(\x03\x12\x0f\n\x07\x65xample\x18\x06 \x01(\t\"\x8d\x01\n\x0fSplitStatistics\x12\r\n\x05pairs\x18\x01 \x01(\x03\x12\x14\n\x0csource_words\x18\x02 \x01(\x03\x12\x14\n\x0ctarget_words\x18\x03 \x01(\x03\x12\x13\n\x0b\x65mpty_pairs\x18\x04 \x01(\x03\x12*\n\x07samples\x18\x05 \x03(\x0b\x32\x19.ferryman.v1.SentencePair\".\n\x0cSentencePair\x12\x0e\n\x06source\x18\x01 \x01(\t\x12\x0e\n\x06target\x18\x02 \x01(\t\"\xa3\x01\n\x13UploadCorpusRequest\x12+\n\x06header\x18\x01 \x01(\x0b\x32\x19.ferryman.v1.UploadHeaderH\x00\x12\'\n\x05pairs\x18\x02 \x01(\x0b\x32\x16.ferryman.v1.PairBatchH\x00\x12\'\n\x05\x63hunk\x18\x03 \x01(\x0b\x32\x16.ferryman.v1.FileChunkH\x00\x42\r\n\x0bupload_part\"j\n\x0cUploadHeader\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x14\n\x0c\x64isplay_name\x18\x02 \x01(\t\x12\x17\n\x0fsource_language\x18\x03 \x01(\t\x12\x17\n\x0ftarget_language\x18\x04 \x01(\t\"X\n\tPairBatch\x12!\n\x05split\x18\x01 \x01(\x0e\x32\x12.ferryman.v1.Split\x12(\n\x05pairs\x18\x02 \x03(\x0b\x32\x19.ferryman.v1.SentencePair\"]\n\tFileChunk\x12!\n\x05split\x18\x01 \x01(\x0e\x32\x12.ferryman.v1.Split\x12\x1f\n\x04side\x18\x02 \x01(\x0e\x32\x11.ferryman.v1.Side\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\";\n\x14UploadCorpusResponse\x12#\n\x06\x63orpus\x18\x01 \x01(\x0b\x32\x13.ferryman.v1.Corpus\"%\n\x10GetCorpusRequest\x12\x11\n\tcorpus_id\x18\x01 \x01(\t\"8\n\x11GetCorpusResponse\x12#\n\x06\x63orpus\x18\x01 \x01(\x0b\x32\x13.ferryman.v1.Corpus\";\n\x12ListCorporaRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"T\n\x13ListCorporaResponse\x12$\n\x07\x63orpora\x18\x01 \x03(\x0b\x32\x13.ferryman.v1.Corpus\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"(\n\x13\x44\x65leteCorpusRequest\x12\x11\n\tcorpus_id\x18\x01 \x01(\t\"\x16\n\x14\x44\x65leteCorpusResponse*E\n\x05Split\x12\x15\n\x11SPLIT_UNSPECIFIED\x10\x00\x12\x0f\n\x0bSPLIT_TRAIN\x10\x01\x12\x14\n\x10SPLIT_VALIDATION\x10\x02*>\n\x04Side\x12\x14\n\x10SIDE_UNSPECIFIED\x10\x00\x12\x0f\n\x0bSIDE_SOURCE\x10\x01\x12\x0f\n\x0bSIDE_TARGET\x10\x02\x32\xd9\x02\n\rCorpusService\x12U\n\x0cUploadCorpus\x12 .ferryman.v1.UploadCorpusRequest\x1a!.ferryman.v1.UploadCorpusResponse(\x01\x12J\n\tGetCorpus\x12\x1d.ferryman.v1.GetCorpusRequest\x1a\x1e.ferryman.v1.GetCorpusResponse\x12P\n\x0bListCorpora\x12\x1f.ferryman.v1.ListCorporaRequest\x1a .ferryman.v1.ListCorporaResponse\x12S\n\x0c\x44\x65leteCorpus\x12 .ferryman.v1.DeleteCorpusRequest\x1a!.ferryman.v1.DeleteCorpusResponseB~\n io.github.ferrymanmt.ferryman.v1B\x0b\x43orpusProtoP\x01Z=github.com/ferryman-mt/ferryman/gen/go/ferryman/v1;ferrymanv1\xaa\x02\x0b\x46\x65rryman.V1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'ferryman.v1.corpus_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
-  DESCRIPTOR._loaded_options = None
-  _globals['_SPLIT']._serialized_start=1527
-  _globals['_SPLIT']._serialized_end=1596
-  _globals['_SIDE']._serialized_start=1598
-  _globals['_SIDE']._serialized_end=1660
+  _globals['DESCRIPTOR']._loaded_options = None
+  _globals['DESCRIPTOR']._serialized_options = b'\n io.github.ferrymanmt.ferryman.v1B\013CorpusProtoP\001Z=github.com/ferryman-mt/ferryman/gen/go/ferryman/v1;ferrymanv1\252\002\013Ferryman.V1'
+  _globals['_SPLIT']._serialized_start=1534
+  _globals['_SPLIT']._serialized_end=1603
+  _globals['_SIDE']._serialized_start=1605
+  _globals['_SIDE']._serialized_end=1667
   _globals['_CORPUS']._serialized_start=75
   _globals['_CORPUS']._serialized_end=400
   _globals['_CORPUSWARNING']._serialized_start=402
@@ -45,27 +46,27 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SENTENCEPAIR']._serialized_start=656
   _globals['_SENTENCEPAIR']._serialized_end=702
   _globals['_UPLOADCORPUSREQUEST']._serialized_start=705
-  _globals['_UPLOADCORPUSREQUEST']._serialized_end=861
-  _globals['_UPLOADHEADER']._serialized_start=863
-  _globals['_UPLOADHEADER']._serialized_end=969
-  _globals['_PAIRBATCH']._serialized_start=971
-  _globals['_PAIRBATCH']._serialized_end=1059
-  _globals['_FILECHUNK']._serialized_start=1061
-  _globals['_FILECHUNK']._serialized_end=1154
-  _globals['_UPLOADCORPUSRESPONSE']._serialized_start=1156
-  _globals['_UPLOADCORPUSRESPONSE']._serialized_end=1215
-  _globals['_GETCORPUSREQUEST']._serialized_start=1217
-  _globals['_GETCORPUSREQUEST']._serialized_end=1254
-  _globals['_GETCORPUSRESPONSE']._serialized_start=1256
-  _globals['_GETCORPUSRESPONSE']._serialized_end=1312
-  _globals['_LISTCORPORAREQUEST']._serialized_start=1314
-  _globals['_LISTCORPORAREQUEST']._serialized_end=1373
-  _globals['_LISTCORPORARESPONSE']._serialized_start=1375
-  _globals['_LISTCORPORARESPONSE']._serialized_end=1459
-  _globals['_DELETECORPUSREQUEST']._serialized_start=1461
-  _globals['_DELETECORPUSREQUEST']._serialized_end=1501
-  _globals['_DELETECORPUSRESPONSE']._serialized_start=1503
-  _globals['_DELETECORPUSRESPONSE']._serialized_end=1525
-  _globals['_CORPUSSERVICE']._serialized_start=1663
-  _globals['_CORPUSSERVICE']._serialized_end=2008
+  _globals['_UPLOADCORPUSREQUEST']._serialized_end=868
+  _globals['_UPLOADHEADER']._serialized_start=870
+  _globals['_UPLOADHEADER']._serialized_end=976
+  _globals['_PAIRBATCH']._serialized_start=978
+  _globals['_PAIRBATCH']._serialized_end=1066
+  _globals['_FILECHUNK']._serialized_start=1068
+  _globals['_FILECHUNK']._serialized_end=1161
+  _globals['_UPLOADCORPUSRESPONSE']._serialized_start=1163
+  _globals['_UPLOADCORPUSRESPONSE']._serialized_end=1222
+  _globals['_GETCORPUSREQUEST']._serialized_start=1224
+  _globals['_GETCORPUSREQUEST']._serialized_end=1261
+  _globals['_GETCORPUSRESPONSE']._serialized_start=1263
+  _globals['_GETCORPUSRESPONSE']._serialized_end=1319
+  _globals['_LISTCORPORAREQUEST']._serialized_start=1321
+  _globals['_LISTCORPORAREQUEST']._serialized_end=1380
+  _globals['_LISTCORPORARESPONSE']._serialized_start=1382
+  _globals['_LISTCORPORARESPONSE']._serialized_end=1466
+  _globals['_DELETECORPUSREQUEST']._serialized_start=1468
+  _globals['_DELETECORPUSREQUEST']._serialized_end=1508
+  _globals['_DELETECORPUSRESPONSE']._serialized_start=1510
+  _globals['_DELETECORPUSRESPONSE']._serialized_end=1532
+  _globals['_CORPUSSERVICE']._serialized_start=1670
+  _globals['_CORPUSSERVICE']._serialized_end=2015
 # @@protoc_insertion_point(module_scope)

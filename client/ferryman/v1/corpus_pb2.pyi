@@ -27,21 +27,21 @@ class _Split:
 class _SplitEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Split.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     SPLIT_UNSPECIFIED: _Split.ValueType  # 0
-    """Refused."""
+    """Invalid in requests."""
     SPLIT_TRAIN: _Split.ValueType  # 1
-    """Trained on."""
+    """Pairs to train on."""
     SPLIT_VALIDATION: _Split.ValueType  # 2
-    """Scored during training: decides which weights are the best."""
+    """Pairs that are scored during training, to choose the best weights."""
 
 class Split(_Split, metaclass=_SplitEnumTypeWrapper):
     """The use of a part of a corpus."""
 
 SPLIT_UNSPECIFIED: Split.ValueType  # 0
-"""Refused."""
+"""Invalid in requests."""
 SPLIT_TRAIN: Split.ValueType  # 1
-"""Trained on."""
+"""Pairs to train on."""
 SPLIT_VALIDATION: Split.ValueType  # 2
-"""Scored during training: decides which weights are the best."""
+"""Pairs that are scored during training, to choose the best weights."""
 Global___Split: _TypeAlias = Split  # noqa: Y015
 
 class _Side:
@@ -51,7 +51,7 @@ class _Side:
 class _SideEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Side.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     SIDE_UNSPECIFIED: _Side.ValueType  # 0
-    """Refused."""
+    """Invalid in requests."""
     SIDE_SOURCE: _Side.ValueType  # 1
     """The text to translate from."""
     SIDE_TARGET: _Side.ValueType  # 2
@@ -61,7 +61,7 @@ class Side(_Side, metaclass=_SideEnumTypeWrapper):
     """A side of a corpus."""
 
 SIDE_UNSPECIFIED: Side.ValueType  # 0
-"""Refused."""
+"""Invalid in requests."""
 SIDE_SOURCE: Side.ValueType  # 1
 """The text to translate from."""
 SIDE_TARGET: Side.ValueType  # 2
@@ -70,7 +70,7 @@ Global___Side: _TypeAlias = Side  # noqa: Y015
 
 @_typing.final
 class Corpus(_message.Message):
-    """A stored corpus; it never changes."""
+    """A stored corpus. It never changes."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -95,8 +95,8 @@ class Corpus(_message.Message):
     digest: _builtins.str
     """Output only. SHA-256 of the content, hexadecimal."""
     unreadable: _builtins.str
-    """Output only. Why the server cannot read this corpus, in ListCorpora; then only corpus_id is to be relied upon, all
-    else is unset, and DeleteCorpus removes the corpus. Empty for every other corpus.
+    """Output only. In ListCorpora: why the server cannot read this corpus. If it is set, only corpus_id is valid and all
+    other fields are unset; DeleteCorpus removes the corpus. Empty otherwise.
     """
     @_builtins.property
     def train(self) -> Global___SplitStatistics:
@@ -108,11 +108,11 @@ class Corpus(_message.Message):
 
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
-        """Output only. When it was stored, UTC."""
+        """Output only. When the corpus was stored, UTC."""
 
     @_builtins.property
     def warnings(self) -> _containers.RepeatedCompositeFieldContainer[Global___CorpusWarning]:
-        """Output only. What was probably not meant: look at it before you train."""
+        """Output only. Probable mistakes in the text. Look at them before you train."""
 
     def __init__(
         self,
@@ -138,7 +138,7 @@ Global___Corpus: _TypeAlias = Corpus  # noqa: Y015
 
 @_typing.final
 class CorpusWarning(_message.Message):
-    """Something in a corpus that was probably not meant."""
+    """A probable mistake in a corpus."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -154,15 +154,15 @@ class CorpusWarning(_message.Message):
     first 10,000 validation pairs are training pairs too). Clients must accept codes that they do not know.
     """
     field: _builtins.str
-    """Output only. What it is about: a split, such as "train", or a file, such as "train.source"."""
+    """Output only. Where the mistake is: a split, such as "train", or a file, such as "train.source"."""
     message: _builtins.str
     """Output only. What is wrong and what to do, for people."""
     count: _builtins.int
-    """Output only. The lines or pairs that are so."""
+    """Output only. The number of lines or pairs with this mistake."""
     total: _builtins.int
-    """Output only. The lines or pairs that were looked at; those without text are not."""
+    """Output only. The number of lines or pairs that were checked. Empty ones are not checked."""
     example: _builtins.str
-    """Output only. The first of them, at most 200 characters."""
+    """Output only. The first line or pair with this mistake, at most 200 characters."""
     def __init__(
         self,
         *,
@@ -199,7 +199,7 @@ class SplitStatistics(_message.Message):
     target_words: _builtins.int
     """Output only. Words of the target side, separated by white space."""
     empty_pairs: _builtins.int
-    """Output only. Pairs with an empty side; training leaves them out."""
+    """Output only. Pairs with an empty side. Training skips them."""
     @_builtins.property
     def samples(self) -> _containers.RepeatedCompositeFieldContainer[Global___SentencePair]:
         """Output only. The first pairs without an empty side, at most 3; a sentence of more than 200 characters is cut."""
@@ -249,7 +249,7 @@ Global___SentencePair: _TypeAlias = SentencePair  # noqa: Y015
 
 @_typing.final
 class UploadCorpusRequest(_message.Message):
-    """One message of an upload: the first is the header, the others are text."""
+    """One message of an upload. The first holds the header, all others hold text."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -262,7 +262,7 @@ class UploadCorpusRequest(_message.Message):
 
     @_builtins.property
     def pairs(self) -> Global___PairBatch:
-        """Sentence pairs; may be mixed with chunks of the other split, not of the same."""
+        """Sentence pairs. A split is uploaded either as pairs or as chunks, not as both."""
 
     @_builtins.property
     def chunk(self) -> Global___FileChunk:
@@ -275,13 +275,13 @@ class UploadCorpusRequest(_message.Message):
         pairs: Global___PairBatch | None = ...,
         chunk: Global___FileChunk | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "header", b"header", "item", b"item", "pairs", b"pairs"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "header", b"header", "pairs", b"pairs", "upload_part", b"upload_part"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "header", b"header", "item", b"item", "pairs", b"pairs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "header", b"header", "pairs", b"pairs", "upload_part", b"upload_part"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_item: _TypeAlias = _typing.Literal["header", "pairs", "chunk"]  # noqa: Y015
-    _WhichOneofArgType_item: _TypeAlias = _typing.Literal["item", b"item"]  # noqa: Y015
-    def WhichOneof(self, oneof_group: _WhichOneofArgType_item) -> _WhichOneofReturnType_item | None: ...
+    _WhichOneofReturnType_upload_part: _TypeAlias = _typing.Literal["header", "pairs", "chunk"]  # noqa: Y015
+    _WhichOneofArgType_upload_part: _TypeAlias = _typing.Literal["upload_part", b"upload_part"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_upload_part) -> _WhichOneofReturnType_upload_part | None: ...
 
 Global___UploadCorpusRequest: _TypeAlias = UploadCorpusRequest  # noqa: Y015
 

@@ -62,11 +62,11 @@ class CorpusServiceServicer:
     """
 
     def UploadCorpus(self, request_iterator, context):
-        """Uploads a corpus: first a header, then its text, as sentence pairs or as chunks of files; at the end it is checked
-        and stored whole, or not at all. INVALID_ARGUMENT with all violations (up to 20): INVALID_REQUEST (no header, bad
-        languages) or INVALID_CORPUS (empty, different line counts, not UTF-8, a line over the limit, too many combining
-        marks in a row); RESOURCE_EXHAUSTED (CORPUS_TOO_LARGE, DISK_FULL); ALREADY_EXISTS (REQUEST_ID_REUSED). What was
-        probably not meant is stored all the same, with `Corpus.warnings`.
+        """Uploads a corpus: first a header, then the text as sentence pairs or as chunks of files. When the stream ends, the
+        server checks the corpus and stores all of it or nothing. INVALID_ARGUMENT with all violations (up to 20):
+        INVALID_REQUEST (no header, bad languages) or INVALID_CORPUS (empty, different line counts, not UTF-8, a line over
+        the limit, too many combining marks in a row); RESOURCE_EXHAUSTED (CORPUS_TOO_LARGE, DISK_FULL); ALREADY_EXISTS
+        (REQUEST_ID_REUSED). Text that is probably a mistake is stored and listed in `Corpus.warnings`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -81,18 +81,18 @@ class CorpusServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ListCorpora(self, request, context):
-        """Corpora, newest first, page by page; one that cannot be read is among them, with `unreadable` set. INVALID_ARGUMENT
-        (INVALID_REQUEST: a page token that is not ours).
+        """Corpora, newest first, page by page. A corpus that the server cannot read has `unreadable` set. INVALID_ARGUMENT
+        (INVALID_REQUEST: the page token is not from this server).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def DeleteCorpus(self, request, context):
-        """Removes a corpus. Its request_id is free again. Runs that have ended and models keep working, and such a run says
-        `corpus_deleted`. The server keeps the text aside for 7 days, where an operator can find it. NOT_FOUND
-        (CORPUS_NOT_FOUND), FAILED_PRECONDITION (CORPUS_IN_USE: unfinished runs train on it, which the metadata's `runs`
-        names), INVALID_ARGUMENT (INVALID_REQUEST).
+        """Removes a corpus and frees its request_id. Models and ended runs stay; such a run has `corpus_deleted` set. The
+        server keeps the text in its trash for 7 days, where an operator can find it. NOT_FOUND (CORPUS_NOT_FOUND),
+        FAILED_PRECONDITION (CORPUS_IN_USE: unfinished runs train on it; the metadata's `runs` lists them),
+        INVALID_ARGUMENT (INVALID_REQUEST).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

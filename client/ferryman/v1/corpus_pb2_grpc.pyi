@@ -34,25 +34,25 @@ class CorpusServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> CorpusServiceAsyncStub: ...
     UploadCorpus: _grpc.StreamUnaryMultiCallable[_corpus_pb2.UploadCorpusRequest, _corpus_pb2.UploadCorpusResponse]
-    """Uploads a corpus: first a header, then its text, as sentence pairs or as chunks of files; at the end it is checked
-    and stored whole, or not at all. INVALID_ARGUMENT with all violations (up to 20): INVALID_REQUEST (no header, bad
-    languages) or INVALID_CORPUS (empty, different line counts, not UTF-8, a line over the limit, too many combining
-    marks in a row); RESOURCE_EXHAUSTED (CORPUS_TOO_LARGE, DISK_FULL); ALREADY_EXISTS (REQUEST_ID_REUSED). What was
-    probably not meant is stored all the same, with `Corpus.warnings`.
+    """Uploads a corpus: first a header, then the text as sentence pairs or as chunks of files. When the stream ends, the
+    server checks the corpus and stores all of it or nothing. INVALID_ARGUMENT with all violations (up to 20):
+    INVALID_REQUEST (no header, bad languages) or INVALID_CORPUS (empty, different line counts, not UTF-8, a line over
+    the limit, too many combining marks in a row); RESOURCE_EXHAUSTED (CORPUS_TOO_LARGE, DISK_FULL); ALREADY_EXISTS
+    (REQUEST_ID_REUSED). Text that is probably a mistake is stored and listed in `Corpus.warnings`.
     """
     GetCorpus: _grpc.UnaryUnaryMultiCallable[_corpus_pb2.GetCorpusRequest, _corpus_pb2.GetCorpusResponse]
     """One corpus. NOT_FOUND (CORPUS_NOT_FOUND), DATA_LOSS (ROW_UNREADABLE: its row in the server's database cannot be
     read; DeleteCorpus removes it).
     """
     ListCorpora: _grpc.UnaryUnaryMultiCallable[_corpus_pb2.ListCorporaRequest, _corpus_pb2.ListCorporaResponse]
-    """Corpora, newest first, page by page; one that cannot be read is among them, with `unreadable` set. INVALID_ARGUMENT
-    (INVALID_REQUEST: a page token that is not ours).
+    """Corpora, newest first, page by page. A corpus that the server cannot read has `unreadable` set. INVALID_ARGUMENT
+    (INVALID_REQUEST: the page token is not from this server).
     """
     DeleteCorpus: _grpc.UnaryUnaryMultiCallable[_corpus_pb2.DeleteCorpusRequest, _corpus_pb2.DeleteCorpusResponse]
-    """Removes a corpus. Its request_id is free again. Runs that have ended and models keep working, and such a run says
-    `corpus_deleted`. The server keeps the text aside for 7 days, where an operator can find it. NOT_FOUND
-    (CORPUS_NOT_FOUND), FAILED_PRECONDITION (CORPUS_IN_USE: unfinished runs train on it, which the metadata's `runs`
-    names), INVALID_ARGUMENT (INVALID_REQUEST).
+    """Removes a corpus and frees its request_id. Models and ended runs stay; such a run has `corpus_deleted` set. The
+    server keeps the text in its trash for 7 days, where an operator can find it. NOT_FOUND (CORPUS_NOT_FOUND),
+    FAILED_PRECONDITION (CORPUS_IN_USE: unfinished runs train on it; the metadata's `runs` lists them),
+    INVALID_ARGUMENT (INVALID_REQUEST).
     """
 
 @_typing.type_check_only
@@ -61,25 +61,25 @@ class CorpusServiceAsyncStub(CorpusServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     UploadCorpus: _aio.StreamUnaryMultiCallable[_corpus_pb2.UploadCorpusRequest, _corpus_pb2.UploadCorpusResponse]  # type: ignore[assignment]
-    """Uploads a corpus: first a header, then its text, as sentence pairs or as chunks of files; at the end it is checked
-    and stored whole, or not at all. INVALID_ARGUMENT with all violations (up to 20): INVALID_REQUEST (no header, bad
-    languages) or INVALID_CORPUS (empty, different line counts, not UTF-8, a line over the limit, too many combining
-    marks in a row); RESOURCE_EXHAUSTED (CORPUS_TOO_LARGE, DISK_FULL); ALREADY_EXISTS (REQUEST_ID_REUSED). What was
-    probably not meant is stored all the same, with `Corpus.warnings`.
+    """Uploads a corpus: first a header, then the text as sentence pairs or as chunks of files. When the stream ends, the
+    server checks the corpus and stores all of it or nothing. INVALID_ARGUMENT with all violations (up to 20):
+    INVALID_REQUEST (no header, bad languages) or INVALID_CORPUS (empty, different line counts, not UTF-8, a line over
+    the limit, too many combining marks in a row); RESOURCE_EXHAUSTED (CORPUS_TOO_LARGE, DISK_FULL); ALREADY_EXISTS
+    (REQUEST_ID_REUSED). Text that is probably a mistake is stored and listed in `Corpus.warnings`.
     """
     GetCorpus: _aio.UnaryUnaryMultiCallable[_corpus_pb2.GetCorpusRequest, _corpus_pb2.GetCorpusResponse]  # type: ignore[assignment]
     """One corpus. NOT_FOUND (CORPUS_NOT_FOUND), DATA_LOSS (ROW_UNREADABLE: its row in the server's database cannot be
     read; DeleteCorpus removes it).
     """
     ListCorpora: _aio.UnaryUnaryMultiCallable[_corpus_pb2.ListCorporaRequest, _corpus_pb2.ListCorporaResponse]  # type: ignore[assignment]
-    """Corpora, newest first, page by page; one that cannot be read is among them, with `unreadable` set. INVALID_ARGUMENT
-    (INVALID_REQUEST: a page token that is not ours).
+    """Corpora, newest first, page by page. A corpus that the server cannot read has `unreadable` set. INVALID_ARGUMENT
+    (INVALID_REQUEST: the page token is not from this server).
     """
     DeleteCorpus: _aio.UnaryUnaryMultiCallable[_corpus_pb2.DeleteCorpusRequest, _corpus_pb2.DeleteCorpusResponse]  # type: ignore[assignment]
-    """Removes a corpus. Its request_id is free again. Runs that have ended and models keep working, and such a run says
-    `corpus_deleted`. The server keeps the text aside for 7 days, where an operator can find it. NOT_FOUND
-    (CORPUS_NOT_FOUND), FAILED_PRECONDITION (CORPUS_IN_USE: unfinished runs train on it, which the metadata's `runs`
-    names), INVALID_ARGUMENT (INVALID_REQUEST).
+    """Removes a corpus and frees its request_id. Models and ended runs stay; such a run has `corpus_deleted` set. The
+    server keeps the text in its trash for 7 days, where an operator can find it. NOT_FOUND (CORPUS_NOT_FOUND),
+    FAILED_PRECONDITION (CORPUS_IN_USE: unfinished runs train on it; the metadata's `runs` lists them),
+    INVALID_ARGUMENT (INVALID_REQUEST).
     """
 
 class CorpusServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -91,11 +91,11 @@ class CorpusServiceServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_corpus_pb2.UploadCorpusRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_corpus_pb2.UploadCorpusResponse, _abc.Awaitable[_corpus_pb2.UploadCorpusResponse]]:
-        """Uploads a corpus: first a header, then its text, as sentence pairs or as chunks of files; at the end it is checked
-        and stored whole, or not at all. INVALID_ARGUMENT with all violations (up to 20): INVALID_REQUEST (no header, bad
-        languages) or INVALID_CORPUS (empty, different line counts, not UTF-8, a line over the limit, too many combining
-        marks in a row); RESOURCE_EXHAUSTED (CORPUS_TOO_LARGE, DISK_FULL); ALREADY_EXISTS (REQUEST_ID_REUSED). What was
-        probably not meant is stored all the same, with `Corpus.warnings`.
+        """Uploads a corpus: first a header, then the text as sentence pairs or as chunks of files. When the stream ends, the
+        server checks the corpus and stores all of it or nothing. INVALID_ARGUMENT with all violations (up to 20):
+        INVALID_REQUEST (no header, bad languages) or INVALID_CORPUS (empty, different line counts, not UTF-8, a line over
+        the limit, too many combining marks in a row); RESOURCE_EXHAUSTED (CORPUS_TOO_LARGE, DISK_FULL); ALREADY_EXISTS
+        (REQUEST_ID_REUSED). Text that is probably a mistake is stored and listed in `Corpus.warnings`.
         """
 
     @_abc_1.abstractmethod
@@ -114,8 +114,8 @@ class CorpusServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _corpus_pb2.ListCorporaRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_corpus_pb2.ListCorporaResponse, _abc.Awaitable[_corpus_pb2.ListCorporaResponse]]:
-        """Corpora, newest first, page by page; one that cannot be read is among them, with `unreadable` set. INVALID_ARGUMENT
-        (INVALID_REQUEST: a page token that is not ours).
+        """Corpora, newest first, page by page. A corpus that the server cannot read has `unreadable` set. INVALID_ARGUMENT
+        (INVALID_REQUEST: the page token is not from this server).
         """
 
     @_abc_1.abstractmethod
@@ -124,10 +124,10 @@ class CorpusServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _corpus_pb2.DeleteCorpusRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_corpus_pb2.DeleteCorpusResponse, _abc.Awaitable[_corpus_pb2.DeleteCorpusResponse]]:
-        """Removes a corpus. Its request_id is free again. Runs that have ended and models keep working, and such a run says
-        `corpus_deleted`. The server keeps the text aside for 7 days, where an operator can find it. NOT_FOUND
-        (CORPUS_NOT_FOUND), FAILED_PRECONDITION (CORPUS_IN_USE: unfinished runs train on it, which the metadata's `runs`
-        names), INVALID_ARGUMENT (INVALID_REQUEST).
+        """Removes a corpus and frees its request_id. Models and ended runs stay; such a run has `corpus_deleted` set. The
+        server keeps the text in its trash for 7 days, where an operator can find it. NOT_FOUND (CORPUS_NOT_FOUND),
+        FAILED_PRECONDITION (CORPUS_IN_USE: unfinished runs train on it; the metadata's `runs` lists them),
+        INVALID_ARGUMENT (INVALID_REQUEST).
         """
 
 def add_CorpusServiceServicer_to_server(servicer: CorpusServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -26,31 +26,32 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x66\x65rryman/v1/metrics.proto\x12\x0b\x66\x65rryman.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xbd\x02\n\x0cMetricRecord\x12\x10\n\x08sequence\x18\x01 \x01(\x03\x12(\n\x04time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12(\n\x04step\x18\x03 \x01(\x0b\x32\x18.ferryman.v1.StepMetricsH\x00\x12\x34\n\nvalidation\x18\x04 \x01(\x0b\x32\x1e.ferryman.v1.ValidationMetricsH\x00\x12\x30\n\x0cstate_change\x18\x05 \x01(\x0b\x32\x18.ferryman.v1.StateChangeH\x00\x12&\n\x05\x65vent\x18\x06 \x01(\x0b\x32\x15.ferryman.v1.RunEventH\x00\x12,\n\ndecay_plan\x18\x07 \x01(\x0b\x32\x16.ferryman.v1.DecayPlanH\x00\x42\t\n\x07payload\"\xbf\x02\n\x0bStepMetrics\x12\x0c\n\x04step\x18\x01 \x01(\x03\x12\r\n\x05\x65poch\x18\x02 \x01(\x05\x12\x0c\n\x04loss\x18\x03 \x01(\x01\x12\x15\n\rnll_per_token\x18\x04 \x01(\x01\x12\x12\n\nperplexity\x18\x05 \x01(\x01\x12\x15\n\rlearning_rate\x18\x06 \x01(\x01\x12\x15\n\rgradient_norm\x18\x07 \x01(\x01\x12\x15\n\rtarget_tokens\x18\x08 \x01(\x03\x12 \n\x18target_tokens_per_second\x18\t \x01(\x01\x12\x14\n\x0cstep_seconds\x18\n \x01(\x01\x12\x15\n\rpadding_share\x18\x0b \x01(\x01\x12\x14\n\x0cmemory_bytes\x18\x0c \x01(\x03\x12\x0f\n\x07skipped\x18\r \x01(\x08\x12\x1f\n\x17model_flops_utilization\x18\x0e \x01(\x01\"\xd6\x01\n\x11ValidationMetrics\x12\x0c\n\x04step\x18\x01 \x01(\x03\x12\r\n\x05\x65poch\x18\x02 \x01(\x05\x12\x0c\n\x04loss\x18\x03 \x01(\x01\x12\x15\n\rnll_per_token\x18\x04 \x01(\x01\x12\x12\n\nperplexity\x18\x05 \x01(\x01\x12\x0c\n\x04\x62leu\x18\x06 \x01(\x01\x12\x0c\n\x04\x63hrf\x18\x07 \x01(\x01\x12\x18\n\x10translated_pairs\x18\x08 \x01(\x05\x12\x0f\n\x07seconds\x18\t \x01(\x01\x12\x0c\n\x04\x62\x65st\x18\n \x01(\x08\x12\x16\n\x0e\x62leu_signature\x18\x0b \x01(\t\"\\\n\tDecayPlan\x12\x12\n\nfirst_step\x18\x01 \x01(\x03\x12\x11\n\tlast_step\x18\x02 \x01(\x03\x12(\n\x06reason\x18\x03 \x01(\x0e\x32\x18.ferryman.v1.DecayReason\"U\n\x0bStateChange\x12$\n\x05state\x18\x01 \x01(\x0e\x32\x15.ferryman.v1.RunState\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\x05\x12\x0f\n\x07message\x18\x03 \x01(\t\"Q\n\x08RunEvent\x12&\n\x05level\x18\x01 \x01(\x0e\x32\x17.ferryman.v1.EventLevel\x12\x0c\n\x04\x63ode\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\"u\n\tHeartbeat\x12\x15\n\rlast_sequence\x18\x01 \x01(\x03\x12$\n\x05state\x18\x02 \x01(\x0e\x32\x15.ferryman.v1.RunState\x12+\n\x08interval\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration*\xe1\x01\n\x08RunState\x12\x19\n\x15RUN_STATE_UNSPECIFIED\x10\x00\x12\x14\n\x10RUN_STATE_QUEUED\x10\x01\x12\x16\n\x12RUN_STATE_STARTING\x10\x02\x12\x15\n\x11RUN_STATE_RUNNING\x10\x03\x12\x17\n\x13RUN_STATE_EXPORTING\x10\x04\x12\x17\n\x13RUN_STATE_SUCCEEDED\x10\x05\x12\x14\n\x10RUN_STATE_FAILED\x10\x06\x12\x17\n\x13RUN_STATE_CANCELLED\x10\x07\x12\x14\n\x10RUN_STATE_PAUSED\x10\x08*o\n\nEventLevel\x12\x1b\n\x17\x45VENT_LEVEL_UNSPECIFIED\x10\x00\x12\x14\n\x10\x45VENT_LEVEL_INFO\x10\x01\x12\x17\n\x13\x45VENT_LEVEL_WARNING\x10\x02\x12\x15\n\x11\x45VENT_LEVEL_ERROR\x10\x03*|\n\x0b\x44\x65\x63\x61yReason\x12\x1c\n\x18\x44\x45\x43\x41Y_REASON_UNSPECIFIED\x10\x00\x12\x15\n\x11\x44\x45\x43\x41Y_REASON_TIME\x10\x01\x12\x1d\n\x19\x44\x45\x43\x41Y_REASON_TARGET_SCORE\x10\x02\x12\x19\n\x15\x44\x45\x43\x41Y_REASON_PATIENCE\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x66\x65rryman/v1/metrics.proto\x12\x0b\x66\x65rryman.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xbd\x02\n\x0cMetricRecord\x12\x10\n\x08sequence\x18\x01 \x01(\x03\x12(\n\x04time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12(\n\x04step\x18\x03 \x01(\x0b\x32\x18.ferryman.v1.StepMetricsH\x00\x12\x34\n\nvalidation\x18\x04 \x01(\x0b\x32\x1e.ferryman.v1.ValidationMetricsH\x00\x12\x30\n\x0cstate_change\x18\x05 \x01(\x0b\x32\x18.ferryman.v1.StateChangeH\x00\x12&\n\x05\x65vent\x18\x06 \x01(\x0b\x32\x15.ferryman.v1.RunEventH\x00\x12,\n\ndecay_plan\x18\x07 \x01(\x0b\x32\x16.ferryman.v1.DecayPlanH\x00\x42\t\n\x07payload\"\xd6\x02\n\x0bStepMetrics\x12\x0c\n\x04step\x18\x01 \x01(\x03\x12\r\n\x05\x65poch\x18\x02 \x01(\x05\x12\x0c\n\x04loss\x18\x03 \x01(\x01\x12\x15\n\rnll_per_token\x18\x04 \x01(\x01\x12\x12\n\nperplexity\x18\x05 \x01(\x01\x12\x15\n\rlearning_rate\x18\x06 \x01(\x01\x12\x15\n\rgradient_norm\x18\x07 \x01(\x01\x12\x15\n\rtarget_tokens\x18\x08 \x01(\x03\x12 \n\x18target_tokens_per_second\x18\t \x01(\x01\x12+\n\x08\x64uration\x18\n \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x15\n\rpadding_share\x18\x0b \x01(\x01\x12\x14\n\x0cmemory_bytes\x18\x0c \x01(\x03\x12\x0f\n\x07skipped\x18\r \x01(\x08\x12\x1f\n\x17model_flops_utilization\x18\x0e \x01(\x01\"\xf2\x01\n\x11ValidationMetrics\x12\x0c\n\x04step\x18\x01 \x01(\x03\x12\r\n\x05\x65poch\x18\x02 \x01(\x05\x12\x0c\n\x04loss\x18\x03 \x01(\x01\x12\x15\n\rnll_per_token\x18\x04 \x01(\x01\x12\x12\n\nperplexity\x18\x05 \x01(\x01\x12\x0c\n\x04\x62leu\x18\x06 \x01(\x01\x12\x0c\n\x04\x63hrf\x18\x07 \x01(\x01\x12\x18\n\x10translated_pairs\x18\x08 \x01(\x05\x12+\n\x08\x64uration\x18\t \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0c\n\x04\x62\x65st\x18\n \x01(\x08\x12\x16\n\x0e\x62leu_signature\x18\x0b \x01(\t\"\\\n\tDecayPlan\x12\x12\n\nfirst_step\x18\x01 \x01(\x03\x12\x11\n\tlast_step\x18\x02 \x01(\x03\x12(\n\x06reason\x18\x03 \x01(\x0e\x32\x18.ferryman.v1.DecayReason\"U\n\x0bStateChange\x12$\n\x05state\x18\x01 \x01(\x0e\x32\x15.ferryman.v1.RunState\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\x05\x12\x0f\n\x07message\x18\x03 \x01(\t\"Q\n\x08RunEvent\x12&\n\x05level\x18\x01 \x01(\x0e\x32\x17.ferryman.v1.EventLevel\x12\x0c\n\x04\x63ode\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\"u\n\tHeartbeat\x12\x15\n\rlast_sequence\x18\x01 \x01(\x03\x12$\n\x05state\x18\x02 \x01(\x0e\x32\x15.ferryman.v1.RunState\x12+\n\x08interval\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration*\xe1\x01\n\x08RunState\x12\x19\n\x15RUN_STATE_UNSPECIFIED\x10\x00\x12\x14\n\x10RUN_STATE_QUEUED\x10\x01\x12\x16\n\x12RUN_STATE_STARTING\x10\x02\x12\x15\n\x11RUN_STATE_RUNNING\x10\x03\x12\x17\n\x13RUN_STATE_EXPORTING\x10\x04\x12\x17\n\x13RUN_STATE_SUCCEEDED\x10\x05\x12\x14\n\x10RUN_STATE_FAILED\x10\x06\x12\x17\n\x13RUN_STATE_CANCELLED\x10\x07\x12\x14\n\x10RUN_STATE_PAUSED\x10\x08*o\n\nEventLevel\x12\x1b\n\x17\x45VENT_LEVEL_UNSPECIFIED\x10\x00\x12\x14\n\x10\x45VENT_LEVEL_INFO\x10\x01\x12\x17\n\x13\x45VENT_LEVEL_WARNING\x10\x02\x12\x15\n\x11\x45VENT_LEVEL_ERROR\x10\x03*|\n\x0b\x44\x65\x63\x61yReason\x12\x1c\n\x18\x44\x45\x43\x41Y_REASON_UNSPECIFIED\x10\x00\x12\x15\n\x11\x44\x45\x43\x41Y_REASON_TIME\x10\x01\x12\x1d\n\x19\x44\x45\x43\x41Y_REASON_TARGET_SCORE\x10\x02\x12\x19\n\x15\x44\x45\x43\x41Y_REASON_PATIENCE\x10\x03\x42\x7f\n io.github.ferrymanmt.ferryman.v1B\x0cMetricsProtoP\x01Z=github.com/ferryman-mt/ferryman/gen/go/ferryman/v1;ferrymanv1\xaa\x02\x0b\x46\x65rryman.V1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'ferryman.v1.metrics_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
-  DESCRIPTOR._loaded_options = None
-  _globals['_RUNSTATE']._serialized_start=1350
-  _globals['_RUNSTATE']._serialized_end=1575
-  _globals['_EVENTLEVEL']._serialized_start=1577
-  _globals['_EVENTLEVEL']._serialized_end=1688
-  _globals['_DECAYREASON']._serialized_start=1690
-  _globals['_DECAYREASON']._serialized_end=1814
+  _globals['DESCRIPTOR']._loaded_options = None
+  _globals['DESCRIPTOR']._serialized_options = b'\n io.github.ferrymanmt.ferryman.v1B\014MetricsProtoP\001Z=github.com/ferryman-mt/ferryman/gen/go/ferryman/v1;ferrymanv1\252\002\013Ferryman.V1'
+  _globals['_RUNSTATE']._serialized_start=1401
+  _globals['_RUNSTATE']._serialized_end=1626
+  _globals['_EVENTLEVEL']._serialized_start=1628
+  _globals['_EVENTLEVEL']._serialized_end=1739
+  _globals['_DECAYREASON']._serialized_start=1741
+  _globals['_DECAYREASON']._serialized_end=1865
   _globals['_METRICRECORD']._serialized_start=108
   _globals['_METRICRECORD']._serialized_end=425
   _globals['_STEPMETRICS']._serialized_start=428
-  _globals['_STEPMETRICS']._serialized_end=747
-  _globals['_VALIDATIONMETRICS']._serialized_start=750
-  _globals['_VALIDATIONMETRICS']._serialized_end=964
-  _globals['_DECAYPLAN']._serialized_start=966
-  _globals['_DECAYPLAN']._serialized_end=1058
-  _globals['_STATECHANGE']._serialized_start=1060
-  _globals['_STATECHANGE']._serialized_end=1145
-  _globals['_RUNEVENT']._serialized_start=1147
-  _globals['_RUNEVENT']._serialized_end=1228
-  _globals['_HEARTBEAT']._serialized_start=1230
-  _globals['_HEARTBEAT']._serialized_end=1347
+  _globals['_STEPMETRICS']._serialized_end=770
+  _globals['_VALIDATIONMETRICS']._serialized_start=773
+  _globals['_VALIDATIONMETRICS']._serialized_end=1015
+  _globals['_DECAYPLAN']._serialized_start=1017
+  _globals['_DECAYPLAN']._serialized_end=1109
+  _globals['_STATECHANGE']._serialized_start=1111
+  _globals['_STATECHANGE']._serialized_end=1196
+  _globals['_RUNEVENT']._serialized_start=1198
+  _globals['_RUNEVENT']._serialized_end=1279
+  _globals['_HEARTBEAT']._serialized_start=1281
+  _globals['_HEARTBEAT']._serialized_end=1398
 # @@protoc_insertion_point(module_scope)

@@ -28,7 +28,7 @@ class _RunStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_RunState.Val
     RUN_STATE_UNSPECIFIED: _RunState.ValueType  # 0
     """Never returned."""
     RUN_STATE_QUEUED: _RunState.ValueType  # 1
-    """Accepted, waiting for a free worker; or waiting to go on from its last checkpoint after its worker died or was told
+    """The run waits for a free worker: at first, or to resume from its last checkpoint after its worker died or was told
     to stop.
     """
     RUN_STATE_STARTING: _RunState.ValueType  # 2
@@ -44,7 +44,7 @@ class _RunStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_RunState.Val
     RUN_STATE_CANCELLED: _RunState.ValueType  # 7
     """The run was cancelled."""
     RUN_STATE_PAUSED: _RunState.ValueType  # 8
-    """At rest, by PauseTraining or because the disk was full; ResumeTraining lets it go on from its last checkpoint."""
+    """PauseTraining paused the run, or the disk was full. ResumeTraining resumes it from its last checkpoint."""
 
 class RunState(_RunState, metaclass=_RunStateEnumTypeWrapper):
     """Where a training run stands. SUCCEEDED, FAILED and CANCELLED are terminal."""
@@ -52,7 +52,7 @@ class RunState(_RunState, metaclass=_RunStateEnumTypeWrapper):
 RUN_STATE_UNSPECIFIED: RunState.ValueType  # 0
 """Never returned."""
 RUN_STATE_QUEUED: RunState.ValueType  # 1
-"""Accepted, waiting for a free worker; or waiting to go on from its last checkpoint after its worker died or was told
+"""The run waits for a free worker: at first, or to resume from its last checkpoint after its worker died or was told
 to stop.
 """
 RUN_STATE_STARTING: RunState.ValueType  # 2
@@ -68,7 +68,7 @@ RUN_STATE_FAILED: RunState.ValueType  # 6
 RUN_STATE_CANCELLED: RunState.ValueType  # 7
 """The run was cancelled."""
 RUN_STATE_PAUSED: RunState.ValueType  # 8
-"""At rest, by PauseTraining or because the disk was full; ResumeTraining lets it go on from its last checkpoint."""
+"""PauseTraining paused the run, or the disk was full. ResumeTraining resumes it from its last checkpoint."""
 Global___RunState: _TypeAlias = RunState  # noqa: Y015
 
 class _EventLevel:
@@ -82,7 +82,7 @@ class _EventLevelEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_EventLevel
     EVENT_LEVEL_INFO: _EventLevel.ValueType  # 1
     """For information."""
     EVENT_LEVEL_WARNING: _EventLevel.ValueType  # 2
-    """Something that a careful operator wants to know."""
+    """A possible problem."""
     EVENT_LEVEL_ERROR: _EventLevel.ValueType  # 3
     """Something went wrong."""
 
@@ -94,7 +94,7 @@ EVENT_LEVEL_UNSPECIFIED: EventLevel.ValueType  # 0
 EVENT_LEVEL_INFO: EventLevel.ValueType  # 1
 """For information."""
 EVENT_LEVEL_WARNING: EventLevel.ValueType  # 2
-"""Something that a careful operator wants to know."""
+"""A possible problem."""
 EVENT_LEVEL_ERROR: EventLevel.ValueType  # 3
 """Something went wrong."""
 Global___EventLevel: _TypeAlias = EventLevel  # noqa: Y015
@@ -108,9 +108,7 @@ class _DecayReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_DecayReas
     DECAY_REASON_UNSPECIFIED: _DecayReason.ValueType  # 0
     """Never returned."""
     DECAY_REASON_TIME: _DecayReason.ValueType  # 1
-    """What is left of `stop.max_time_seconds` is the decay's share; or a decay under way would have taken too long, and is
-    shortened.
-    """
+    """The rest of `stop.max_duration` is only enough for the decay; or the decay was shortened to end in time."""
     DECAY_REASON_TARGET_SCORE: _DecayReason.ValueType  # 2
     """A validation has reached `stop.target_score`."""
     DECAY_REASON_PATIENCE: _DecayReason.ValueType  # 3
@@ -122,9 +120,7 @@ class DecayReason(_DecayReason, metaclass=_DecayReasonEnumTypeWrapper):
 DECAY_REASON_UNSPECIFIED: DecayReason.ValueType  # 0
 """Never returned."""
 DECAY_REASON_TIME: DecayReason.ValueType  # 1
-"""What is left of `stop.max_time_seconds` is the decay's share; or a decay under way would have taken too long, and is
-shortened.
-"""
+"""The rest of `stop.max_duration` is only enough for the decay; or the decay was shortened to end in time."""
 DECAY_REASON_TARGET_SCORE: DecayReason.ValueType  # 2
 """A validation has reached `stop.target_score`."""
 DECAY_REASON_PATIENCE: DecayReason.ValueType  # 3
@@ -164,7 +160,7 @@ class MetricRecord(_message.Message):
 
     @_builtins.property
     def event(self) -> Global___RunEvent:
-        """A remark of the service or of the worker."""
+        """An event that the service or the worker reports."""
 
     @_builtins.property
     def decay_plan(self) -> Global___DecayPlan:
@@ -193,8 +189,8 @@ Global___MetricRecord: _TypeAlias = MetricRecord  # noqa: Y015
 
 @_typing.final
 class StepMetrics(_message.Message):
-    """One update of the weights. A run that goes back to a checkpoint after a divergence (event ROLLED_BACK) reports the
-    steps that it does again; a run that resumes after its worker's end does not.
+    """One update of the weights. A run that returns to a checkpoint after a divergence (event ROLLED_BACK) repeats steps
+    and reports them again. A run that resumes repeats steps without reporting them again.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -208,7 +204,7 @@ class StepMetrics(_message.Message):
     GRADIENT_NORM_FIELD_NUMBER: _builtins.int
     TARGET_TOKENS_FIELD_NUMBER: _builtins.int
     TARGET_TOKENS_PER_SECOND_FIELD_NUMBER: _builtins.int
-    STEP_SECONDS_FIELD_NUMBER: _builtins.int
+    DURATION_FIELD_NUMBER: _builtins.int
     PADDING_SHARE_FIELD_NUMBER: _builtins.int
     MEMORY_BYTES_FIELD_NUMBER: _builtins.int
     SKIPPED_FIELD_NUMBER: _builtins.int
@@ -232,9 +228,7 @@ class StepMetrics(_message.Message):
     target_tokens: _builtins.int
     """Output only. Target tokens of the batch, padding not counted, end-of-sentence counted."""
     target_tokens_per_second: _builtins.float
-    """Output only. target_tokens / step_seconds."""
-    step_seconds: _builtins.float
-    """Output only. Wall time of the step, seconds."""
+    """Output only. target_tokens divided by the seconds of `duration`."""
     padding_share: _builtins.float
     """Output only. Share of padding among the batch's source and target positions, 0 to 1."""
     memory_bytes: _builtins.int
@@ -245,6 +239,10 @@ class StepMetrics(_message.Message):
     """Output only. Share of the device's peak rate that the model's own multiplications reached, 0 to 1; 0 where the peak
     is not known, as on a CPU.
     """
+    @_builtins.property
+    def duration(self) -> _duration_pb2.Duration:
+        """Output only. Wall time of the update."""
+
     def __init__(
         self,
         *,
@@ -257,15 +255,15 @@ class StepMetrics(_message.Message):
         gradient_norm: _builtins.float = ...,
         target_tokens: _builtins.int = ...,
         target_tokens_per_second: _builtins.float = ...,
-        step_seconds: _builtins.float = ...,
+        duration: _duration_pb2.Duration | None = ...,
         padding_share: _builtins.float = ...,
         memory_bytes: _builtins.int = ...,
         skipped: _builtins.bool = ...,
         model_flops_utilization: _builtins.float = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["duration", b"duration"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "gradient_norm", b"gradient_norm", "learning_rate", b"learning_rate", "loss", b"loss", "memory_bytes", b"memory_bytes", "model_flops_utilization", b"model_flops_utilization", "nll_per_token", b"nll_per_token", "padding_share", b"padding_share", "perplexity", b"perplexity", "skipped", b"skipped", "step", b"step", "step_seconds", b"step_seconds", "target_tokens", b"target_tokens", "target_tokens_per_second", b"target_tokens_per_second"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["duration", b"duration", "epoch", b"epoch", "gradient_norm", b"gradient_norm", "learning_rate", b"learning_rate", "loss", b"loss", "memory_bytes", b"memory_bytes", "model_flops_utilization", b"model_flops_utilization", "nll_per_token", b"nll_per_token", "padding_share", b"padding_share", "perplexity", b"perplexity", "skipped", b"skipped", "step", b"step", "target_tokens", b"target_tokens", "target_tokens_per_second", b"target_tokens_per_second"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -285,7 +283,7 @@ class ValidationMetrics(_message.Message):
     BLEU_FIELD_NUMBER: _builtins.int
     CHRF_FIELD_NUMBER: _builtins.int
     TRANSLATED_PAIRS_FIELD_NUMBER: _builtins.int
-    SECONDS_FIELD_NUMBER: _builtins.int
+    DURATION_FIELD_NUMBER: _builtins.int
     BEST_FIELD_NUMBER: _builtins.int
     BLEU_SIGNATURE_FIELD_NUMBER: _builtins.int
     step: _builtins.int
@@ -306,14 +304,16 @@ class ValidationMetrics(_message.Message):
     """Output only. chrF2 of greedy translations, 0 to 100."""
     translated_pairs: _builtins.int
     """Output only. Pairs that were translated for bleu and chrf."""
-    seconds: _builtins.float
-    """Output only. Wall time, seconds."""
     best: _builtins.bool
     """Output only. Whether it is the best so far by the recipe's metric."""
     bleu_signature: _builtins.str
     """Output only. sacreBLEU's signature of bleu, with the tokenizer ("tok:13a"), which the target language decides.
     Empty in records of earlier releases: 13a.
     """
+    @_builtins.property
+    def duration(self) -> _duration_pb2.Duration:
+        """Output only. Wall time of the validation."""
+
     def __init__(
         self,
         *,
@@ -325,13 +325,13 @@ class ValidationMetrics(_message.Message):
         bleu: _builtins.float = ...,
         chrf: _builtins.float = ...,
         translated_pairs: _builtins.int = ...,
-        seconds: _builtins.float = ...,
+        duration: _duration_pb2.Duration | None = ...,
         best: _builtins.bool = ...,
         bleu_signature: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["duration", b"duration"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["best", b"best", "bleu", b"bleu", "bleu_signature", b"bleu_signature", "chrf", b"chrf", "epoch", b"epoch", "loss", b"loss", "nll_per_token", b"nll_per_token", "perplexity", b"perplexity", "seconds", b"seconds", "step", b"step", "translated_pairs", b"translated_pairs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["best", b"best", "bleu", b"bleu", "bleu_signature", b"bleu_signature", "chrf", b"chrf", "duration", b"duration", "epoch", b"epoch", "loss", b"loss", "nll_per_token", b"nll_per_token", "perplexity", b"perplexity", "step", b"step", "translated_pairs", b"translated_pairs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -339,8 +339,8 @@ Global___ValidationMetrics: _TypeAlias = ValidationMetrics  # noqa: Y015
 
 @_typing.final
 class DecayPlan(_message.Message):
-    """A planned decay of the learning rate. It is durable before the first decayed update, and followed by steps: what
-    resumes the run follows it too. A later plan replaces what follows its first step.
+    """A planned decay of the learning rate. The plan is stored before the first decayed update, so a resumed run follows
+    it. A later plan replaces an earlier one from its own first step on.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -383,7 +383,7 @@ class StateChange(_message.Message):
     attempt: _builtins.int
     """Output only. The worker's attempt, from 1; 0 before the first."""
     message: _builtins.str
-    """Output only. Why, in a sentence; may be empty."""
+    """Output only. The reason, in a sentence. May be empty."""
     def __init__(
         self,
         *,
@@ -401,7 +401,7 @@ Global___StateChange: _TypeAlias = StateChange  # noqa: Y015
 
 @_typing.final
 class RunEvent(_message.Message):
-    """A remark for a person."""
+    """An event, described for people."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -413,7 +413,7 @@ class RunEvent(_message.Message):
     code: _builtins.str
     """Output only. A stable name, UPPER_SNAKE_CASE, such as PAIRS_DROPPED; docs/api.md lists them all."""
     message: _builtins.str
-    """Output only. The remark."""
+    """Output only. The description, for people."""
     def __init__(
         self,
         *,
@@ -431,7 +431,7 @@ Global___RunEvent: _TypeAlias = RunEvent  # noqa: Y015
 
 @_typing.final
 class Heartbeat(_message.Message):
-    """Nothing new since the last message; the stream is alive."""
+    """A sign of life: there are no new records."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -439,12 +439,12 @@ class Heartbeat(_message.Message):
     STATE_FIELD_NUMBER: _builtins.int
     INTERVAL_FIELD_NUMBER: _builtins.int
     last_sequence: _builtins.int
-    """Output only. The last sequence number of the run; everything up to it has been sent."""
+    """Output only. The last sequence number of the run. The stream has sent all records up to it."""
     state: Global___RunState.ValueType
     """Output only. The run's state."""
     @_builtins.property
     def interval(self) -> _duration_pb2.Duration:
-        """Output only. The pause between two heartbeats, within which every live stream says something."""
+        """Output only. The longest time between two messages of a live stream."""
 
     def __init__(
         self,

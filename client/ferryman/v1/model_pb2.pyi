@@ -10,6 +10,7 @@ from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -20,6 +21,30 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _PublishedWeights:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _PublishedWeightsEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_PublishedWeights.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    PUBLISHED_WEIGHTS_UNSPECIFIED: _PublishedWeights.ValueType  # 0
+    """Never returned."""
+    PUBLISHED_WEIGHTS_CHECKPOINT: _PublishedWeights.ValueType  # 1
+    """The checkpoint with the best validation score, or the last one."""
+    PUBLISHED_WEIGHTS_AVERAGE: _PublishedWeights.ValueType  # 2
+    """The average of several checkpoints."""
+
+class PublishedWeights(_PublishedWeights, metaclass=_PublishedWeightsEnumTypeWrapper):
+    """The weights that a run publishes."""
+
+PUBLISHED_WEIGHTS_UNSPECIFIED: PublishedWeights.ValueType  # 0
+"""Never returned."""
+PUBLISHED_WEIGHTS_CHECKPOINT: PublishedWeights.ValueType  # 1
+"""The checkpoint with the best validation score, or the last one."""
+PUBLISHED_WEIGHTS_AVERAGE: PublishedWeights.ValueType  # 2
+"""The average of several checkpoints."""
+Global___PublishedWeights: _TypeAlias = PublishedWeights  # noqa: Y015
 
 @_typing.final
 class Model(_message.Message):
@@ -121,6 +146,7 @@ class ModelVersion(_message.Message):
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     INT8_FIELD_NUMBER: _builtins.int
     UNREADABLE_FIELD_NUMBER: _builtins.int
+    INITIAL_MODEL_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Output only. The model's name."""
     version: _builtins.int
@@ -140,8 +166,12 @@ class ModelVersion(_message.Message):
     digest: _builtins.str
     """Output only. SHA-256 of the manifest, which holds the digest of every file; hexadecimal."""
     unreadable: _builtins.str
-    """Output only. Why the server cannot read this version, as `latest_version` of ListModels; then only name and version
-    are to be relied upon, all else is unset, and DeleteModelVersion removes the version. Empty for every other version.
+    """Output only. In ListModels: why the server cannot read this version. If it is set, only name and version are valid
+    and all other fields are unset; DeleteModelVersion removes the version. Empty otherwise.
+    """
+    initial_model: _builtins.str
+    """Output only. Fine-tuning: the version whose weights training started from, as "name/version" on the server that
+    trained it; that version may have been deleted since. Empty if training started from random weights.
     """
     @_builtins.property
     def recipe(self) -> _recipe_pb2.Recipe:
@@ -157,9 +187,7 @@ class ModelVersion(_message.Message):
 
     @_builtins.property
     def int8(self) -> Global___Int8Outcome:
-        """Output only. What serving it in 8-bit arithmetic costs. Unset if nobody has said: of a version of an earlier
-        release, or of a bundle that was made without.
-        """
+        """Output only. The cost of 8-bit arithmetic. Unset if it is unknown, because the bundle was made without it."""
 
     def __init__(
         self,
@@ -178,10 +206,11 @@ class ModelVersion(_message.Message):
         create_time: _timestamp_pb2.Timestamp | None = ...,
         int8: Global___Int8Outcome | None = ...,
         unreadable: _builtins.str = ...,
+        initial_model: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_int8", b"_int8", "create_time", b"create_time", "int8", b"int8", "recipe", b"recipe", "scores", b"scores"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_int8", b"_int8", "corpus_id", b"corpus_id", "create_time", b"create_time", "digest", b"digest", "int8", b"int8", "name", b"name", "parameters", b"parameters", "recipe", b"recipe", "run_id", b"run_id", "scores", b"scores", "size_bytes", b"size_bytes", "source_language", b"source_language", "target_language", b"target_language", "unreadable", b"unreadable", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_int8", b"_int8", "corpus_id", b"corpus_id", "create_time", b"create_time", "digest", b"digest", "initial_model", b"initial_model", "int8", b"int8", "name", b"name", "parameters", b"parameters", "recipe", b"recipe", "run_id", b"run_id", "scores", b"scores", "size_bytes", b"size_bytes", "source_language", b"source_language", "target_language", b"target_language", "unreadable", b"unreadable", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__int8: _TypeAlias = _typing.Literal["int8"]  # noqa: Y015
     _WhichOneofArgType__int8: _TypeAlias = _typing.Literal["_int8", b"_int8"]  # noqa: Y015
@@ -191,7 +220,7 @@ Global___ModelVersion: _TypeAlias = ModelVersion  # noqa: Y015
 
 @_typing.final
 class Int8Outcome(_message.Message):
-    """What 8-bit arithmetic was measured to cost before a version was published, and what follows from it."""
+    """The cost of 8-bit arithmetic, measured before the version was published, and whether the version has it."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -244,19 +273,25 @@ class ModelScores(_message.Message):
     WEIGHTS_FIELD_NUMBER: _builtins.int
     STEP_FIELD_NUMBER: _builtins.int
     TRANSLATED_PAIRS_FIELD_NUMBER: _builtins.int
+    LOSS_PAIRS_FIELD_NUMBER: _builtins.int
+    BLEU_SIGNATURE_FIELD_NUMBER: _builtins.int
     bleu: _builtins.float
     """Output only. sacreBLEU, greedy, as in ValidationMetrics, 0 to 100."""
     chrf: _builtins.float
     """Output only. chrF2, greedy, 0 to 100."""
     nll_per_token: _builtins.float
     """Output only. Negative log-likelihood per target token, nats."""
-    weights: _builtins.str
-    """Output only. Which weights: "best" or "average"."""
+    weights: Global___PublishedWeights.ValueType
+    """Output only. The weights that were published."""
     step: _builtins.int
     """Output only. The step of the best checkpoint, or the last step of the average."""
     translated_pairs: _builtins.int
-    """Output only. Validation pairs that were translated for bleu and chrf. 0: not known, the version was published by an
-    earlier release.
+    """Output only. Validation pairs that were translated for bleu and chrf. 0: not known."""
+    loss_pairs: _builtins.int
+    """Output only. Validation pairs behind nll_per_token: all pairs that validation uses. 0: not known."""
+    bleu_signature: _builtins.str
+    """Output only. The signature of bleu, as sacreBLEU writes it; it names the tokenizer ("tok:13a"), which the target
+    language decides. Empty: not known. BLEU scores with different signatures are not comparable.
     """
     def __init__(
         self,
@@ -264,13 +299,15 @@ class ModelScores(_message.Message):
         bleu: _builtins.float = ...,
         chrf: _builtins.float = ...,
         nll_per_token: _builtins.float = ...,
-        weights: _builtins.str = ...,
+        weights: Global___PublishedWeights.ValueType = ...,
         step: _builtins.int = ...,
         translated_pairs: _builtins.int = ...,
+        loss_pairs: _builtins.int = ...,
+        bleu_signature: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bleu", b"bleu", "chrf", b"chrf", "nll_per_token", b"nll_per_token", "step", b"step", "translated_pairs", b"translated_pairs", "weights", b"weights"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bleu", b"bleu", "bleu_signature", b"bleu_signature", "chrf", b"chrf", "loss_pairs", b"loss_pairs", "nll_per_token", b"nll_per_token", "step", b"step", "translated_pairs", b"translated_pairs", "weights", b"weights"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -487,7 +524,7 @@ class DeleteModelVersionRequest(_message.Message):
 
     MODEL_FIELD_NUMBER: _builtins.int
     model: _builtins.str
-    """Required. "name/version"; no other form of a reference, so that nothing is deleted that was not meant."""
+    """Required. "name/version". Other forms of a reference are refused, so that only the named version is deleted."""
     def __init__(
         self,
         *,
@@ -562,13 +599,13 @@ class DownloadModelResponse(_message.Message):
         header: Global___DownloadHeader | None = ...,
         chunk: Global___DownloadChunk | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "header", b"header", "item", b"item"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "download_part", b"download_part", "header", b"header"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "header", b"header", "item", b"item"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "download_part", b"download_part", "header", b"header"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_item: _TypeAlias = _typing.Literal["header", "chunk"]  # noqa: Y015
-    _WhichOneofArgType_item: _TypeAlias = _typing.Literal["item", b"item"]  # noqa: Y015
-    def WhichOneof(self, oneof_group: _WhichOneofArgType_item) -> _WhichOneofReturnType_item | None: ...
+    _WhichOneofReturnType_download_part: _TypeAlias = _typing.Literal["header", "chunk"]  # noqa: Y015
+    _WhichOneofArgType_download_part: _TypeAlias = _typing.Literal["download_part", b"download_part"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_download_part) -> _WhichOneofReturnType_download_part | None: ...
 
 Global___DownloadModelResponse: _TypeAlias = DownloadModelResponse  # noqa: Y015
 
@@ -670,13 +707,13 @@ class LoadedModel(_message.Message):
 
     MODEL_FIELD_NUMBER: _builtins.int
     MEMORY_BYTES_FIELD_NUMBER: _builtins.int
-    LOAD_TIME_FIELD_NUMBER: _builtins.int
+    LOAD_DURATION_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Output only. The version, "name/version"."""
     memory_bytes: _builtins.int
     """Output only. The memory that it takes, bytes."""
     @_builtins.property
-    def load_time(self) -> _duration_pb2.Duration:
+    def load_duration(self) -> _duration_pb2.Duration:
         """Output only. How long it took to read it and to warm it up."""
 
     def __init__(
@@ -684,11 +721,11 @@ class LoadedModel(_message.Message):
         *,
         model: _builtins.str = ...,
         memory_bytes: _builtins.int = ...,
-        load_time: _duration_pb2.Duration | None = ...,
+        load_duration: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["load_time", b"load_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["load_duration", b"load_duration"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["load_time", b"load_time", "memory_bytes", b"memory_bytes", "model", b"model"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["load_duration", b"load_duration", "memory_bytes", b"memory_bytes", "model", b"model"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

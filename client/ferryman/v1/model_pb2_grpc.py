@@ -28,9 +28,9 @@ if _version_not_supported:
 class ModelServiceStub:
     """Holds published models. A *reference* names a version of one: "name" the latest, "name/7" exactly that one,
     "name@production" the one that the alias points at now. Every error carries google.rpc.ErrorInfo (domain
-    "ferryman.v1"); INVALID_ARGUMENT also carries google.rpc.BadRequest with all violations at once. A version whose row in
-    the server's database cannot be read is DATA_LOSS (ROW_UNREADABLE) for every call that names it, but DeleteModelVersion
-    removes it, and ListModels lists it.
+    "ferryman.v1"); INVALID_ARGUMENT also carries google.rpc.BadRequest with all violations at once. A version whose row
+    in the server's database cannot be read is DATA_LOSS (ROW_UNREADABLE) for every call that names it, but
+    DeleteModelVersion removes it, and ListModels lists it.
     """
 
     def __init__(self, channel):
@@ -89,20 +89,20 @@ class ModelServiceStub:
 class ModelServiceServicer:
     """Holds published models. A *reference* names a version of one: "name" the latest, "name/7" exactly that one,
     "name@production" the one that the alias points at now. Every error carries google.rpc.ErrorInfo (domain
-    "ferryman.v1"); INVALID_ARGUMENT also carries google.rpc.BadRequest with all violations at once. A version whose row in
-    the server's database cannot be read is DATA_LOSS (ROW_UNREADABLE) for every call that names it, but DeleteModelVersion
-    removes it, and ListModels lists it.
+    "ferryman.v1"); INVALID_ARGUMENT also carries google.rpc.BadRequest with all violations at once. A version whose row
+    in the server's database cannot be read is DATA_LOSS (ROW_UNREADABLE) for every call that names it, but
+    DeleteModelVersion removes it, and ListModels lists it.
     """
 
     def ListModels(self, request, context):
-        """Models by name, page by page. INVALID_ARGUMENT (INVALID_REQUEST: a page token that is not ours).
+        """Models by name, page by page. INVALID_ARGUMENT (INVALID_REQUEST: the page token is not from this server).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetModel(self, request, context):
-        """One model and one of its versions. NOT_FOUND (MODEL_NOT_FOUND), INVALID_ARGUMENT (INVALID_REQUEST: what is no
+        """One model and one of its versions. NOT_FOUND (MODEL_NOT_FOUND), INVALID_ARGUMENT (INVALID_REQUEST: not a
         reference).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -110,19 +110,18 @@ class ModelServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def SetModelAlias(self, request, context):
-        """Lets an alias point at a version, wherever it pointed before: for each request either the old version or the new
-        one, and no request fails. If the server translates and has the alias's present target in memory, it loads and warms
-        up the new one before the alias moves. Setting an alias where it is is no error. NOT_FOUND (MODEL_NOT_FOUND: no such
-        version), INVALID_ARGUMENT (INVALID_REQUEST), and, the alias staying where it was, DATA_LOSS (MODEL_DAMAGED) and
-        RESOURCE_EXHAUSTED (MODEL_TOO_LARGE) of that load. A new alias of a model that has as many as a model may have is
-        RESOURCE_EXHAUSTED (TOO_MANY_ALIASES).
+        """Points an alias at a version. No request fails meanwhile: each gets the old version or the new one. If this server
+        has the current target in memory, it loads and warms up the new one before the alias moves. Setting the current
+        target again is a no-op. NOT_FOUND (MODEL_NOT_FOUND: no such version), INVALID_ARGUMENT (INVALID_REQUEST). If the
+        load fails, the alias stays: DATA_LOSS (MODEL_DAMAGED), RESOURCE_EXHAUSTED (MODEL_TOO_LARGE). A new alias above the
+        limit of a model is RESOURCE_EXHAUSTED (TOO_MANY_ALIASES).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def DeleteModelAlias(self, request, context):
-        """Removes an alias; what it pointed at stays. NOT_FOUND (MODEL_NOT_FOUND: no such alias), INVALID_ARGUMENT
+        """Removes an alias. The version that it points at stays. NOT_FOUND (MODEL_NOT_FOUND: no such alias), INVALID_ARGUMENT
         (INVALID_REQUEST).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -130,8 +129,8 @@ class ModelServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def DeleteModelVersion(self, request, context):
-        """Removes a version and its files. Its number is never given again, also if it was the latest. Requests that it serves
-        go on to their end; runs that made it or were trained from it stay as they are. NOT_FOUND (MODEL_NOT_FOUND),
+        """Removes a version and its files. Its number is never used again, even if it was the latest. Requests in flight
+        finish. The run that made it, and runs that started from it, stay. NOT_FOUND (MODEL_NOT_FOUND),
         FAILED_PRECONDITION (MODEL_IN_USE: an alias points at it, which the metadata's `aliases` name, or an unfinished run
         starts from it, which is the metadata's `needed_by`), INVALID_ARGUMENT (INVALID_REQUEST: not "name/version").
         """
@@ -140,9 +139,9 @@ class ModelServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def DownloadModel(self, request, context):
-        """The files of a version: first a header, then the files in its order, each from its beginning to its end without gap.
-        What arrives is what was published only if every size and SHA-256 is that of the header. A version that is deleted
-        meanwhile arrives whole. NOT_FOUND (MODEL_NOT_FOUND), INVALID_ARGUMENT (INVALID_REQUEST: what is no reference),
+        """The files of a version: first a header, then the files in its order, each from its beginning to its end without
+        gap. What arrives is what was published only if every size and SHA-256 is that of the header. A version that is
+        deleted meanwhile arrives whole. NOT_FOUND (MODEL_NOT_FOUND), INVALID_ARGUMENT (INVALID_REQUEST: not a reference),
         DATA_LOSS (MODEL_DAMAGED: a file is missing or has another size).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -150,10 +149,10 @@ class ModelServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def LoadModel(self, request, context):
-        """Loads a version into the memory of this server and warms it up, so that no translation waits for that; returns when
-        it is ready, at once if it was. Models that translations ask for are loaded by themselves. It is not pinned: when
-        the server's limits want it, the least recently used models leave. After DEADLINE_EXCEEDED the load goes on. NOT_FOUND
-        (MODEL_NOT_FOUND), INVALID_ARGUMENT (INVALID_REQUEST: what is no reference), DATA_LOSS (MODEL_DAMAGED),
+        """Loads a version into the memory of this server and warms it up; returns when it is ready. Without this call, the
+        first translation with the version loads it. The version is not pinned: at the server's limits, the least recently
+        used models are unloaded. After DEADLINE_EXCEEDED the load continues. NOT_FOUND
+        (MODEL_NOT_FOUND), INVALID_ARGUMENT (INVALID_REQUEST: not a reference), DATA_LOSS (MODEL_DAMAGED),
         RESOURCE_EXHAUSTED (MODEL_TOO_LARGE: by itself it takes more memory than the server may use for all models),
         FAILED_PRECONDITION (ROLE_NOT_SERVED: this server does not translate).
         """
@@ -162,9 +161,9 @@ class ModelServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def UnloadModel(self, request, context):
-        """Takes a version out of the memory of this server; returns when the translations that it serves have ended and its
-        memory is free. The next translation that asks for it loads it again. No error if it was not in memory. NOT_FOUND
-        (MODEL_NOT_FOUND), INVALID_ARGUMENT (INVALID_REQUEST: what is no reference), FAILED_PRECONDITION (ROLE_NOT_SERVED).
+        """Unloads a version from the memory of this server; returns when its translations have ended and the memory is free.
+        The next translation with it loads it again. Unloading a version that is not in memory is a no-op. NOT_FOUND
+        (MODEL_NOT_FOUND), INVALID_ARGUMENT (INVALID_REQUEST: not a reference), FAILED_PRECONDITION (ROLE_NOT_SERVED).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -236,9 +235,9 @@ def add_ModelServiceServicer_to_server(servicer, server):
 class ModelService:
     """Holds published models. A *reference* names a version of one: "name" the latest, "name/7" exactly that one,
     "name@production" the one that the alias points at now. Every error carries google.rpc.ErrorInfo (domain
-    "ferryman.v1"); INVALID_ARGUMENT also carries google.rpc.BadRequest with all violations at once. A version whose row in
-    the server's database cannot be read is DATA_LOSS (ROW_UNREADABLE) for every call that names it, but DeleteModelVersion
-    removes it, and ListModels lists it.
+    "ferryman.v1"); INVALID_ARGUMENT also carries google.rpc.BadRequest with all violations at once. A version whose row
+    in the server's database cannot be read is DATA_LOSS (ROW_UNREADABLE) for every call that names it, but
+    DeleteModelVersion removes it, and ListModels lists it.
     """
 
     @staticmethod

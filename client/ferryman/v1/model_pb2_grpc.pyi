@@ -29,9 +29,9 @@ GRPC_VERSION: str
 class ModelServiceStub:
     """Holds published models. A *reference* names a version of one: "name" the latest, "name/7" exactly that one,
     "name@production" the one that the alias points at now. Every error carries google.rpc.ErrorInfo (domain
-    "ferryman.v1"); INVALID_ARGUMENT also carries google.rpc.BadRequest with all violations at once. A version whose row in
-    the server's database cannot be read is DATA_LOSS (ROW_UNREADABLE) for every call that names it, but DeleteModelVersion
-    removes it, and ListModels lists it.
+    "ferryman.v1"); INVALID_ARGUMENT also carries google.rpc.BadRequest with all violations at once. A version whose row
+    in the server's database cannot be read is DATA_LOSS (ROW_UNREADABLE) for every call that names it, but
+    DeleteModelVersion removes it, and ListModels lists it.
     """
 
     @_typing.overload
@@ -39,47 +39,46 @@ class ModelServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> ModelServiceAsyncStub: ...
     ListModels: _grpc.UnaryUnaryMultiCallable[_model_pb2.ListModelsRequest, _model_pb2.ListModelsResponse]
-    """Models by name, page by page. INVALID_ARGUMENT (INVALID_REQUEST: a page token that is not ours)."""
+    """Models by name, page by page. INVALID_ARGUMENT (INVALID_REQUEST: the page token is not from this server)."""
     GetModel: _grpc.UnaryUnaryMultiCallable[_model_pb2.GetModelRequest, _model_pb2.GetModelResponse]
-    """One model and one of its versions. NOT_FOUND (MODEL_NOT_FOUND), INVALID_ARGUMENT (INVALID_REQUEST: what is no
+    """One model and one of its versions. NOT_FOUND (MODEL_NOT_FOUND), INVALID_ARGUMENT (INVALID_REQUEST: not a
     reference).
     """
     SetModelAlias: _grpc.UnaryUnaryMultiCallable[_model_pb2.SetModelAliasRequest, _model_pb2.SetModelAliasResponse]
-    """Lets an alias point at a version, wherever it pointed before: for each request either the old version or the new
-    one, and no request fails. If the server translates and has the alias's present target in memory, it loads and warms
-    up the new one before the alias moves. Setting an alias where it is is no error. NOT_FOUND (MODEL_NOT_FOUND: no such
-    version), INVALID_ARGUMENT (INVALID_REQUEST), and, the alias staying where it was, DATA_LOSS (MODEL_DAMAGED) and
-    RESOURCE_EXHAUSTED (MODEL_TOO_LARGE) of that load. A new alias of a model that has as many as a model may have is
-    RESOURCE_EXHAUSTED (TOO_MANY_ALIASES).
+    """Points an alias at a version. No request fails meanwhile: each gets the old version or the new one. If this server
+    has the current target in memory, it loads and warms up the new one before the alias moves. Setting the current
+    target again is a no-op. NOT_FOUND (MODEL_NOT_FOUND: no such version), INVALID_ARGUMENT (INVALID_REQUEST). If the
+    load fails, the alias stays: DATA_LOSS (MODEL_DAMAGED), RESOURCE_EXHAUSTED (MODEL_TOO_LARGE). A new alias above the
+    limit of a model is RESOURCE_EXHAUSTED (TOO_MANY_ALIASES).
     """
     DeleteModelAlias: _grpc.UnaryUnaryMultiCallable[_model_pb2.DeleteModelAliasRequest, _model_pb2.DeleteModelAliasResponse]
-    """Removes an alias; what it pointed at stays. NOT_FOUND (MODEL_NOT_FOUND: no such alias), INVALID_ARGUMENT
+    """Removes an alias. The version that it points at stays. NOT_FOUND (MODEL_NOT_FOUND: no such alias), INVALID_ARGUMENT
     (INVALID_REQUEST).
     """
     DeleteModelVersion: _grpc.UnaryUnaryMultiCallable[_model_pb2.DeleteModelVersionRequest, _model_pb2.DeleteModelVersionResponse]
-    """Removes a version and its files. Its number is never given again, also if it was the latest. Requests that it serves
-    go on to their end; runs that made it or were trained from it stay as they are. NOT_FOUND (MODEL_NOT_FOUND),
+    """Removes a version and its files. Its number is never used again, even if it was the latest. Requests in flight
+    finish. The run that made it, and runs that started from it, stay. NOT_FOUND (MODEL_NOT_FOUND),
     FAILED_PRECONDITION (MODEL_IN_USE: an alias points at it, which the metadata's `aliases` name, or an unfinished run
     starts from it, which is the metadata's `needed_by`), INVALID_ARGUMENT (INVALID_REQUEST: not "name/version").
     """
     DownloadModel: _grpc.UnaryStreamMultiCallable[_model_pb2.DownloadModelRequest, _model_pb2.DownloadModelResponse]
-    """The files of a version: first a header, then the files in its order, each from its beginning to its end without gap.
-    What arrives is what was published only if every size and SHA-256 is that of the header. A version that is deleted
-    meanwhile arrives whole. NOT_FOUND (MODEL_NOT_FOUND), INVALID_ARGUMENT (INVALID_REQUEST: what is no reference),
+    """The files of a version: first a header, then the files in its order, each from its beginning to its end without
+    gap. What arrives is what was published only if every size and SHA-256 is that of the header. A version that is
+    deleted meanwhile arrives whole. NOT_FOUND (MODEL_NOT_FOUND), INVALID_ARGUMENT (INVALID_REQUEST: not a reference),
     DATA_LOSS (MODEL_DAMAGED: a file is missing or has another size).
     """
     LoadModel: _grpc.UnaryUnaryMultiCallable[_model_pb2.LoadModelRequest, _model_pb2.LoadModelResponse]
-    """Loads a version into the memory of this server and warms it up, so that no translation waits for that; returns when
-    it is ready, at once if it was. Models that translations ask for are loaded by themselves. It is not pinned: when
-    the server's limits want it, the least recently used models leave. After DEADLINE_EXCEEDED the load goes on. NOT_FOUND
-    (MODEL_NOT_FOUND), INVALID_ARGUMENT (INVALID_REQUEST: what is no reference), DATA_LOSS (MODEL_DAMAGED),
+    """Loads a version into the memory of this server and warms it up; returns when it is ready. Without this call, the
+    first translation with the version loads it. The version is not pinned: at the server's limits, the least recently
+    used models are unloaded. After DEADLINE_EXCEEDED the load continues. NOT_FOUND
+    (MODEL_NOT_FOUND), INVALID_ARGUMENT (INVALID_REQUEST: not a reference), DATA_LOSS (MODEL_DAMAGED),
     RESOURCE_EXHAUSTED (MODEL_TOO_LARGE: by itself it takes more memory than the server may use for all models),
     FAILED_PRECONDITION (ROLE_NOT_SERVED: this server does not translate).
     """
     UnloadModel: _grpc.UnaryUnaryMultiCallable[_model_pb2.UnloadModelRequest, _model_pb2.UnloadModelResponse]
-    """Takes a version out of the memory of this server; returns when the translations that it serves have ended and its
-    memory is free. The next translation that asks for it loads it again. No error if it was not in memory. NOT_FOUND
-    (MODEL_NOT_FOUND), INVALID_ARGUMENT (INVALID_REQUEST: what is no reference), FAILED_PRECONDITION (ROLE_NOT_SERVED).
+    """Unloads a version from the memory of this server; returns when its translations have ended and the memory is free.
+    The next translation with it loads it again. Unloading a version that is not in memory is a no-op. NOT_FOUND
+    (MODEL_NOT_FOUND), INVALID_ARGUMENT (INVALID_REQUEST: not a reference), FAILED_PRECONDITION (ROLE_NOT_SERVED).
     """
     ListLoadedModels: _grpc.UnaryUnaryMultiCallable[_model_pb2.ListLoadedModelsRequest, _model_pb2.ListLoadedModelsResponse]
     """What is in the memory of this server, the most recently used first. FAILED_PRECONDITION (ROLE_NOT_SERVED)."""
@@ -88,54 +87,53 @@ class ModelServiceStub:
 class ModelServiceAsyncStub(ModelServiceStub):
     """Holds published models. A *reference* names a version of one: "name" the latest, "name/7" exactly that one,
     "name@production" the one that the alias points at now. Every error carries google.rpc.ErrorInfo (domain
-    "ferryman.v1"); INVALID_ARGUMENT also carries google.rpc.BadRequest with all violations at once. A version whose row in
-    the server's database cannot be read is DATA_LOSS (ROW_UNREADABLE) for every call that names it, but DeleteModelVersion
-    removes it, and ListModels lists it.
+    "ferryman.v1"); INVALID_ARGUMENT also carries google.rpc.BadRequest with all violations at once. A version whose row
+    in the server's database cannot be read is DATA_LOSS (ROW_UNREADABLE) for every call that names it, but
+    DeleteModelVersion removes it, and ListModels lists it.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     ListModels: _aio.UnaryUnaryMultiCallable[_model_pb2.ListModelsRequest, _model_pb2.ListModelsResponse]  # type: ignore[assignment]
-    """Models by name, page by page. INVALID_ARGUMENT (INVALID_REQUEST: a page token that is not ours)."""
+    """Models by name, page by page. INVALID_ARGUMENT (INVALID_REQUEST: the page token is not from this server)."""
     GetModel: _aio.UnaryUnaryMultiCallable[_model_pb2.GetModelRequest, _model_pb2.GetModelResponse]  # type: ignore[assignment]
-    """One model and one of its versions. NOT_FOUND (MODEL_NOT_FOUND), INVALID_ARGUMENT (INVALID_REQUEST: what is no
+    """One model and one of its versions. NOT_FOUND (MODEL_NOT_FOUND), INVALID_ARGUMENT (INVALID_REQUEST: not a
     reference).
     """
     SetModelAlias: _aio.UnaryUnaryMultiCallable[_model_pb2.SetModelAliasRequest, _model_pb2.SetModelAliasResponse]  # type: ignore[assignment]
-    """Lets an alias point at a version, wherever it pointed before: for each request either the old version or the new
-    one, and no request fails. If the server translates and has the alias's present target in memory, it loads and warms
-    up the new one before the alias moves. Setting an alias where it is is no error. NOT_FOUND (MODEL_NOT_FOUND: no such
-    version), INVALID_ARGUMENT (INVALID_REQUEST), and, the alias staying where it was, DATA_LOSS (MODEL_DAMAGED) and
-    RESOURCE_EXHAUSTED (MODEL_TOO_LARGE) of that load. A new alias of a model that has as many as a model may have is
-    RESOURCE_EXHAUSTED (TOO_MANY_ALIASES).
+    """Points an alias at a version. No request fails meanwhile: each gets the old version or the new one. If this server
+    has the current target in memory, it loads and warms up the new one before the alias moves. Setting the current
+    target again is a no-op. NOT_FOUND (MODEL_NOT_FOUND: no such version), INVALID_ARGUMENT (INVALID_REQUEST). If the
+    load fails, the alias stays: DATA_LOSS (MODEL_DAMAGED), RESOURCE_EXHAUSTED (MODEL_TOO_LARGE). A new alias above the
+    limit of a model is RESOURCE_EXHAUSTED (TOO_MANY_ALIASES).
     """
     DeleteModelAlias: _aio.UnaryUnaryMultiCallable[_model_pb2.DeleteModelAliasRequest, _model_pb2.DeleteModelAliasResponse]  # type: ignore[assignment]
-    """Removes an alias; what it pointed at stays. NOT_FOUND (MODEL_NOT_FOUND: no such alias), INVALID_ARGUMENT
+    """Removes an alias. The version that it points at stays. NOT_FOUND (MODEL_NOT_FOUND: no such alias), INVALID_ARGUMENT
     (INVALID_REQUEST).
     """
     DeleteModelVersion: _aio.UnaryUnaryMultiCallable[_model_pb2.DeleteModelVersionRequest, _model_pb2.DeleteModelVersionResponse]  # type: ignore[assignment]
-    """Removes a version and its files. Its number is never given again, also if it was the latest. Requests that it serves
-    go on to their end; runs that made it or were trained from it stay as they are. NOT_FOUND (MODEL_NOT_FOUND),
+    """Removes a version and its files. Its number is never used again, even if it was the latest. Requests in flight
+    finish. The run that made it, and runs that started from it, stay. NOT_FOUND (MODEL_NOT_FOUND),
     FAILED_PRECONDITION (MODEL_IN_USE: an alias points at it, which the metadata's `aliases` name, or an unfinished run
     starts from it, which is the metadata's `needed_by`), INVALID_ARGUMENT (INVALID_REQUEST: not "name/version").
     """
     DownloadModel: _aio.UnaryStreamMultiCallable[_model_pb2.DownloadModelRequest, _model_pb2.DownloadModelResponse]  # type: ignore[assignment]
-    """The files of a version: first a header, then the files in its order, each from its beginning to its end without gap.
-    What arrives is what was published only if every size and SHA-256 is that of the header. A version that is deleted
-    meanwhile arrives whole. NOT_FOUND (MODEL_NOT_FOUND), INVALID_ARGUMENT (INVALID_REQUEST: what is no reference),
+    """The files of a version: first a header, then the files in its order, each from its beginning to its end without
+    gap. What arrives is what was published only if every size and SHA-256 is that of the header. A version that is
+    deleted meanwhile arrives whole. NOT_FOUND (MODEL_NOT_FOUND), INVALID_ARGUMENT (INVALID_REQUEST: not a reference),
     DATA_LOSS (MODEL_DAMAGED: a file is missing or has another size).
     """
     LoadModel: _aio.UnaryUnaryMultiCallable[_model_pb2.LoadModelRequest, _model_pb2.LoadModelResponse]  # type: ignore[assignment]
-    """Loads a version into the memory of this server and warms it up, so that no translation waits for that; returns when
-    it is ready, at once if it was. Models that translations ask for are loaded by themselves. It is not pinned: when
-    the server's limits want it, the least recently used models leave. After DEADLINE_EXCEEDED the load goes on. NOT_FOUND
-    (MODEL_NOT_FOUND), INVALID_ARGUMENT (INVALID_REQUEST: what is no reference), DATA_LOSS (MODEL_DAMAGED),
+    """Loads a version into the memory of this server and warms it up; returns when it is ready. Without this call, the
+    first translation with the version loads it. The version is not pinned: at the server's limits, the least recently
+    used models are unloaded. After DEADLINE_EXCEEDED the load continues. NOT_FOUND
+    (MODEL_NOT_FOUND), INVALID_ARGUMENT (INVALID_REQUEST: not a reference), DATA_LOSS (MODEL_DAMAGED),
     RESOURCE_EXHAUSTED (MODEL_TOO_LARGE: by itself it takes more memory than the server may use for all models),
     FAILED_PRECONDITION (ROLE_NOT_SERVED: this server does not translate).
     """
     UnloadModel: _aio.UnaryUnaryMultiCallable[_model_pb2.UnloadModelRequest, _model_pb2.UnloadModelResponse]  # type: ignore[assignment]
-    """Takes a version out of the memory of this server; returns when the translations that it serves have ended and its
-    memory is free. The next translation that asks for it loads it again. No error if it was not in memory. NOT_FOUND
-    (MODEL_NOT_FOUND), INVALID_ARGUMENT (INVALID_REQUEST: what is no reference), FAILED_PRECONDITION (ROLE_NOT_SERVED).
+    """Unloads a version from the memory of this server; returns when its translations have ended and the memory is free.
+    The next translation with it loads it again. Unloading a version that is not in memory is a no-op. NOT_FOUND
+    (MODEL_NOT_FOUND), INVALID_ARGUMENT (INVALID_REQUEST: not a reference), FAILED_PRECONDITION (ROLE_NOT_SERVED).
     """
     ListLoadedModels: _aio.UnaryUnaryMultiCallable[_model_pb2.ListLoadedModelsRequest, _model_pb2.ListLoadedModelsResponse]  # type: ignore[assignment]
     """What is in the memory of this server, the most recently used first. FAILED_PRECONDITION (ROLE_NOT_SERVED)."""
@@ -143,9 +141,9 @@ class ModelServiceAsyncStub(ModelServiceStub):
 class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
     """Holds published models. A *reference* names a version of one: "name" the latest, "name/7" exactly that one,
     "name@production" the one that the alias points at now. Every error carries google.rpc.ErrorInfo (domain
-    "ferryman.v1"); INVALID_ARGUMENT also carries google.rpc.BadRequest with all violations at once. A version whose row in
-    the server's database cannot be read is DATA_LOSS (ROW_UNREADABLE) for every call that names it, but DeleteModelVersion
-    removes it, and ListModels lists it.
+    "ferryman.v1"); INVALID_ARGUMENT also carries google.rpc.BadRequest with all violations at once. A version whose row
+    in the server's database cannot be read is DATA_LOSS (ROW_UNREADABLE) for every call that names it, but
+    DeleteModelVersion removes it, and ListModels lists it.
     """
 
     @_abc_1.abstractmethod
@@ -154,7 +152,7 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _model_pb2.ListModelsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_model_pb2.ListModelsResponse, _abc.Awaitable[_model_pb2.ListModelsResponse]]:
-        """Models by name, page by page. INVALID_ARGUMENT (INVALID_REQUEST: a page token that is not ours)."""
+        """Models by name, page by page. INVALID_ARGUMENT (INVALID_REQUEST: the page token is not from this server)."""
 
     @_abc_1.abstractmethod
     def GetModel(
@@ -162,7 +160,7 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _model_pb2.GetModelRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_model_pb2.GetModelResponse, _abc.Awaitable[_model_pb2.GetModelResponse]]:
-        """One model and one of its versions. NOT_FOUND (MODEL_NOT_FOUND), INVALID_ARGUMENT (INVALID_REQUEST: what is no
+        """One model and one of its versions. NOT_FOUND (MODEL_NOT_FOUND), INVALID_ARGUMENT (INVALID_REQUEST: not a
         reference).
         """
 
@@ -172,12 +170,11 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _model_pb2.SetModelAliasRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_model_pb2.SetModelAliasResponse, _abc.Awaitable[_model_pb2.SetModelAliasResponse]]:
-        """Lets an alias point at a version, wherever it pointed before: for each request either the old version or the new
-        one, and no request fails. If the server translates and has the alias's present target in memory, it loads and warms
-        up the new one before the alias moves. Setting an alias where it is is no error. NOT_FOUND (MODEL_NOT_FOUND: no such
-        version), INVALID_ARGUMENT (INVALID_REQUEST), and, the alias staying where it was, DATA_LOSS (MODEL_DAMAGED) and
-        RESOURCE_EXHAUSTED (MODEL_TOO_LARGE) of that load. A new alias of a model that has as many as a model may have is
-        RESOURCE_EXHAUSTED (TOO_MANY_ALIASES).
+        """Points an alias at a version. No request fails meanwhile: each gets the old version or the new one. If this server
+        has the current target in memory, it loads and warms up the new one before the alias moves. Setting the current
+        target again is a no-op. NOT_FOUND (MODEL_NOT_FOUND: no such version), INVALID_ARGUMENT (INVALID_REQUEST). If the
+        load fails, the alias stays: DATA_LOSS (MODEL_DAMAGED), RESOURCE_EXHAUSTED (MODEL_TOO_LARGE). A new alias above the
+        limit of a model is RESOURCE_EXHAUSTED (TOO_MANY_ALIASES).
         """
 
     @_abc_1.abstractmethod
@@ -186,7 +183,7 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _model_pb2.DeleteModelAliasRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_model_pb2.DeleteModelAliasResponse, _abc.Awaitable[_model_pb2.DeleteModelAliasResponse]]:
-        """Removes an alias; what it pointed at stays. NOT_FOUND (MODEL_NOT_FOUND: no such alias), INVALID_ARGUMENT
+        """Removes an alias. The version that it points at stays. NOT_FOUND (MODEL_NOT_FOUND: no such alias), INVALID_ARGUMENT
         (INVALID_REQUEST).
         """
 
@@ -196,8 +193,8 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _model_pb2.DeleteModelVersionRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_model_pb2.DeleteModelVersionResponse, _abc.Awaitable[_model_pb2.DeleteModelVersionResponse]]:
-        """Removes a version and its files. Its number is never given again, also if it was the latest. Requests that it serves
-        go on to their end; runs that made it or were trained from it stay as they are. NOT_FOUND (MODEL_NOT_FOUND),
+        """Removes a version and its files. Its number is never used again, even if it was the latest. Requests in flight
+        finish. The run that made it, and runs that started from it, stay. NOT_FOUND (MODEL_NOT_FOUND),
         FAILED_PRECONDITION (MODEL_IN_USE: an alias points at it, which the metadata's `aliases` name, or an unfinished run
         starts from it, which is the metadata's `needed_by`), INVALID_ARGUMENT (INVALID_REQUEST: not "name/version").
         """
@@ -208,9 +205,9 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _model_pb2.DownloadModelRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_model_pb2.DownloadModelResponse], _abc.AsyncIterator[_model_pb2.DownloadModelResponse]]:
-        """The files of a version: first a header, then the files in its order, each from its beginning to its end without gap.
-        What arrives is what was published only if every size and SHA-256 is that of the header. A version that is deleted
-        meanwhile arrives whole. NOT_FOUND (MODEL_NOT_FOUND), INVALID_ARGUMENT (INVALID_REQUEST: what is no reference),
+        """The files of a version: first a header, then the files in its order, each from its beginning to its end without
+        gap. What arrives is what was published only if every size and SHA-256 is that of the header. A version that is
+        deleted meanwhile arrives whole. NOT_FOUND (MODEL_NOT_FOUND), INVALID_ARGUMENT (INVALID_REQUEST: not a reference),
         DATA_LOSS (MODEL_DAMAGED: a file is missing or has another size).
         """
 
@@ -220,10 +217,10 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _model_pb2.LoadModelRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_model_pb2.LoadModelResponse, _abc.Awaitable[_model_pb2.LoadModelResponse]]:
-        """Loads a version into the memory of this server and warms it up, so that no translation waits for that; returns when
-        it is ready, at once if it was. Models that translations ask for are loaded by themselves. It is not pinned: when
-        the server's limits want it, the least recently used models leave. After DEADLINE_EXCEEDED the load goes on. NOT_FOUND
-        (MODEL_NOT_FOUND), INVALID_ARGUMENT (INVALID_REQUEST: what is no reference), DATA_LOSS (MODEL_DAMAGED),
+        """Loads a version into the memory of this server and warms it up; returns when it is ready. Without this call, the
+        first translation with the version loads it. The version is not pinned: at the server's limits, the least recently
+        used models are unloaded. After DEADLINE_EXCEEDED the load continues. NOT_FOUND
+        (MODEL_NOT_FOUND), INVALID_ARGUMENT (INVALID_REQUEST: not a reference), DATA_LOSS (MODEL_DAMAGED),
         RESOURCE_EXHAUSTED (MODEL_TOO_LARGE: by itself it takes more memory than the server may use for all models),
         FAILED_PRECONDITION (ROLE_NOT_SERVED: this server does not translate).
         """
@@ -234,9 +231,9 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _model_pb2.UnloadModelRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_model_pb2.UnloadModelResponse, _abc.Awaitable[_model_pb2.UnloadModelResponse]]:
-        """Takes a version out of the memory of this server; returns when the translations that it serves have ended and its
-        memory is free. The next translation that asks for it loads it again. No error if it was not in memory. NOT_FOUND
-        (MODEL_NOT_FOUND), INVALID_ARGUMENT (INVALID_REQUEST: what is no reference), FAILED_PRECONDITION (ROLE_NOT_SERVED).
+        """Unloads a version from the memory of this server; returns when its translations have ended and the memory is free.
+        The next translation with it loads it again. Unloading a version that is not in memory is a no-op. NOT_FOUND
+        (MODEL_NOT_FOUND), INVALID_ARGUMENT (INVALID_REQUEST: not a reference), FAILED_PRECONDITION (ROLE_NOT_SERVED).
         """
 
     @_abc_1.abstractmethod

@@ -4,6 +4,7 @@ isort:skip_file
 """
 
 from google.protobuf import descriptor as _descriptor
+from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 import builtins as _builtins
@@ -224,7 +225,7 @@ class _ScheduleKind:
 class _ScheduleKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ScheduleKind.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     SCHEDULE_KIND_UNSPECIFIED: _ScheduleKind.ValueType  # 0
-    """The preset's value: NOAM, and WSD in a recipe whose only limit is `stop.max_time_seconds`. NOAM where there is no
+    """The preset's value: NOAM, and WSD in a recipe whose only limit is `stop.max_duration`. NOAM where there is no
     recipe (GetLRSchedule of a bare schedule).
     """
     SCHEDULE_KIND_NOAM: _ScheduleKind.ValueType  # 1
@@ -238,9 +239,9 @@ class _ScheduleKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Schedule
     SCHEDULE_KIND_CONSTANT: _ScheduleKind.ValueType  # 5
     """The peak permanently after warmup."""
     SCHEDULE_KIND_WSD: _ScheduleKind.ValueType  # 6
-    """Warmup, stable, decay (Hu et al., 2024; Hägele et al., 2024): the peak after warmup, then a decay to the minimum that
-    ends with the run. With a limit in steps alone the decay takes the last `decay_share` of `total_steps`. With
-    `stop.max_time_seconds`, `stop.target_score` or `stop.patience` the run plans the decay while it trains and records the
+    """Warmup, stable, decay (Hu et al., 2024; Hägele et al., 2024): the peak after warmup, then a decay to the minimum
+    that ends with the run. With a limit in steps alone the decay takes the last `decay_share` of `total_steps`. With
+    `stop.max_duration`, `stop.target_score` or `stop.patience` the run plans the decay while it trains and records the
     plan (DecayPlan) before the first decayed update.
     """
 
@@ -248,7 +249,7 @@ class ScheduleKind(_ScheduleKind, metaclass=_ScheduleKindEnumTypeWrapper):
     """The shape of a learning-rate schedule. Every kind starts with a linear warmup over `warmup_steps`."""
 
 SCHEDULE_KIND_UNSPECIFIED: ScheduleKind.ValueType  # 0
-"""The preset's value: NOAM, and WSD in a recipe whose only limit is `stop.max_time_seconds`. NOAM where there is no
+"""The preset's value: NOAM, and WSD in a recipe whose only limit is `stop.max_duration`. NOAM where there is no
 recipe (GetLRSchedule of a bare schedule).
 """
 SCHEDULE_KIND_NOAM: ScheduleKind.ValueType  # 1
@@ -262,9 +263,9 @@ SCHEDULE_KIND_LINEAR: ScheduleKind.ValueType  # 4
 SCHEDULE_KIND_CONSTANT: ScheduleKind.ValueType  # 5
 """The peak permanently after warmup."""
 SCHEDULE_KIND_WSD: ScheduleKind.ValueType  # 6
-"""Warmup, stable, decay (Hu et al., 2024; Hägele et al., 2024): the peak after warmup, then a decay to the minimum that
-ends with the run. With a limit in steps alone the decay takes the last `decay_share` of `total_steps`. With
-`stop.max_time_seconds`, `stop.target_score` or `stop.patience` the run plans the decay while it trains and records the
+"""Warmup, stable, decay (Hu et al., 2024; Hägele et al., 2024): the peak after warmup, then a decay to the minimum
+that ends with the run. With a limit in steps alone the decay takes the last `decay_share` of `total_steps`. With
+`stop.max_duration`, `stop.target_score` or `stop.patience` the run plans the decay while it trains and records the
 plan (DecayPlan) before the first decayed update.
 """
 Global___ScheduleKind: _TypeAlias = ScheduleKind  # noqa: Y015
@@ -506,7 +507,7 @@ class DataRecipe(_message.Message):
     CHARACTER_COVERAGE_FIELD_NUMBER: _builtins.int
     MAX_SENTENCE_TOKENS_FIELD_NUMBER: _builtins.int
     MAX_LENGTH_RATIO_FIELD_NUMBER: _builtins.int
-    SAMPLING_ALPHA_FIELD_NUMBER: _builtins.int
+    SUBWORD_REGULARIZATION_ALPHA_FIELD_NUMBER: _builtins.int
     BPE_DROPOUT_FIELD_NUMBER: _builtins.int
     SPLIT_DIGITS_FIELD_NUMBER: _builtins.int
     REDUCE_VOCABULARY_FIELD_NUMBER: _builtins.int
@@ -524,7 +525,7 @@ class DataRecipe(_message.Message):
     """
     max_length_ratio: _builtins.float
     """Optional. Training pairs with a subword length ratio above it are dropped and counted; 1 to 1000. Default: 9."""
-    sampling_alpha: _builtins.float
+    subword_regularization_alpha: _builtins.float
     """Optional. SUBWORD_ALGORITHM_UNIGRAM only: the training pairs are segmented anew in each epoch, each segmentation
     drawn with its probability to the power of this (Kudo, 2018), 0 to 1; 0 turns it off. Default: 0.
     """
@@ -548,14 +549,14 @@ class DataRecipe(_message.Message):
         character_coverage: _builtins.float | None = ...,
         max_sentence_tokens: _builtins.int | None = ...,
         max_length_ratio: _builtins.float | None = ...,
-        sampling_alpha: _builtins.float | None = ...,
+        subword_regularization_alpha: _builtins.float | None = ...,
         bpe_dropout: _builtins.float | None = ...,
         split_digits: _builtins.bool | None = ...,
         reduce_vocabulary: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_bpe_dropout", b"_bpe_dropout", "_character_coverage", b"_character_coverage", "_max_length_ratio", b"_max_length_ratio", "_max_sentence_tokens", b"_max_sentence_tokens", "_reduce_vocabulary", b"_reduce_vocabulary", "_sampling_alpha", b"_sampling_alpha", "_split_digits", b"_split_digits", "_vocabulary_size", b"_vocabulary_size", "bpe_dropout", b"bpe_dropout", "character_coverage", b"character_coverage", "max_length_ratio", b"max_length_ratio", "max_sentence_tokens", b"max_sentence_tokens", "reduce_vocabulary", b"reduce_vocabulary", "sampling_alpha", b"sampling_alpha", "split_digits", b"split_digits", "vocabulary_size", b"vocabulary_size"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_bpe_dropout", b"_bpe_dropout", "_character_coverage", b"_character_coverage", "_max_length_ratio", b"_max_length_ratio", "_max_sentence_tokens", b"_max_sentence_tokens", "_reduce_vocabulary", b"_reduce_vocabulary", "_split_digits", b"_split_digits", "_subword_regularization_alpha", b"_subword_regularization_alpha", "_vocabulary_size", b"_vocabulary_size", "bpe_dropout", b"bpe_dropout", "character_coverage", b"character_coverage", "max_length_ratio", b"max_length_ratio", "max_sentence_tokens", b"max_sentence_tokens", "reduce_vocabulary", b"reduce_vocabulary", "split_digits", b"split_digits", "subword_regularization_alpha", b"subword_regularization_alpha", "vocabulary_size", b"vocabulary_size"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_bpe_dropout", b"_bpe_dropout", "_character_coverage", b"_character_coverage", "_max_length_ratio", b"_max_length_ratio", "_max_sentence_tokens", b"_max_sentence_tokens", "_reduce_vocabulary", b"_reduce_vocabulary", "_sampling_alpha", b"_sampling_alpha", "_split_digits", b"_split_digits", "_vocabulary_size", b"_vocabulary_size", "bpe_dropout", b"bpe_dropout", "character_coverage", b"character_coverage", "max_length_ratio", b"max_length_ratio", "max_sentence_tokens", b"max_sentence_tokens", "reduce_vocabulary", b"reduce_vocabulary", "sampling_alpha", b"sampling_alpha", "split_digits", b"split_digits", "subword_algorithm", b"subword_algorithm", "vocabulary_size", b"vocabulary_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_bpe_dropout", b"_bpe_dropout", "_character_coverage", b"_character_coverage", "_max_length_ratio", b"_max_length_ratio", "_max_sentence_tokens", b"_max_sentence_tokens", "_reduce_vocabulary", b"_reduce_vocabulary", "_split_digits", b"_split_digits", "_subword_regularization_alpha", b"_subword_regularization_alpha", "_vocabulary_size", b"_vocabulary_size", "bpe_dropout", b"bpe_dropout", "character_coverage", b"character_coverage", "max_length_ratio", b"max_length_ratio", "max_sentence_tokens", b"max_sentence_tokens", "reduce_vocabulary", b"reduce_vocabulary", "split_digits", b"split_digits", "subword_algorithm", b"subword_algorithm", "subword_regularization_alpha", b"subword_regularization_alpha", "vocabulary_size", b"vocabulary_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__bpe_dropout: _TypeAlias = _typing.Literal["bpe_dropout"]  # noqa: Y015
     _WhichOneofArgType__bpe_dropout: _TypeAlias = _typing.Literal["_bpe_dropout", b"_bpe_dropout"]  # noqa: Y015
@@ -567,10 +568,10 @@ class DataRecipe(_message.Message):
     _WhichOneofArgType__max_sentence_tokens: _TypeAlias = _typing.Literal["_max_sentence_tokens", b"_max_sentence_tokens"]  # noqa: Y015
     _WhichOneofReturnType__reduce_vocabulary: _TypeAlias = _typing.Literal["reduce_vocabulary"]  # noqa: Y015
     _WhichOneofArgType__reduce_vocabulary: _TypeAlias = _typing.Literal["_reduce_vocabulary", b"_reduce_vocabulary"]  # noqa: Y015
-    _WhichOneofReturnType__sampling_alpha: _TypeAlias = _typing.Literal["sampling_alpha"]  # noqa: Y015
-    _WhichOneofArgType__sampling_alpha: _TypeAlias = _typing.Literal["_sampling_alpha", b"_sampling_alpha"]  # noqa: Y015
     _WhichOneofReturnType__split_digits: _TypeAlias = _typing.Literal["split_digits"]  # noqa: Y015
     _WhichOneofArgType__split_digits: _TypeAlias = _typing.Literal["_split_digits", b"_split_digits"]  # noqa: Y015
+    _WhichOneofReturnType__subword_regularization_alpha: _TypeAlias = _typing.Literal["subword_regularization_alpha"]  # noqa: Y015
+    _WhichOneofArgType__subword_regularization_alpha: _TypeAlias = _typing.Literal["_subword_regularization_alpha", b"_subword_regularization_alpha"]  # noqa: Y015
     _WhichOneofReturnType__vocabulary_size: _TypeAlias = _typing.Literal["vocabulary_size"]  # noqa: Y015
     _WhichOneofArgType__vocabulary_size: _TypeAlias = _typing.Literal["_vocabulary_size", b"_vocabulary_size"]  # noqa: Y015
     @_typing.overload
@@ -584,9 +585,9 @@ class DataRecipe(_message.Message):
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__reduce_vocabulary) -> _WhichOneofReturnType__reduce_vocabulary | None: ...
     @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__sampling_alpha) -> _WhichOneofReturnType__sampling_alpha | None: ...
-    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__split_digits) -> _WhichOneofReturnType__split_digits | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__subword_regularization_alpha) -> _WhichOneofReturnType__subword_regularization_alpha | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__vocabulary_size) -> _WhichOneofReturnType__vocabulary_size | None: ...
 
@@ -611,7 +612,7 @@ class LearningRateSchedule(_message.Message):
     DECAY_SHAPE_FIELD_NUMBER: _builtins.int
     kind: Global___ScheduleKind.ValueType
     """Optional. The shape. Default: SCHEDULE_KIND_NOAM; SCHEDULE_KIND_WSD in a recipe whose only limit is
-    `stop.max_time_seconds`, unless `factor` or `d_model` is set.
+    `stop.max_duration`, unless `factor` or `d_model` is set.
     """
     warmup_steps: _builtins.int
     """Optional. Steps of linear warmup, 1 to 10^9. Default: 800 (tiny), 2000 (small), 4000 (base, big,
@@ -632,10 +633,10 @@ class LearningRateSchedule(_message.Message):
     total_steps: _builtins.int
     """Optional. COSINE, LINEAR and WSD only: the step at which the minimum is reached, above `warmup_steps` to 10^9.
     Default: the recipe's `stop.max_steps`. COSINE and LINEAR require one of the two; WSD in a recipe requires one of
-    the two or `stop.max_time_seconds`. A run with WSD ends with its decay.
+    the two or `stop.max_duration`. A run with WSD ends with its decay.
     """
     decay_share: _builtins.float
-    """Optional. WSD only: the share of the budget (`total_steps`, or `stop.max_time_seconds`) that the decay takes, above
+    """Optional. WSD only: the share of the budget (`total_steps`, or `stop.max_duration`) that the decay takes, above
     0 to below 1. Warmup and decay together must fit into `total_steps`. Default: 0.3.
     """
     decay_shape: Global___DecayShape.ValueType
@@ -834,14 +835,14 @@ Global___OptimizationRecipe: _TypeAlias = OptimizationRecipe  # noqa: Y015
 @_typing.final
 class StopRecipe(_message.Message):
     """When training ends: at the first limit that is reached. At least one of `max_steps`, `max_epochs` and
-    `max_time_seconds` must be set; a preset sets `max_steps`.
+    `max_duration` must be set; a preset sets `max_steps`.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
 
     MAX_STEPS_FIELD_NUMBER: _builtins.int
     MAX_EPOCHS_FIELD_NUMBER: _builtins.int
-    MAX_TIME_SECONDS_FIELD_NUMBER: _builtins.int
+    MAX_DURATION_FIELD_NUMBER: _builtins.int
     PATIENCE_FIELD_NUMBER: _builtins.int
     TARGET_SCORE_FIELD_NUMBER: _builtins.int
     max_steps: _builtins.int
@@ -850,11 +851,6 @@ class StopRecipe(_message.Message):
     """
     max_epochs: _builtins.int
     """Optional. Passes over the training pairs, 0 to 10^6; 0 is no limit. Default: 0."""
-    max_time_seconds: _builtins.float
-    """Optional. Seconds of training, 0 to 10^9, subword learning and validation included, start of the worker and export
-    not; 0 is no limit. Time between a worker's death and the next one's start does not count. A decay of
-    SCHEDULE_KIND_WSD is planned to end in time, and may end up to 5 % later if the machine becomes slower. Default: 0.
-    """
     patience: _builtins.int
     """Optional. Validations in a row without a better score after which training stops, 0 to 10^6; 0 is never. With
     SCHEDULE_KIND_WSD the decay begins instead, and training ends with it. Default: 0.
@@ -864,25 +860,30 @@ class StopRecipe(_message.Message):
     training ends; with SCHEDULE_KIND_WSD the decay begins instead, and training ends with it. 0 to 100 for BLEU and
     chrF, to 1000 for the loss; 0 turns it off. Default: 0.
     """
+    @_builtins.property
+    def max_duration(self) -> _duration_pb2.Duration:
+        """Optional. Time of training, 0 to 10^9 seconds, subword learning and validation included, start of the worker and
+        export not; 0 is no limit. Time between a worker's death and the next one's start does not count. A decay of
+        SCHEDULE_KIND_WSD is planned to end in time, and may end up to 5 % later if the machine becomes slower. Default: 0.
+        """
+
     def __init__(
         self,
         *,
         max_steps: _builtins.int | None = ...,
         max_epochs: _builtins.int | None = ...,
-        max_time_seconds: _builtins.float | None = ...,
+        max_duration: _duration_pb2.Duration | None = ...,
         patience: _builtins.int | None = ...,
         target_score: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_epochs", b"_max_epochs", "_max_steps", b"_max_steps", "_max_time_seconds", b"_max_time_seconds", "_patience", b"_patience", "_target_score", b"_target_score", "max_epochs", b"max_epochs", "max_steps", b"max_steps", "max_time_seconds", b"max_time_seconds", "patience", b"patience", "target_score", b"target_score"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_epochs", b"_max_epochs", "_max_steps", b"_max_steps", "_patience", b"_patience", "_target_score", b"_target_score", "max_duration", b"max_duration", "max_epochs", b"max_epochs", "max_steps", b"max_steps", "patience", b"patience", "target_score", b"target_score"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_epochs", b"_max_epochs", "_max_steps", b"_max_steps", "_max_time_seconds", b"_max_time_seconds", "_patience", b"_patience", "_target_score", b"_target_score", "max_epochs", b"max_epochs", "max_steps", b"max_steps", "max_time_seconds", b"max_time_seconds", "patience", b"patience", "target_score", b"target_score"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_epochs", b"_max_epochs", "_max_steps", b"_max_steps", "_patience", b"_patience", "_target_score", b"_target_score", "max_duration", b"max_duration", "max_epochs", b"max_epochs", "max_steps", b"max_steps", "patience", b"patience", "target_score", b"target_score"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__max_epochs: _TypeAlias = _typing.Literal["max_epochs"]  # noqa: Y015
     _WhichOneofArgType__max_epochs: _TypeAlias = _typing.Literal["_max_epochs", b"_max_epochs"]  # noqa: Y015
     _WhichOneofReturnType__max_steps: _TypeAlias = _typing.Literal["max_steps"]  # noqa: Y015
     _WhichOneofArgType__max_steps: _TypeAlias = _typing.Literal["_max_steps", b"_max_steps"]  # noqa: Y015
-    _WhichOneofReturnType__max_time_seconds: _TypeAlias = _typing.Literal["max_time_seconds"]  # noqa: Y015
-    _WhichOneofArgType__max_time_seconds: _TypeAlias = _typing.Literal["_max_time_seconds", b"_max_time_seconds"]  # noqa: Y015
     _WhichOneofReturnType__patience: _TypeAlias = _typing.Literal["patience"]  # noqa: Y015
     _WhichOneofArgType__patience: _TypeAlias = _typing.Literal["_patience", b"_patience"]  # noqa: Y015
     _WhichOneofReturnType__target_score: _TypeAlias = _typing.Literal["target_score"]  # noqa: Y015
@@ -891,8 +892,6 @@ class StopRecipe(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_epochs) -> _WhichOneofReturnType__max_epochs | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_steps) -> _WhichOneofReturnType__max_steps | None: ...
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_time_seconds) -> _WhichOneofReturnType__max_time_seconds | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__patience) -> _WhichOneofReturnType__patience | None: ...
     @_typing.overload
@@ -923,9 +922,9 @@ class ValidationRecipe(_message.Message):
     metric: Global___SelectionMetric.ValueType
     """Optional. The score that decides. Default: SELECTION_METRIC_BLEU."""
     keep_last: _builtins.int
-    """Optional. Checkpoints kept beside the best one, and averaged at the end, 1 to 100. The average, the best or the last
-    checkpoint is published: the one with the better score of `metric`, and where a paired bootstrap on the validation
-    pairs does not support the difference (p >= 0.05), the one with the lower loss. Default: 5.
+    """Optional. Checkpoints kept beside the best one, and averaged at the end, 1 to 100. The average, the best or the
+    last checkpoint is published: the one with the better score of `metric`, and where a paired bootstrap on the
+    validation pairs does not support the difference (p >= 0.05), the one with the lower loss. Default: 5.
     """
     averaging: Global___Averaging.ValueType
     """Optional. Which checkpoints are averaged. Default: AVERAGING_LAST."""

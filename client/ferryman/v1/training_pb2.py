@@ -28,15 +28,16 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x66\x65rryman/v1/training.proto\x12\x0b\x66\x65rryman.v1\x1a\x19\x66\x65rryman/v1/metrics.proto\x1a\x18\x66\x65rryman/v1/recipe.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xe2\x04\n\x0bTrainingRun\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12$\n\x05state\x18\x02 \x01(\x0e\x32\x15.ferryman.v1.RunState\x12\x11\n\tcorpus_id\x18\x03 \x01(\t\x12\x12\n\nmodel_name\x18\x04 \x01(\t\x12\x15\n\rmodel_version\x18\x05 \x01(\x03\x12#\n\x06recipe\x18\x06 \x01(\x0b\x32\x13.ferryman.v1.Recipe\x12*\n\x08progress\x18\x07 \x01(\x0b\x32\x18.ferryman.v1.RunProgress\x12$\n\x05\x65rror\x18\x08 \x01(\x0b\x32\x15.ferryman.v1.RunError\x12\x18\n\x10\x63\x61ncel_requested\x18\t \x01(\x08\x12\x0f\n\x07\x61ttempt\x18\n \x01(\x05\x12\x15\n\rlast_sequence\x18\x0b \x01(\x03\x12/\n\x0b\x63reate_time\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nstart_time\x18\r \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\x0e \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x17\n\x0fpause_requested\x18\x0f \x01(\x08\x12\x10\n\x08restarts\x18\x10 \x01(\x05\x12\x15\n\rinitial_model\x18\x11 \x01(\t\x12\x11\n\tprocesses\x18\x12 \x01(\x05\x12\x16\n\x0ekeep_optimizer\x18\x13 \x01(\x08\x12\x12\n\nunreadable\x18\x14 \x01(\t\x12\x16\n\x0e\x63orpus_deleted\x18\x15 \x01(\x08\"\xf5\x01\n\x0bRunProgress\x12\x0c\n\x04step\x18\x01 \x01(\x03\x12\r\n\x05\x65poch\x18\x02 \x01(\x05\x12\x15\n\rtarget_tokens\x18\x03 \x01(\x03\x12 \n\x18target_tokens_per_second\x18\x04 \x01(\x01\x12\x10\n\x08\x66raction\x18\x05 \x01(\x01\x12,\n\tremaining\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x37\n\x0f\x62\x65st_validation\x18\x07 \x01(\x0b\x32\x1e.ferryman.v1.ValidationMetrics\x12\x17\n\x0fskipped_updates\x18\x08 \x01(\x03\"=\n\x08RunError\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x10\n\x08log_tail\x18\x03 \x01(\t\"\xcf\x01\n\x14StartTrainingRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\tcorpus_id\x18\x02 \x01(\t\x12\x12\n\nmodel_name\x18\x03 \x01(\t\x12#\n\x06recipe\x18\x04 \x01(\x0b\x32\x13.ferryman.v1.Recipe\x12\x15\n\rvalidate_only\x18\x05 \x01(\x08\x12\x15\n\rinitial_model\x18\x06 \x01(\t\x12\x16\n\x0ekeep_optimizer\x18\x07 \x01(\x08\x12\x11\n\tprocesses\x18\x08 \x01(\x05\">\n\x15StartTrainingResponse\x12%\n\x03run\x18\x01 \x01(\x0b\x32\x18.ferryman.v1.TrainingRun\"T\n\x14StreamMetricsRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x16\n\x0e\x61\x66ter_sequence\x18\x02 \x01(\x03\x12\x14\n\x0chistory_only\x18\x03 \x01(\x08\"y\n\x15StreamMetricsResponse\x12+\n\x06record\x18\x01 \x01(\x0b\x32\x19.ferryman.v1.MetricRecordH\x00\x12+\n\theartbeat\x18\x02 \x01(\x0b\x32\x16.ferryman.v1.HeartbeatH\x00\x42\x06\n\x04item\"\xcc\x01\n\x14GetLRScheduleRequest\x12\x35\n\x08schedule\x18\x01 \x01(\x0b\x32!.ferryman.v1.LearningRateScheduleH\x00\x12%\n\x06recipe\x18\x02 \x01(\x0b\x32\x13.ferryman.v1.RecipeH\x00\x12\x10\n\x06run_id\x18\x03 \x01(\tH\x00\x12\x12\n\nfirst_step\x18\x04 \x01(\x03\x12\x11\n\tlast_step\x18\x05 \x01(\x03\x12\x12\n\nmax_points\x18\x06 \x01(\x05\x42\t\n\x07subject\"\xf1\x01\n\x15GetLRScheduleResponse\x12.\n\x06points\x18\x01 \x03(\x0b\x32\x1e.ferryman.v1.LearningRatePoint\x12\x33\n\x08schedule\x18\x02 \x01(\x0b\x32!.ferryman.v1.LearningRateSchedule\x12,\n\x04peak\x18\x03 \x01(\x0b\x32\x1e.ferryman.v1.LearningRatePoint\x12&\n\x06\x64\x65\x63\x61ys\x18\x04 \x03(\x0b\x32\x16.ferryman.v1.DecayPlan\x12\x1d\n\x15provisional_from_step\x18\x05 \x01(\x03\"8\n\x11LearningRatePoint\x12\x0c\n\x04step\x18\x01 \x01(\x03\x12\x15\n\rlearning_rate\x18\x02 \x01(\x01\"\'\n\x15GetTrainingRunRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\"?\n\x16GetTrainingRunResponse\x12%\n\x03run\x18\x01 \x01(\x0b\x32\x18.ferryman.v1.TrainingRun\"\xa1\x01\n\x17ListTrainingRunsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\x12%\n\x06states\x18\x03 \x03(\x0e\x32\x15.ferryman.v1.RunState\x12\x12\n\nmodel_name\x18\x04 \x01(\t\x12$\n\x05order\x18\x05 \x01(\x0e\x32\x15.ferryman.v1.RunOrder\"[\n\x18ListTrainingRunsResponse\x12&\n\x04runs\x18\x01 \x03(\x0b\x32\x18.ferryman.v1.TrainingRun\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\'\n\x15\x43\x61ncelTrainingRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\"?\n\x16\x43\x61ncelTrainingResponse\x12%\n\x03run\x18\x01 \x01(\x0b\x32\x18.ferryman.v1.TrainingRun\"&\n\x14PauseTrainingRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\">\n\x15PauseTrainingResponse\x12%\n\x03run\x18\x01 \x01(\x0b\x32\x18.ferryman.v1.TrainingRun\"\'\n\x15ResumeTrainingRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\"?\n\x16ResumeTrainingResponse\x12%\n\x03run\x18\x01 \x01(\x0b\x32\x18.ferryman.v1.TrainingRun\"\x96\x02\n\nCheckpoint\x12\x0c\n\x04step\x18\x01 \x01(\x03\x12\r\n\x05\x65poch\x18\x02 \x01(\x05\x12/\n\x0b\x63reate_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x12\n\nsize_bytes\x18\x04 \x01(\x03\x12\x0c\n\x04\x62\x65st\x18\x05 \x01(\x08\x12\x11\n\x04\x62leu\x18\x06 \x01(\x01H\x00\x88\x01\x01\x12\x11\n\x04\x63hrf\x18\x07 \x01(\x01H\x01\x88\x01\x01\x12\x1a\n\rnll_per_token\x18\x08 \x01(\x01H\x02\x88\x01\x01\x12\x1d\n\x10translated_pairs\x18\t \x01(\x05H\x03\x88\x01\x01\x42\x07\n\x05_bleuB\x07\n\x05_chrfB\x10\n\x0e_nll_per_tokenB\x13\n\x11_translated_pairs\"(\n\x16ListCheckpointsRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\"G\n\x17ListCheckpointsResponse\x12,\n\x0b\x63heckpoints\x18\x01 \x03(\x0b\x32\x17.ferryman.v1.Checkpoint\"*\n\x18\x44\x65leteTrainingRunRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\"\x1b\n\x19\x44\x65leteTrainingRunResponse*]\n\x08RunOrder\x12\x19\n\x15RUN_ORDER_UNSPECIFIED\x10\x00\x12\x1a\n\x16RUN_ORDER_NEWEST_FIRST\x10\x01\x12\x1a\n\x16RUN_ORDER_OLDEST_FIRST\x10\x02\x32\xa7\x07\n\x0fTrainingService\x12V\n\rStartTraining\x12!.ferryman.v1.StartTrainingRequest\x1a\".ferryman.v1.StartTrainingResponse\x12X\n\rStreamMetrics\x12!.ferryman.v1.StreamMetricsRequest\x1a\".ferryman.v1.StreamMetricsResponse0\x01\x12V\n\rGetLRSchedule\x12!.ferryman.v1.GetLRScheduleRequest\x1a\".ferryman.v1.GetLRScheduleResponse\x12Y\n\x0eGetTrainingRun\x12\".ferryman.v1.GetTrainingRunRequest\x1a#.ferryman.v1.GetTrainingRunResponse\x12_\n\x10ListTrainingRuns\x12$.ferryman.v1.ListTrainingRunsRequest\x1a%.ferryman.v1.ListTrainingRunsResponse\x12Y\n\x0e\x43\x61ncelTraining\x12\".ferryman.v1.CancelTrainingRequest\x1a#.ferryman.v1.CancelTrainingResponse\x12V\n\rPauseTraining\x12!.ferryman.v1.PauseTrainingRequest\x1a\".ferryman.v1.PauseTrainingResponse\x12Y\n\x0eResumeTraining\x12\".ferryman.v1.ResumeTrainingRequest\x1a#.ferryman.v1.ResumeTrainingResponse\x12\\\n\x0fListCheckpoints\x12#.ferryman.v1.ListCheckpointsRequest\x1a$.ferryman.v1.ListCheckpointsResponse\x12\x62\n\x11\x44\x65leteTrainingRun\x12%.ferryman.v1.DeleteTrainingRunRequest\x1a&.ferryman.v1.DeleteTrainingRunResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x66\x65rryman/v1/training.proto\x12\x0b\x66\x65rryman.v1\x1a\x19\x66\x65rryman/v1/metrics.proto\x1a\x18\x66\x65rryman/v1/recipe.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xe2\x04\n\x0bTrainingRun\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12$\n\x05state\x18\x02 \x01(\x0e\x32\x15.ferryman.v1.RunState\x12\x11\n\tcorpus_id\x18\x03 \x01(\t\x12\x12\n\nmodel_name\x18\x04 \x01(\t\x12\x15\n\rmodel_version\x18\x05 \x01(\x03\x12#\n\x06recipe\x18\x06 \x01(\x0b\x32\x13.ferryman.v1.Recipe\x12*\n\x08progress\x18\x07 \x01(\x0b\x32\x18.ferryman.v1.RunProgress\x12$\n\x05\x65rror\x18\x08 \x01(\x0b\x32\x15.ferryman.v1.RunError\x12\x18\n\x10\x63\x61ncel_requested\x18\t \x01(\x08\x12\x0f\n\x07\x61ttempt\x18\n \x01(\x05\x12\x15\n\rlast_sequence\x18\x0b \x01(\x03\x12/\n\x0b\x63reate_time\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nstart_time\x18\r \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\x0e \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x17\n\x0fpause_requested\x18\x0f \x01(\x08\x12\x10\n\x08restarts\x18\x10 \x01(\x05\x12\x15\n\rinitial_model\x18\x11 \x01(\t\x12\x11\n\tprocesses\x18\x12 \x01(\x05\x12\x16\n\x0ekeep_optimizer\x18\x13 \x01(\x08\x12\x12\n\nunreadable\x18\x14 \x01(\t\x12\x16\n\x0e\x63orpus_deleted\x18\x15 \x01(\x08\"\xf5\x01\n\x0bRunProgress\x12\x0c\n\x04step\x18\x01 \x01(\x03\x12\r\n\x05\x65poch\x18\x02 \x01(\x05\x12\x15\n\rtarget_tokens\x18\x03 \x01(\x03\x12 \n\x18target_tokens_per_second\x18\x04 \x01(\x01\x12\x10\n\x08\x66raction\x18\x05 \x01(\x01\x12,\n\tremaining\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x37\n\x0f\x62\x65st_validation\x18\x07 \x01(\x0b\x32\x1e.ferryman.v1.ValidationMetrics\x12\x17\n\x0fskipped_updates\x18\x08 \x01(\x03\"=\n\x08RunError\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x10\n\x08log_tail\x18\x03 \x01(\t\"\xcf\x01\n\x14StartTrainingRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\tcorpus_id\x18\x02 \x01(\t\x12\x12\n\nmodel_name\x18\x03 \x01(\t\x12#\n\x06recipe\x18\x04 \x01(\x0b\x32\x13.ferryman.v1.Recipe\x12\x15\n\rvalidate_only\x18\x05 \x01(\x08\x12\x15\n\rinitial_model\x18\x06 \x01(\t\x12\x16\n\x0ekeep_optimizer\x18\x07 \x01(\x08\x12\x11\n\tprocesses\x18\x08 \x01(\x05\">\n\x15StartTrainingResponse\x12%\n\x03run\x18\x01 \x01(\x0b\x32\x18.ferryman.v1.TrainingRun\"T\n\x14StreamMetricsRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x16\n\x0e\x61\x66ter_sequence\x18\x02 \x01(\x03\x12\x14\n\x0chistory_only\x18\x03 \x01(\x08\"\x83\x01\n\x15StreamMetricsResponse\x12+\n\x06record\x18\x01 \x01(\x0b\x32\x19.ferryman.v1.MetricRecordH\x00\x12+\n\theartbeat\x18\x02 \x01(\x0b\x32\x16.ferryman.v1.HeartbeatH\x00\x42\x10\n\x0emetrics_update\"\xcc\x01\n\x14GetLRScheduleRequest\x12\x35\n\x08schedule\x18\x01 \x01(\x0b\x32!.ferryman.v1.LearningRateScheduleH\x00\x12%\n\x06recipe\x18\x02 \x01(\x0b\x32\x13.ferryman.v1.RecipeH\x00\x12\x10\n\x06run_id\x18\x03 \x01(\tH\x00\x12\x12\n\nfirst_step\x18\x04 \x01(\x03\x12\x11\n\tlast_step\x18\x05 \x01(\x03\x12\x12\n\nmax_points\x18\x06 \x01(\x05\x42\t\n\x07subject\"\xf1\x01\n\x15GetLRScheduleResponse\x12.\n\x06points\x18\x01 \x03(\x0b\x32\x1e.ferryman.v1.LearningRatePoint\x12\x33\n\x08schedule\x18\x02 \x01(\x0b\x32!.ferryman.v1.LearningRateSchedule\x12,\n\x04peak\x18\x03 \x01(\x0b\x32\x1e.ferryman.v1.LearningRatePoint\x12&\n\x06\x64\x65\x63\x61ys\x18\x04 \x03(\x0b\x32\x16.ferryman.v1.DecayPlan\x12\x1d\n\x15provisional_from_step\x18\x05 \x01(\x03\"8\n\x11LearningRatePoint\x12\x0c\n\x04step\x18\x01 \x01(\x03\x12\x15\n\rlearning_rate\x18\x02 \x01(\x01\"\'\n\x15GetTrainingRunRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\"?\n\x16GetTrainingRunResponse\x12%\n\x03run\x18\x01 \x01(\x0b\x32\x18.ferryman.v1.TrainingRun\"\xa1\x01\n\x17ListTrainingRunsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\x12%\n\x06states\x18\x03 \x03(\x0e\x32\x15.ferryman.v1.RunState\x12\x12\n\nmodel_name\x18\x04 \x01(\t\x12$\n\x05order\x18\x05 \x01(\x0e\x32\x15.ferryman.v1.RunOrder\"[\n\x18ListTrainingRunsResponse\x12&\n\x04runs\x18\x01 \x03(\x0b\x32\x18.ferryman.v1.TrainingRun\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\'\n\x15\x43\x61ncelTrainingRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\"?\n\x16\x43\x61ncelTrainingResponse\x12%\n\x03run\x18\x01 \x01(\x0b\x32\x18.ferryman.v1.TrainingRun\"&\n\x14PauseTrainingRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\">\n\x15PauseTrainingResponse\x12%\n\x03run\x18\x01 \x01(\x0b\x32\x18.ferryman.v1.TrainingRun\"\'\n\x15ResumeTrainingRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\"?\n\x16ResumeTrainingResponse\x12%\n\x03run\x18\x01 \x01(\x0b\x32\x18.ferryman.v1.TrainingRun\"\x96\x02\n\nCheckpoint\x12\x0c\n\x04step\x18\x01 \x01(\x03\x12\r\n\x05\x65poch\x18\x02 \x01(\x05\x12/\n\x0b\x63reate_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x12\n\nsize_bytes\x18\x04 \x01(\x03\x12\x0c\n\x04\x62\x65st\x18\x05 \x01(\x08\x12\x11\n\x04\x62leu\x18\x06 \x01(\x01H\x00\x88\x01\x01\x12\x11\n\x04\x63hrf\x18\x07 \x01(\x01H\x01\x88\x01\x01\x12\x1a\n\rnll_per_token\x18\x08 \x01(\x01H\x02\x88\x01\x01\x12\x1d\n\x10translated_pairs\x18\t \x01(\x05H\x03\x88\x01\x01\x42\x07\n\x05_bleuB\x07\n\x05_chrfB\x10\n\x0e_nll_per_tokenB\x13\n\x11_translated_pairs\"(\n\x16ListCheckpointsRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\"G\n\x17ListCheckpointsResponse\x12,\n\x0b\x63heckpoints\x18\x01 \x03(\x0b\x32\x17.ferryman.v1.Checkpoint\"*\n\x18\x44\x65leteTrainingRunRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\"\x1b\n\x19\x44\x65leteTrainingRunResponse*]\n\x08RunOrder\x12\x19\n\x15RUN_ORDER_UNSPECIFIED\x10\x00\x12\x1a\n\x16RUN_ORDER_NEWEST_FIRST\x10\x01\x12\x1a\n\x16RUN_ORDER_OLDEST_FIRST\x10\x02\x32\xa7\x07\n\x0fTrainingService\x12V\n\rStartTraining\x12!.ferryman.v1.StartTrainingRequest\x1a\".ferryman.v1.StartTrainingResponse\x12X\n\rStreamMetrics\x12!.ferryman.v1.StreamMetricsRequest\x1a\".ferryman.v1.StreamMetricsResponse0\x01\x12V\n\rGetLRSchedule\x12!.ferryman.v1.GetLRScheduleRequest\x1a\".ferryman.v1.GetLRScheduleResponse\x12Y\n\x0eGetTrainingRun\x12\".ferryman.v1.GetTrainingRunRequest\x1a#.ferryman.v1.GetTrainingRunResponse\x12_\n\x10ListTrainingRuns\x12$.ferryman.v1.ListTrainingRunsRequest\x1a%.ferryman.v1.ListTrainingRunsResponse\x12Y\n\x0e\x43\x61ncelTraining\x12\".ferryman.v1.CancelTrainingRequest\x1a#.ferryman.v1.CancelTrainingResponse\x12V\n\rPauseTraining\x12!.ferryman.v1.PauseTrainingRequest\x1a\".ferryman.v1.PauseTrainingResponse\x12Y\n\x0eResumeTraining\x12\".ferryman.v1.ResumeTrainingRequest\x1a#.ferryman.v1.ResumeTrainingResponse\x12\\\n\x0fListCheckpoints\x12#.ferryman.v1.ListCheckpointsRequest\x1a$.ferryman.v1.ListCheckpointsResponse\x12\x62\n\x11\x44\x65leteTrainingRun\x12%.ferryman.v1.DeleteTrainingRunRequest\x1a&.ferryman.v1.DeleteTrainingRunResponseB\x80\x01\n io.github.ferrymanmt.ferryman.v1B\rTrainingProtoP\x01Z=github.com/ferryman-mt/ferryman/gen/go/ferryman/v1;ferrymanv1\xaa\x02\x0b\x46\x65rryman.V1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'ferryman.v1.training_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
-  DESCRIPTOR._loaded_options = None
-  _globals['_RUNORDER']._serialized_start=3225
-  _globals['_RUNORDER']._serialized_end=3318
+  _globals['DESCRIPTOR']._loaded_options = None
+  _globals['DESCRIPTOR']._serialized_options = b'\n io.github.ferrymanmt.ferryman.v1B\rTrainingProtoP\001Z=github.com/ferryman-mt/ferryman/gen/go/ferryman/v1;ferrymanv1\252\002\013Ferryman.V1'
+  _globals['_RUNORDER']._serialized_start=3236
+  _globals['_RUNORDER']._serialized_end=3329
   _globals['_TRAININGRUN']._serialized_start=162
   _globals['_TRAININGRUN']._serialized_end=772
   _globals['_RUNPROGRESS']._serialized_start=775
@@ -49,44 +50,44 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_STARTTRAININGRESPONSE']._serialized_end=1357
   _globals['_STREAMMETRICSREQUEST']._serialized_start=1359
   _globals['_STREAMMETRICSREQUEST']._serialized_end=1443
-  _globals['_STREAMMETRICSRESPONSE']._serialized_start=1445
-  _globals['_STREAMMETRICSRESPONSE']._serialized_end=1566
-  _globals['_GETLRSCHEDULEREQUEST']._serialized_start=1569
-  _globals['_GETLRSCHEDULEREQUEST']._serialized_end=1773
-  _globals['_GETLRSCHEDULERESPONSE']._serialized_start=1776
-  _globals['_GETLRSCHEDULERESPONSE']._serialized_end=2017
-  _globals['_LEARNINGRATEPOINT']._serialized_start=2019
-  _globals['_LEARNINGRATEPOINT']._serialized_end=2075
-  _globals['_GETTRAININGRUNREQUEST']._serialized_start=2077
-  _globals['_GETTRAININGRUNREQUEST']._serialized_end=2116
-  _globals['_GETTRAININGRUNRESPONSE']._serialized_start=2118
-  _globals['_GETTRAININGRUNRESPONSE']._serialized_end=2181
-  _globals['_LISTTRAININGRUNSREQUEST']._serialized_start=2184
-  _globals['_LISTTRAININGRUNSREQUEST']._serialized_end=2345
-  _globals['_LISTTRAININGRUNSRESPONSE']._serialized_start=2347
-  _globals['_LISTTRAININGRUNSRESPONSE']._serialized_end=2438
-  _globals['_CANCELTRAININGREQUEST']._serialized_start=2440
-  _globals['_CANCELTRAININGREQUEST']._serialized_end=2479
-  _globals['_CANCELTRAININGRESPONSE']._serialized_start=2481
-  _globals['_CANCELTRAININGRESPONSE']._serialized_end=2544
-  _globals['_PAUSETRAININGREQUEST']._serialized_start=2546
-  _globals['_PAUSETRAININGREQUEST']._serialized_end=2584
-  _globals['_PAUSETRAININGRESPONSE']._serialized_start=2586
-  _globals['_PAUSETRAININGRESPONSE']._serialized_end=2648
-  _globals['_RESUMETRAININGREQUEST']._serialized_start=2650
-  _globals['_RESUMETRAININGREQUEST']._serialized_end=2689
-  _globals['_RESUMETRAININGRESPONSE']._serialized_start=2691
-  _globals['_RESUMETRAININGRESPONSE']._serialized_end=2754
-  _globals['_CHECKPOINT']._serialized_start=2757
-  _globals['_CHECKPOINT']._serialized_end=3035
-  _globals['_LISTCHECKPOINTSREQUEST']._serialized_start=3037
-  _globals['_LISTCHECKPOINTSREQUEST']._serialized_end=3077
-  _globals['_LISTCHECKPOINTSRESPONSE']._serialized_start=3079
-  _globals['_LISTCHECKPOINTSRESPONSE']._serialized_end=3150
-  _globals['_DELETETRAININGRUNREQUEST']._serialized_start=3152
-  _globals['_DELETETRAININGRUNREQUEST']._serialized_end=3194
-  _globals['_DELETETRAININGRUNRESPONSE']._serialized_start=3196
-  _globals['_DELETETRAININGRUNRESPONSE']._serialized_end=3223
-  _globals['_TRAININGSERVICE']._serialized_start=3321
-  _globals['_TRAININGSERVICE']._serialized_end=4256
+  _globals['_STREAMMETRICSRESPONSE']._serialized_start=1446
+  _globals['_STREAMMETRICSRESPONSE']._serialized_end=1577
+  _globals['_GETLRSCHEDULEREQUEST']._serialized_start=1580
+  _globals['_GETLRSCHEDULEREQUEST']._serialized_end=1784
+  _globals['_GETLRSCHEDULERESPONSE']._serialized_start=1787
+  _globals['_GETLRSCHEDULERESPONSE']._serialized_end=2028
+  _globals['_LEARNINGRATEPOINT']._serialized_start=2030
+  _globals['_LEARNINGRATEPOINT']._serialized_end=2086
+  _globals['_GETTRAININGRUNREQUEST']._serialized_start=2088
+  _globals['_GETTRAININGRUNREQUEST']._serialized_end=2127
+  _globals['_GETTRAININGRUNRESPONSE']._serialized_start=2129
+  _globals['_GETTRAININGRUNRESPONSE']._serialized_end=2192
+  _globals['_LISTTRAININGRUNSREQUEST']._serialized_start=2195
+  _globals['_LISTTRAININGRUNSREQUEST']._serialized_end=2356
+  _globals['_LISTTRAININGRUNSRESPONSE']._serialized_start=2358
+  _globals['_LISTTRAININGRUNSRESPONSE']._serialized_end=2449
+  _globals['_CANCELTRAININGREQUEST']._serialized_start=2451
+  _globals['_CANCELTRAININGREQUEST']._serialized_end=2490
+  _globals['_CANCELTRAININGRESPONSE']._serialized_start=2492
+  _globals['_CANCELTRAININGRESPONSE']._serialized_end=2555
+  _globals['_PAUSETRAININGREQUEST']._serialized_start=2557
+  _globals['_PAUSETRAININGREQUEST']._serialized_end=2595
+  _globals['_PAUSETRAININGRESPONSE']._serialized_start=2597
+  _globals['_PAUSETRAININGRESPONSE']._serialized_end=2659
+  _globals['_RESUMETRAININGREQUEST']._serialized_start=2661
+  _globals['_RESUMETRAININGREQUEST']._serialized_end=2700
+  _globals['_RESUMETRAININGRESPONSE']._serialized_start=2702
+  _globals['_RESUMETRAININGRESPONSE']._serialized_end=2765
+  _globals['_CHECKPOINT']._serialized_start=2768
+  _globals['_CHECKPOINT']._serialized_end=3046
+  _globals['_LISTCHECKPOINTSREQUEST']._serialized_start=3048
+  _globals['_LISTCHECKPOINTSREQUEST']._serialized_end=3088
+  _globals['_LISTCHECKPOINTSRESPONSE']._serialized_start=3090
+  _globals['_LISTCHECKPOINTSRESPONSE']._serialized_end=3161
+  _globals['_DELETETRAININGRUNREQUEST']._serialized_start=3163
+  _globals['_DELETETRAININGRUNREQUEST']._serialized_end=3205
+  _globals['_DELETETRAININGRUNRESPONSE']._serialized_start=3207
+  _globals['_DELETETRAININGRUNRESPONSE']._serialized_end=3234
+  _globals['_TRAININGSERVICE']._serialized_start=3332
+  _globals['_TRAININGSERVICE']._serialized_end=4267
 # @@protoc_insertion_point(module_scope)

@@ -91,7 +91,7 @@ class TrainingRun(_message.Message):
     last_sequence: _builtins.int
     """Output only. The last sequence number of its records."""
     pause_requested: _builtins.bool
-    """Output only. Whether PauseTraining was called and the worker has not come to rest yet."""
+    """Output only. Whether PauseTraining was called and the worker has not stopped yet."""
     restarts: _builtins.int
     """Output only. Workers in a row that died, or handed the run over, without a step of their own; one too many and the
     run is FAILED (WORKER_DIED).
@@ -103,8 +103,8 @@ class TrainingRun(_message.Message):
     keep_optimizer: _builtins.bool
     """Output only. Whether it starts with Adam's moments of the run that made initial_model, instead of fresh ones."""
     unreadable: _builtins.str
-    """Output only. Why the server cannot read this run, in ListTrainingRuns; then only run_id is to be relied upon, all
-    else may be unset, and DeleteTrainingRun removes the run. Empty for every other run.
+    """Output only. In ListTrainingRuns: why the server cannot read this run. If it is set, only run_id is valid and the
+    other fields may be unset; DeleteTrainingRun removes the run. Empty otherwise.
     """
     corpus_deleted: _builtins.bool
     """Output only. Whether the corpus was deleted after the run had ended."""
@@ -268,9 +268,9 @@ class StartTrainingRequest(_message.Message):
     KEEP_OPTIMIZER_FIELD_NUMBER: _builtins.int
     PROCESSES_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
-    """Optional. A UUID made by the caller. The same id with the same body returns the run of the first call, for ever,
-    whatever has become of the model, the limits and all else that was checked then; with another body ALREADY_EXISTS
-    (REQUEST_ID_REUSED). Only DeleteTrainingRun frees it. With validate_only it is neither looked up nor taken.
+    """Optional. A UUID made by the caller. The same id with the same body permanently returns the run of the first call,
+    even if the request would be refused now. With another body it is ALREADY_EXISTS (REQUEST_ID_REUSED). Only
+    DeleteTrainingRun frees it. With validate_only it is neither looked up nor taken.
     """
     corpus_id: _builtins.str
     """Required. The corpus to train on, as returned by UploadCorpus."""
@@ -281,8 +281,8 @@ class StartTrainingRequest(_message.Message):
     initial_model: _builtins.str
     """Optional. Fine-tuning: the published version to start from, "name" (its newest), "name/7" or "name@alias", as it is
     when the run is accepted. Its network and its subwords are used: `recipe.model` (but for the dropouts),
-    `recipe.data.vocabulary_size` and `recipe.data.subword_algorithm` default to the version's and must equal them, else
-    INVALID_ARGUMENT with every mismatch (reason CONFLICT). The rest is the recipe's. Default: random weights.
+    `recipe.data.vocabulary_size` and `recipe.data.subword_algorithm` default to the version's and must equal them,
+    else INVALID_ARGUMENT with every mismatch (reason CONFLICT). The rest is the recipe's. Default: random weights.
     """
     keep_optimizer: _builtins.bool
     """Optional. With initial_model: start with Adam's moments of the last checkpoint of the run that made it, instead of
@@ -395,13 +395,13 @@ class StreamMetricsResponse(_message.Message):
         record: _metrics_pb2.MetricRecord | None = ...,
         heartbeat: _metrics_pb2.Heartbeat | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["heartbeat", b"heartbeat", "item", b"item", "record", b"record"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["heartbeat", b"heartbeat", "metrics_update", b"metrics_update", "record", b"record"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["heartbeat", b"heartbeat", "item", b"item", "record", b"record"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["heartbeat", b"heartbeat", "metrics_update", b"metrics_update", "record", b"record"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_item: _TypeAlias = _typing.Literal["record", "heartbeat"]  # noqa: Y015
-    _WhichOneofArgType_item: _TypeAlias = _typing.Literal["item", b"item"]  # noqa: Y015
-    def WhichOneof(self, oneof_group: _WhichOneofArgType_item) -> _WhichOneofReturnType_item | None: ...
+    _WhichOneofReturnType_metrics_update: _TypeAlias = _typing.Literal["record", "heartbeat"]  # noqa: Y015
+    _WhichOneofArgType_metrics_update: _TypeAlias = _typing.Literal["metrics_update", b"metrics_update"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_metrics_update) -> _WhichOneofReturnType_metrics_update | None: ...
 
 Global___StreamMetricsResponse: _TypeAlias = StreamMetricsResponse  # noqa: Y015
 

@@ -114,7 +114,7 @@ class TrainingServiceServicer:
 
     def StreamMetrics(self, request, context):
         """The run's records after `after_sequence`, then live, without gap or duplicate; ends with OK after the record of the
-        terminal state. PAUSED is none: the stream of a run that rests goes on, with heartbeats. NOT_FOUND (RUN_NOT_FOUND),
+        terminal state. PAUSED is not terminal: the stream stays open and sends heartbeats. NOT_FOUND (RUN_NOT_FOUND),
         OUT_OF_RANGE (SEQUENCE_OUT_OF_RANGE: the run has no such record yet). After UNAVAILABLE, call again with the last
         sequence received.
         """
@@ -138,7 +138,8 @@ class TrainingServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ListTrainingRuns(self, request, context):
-        """Runs, page by page; one that cannot be read is among them, with `unreadable` set. INVALID_ARGUMENT (INVALID_REQUEST: a page token that is not ours or belongs to another filter).
+        """Runs, page by page. A run that the server cannot read has `unreadable` set. INVALID_ARGUMENT (INVALID_REQUEST: the
+        page token is not from this server, or belongs to another filter).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -146,7 +147,7 @@ class TrainingServiceServicer:
 
     def CancelTraining(self, request, context):
         """Asks a run to stop. A queued or paused run is CANCELLED at once, a running one after its current step; nothing is
-        published. Cancelling a cancelled run is no error. NOT_FOUND (RUN_NOT_FOUND), FAILED_PRECONDITION
+        published. Cancelling a cancelled run is a no-op. NOT_FOUND (RUN_NOT_FOUND), FAILED_PRECONDITION
         (ILLEGAL_TRANSITION: it has succeeded or failed).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -154,8 +155,8 @@ class TrainingServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def PauseTraining(self, request, context):
-        """Asks a run to rest. A queued run is PAUSED at once, a running one after its current step and a checkpoint; it holds
-        no worker while it rests. Pausing a paused run is no error. NOT_FOUND (RUN_NOT_FOUND), FAILED_PRECONDITION
+        """Asks a run to pause. A queued run is PAUSED at once, a running one after its current step and a checkpoint. A
+        paused run holds no worker. Pausing a paused run is a no-op. NOT_FOUND (RUN_NOT_FOUND), FAILED_PRECONDITION
         (ILLEGAL_TRANSITION: it exports or has ended).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -163,16 +164,16 @@ class TrainingServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ResumeTraining(self, request, context):
-        """Lets a paused run go on from its last checkpoint, as if it had never rested: it is QUEUED until a worker is free. A
-        pause that has not taken effect yet is withdrawn. Resuming a run that is not paused is no error. NOT_FOUND
-        (RUN_NOT_FOUND), FAILED_PRECONDITION (ILLEGAL_TRANSITION: it has ended).
+        """Resumes a paused run from its last checkpoint, with the same results as without the pause: it is QUEUED until a
+        worker is free. A pause request that has not taken effect is withdrawn. Resuming a run that is not paused is a
+        no-op. NOT_FOUND (RUN_NOT_FOUND), FAILED_PRECONDITION (ILLEGAL_TRANSITION: it has ended).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListCheckpoints(self, request, context):
-        """The complete checkpoints of a run, by rising step; one that cannot be read is left out. NOT_FOUND (RUN_NOT_FOUND).
+        """The complete checkpoints of a run, by rising step, without those that cannot be read. NOT_FOUND (RUN_NOT_FOUND).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

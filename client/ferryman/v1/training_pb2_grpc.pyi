@@ -49,7 +49,7 @@ class TrainingServiceStub:
     """
     StreamMetrics: _grpc.UnaryStreamMultiCallable[_training_pb2.StreamMetricsRequest, _training_pb2.StreamMetricsResponse]
     """The run's records after `after_sequence`, then live, without gap or duplicate; ends with OK after the record of the
-    terminal state. PAUSED is none: the stream of a run that rests goes on, with heartbeats. NOT_FOUND (RUN_NOT_FOUND),
+    terminal state. PAUSED is not terminal: the stream stays open and sends heartbeats. NOT_FOUND (RUN_NOT_FOUND),
     OUT_OF_RANGE (SEQUENCE_OUT_OF_RANGE: the run has no such record yet). After UNAVAILABLE, call again with the last
     sequence received.
     """
@@ -60,24 +60,26 @@ class TrainingServiceStub:
     GetTrainingRun: _grpc.UnaryUnaryMultiCallable[_training_pb2.GetTrainingRunRequest, _training_pb2.GetTrainingRunResponse]
     """One run. NOT_FOUND (RUN_NOT_FOUND), DATA_LOSS (ROW_UNREADABLE)."""
     ListTrainingRuns: _grpc.UnaryUnaryMultiCallable[_training_pb2.ListTrainingRunsRequest, _training_pb2.ListTrainingRunsResponse]
-    """Runs, page by page; one that cannot be read is among them, with `unreadable` set. INVALID_ARGUMENT (INVALID_REQUEST: a page token that is not ours or belongs to another filter)."""
+    """Runs, page by page. A run that the server cannot read has `unreadable` set. INVALID_ARGUMENT (INVALID_REQUEST: the
+    page token is not from this server, or belongs to another filter).
+    """
     CancelTraining: _grpc.UnaryUnaryMultiCallable[_training_pb2.CancelTrainingRequest, _training_pb2.CancelTrainingResponse]
     """Asks a run to stop. A queued or paused run is CANCELLED at once, a running one after its current step; nothing is
-    published. Cancelling a cancelled run is no error. NOT_FOUND (RUN_NOT_FOUND), FAILED_PRECONDITION
+    published. Cancelling a cancelled run is a no-op. NOT_FOUND (RUN_NOT_FOUND), FAILED_PRECONDITION
     (ILLEGAL_TRANSITION: it has succeeded or failed).
     """
     PauseTraining: _grpc.UnaryUnaryMultiCallable[_training_pb2.PauseTrainingRequest, _training_pb2.PauseTrainingResponse]
-    """Asks a run to rest. A queued run is PAUSED at once, a running one after its current step and a checkpoint; it holds
-    no worker while it rests. Pausing a paused run is no error. NOT_FOUND (RUN_NOT_FOUND), FAILED_PRECONDITION
+    """Asks a run to pause. A queued run is PAUSED at once, a running one after its current step and a checkpoint. A
+    paused run holds no worker. Pausing a paused run is a no-op. NOT_FOUND (RUN_NOT_FOUND), FAILED_PRECONDITION
     (ILLEGAL_TRANSITION: it exports or has ended).
     """
     ResumeTraining: _grpc.UnaryUnaryMultiCallable[_training_pb2.ResumeTrainingRequest, _training_pb2.ResumeTrainingResponse]
-    """Lets a paused run go on from its last checkpoint, as if it had never rested: it is QUEUED until a worker is free. A
-    pause that has not taken effect yet is withdrawn. Resuming a run that is not paused is no error. NOT_FOUND
-    (RUN_NOT_FOUND), FAILED_PRECONDITION (ILLEGAL_TRANSITION: it has ended).
+    """Resumes a paused run from its last checkpoint, with the same results as without the pause: it is QUEUED until a
+    worker is free. A pause request that has not taken effect is withdrawn. Resuming a run that is not paused is a
+    no-op. NOT_FOUND (RUN_NOT_FOUND), FAILED_PRECONDITION (ILLEGAL_TRANSITION: it has ended).
     """
     ListCheckpoints: _grpc.UnaryUnaryMultiCallable[_training_pb2.ListCheckpointsRequest, _training_pb2.ListCheckpointsResponse]
-    """The complete checkpoints of a run, by rising step; one that cannot be read is left out. NOT_FOUND (RUN_NOT_FOUND)."""
+    """The complete checkpoints of a run, by rising step, without those that cannot be read. NOT_FOUND (RUN_NOT_FOUND)."""
     DeleteTrainingRun: _grpc.UnaryUnaryMultiCallable[_training_pb2.DeleteTrainingRunRequest, _training_pb2.DeleteTrainingRunResponse]
     """Removes a run that has ended, with its records and checkpoints. What it published stays, its request_id is free
     again. NOT_FOUND (RUN_NOT_FOUND), FAILED_PRECONDITION (RUN_NOT_FINISHED; RUN_STILL_NEEDED: an unfinished run with
@@ -105,7 +107,7 @@ class TrainingServiceAsyncStub(TrainingServiceStub):
     """
     StreamMetrics: _aio.UnaryStreamMultiCallable[_training_pb2.StreamMetricsRequest, _training_pb2.StreamMetricsResponse]  # type: ignore[assignment]
     """The run's records after `after_sequence`, then live, without gap or duplicate; ends with OK after the record of the
-    terminal state. PAUSED is none: the stream of a run that rests goes on, with heartbeats. NOT_FOUND (RUN_NOT_FOUND),
+    terminal state. PAUSED is not terminal: the stream stays open and sends heartbeats. NOT_FOUND (RUN_NOT_FOUND),
     OUT_OF_RANGE (SEQUENCE_OUT_OF_RANGE: the run has no such record yet). After UNAVAILABLE, call again with the last
     sequence received.
     """
@@ -116,24 +118,26 @@ class TrainingServiceAsyncStub(TrainingServiceStub):
     GetTrainingRun: _aio.UnaryUnaryMultiCallable[_training_pb2.GetTrainingRunRequest, _training_pb2.GetTrainingRunResponse]  # type: ignore[assignment]
     """One run. NOT_FOUND (RUN_NOT_FOUND), DATA_LOSS (ROW_UNREADABLE)."""
     ListTrainingRuns: _aio.UnaryUnaryMultiCallable[_training_pb2.ListTrainingRunsRequest, _training_pb2.ListTrainingRunsResponse]  # type: ignore[assignment]
-    """Runs, page by page; one that cannot be read is among them, with `unreadable` set. INVALID_ARGUMENT (INVALID_REQUEST: a page token that is not ours or belongs to another filter)."""
+    """Runs, page by page. A run that the server cannot read has `unreadable` set. INVALID_ARGUMENT (INVALID_REQUEST: the
+    page token is not from this server, or belongs to another filter).
+    """
     CancelTraining: _aio.UnaryUnaryMultiCallable[_training_pb2.CancelTrainingRequest, _training_pb2.CancelTrainingResponse]  # type: ignore[assignment]
     """Asks a run to stop. A queued or paused run is CANCELLED at once, a running one after its current step; nothing is
-    published. Cancelling a cancelled run is no error. NOT_FOUND (RUN_NOT_FOUND), FAILED_PRECONDITION
+    published. Cancelling a cancelled run is a no-op. NOT_FOUND (RUN_NOT_FOUND), FAILED_PRECONDITION
     (ILLEGAL_TRANSITION: it has succeeded or failed).
     """
     PauseTraining: _aio.UnaryUnaryMultiCallable[_training_pb2.PauseTrainingRequest, _training_pb2.PauseTrainingResponse]  # type: ignore[assignment]
-    """Asks a run to rest. A queued run is PAUSED at once, a running one after its current step and a checkpoint; it holds
-    no worker while it rests. Pausing a paused run is no error. NOT_FOUND (RUN_NOT_FOUND), FAILED_PRECONDITION
+    """Asks a run to pause. A queued run is PAUSED at once, a running one after its current step and a checkpoint. A
+    paused run holds no worker. Pausing a paused run is a no-op. NOT_FOUND (RUN_NOT_FOUND), FAILED_PRECONDITION
     (ILLEGAL_TRANSITION: it exports or has ended).
     """
     ResumeTraining: _aio.UnaryUnaryMultiCallable[_training_pb2.ResumeTrainingRequest, _training_pb2.ResumeTrainingResponse]  # type: ignore[assignment]
-    """Lets a paused run go on from its last checkpoint, as if it had never rested: it is QUEUED until a worker is free. A
-    pause that has not taken effect yet is withdrawn. Resuming a run that is not paused is no error. NOT_FOUND
-    (RUN_NOT_FOUND), FAILED_PRECONDITION (ILLEGAL_TRANSITION: it has ended).
+    """Resumes a paused run from its last checkpoint, with the same results as without the pause: it is QUEUED until a
+    worker is free. A pause request that has not taken effect is withdrawn. Resuming a run that is not paused is a
+    no-op. NOT_FOUND (RUN_NOT_FOUND), FAILED_PRECONDITION (ILLEGAL_TRANSITION: it has ended).
     """
     ListCheckpoints: _aio.UnaryUnaryMultiCallable[_training_pb2.ListCheckpointsRequest, _training_pb2.ListCheckpointsResponse]  # type: ignore[assignment]
-    """The complete checkpoints of a run, by rising step; one that cannot be read is left out. NOT_FOUND (RUN_NOT_FOUND)."""
+    """The complete checkpoints of a run, by rising step, without those that cannot be read. NOT_FOUND (RUN_NOT_FOUND)."""
     DeleteTrainingRun: _aio.UnaryUnaryMultiCallable[_training_pb2.DeleteTrainingRunRequest, _training_pb2.DeleteTrainingRunResponse]  # type: ignore[assignment]
     """Removes a run that has ended, with its records and checkpoints. What it published stays, its request_id is free
     again. NOT_FOUND (RUN_NOT_FOUND), FAILED_PRECONDITION (RUN_NOT_FINISHED; RUN_STILL_NEEDED: an unfinished run with
@@ -170,7 +174,7 @@ class TrainingServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_training_pb2.StreamMetricsResponse], _abc.AsyncIterator[_training_pb2.StreamMetricsResponse]]:
         """The run's records after `after_sequence`, then live, without gap or duplicate; ends with OK after the record of the
-        terminal state. PAUSED is none: the stream of a run that rests goes on, with heartbeats. NOT_FOUND (RUN_NOT_FOUND),
+        terminal state. PAUSED is not terminal: the stream stays open and sends heartbeats. NOT_FOUND (RUN_NOT_FOUND),
         OUT_OF_RANGE (SEQUENCE_OUT_OF_RANGE: the run has no such record yet). After UNAVAILABLE, call again with the last
         sequence received.
         """
@@ -199,7 +203,9 @@ class TrainingServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _training_pb2.ListTrainingRunsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_training_pb2.ListTrainingRunsResponse, _abc.Awaitable[_training_pb2.ListTrainingRunsResponse]]:
-        """Runs, page by page; one that cannot be read is among them, with `unreadable` set. INVALID_ARGUMENT (INVALID_REQUEST: a page token that is not ours or belongs to another filter)."""
+        """Runs, page by page. A run that the server cannot read has `unreadable` set. INVALID_ARGUMENT (INVALID_REQUEST: the
+        page token is not from this server, or belongs to another filter).
+        """
 
     @_abc_1.abstractmethod
     def CancelTraining(
@@ -208,7 +214,7 @@ class TrainingServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_training_pb2.CancelTrainingResponse, _abc.Awaitable[_training_pb2.CancelTrainingResponse]]:
         """Asks a run to stop. A queued or paused run is CANCELLED at once, a running one after its current step; nothing is
-        published. Cancelling a cancelled run is no error. NOT_FOUND (RUN_NOT_FOUND), FAILED_PRECONDITION
+        published. Cancelling a cancelled run is a no-op. NOT_FOUND (RUN_NOT_FOUND), FAILED_PRECONDITION
         (ILLEGAL_TRANSITION: it has succeeded or failed).
         """
 
@@ -218,8 +224,8 @@ class TrainingServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _training_pb2.PauseTrainingRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_training_pb2.PauseTrainingResponse, _abc.Awaitable[_training_pb2.PauseTrainingResponse]]:
-        """Asks a run to rest. A queued run is PAUSED at once, a running one after its current step and a checkpoint; it holds
-        no worker while it rests. Pausing a paused run is no error. NOT_FOUND (RUN_NOT_FOUND), FAILED_PRECONDITION
+        """Asks a run to pause. A queued run is PAUSED at once, a running one after its current step and a checkpoint. A
+        paused run holds no worker. Pausing a paused run is a no-op. NOT_FOUND (RUN_NOT_FOUND), FAILED_PRECONDITION
         (ILLEGAL_TRANSITION: it exports or has ended).
         """
 
@@ -229,9 +235,9 @@ class TrainingServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _training_pb2.ResumeTrainingRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_training_pb2.ResumeTrainingResponse, _abc.Awaitable[_training_pb2.ResumeTrainingResponse]]:
-        """Lets a paused run go on from its last checkpoint, as if it had never rested: it is QUEUED until a worker is free. A
-        pause that has not taken effect yet is withdrawn. Resuming a run that is not paused is no error. NOT_FOUND
-        (RUN_NOT_FOUND), FAILED_PRECONDITION (ILLEGAL_TRANSITION: it has ended).
+        """Resumes a paused run from its last checkpoint, with the same results as without the pause: it is QUEUED until a
+        worker is free. A pause request that has not taken effect is withdrawn. Resuming a run that is not paused is a
+        no-op. NOT_FOUND (RUN_NOT_FOUND), FAILED_PRECONDITION (ILLEGAL_TRANSITION: it has ended).
         """
 
     @_abc_1.abstractmethod
@@ -240,7 +246,7 @@ class TrainingServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _training_pb2.ListCheckpointsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_training_pb2.ListCheckpointsResponse, _abc.Awaitable[_training_pb2.ListCheckpointsResponse]]:
-        """The complete checkpoints of a run, by rising step; one that cannot be read is left out. NOT_FOUND (RUN_NOT_FOUND)."""
+        """The complete checkpoints of a run, by rising step, without those that cannot be read. NOT_FOUND (RUN_NOT_FOUND)."""
 
     @_abc_1.abstractmethod
     def DeleteTrainingRun(

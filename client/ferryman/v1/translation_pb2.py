@@ -25,43 +25,44 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x66\x65rryman/v1/translation.proto\x12\x0b\x66\x65rryman.v1\x1a\x1egoogle/protobuf/duration.proto\"\x96\x01\n\x10TranslateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\tsentences\x18\x02 \x03(\t\x12.\n\x07options\x18\x03 \x01(\x0b\x32\x1d.ferryman.v1.TranslateOptions\x12\x17\n\x0ftarget_prefixes\x18\x04 \x03(\t\x12\x17\n\x0fsplit_sentences\x18\x05 \x01(\x08\"\xb8\x04\n\x10TranslateOptions\x12\x16\n\tbeam_size\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x13\n\x06n_best\x18\x02 \x01(\x05H\x01\x88\x01\x01\x12\x1b\n\x0elength_penalty\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x17\n\nmax_length\x18\x04 \x01(\x05H\x03\x88\x01\x01\x12\x1d\n\x10max_length_ratio\x18\x05 \x01(\x01H\x04\x88\x01\x01\x12\x17\n\nmin_length\x18\x06 \x01(\x05H\x05\x88\x01\x01\x12\x15\n\x08patience\x18\x07 \x01(\x01H\x06\x88\x01\x01\x12\x32\n\x0e\x65\x61rly_stopping\x18\x08 \x01(\x0e\x32\x1a.ferryman.v1.EarlyStopping\x12\'\n\x08sampling\x18\t \x01(\x0b\x32\x15.ferryman.v1.Sampling\x12\x1f\n\x12repetition_penalty\x18\n \x01(\x01H\x07\x88\x01\x01\x12!\n\x14no_repeat_ngram_size\x18\x0b \x01(\x05H\x08\x88\x01\x01\x12\x1b\n\x13return_token_scores\x18\x0c \x01(\x08\x12\x18\n\x10return_alignment\x18\r \x01(\x08\x42\x0c\n\n_beam_sizeB\t\n\x07_n_bestB\x11\n\x0f_length_penaltyB\r\n\x0b_max_lengthB\x13\n\x11_max_length_ratioB\r\n\x0b_min_lengthB\x0b\n\t_patienceB\x15\n\x13_repetition_penaltyB\x17\n\x15_no_repeat_ngram_size\"\x8c\x01\n\x08Sampling\x12\x18\n\x0btemperature\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05top_k\x18\x02 \x01(\x05H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x11\n\x04seed\x18\x04 \x01(\x04H\x03\x88\x01\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x07\n\x05_seed\"\x82\x01\n\x11TranslateResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12.\n\x0ctranslations\x18\x02 \x03(\x0b\x32\x18.ferryman.v1.Translation\x12.\n\x07timings\x18\x03 \x01(\x0b\x32\x1d.ferryman.v1.TranslateTimings\"h\n\x0bTranslation\x12+\n\nhypotheses\x18\x01 \x03(\x0b\x32\x17.ferryman.v1.Hypothesis\x12\x15\n\rsource_tokens\x18\x02 \x01(\x05\x12\x15\n\rsource_pieces\x18\x03 \x03(\t\"\xaf\x01\n\nHypothesis\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\r\n\x05score\x18\x02 \x01(\x01\x12\x17\n\x0flog_probability\x18\x03 \x01(\x01\x12\x15\n\rtarget_tokens\x18\x04 \x01(\x05\x12\x10\n\x08\x66inished\x18\x05 \x01(\x08\x12\x0e\n\x06pieces\x18\x06 \x03(\t\x12\x1f\n\x17token_log_probabilities\x18\x07 \x03(\x02\x12\x11\n\talignment\x18\x08 \x03(\x05\"\x8d\x02\n\x10TranslateTimings\x12(\n\x05queue\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\'\n\x04text\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12)\n\x06\x65ncode\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12)\n\x06\x64\x65\x63ode\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12(\n\x05total\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\r\n\x05steps\x18\x06 \x01(\x05\x12\x17\n\x0fmean_batch_rows\x18\x07 \x01(\x01\"\x8c\x01\n\x16StreamTranslateRequest\x12\x34\n\x06\x63onfig\x18\x01 \x01(\x0b\x32\".ferryman.v1.StreamTranslateConfigH\x00\x12\x31\n\tsentences\x18\x02 \x01(\x0b\x32\x1c.ferryman.v1.StreamSentencesH\x00\x42\t\n\x07message\"\x8f\x01\n\x15StreamTranslateConfig\x12\r\n\x05model\x18\x01 \x01(\t\x12.\n\x07options\x18\x02 \x01(\x0b\x32\x1d.ferryman.v1.TranslateOptions\x12\x17\n\x0fsplit_sentences\x18\x03 \x01(\x08\x12\x13\n\x06window\x18\x04 \x01(\x05H\x00\x88\x01\x01\x42\t\n\x07_window\"A\n\x0fStreamSentences\x12.\n\tsentences\x18\x01 \x03(\x0b\x32\x1b.ferryman.v1.StreamSentence\"E\n\x0eStreamSentence\x12\n\n\x02id\x18\x01 \x01(\t\x12\x10\n\x08sentence\x18\x02 \x01(\t\x12\x15\n\rtarget_prefix\x18\x03 \x01(\t\"^\n\x17StreamTranslateResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x34\n\x0ctranslations\x18\x02 \x03(\x0b\x32\x1e.ferryman.v1.StreamTranslation\"\x88\x01\n\x11StreamTranslation\x12\n\n\x02id\x18\x01 \x01(\t\x12/\n\x0btranslation\x18\x02 \x01(\x0b\x32\x18.ferryman.v1.TranslationH\x00\x12+\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x1a.ferryman.v1.SentenceErrorH\x00\x42\t\n\x07outcome\"0\n\rSentenceError\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t*e\n\rEarlyStopping\x12\x1e\n\x1a\x45\x41RLY_STOPPING_UNSPECIFIED\x10\x00\x12\x18\n\x14\x45\x41RLY_STOPPING_FIRST\x10\x01\x12\x1a\n\x16\x45\x41RLY_STOPPING_OPTIMAL\x10\x02\x32\xc2\x01\n\x12TranslationService\x12J\n\tTranslate\x12\x1d.ferryman.v1.TranslateRequest\x1a\x1e.ferryman.v1.TranslateResponse\x12`\n\x0fStreamTranslate\x12#.ferryman.v1.StreamTranslateRequest\x1a$.ferryman.v1.StreamTranslateResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x66\x65rryman/v1/translation.proto\x12\x0b\x66\x65rryman.v1\x1a\x1egoogle/protobuf/duration.proto\"\x96\x01\n\x10TranslateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\tsentences\x18\x02 \x03(\t\x12.\n\x07options\x18\x03 \x01(\x0b\x32\x1d.ferryman.v1.TranslateOptions\x12\x17\n\x0ftarget_prefixes\x18\x04 \x03(\t\x12\x17\n\x0fsplit_sentences\x18\x05 \x01(\x08\"\xc2\x04\n\x10TranslateOptions\x12\x16\n\tbeam_size\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x13\n\x06n_best\x18\x02 \x01(\x05H\x01\x88\x01\x01\x12\x1b\n\x0elength_penalty\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x17\n\nmax_length\x18\x04 \x01(\x05H\x03\x88\x01\x01\x12\x1d\n\x10max_length_ratio\x18\x05 \x01(\x01H\x04\x88\x01\x01\x12\x17\n\nmin_length\x18\x06 \x01(\x05H\x05\x88\x01\x01\x12\x1a\n\rbeam_patience\x18\x07 \x01(\x01H\x06\x88\x01\x01\x12\x32\n\x0e\x65\x61rly_stopping\x18\x08 \x01(\x0e\x32\x1a.ferryman.v1.EarlyStopping\x12\'\n\x08sampling\x18\t \x01(\x0b\x32\x15.ferryman.v1.Sampling\x12\x1f\n\x12repetition_penalty\x18\n \x01(\x01H\x07\x88\x01\x01\x12!\n\x14no_repeat_ngram_size\x18\x0b \x01(\x05H\x08\x88\x01\x01\x12\x1b\n\x13return_token_scores\x18\x0c \x01(\x08\x12\x18\n\x10return_alignment\x18\r \x01(\x08\x42\x0c\n\n_beam_sizeB\t\n\x07_n_bestB\x11\n\x0f_length_penaltyB\r\n\x0b_max_lengthB\x13\n\x11_max_length_ratioB\r\n\x0b_min_lengthB\x10\n\x0e_beam_patienceB\x15\n\x13_repetition_penaltyB\x17\n\x15_no_repeat_ngram_size\"\x8c\x01\n\x08Sampling\x12\x18\n\x0btemperature\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05top_k\x18\x02 \x01(\x05H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x11\n\x04seed\x18\x04 \x01(\x04H\x03\x88\x01\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x07\n\x05_seed\"\x82\x01\n\x11TranslateResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12.\n\x0ctranslations\x18\x02 \x03(\x0b\x32\x18.ferryman.v1.Translation\x12.\n\x07timings\x18\x03 \x01(\x0b\x32\x1d.ferryman.v1.TranslateTimings\"h\n\x0bTranslation\x12+\n\nhypotheses\x18\x01 \x03(\x0b\x32\x17.ferryman.v1.Hypothesis\x12\x15\n\rsource_tokens\x18\x02 \x01(\x05\x12\x15\n\rsource_pieces\x18\x03 \x03(\t\"\xaf\x01\n\nHypothesis\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\r\n\x05score\x18\x02 \x01(\x01\x12\x17\n\x0flog_probability\x18\x03 \x01(\x01\x12\x15\n\rtarget_tokens\x18\x04 \x01(\x05\x12\x10\n\x08\x66inished\x18\x05 \x01(\x08\x12\x0e\n\x06pieces\x18\x06 \x03(\t\x12\x1f\n\x17token_log_probabilities\x18\x07 \x03(\x02\x12\x11\n\talignment\x18\x08 \x03(\x05\"\x8d\x02\n\x10TranslateTimings\x12(\n\x05queue\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\'\n\x04text\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12)\n\x06\x65ncode\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12)\n\x06\x64\x65\x63ode\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12(\n\x05total\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\r\n\x05steps\x18\x06 \x01(\x05\x12\x17\n\x0fmean_batch_rows\x18\x07 \x01(\x01\"\x90\x01\n\x16StreamTranslateRequest\x12\x34\n\x06\x63onfig\x18\x01 \x01(\x0b\x32\".ferryman.v1.StreamTranslateConfigH\x00\x12\x31\n\tsentences\x18\x02 \x01(\x0b\x32\x1c.ferryman.v1.StreamSentencesH\x00\x42\r\n\x0bstream_part\"\x8f\x01\n\x15StreamTranslateConfig\x12\r\n\x05model\x18\x01 \x01(\t\x12.\n\x07options\x18\x02 \x01(\x0b\x32\x1d.ferryman.v1.TranslateOptions\x12\x17\n\x0fsplit_sentences\x18\x03 \x01(\x08\x12\x13\n\x06window\x18\x04 \x01(\x05H\x00\x88\x01\x01\x42\t\n\x07_window\"A\n\x0fStreamSentences\x12.\n\tsentences\x18\x01 \x03(\x0b\x32\x1b.ferryman.v1.StreamSentence\"E\n\x0eStreamSentence\x12\n\n\x02id\x18\x01 \x01(\t\x12\x10\n\x08sentence\x18\x02 \x01(\t\x12\x15\n\rtarget_prefix\x18\x03 \x01(\t\"^\n\x17StreamTranslateResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x34\n\x0ctranslations\x18\x02 \x03(\x0b\x32\x1e.ferryman.v1.StreamTranslation\"\x88\x01\n\x11StreamTranslation\x12\n\n\x02id\x18\x01 \x01(\t\x12/\n\x0btranslation\x18\x02 \x01(\x0b\x32\x18.ferryman.v1.TranslationH\x00\x12+\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x1a.ferryman.v1.SentenceErrorH\x00\x42\t\n\x07outcome\"0\n\rSentenceError\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t*e\n\rEarlyStopping\x12\x1e\n\x1a\x45\x41RLY_STOPPING_UNSPECIFIED\x10\x00\x12\x18\n\x14\x45\x41RLY_STOPPING_FIRST\x10\x01\x12\x1a\n\x16\x45\x41RLY_STOPPING_OPTIMAL\x10\x02\x32\xc2\x01\n\x12TranslationService\x12J\n\tTranslate\x12\x1d.ferryman.v1.TranslateRequest\x1a\x1e.ferryman.v1.TranslateResponse\x12`\n\x0fStreamTranslate\x12#.ferryman.v1.StreamTranslateRequest\x1a$.ferryman.v1.StreamTranslateResponse(\x01\x30\x01\x42\x83\x01\n io.github.ferrymanmt.ferryman.v1B\x10TranslationProtoP\x01Z=github.com/ferryman-mt/ferryman/gen/go/ferryman/v1;ferrymanv1\xaa\x02\x0b\x46\x65rryman.V1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'ferryman.v1.translation_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
-  DESCRIPTOR._loaded_options = None
-  _globals['_EARLYSTOPPING']._serialized_start=2346
-  _globals['_EARLYSTOPPING']._serialized_end=2447
+  _globals['DESCRIPTOR']._loaded_options = None
+  _globals['DESCRIPTOR']._serialized_options = b'\n io.github.ferrymanmt.ferryman.v1B\020TranslationProtoP\001Z=github.com/ferryman-mt/ferryman/gen/go/ferryman/v1;ferrymanv1\252\002\013Ferryman.V1'
+  _globals['_EARLYSTOPPING']._serialized_start=2360
+  _globals['_EARLYSTOPPING']._serialized_end=2461
   _globals['_TRANSLATEREQUEST']._serialized_start=79
   _globals['_TRANSLATEREQUEST']._serialized_end=229
   _globals['_TRANSLATEOPTIONS']._serialized_start=232
-  _globals['_TRANSLATEOPTIONS']._serialized_end=800
-  _globals['_SAMPLING']._serialized_start=803
-  _globals['_SAMPLING']._serialized_end=943
-  _globals['_TRANSLATERESPONSE']._serialized_start=946
-  _globals['_TRANSLATERESPONSE']._serialized_end=1076
-  _globals['_TRANSLATION']._serialized_start=1078
-  _globals['_TRANSLATION']._serialized_end=1182
-  _globals['_HYPOTHESIS']._serialized_start=1185
-  _globals['_HYPOTHESIS']._serialized_end=1360
-  _globals['_TRANSLATETIMINGS']._serialized_start=1363
-  _globals['_TRANSLATETIMINGS']._serialized_end=1632
-  _globals['_STREAMTRANSLATEREQUEST']._serialized_start=1635
-  _globals['_STREAMTRANSLATEREQUEST']._serialized_end=1775
-  _globals['_STREAMTRANSLATECONFIG']._serialized_start=1778
-  _globals['_STREAMTRANSLATECONFIG']._serialized_end=1921
-  _globals['_STREAMSENTENCES']._serialized_start=1923
-  _globals['_STREAMSENTENCES']._serialized_end=1988
-  _globals['_STREAMSENTENCE']._serialized_start=1990
-  _globals['_STREAMSENTENCE']._serialized_end=2059
-  _globals['_STREAMTRANSLATERESPONSE']._serialized_start=2061
-  _globals['_STREAMTRANSLATERESPONSE']._serialized_end=2155
-  _globals['_STREAMTRANSLATION']._serialized_start=2158
-  _globals['_STREAMTRANSLATION']._serialized_end=2294
-  _globals['_SENTENCEERROR']._serialized_start=2296
-  _globals['_SENTENCEERROR']._serialized_end=2344
-  _globals['_TRANSLATIONSERVICE']._serialized_start=2450
-  _globals['_TRANSLATIONSERVICE']._serialized_end=2644
+  _globals['_TRANSLATEOPTIONS']._serialized_end=810
+  _globals['_SAMPLING']._serialized_start=813
+  _globals['_SAMPLING']._serialized_end=953
+  _globals['_TRANSLATERESPONSE']._serialized_start=956
+  _globals['_TRANSLATERESPONSE']._serialized_end=1086
+  _globals['_TRANSLATION']._serialized_start=1088
+  _globals['_TRANSLATION']._serialized_end=1192
+  _globals['_HYPOTHESIS']._serialized_start=1195
+  _globals['_HYPOTHESIS']._serialized_end=1370
+  _globals['_TRANSLATETIMINGS']._serialized_start=1373
+  _globals['_TRANSLATETIMINGS']._serialized_end=1642
+  _globals['_STREAMTRANSLATEREQUEST']._serialized_start=1645
+  _globals['_STREAMTRANSLATEREQUEST']._serialized_end=1789
+  _globals['_STREAMTRANSLATECONFIG']._serialized_start=1792
+  _globals['_STREAMTRANSLATECONFIG']._serialized_end=1935
+  _globals['_STREAMSENTENCES']._serialized_start=1937
+  _globals['_STREAMSENTENCES']._serialized_end=2002
+  _globals['_STREAMSENTENCE']._serialized_start=2004
+  _globals['_STREAMSENTENCE']._serialized_end=2073
+  _globals['_STREAMTRANSLATERESPONSE']._serialized_start=2075
+  _globals['_STREAMTRANSLATERESPONSE']._serialized_end=2169
+  _globals['_STREAMTRANSLATION']._serialized_start=2172
+  _globals['_STREAMTRANSLATION']._serialized_end=2308
+  _globals['_SENTENCEERROR']._serialized_start=2310
+  _globals['_SENTENCEERROR']._serialized_end=2358
+  _globals['_TRANSLATIONSERVICE']._serialized_start=2464
+  _globals['_TRANSLATIONSERVICE']._serialized_end=2658
 # @@protoc_insertion_point(module_scope)

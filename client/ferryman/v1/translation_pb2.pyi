@@ -29,9 +29,9 @@ class _EarlyStoppingEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_EarlySt
     EARLY_STOPPING_UNSPECIFIED: _EarlyStopping.ValueType  # 0
     """FIRST."""
     EARLY_STOPPING_FIRST: _EarlyStopping.ValueType  # 1
-    """As soon as beam_size times patience hypotheses have finished."""
+    """When beam_size times beam_patience hypotheses have finished."""
     EARLY_STOPPING_OPTIMAL: _EarlyStopping.ValueType  # 2
-    """Not before no unfinished hypothesis can still become one of the n_best. Slower."""
+    """When no unfinished hypothesis can still become one of the n_best. Slower."""
 
 class EarlyStopping(_EarlyStopping, metaclass=_EarlyStoppingEnumTypeWrapper):
     """When a beam search has found enough."""
@@ -39,9 +39,9 @@ class EarlyStopping(_EarlyStopping, metaclass=_EarlyStoppingEnumTypeWrapper):
 EARLY_STOPPING_UNSPECIFIED: EarlyStopping.ValueType  # 0
 """FIRST."""
 EARLY_STOPPING_FIRST: EarlyStopping.ValueType  # 1
-"""As soon as beam_size times patience hypotheses have finished."""
+"""When beam_size times beam_patience hypotheses have finished."""
 EARLY_STOPPING_OPTIMAL: EarlyStopping.ValueType  # 2
-"""Not before no unfinished hypothesis can still become one of the n_best. Slower."""
+"""When no unfinished hypothesis can still become one of the n_best. Slower."""
 Global___EarlyStopping: _TypeAlias = EarlyStopping  # noqa: Y015
 
 @_typing.final
@@ -118,7 +118,7 @@ class TranslateOptions(_message.Message):
     MAX_LENGTH_FIELD_NUMBER: _builtins.int
     MAX_LENGTH_RATIO_FIELD_NUMBER: _builtins.int
     MIN_LENGTH_FIELD_NUMBER: _builtins.int
-    PATIENCE_FIELD_NUMBER: _builtins.int
+    BEAM_PATIENCE_FIELD_NUMBER: _builtins.int
     EARLY_STOPPING_FIELD_NUMBER: _builtins.int
     SAMPLING_FIELD_NUMBER: _builtins.int
     REPETITION_PENALTY_FIELD_NUMBER: _builtins.int
@@ -150,7 +150,7 @@ class TranslateOptions(_message.Message):
     """Optional. Shortest translation in subwords, the end symbol not counted, 0 to 4095: before, the end symbol is no
     candidate. Must be below max_length; where max_length follows from the source, the maximum wins. Default: 0.
     """
-    patience: _builtins.float
+    beam_patience: _builtins.float
     """Optional. Multiplies the number of finished hypotheses that FIRST waits for, 1 to 10 (Kasai et al., 2022).
     Default: 1.
     """
@@ -161,11 +161,11 @@ class TranslateOptions(_message.Message):
     (Keskar et al., 2019), above 0 to 10; 1 does nothing. Default: 1.
     """
     no_repeat_ngram_size: _builtins.int
-    """Optional. No sequence of so many subwords may come twice in a translation, 0 to 32; 0 allows all. Default: 0."""
+    """Optional. Forbid repeating any n-gram of this size, in subwords, 0 to 32; 0 allows all. Default: 0."""
     return_token_scores: _builtins.bool
     """Optional. Return subwords and their log-probabilities. Default: false."""
     return_alignment: _builtins.bool
-    """Optional. Return which source subword each target subword looks at most. Default: false."""
+    """Optional. Return the source subword that each target subword attends to most. Default: false."""
     @_builtins.property
     def sampling(self) -> Global___Sampling:
         """Optional. Draw the translation at random instead of searching for the most probable."""
@@ -179,7 +179,7 @@ class TranslateOptions(_message.Message):
         max_length: _builtins.int | None = ...,
         max_length_ratio: _builtins.float | None = ...,
         min_length: _builtins.int | None = ...,
-        patience: _builtins.float | None = ...,
+        beam_patience: _builtins.float | None = ...,
         early_stopping: Global___EarlyStopping.ValueType = ...,
         sampling: Global___Sampling | None = ...,
         repetition_penalty: _builtins.float | None = ...,
@@ -187,10 +187,12 @@ class TranslateOptions(_message.Message):
         return_token_scores: _builtins.bool = ...,
         return_alignment: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_beam_size", b"_beam_size", "_length_penalty", b"_length_penalty", "_max_length", b"_max_length", "_max_length_ratio", b"_max_length_ratio", "_min_length", b"_min_length", "_n_best", b"_n_best", "_no_repeat_ngram_size", b"_no_repeat_ngram_size", "_patience", b"_patience", "_repetition_penalty", b"_repetition_penalty", "beam_size", b"beam_size", "length_penalty", b"length_penalty", "max_length", b"max_length", "max_length_ratio", b"max_length_ratio", "min_length", b"min_length", "n_best", b"n_best", "no_repeat_ngram_size", b"no_repeat_ngram_size", "patience", b"patience", "repetition_penalty", b"repetition_penalty", "sampling", b"sampling"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_beam_patience", b"_beam_patience", "_beam_size", b"_beam_size", "_length_penalty", b"_length_penalty", "_max_length", b"_max_length", "_max_length_ratio", b"_max_length_ratio", "_min_length", b"_min_length", "_n_best", b"_n_best", "_no_repeat_ngram_size", b"_no_repeat_ngram_size", "_repetition_penalty", b"_repetition_penalty", "beam_patience", b"beam_patience", "beam_size", b"beam_size", "length_penalty", b"length_penalty", "max_length", b"max_length", "max_length_ratio", b"max_length_ratio", "min_length", b"min_length", "n_best", b"n_best", "no_repeat_ngram_size", b"no_repeat_ngram_size", "repetition_penalty", b"repetition_penalty", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_beam_size", b"_beam_size", "_length_penalty", b"_length_penalty", "_max_length", b"_max_length", "_max_length_ratio", b"_max_length_ratio", "_min_length", b"_min_length", "_n_best", b"_n_best", "_no_repeat_ngram_size", b"_no_repeat_ngram_size", "_patience", b"_patience", "_repetition_penalty", b"_repetition_penalty", "beam_size", b"beam_size", "early_stopping", b"early_stopping", "length_penalty", b"length_penalty", "max_length", b"max_length", "max_length_ratio", b"max_length_ratio", "min_length", b"min_length", "n_best", b"n_best", "no_repeat_ngram_size", b"no_repeat_ngram_size", "patience", b"patience", "repetition_penalty", b"repetition_penalty", "return_alignment", b"return_alignment", "return_token_scores", b"return_token_scores", "sampling", b"sampling"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_beam_patience", b"_beam_patience", "_beam_size", b"_beam_size", "_length_penalty", b"_length_penalty", "_max_length", b"_max_length", "_max_length_ratio", b"_max_length_ratio", "_min_length", b"_min_length", "_n_best", b"_n_best", "_no_repeat_ngram_size", b"_no_repeat_ngram_size", "_repetition_penalty", b"_repetition_penalty", "beam_patience", b"beam_patience", "beam_size", b"beam_size", "early_stopping", b"early_stopping", "length_penalty", b"length_penalty", "max_length", b"max_length", "max_length_ratio", b"max_length_ratio", "min_length", b"min_length", "n_best", b"n_best", "no_repeat_ngram_size", b"no_repeat_ngram_size", "repetition_penalty", b"repetition_penalty", "return_alignment", b"return_alignment", "return_token_scores", b"return_token_scores", "sampling", b"sampling"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__beam_patience: _TypeAlias = _typing.Literal["beam_patience"]  # noqa: Y015
+    _WhichOneofArgType__beam_patience: _TypeAlias = _typing.Literal["_beam_patience", b"_beam_patience"]  # noqa: Y015
     _WhichOneofReturnType__beam_size: _TypeAlias = _typing.Literal["beam_size"]  # noqa: Y015
     _WhichOneofArgType__beam_size: _TypeAlias = _typing.Literal["_beam_size", b"_beam_size"]  # noqa: Y015
     _WhichOneofReturnType__length_penalty: _TypeAlias = _typing.Literal["length_penalty"]  # noqa: Y015
@@ -205,10 +207,10 @@ class TranslateOptions(_message.Message):
     _WhichOneofArgType__n_best: _TypeAlias = _typing.Literal["_n_best", b"_n_best"]  # noqa: Y015
     _WhichOneofReturnType__no_repeat_ngram_size: _TypeAlias = _typing.Literal["no_repeat_ngram_size"]  # noqa: Y015
     _WhichOneofArgType__no_repeat_ngram_size: _TypeAlias = _typing.Literal["_no_repeat_ngram_size", b"_no_repeat_ngram_size"]  # noqa: Y015
-    _WhichOneofReturnType__patience: _TypeAlias = _typing.Literal["patience"]  # noqa: Y015
-    _WhichOneofArgType__patience: _TypeAlias = _typing.Literal["_patience", b"_patience"]  # noqa: Y015
     _WhichOneofReturnType__repetition_penalty: _TypeAlias = _typing.Literal["repetition_penalty"]  # noqa: Y015
     _WhichOneofArgType__repetition_penalty: _TypeAlias = _typing.Literal["_repetition_penalty", b"_repetition_penalty"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__beam_patience) -> _WhichOneofReturnType__beam_patience | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__beam_size) -> _WhichOneofReturnType__beam_size | None: ...
     @_typing.overload
@@ -223,8 +225,6 @@ class TranslateOptions(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__n_best) -> _WhichOneofReturnType__n_best | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__no_repeat_ngram_size) -> _WhichOneofReturnType__no_repeat_ngram_size | None: ...
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__patience) -> _WhichOneofReturnType__patience | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__repetition_penalty) -> _WhichOneofReturnType__repetition_penalty | None: ...
 
@@ -243,10 +243,10 @@ class Sampling(_message.Message):
     temperature: _builtins.float
     """Optional. Divides the logits, above 0 to 100. Default: 1."""
     top_k: _builtins.int
-    """Optional. Draw from the so many most probable subwords, 0 for all. Default: 0."""
+    """Optional. Sample from this many most probable subwords; 0: from all. Default: 0."""
     top_p: _builtins.float
-    """Optional. Draw from the smallest set of most probable subwords whose probabilities reach this sum, above 0 to 1,
-    after top_k (Holtzman et al., 2020). Default: 1.
+    """Optional. Sample from the smallest set of subwords with this total probability, above 0 to 1; applied after top_k
+    (Holtzman et al., 2020). Default: 1.
     """
     seed: _builtins.int
     """Optional. The same seed, sentence and options give the same samples. Default: drawn at random."""
@@ -430,7 +430,7 @@ class TranslateTimings(_message.Message):
     """
     @_builtins.property
     def queue(self) -> _duration_pb2.Duration:
-        """Waiting for a place in the running batch; of the sentence that waited longest."""
+        """Waiting for a slot in the decoding batch; the longest wait of a sentence."""
 
     @_builtins.property
     def text(self) -> _duration_pb2.Duration:
@@ -489,19 +489,19 @@ class StreamTranslateRequest(_message.Message):
         config: Global___StreamTranslateConfig | None = ...,
         sentences: Global___StreamSentences | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "message", b"message", "sentences", b"sentences"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "sentences", b"sentences", "stream_part", b"stream_part"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "message", b"message", "sentences", b"sentences"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "sentences", b"sentences", "stream_part", b"stream_part"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["config", "sentences"]  # noqa: Y015
-    _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
-    def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
+    _WhichOneofReturnType_stream_part: _TypeAlias = _typing.Literal["config", "sentences"]  # noqa: Y015
+    _WhichOneofArgType_stream_part: _TypeAlias = _typing.Literal["stream_part", b"stream_part"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_stream_part) -> _WhichOneofReturnType_stream_part | None: ...
 
 Global___StreamTranslateRequest: _TypeAlias = StreamTranslateRequest  # noqa: Y015
 
 @_typing.final
 class StreamTranslateConfig(_message.Message):
-    """What a stream's translations have in common."""
+    """The configuration of a stream, for all of its sentences."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -621,7 +621,7 @@ Global___StreamTranslateResponse: _TypeAlias = StreamTranslateResponse  # noqa: 
 
 @_typing.final
 class StreamTranslation(_message.Message):
-    """What became of a sentence of a stream."""
+    """The outcome of a sentence of a stream."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -668,7 +668,7 @@ class SentenceError(_message.Message):
     on; of several the first.
     """
     message: _builtins.str
-    """A text for people: what is wrong, what is legal, how to mend it."""
+    """What is wrong and how to correct it, for people."""
     def __init__(
         self,
         *,

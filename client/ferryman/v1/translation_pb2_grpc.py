@@ -54,11 +54,12 @@ class TranslationServiceServicer:
     def Translate(self, request, context):
         """Translates sentences. A sentence's translation does not depend on the others. The caller's deadline and
         cancellation end the work. NOT_FOUND (MODEL_NOT_FOUND); INVALID_ARGUMENT with all violations: INVALID_REQUEST
-        (options out of range or in conflict, no sentences, too many sentences, or more subwords in one call than the server
-        ever admits) or INVALID_SENTENCE (too long, control characters, too many combining marks in a row, a target prefix
-        without room or with characters that the model does not have); RESOURCE_EXHAUSTED (QUEUE_FULL: more waits than the
-        server admits, call again after RetryInfo's delay; MODEL_TOO_LARGE); DEADLINE_EXCEEDED; DATA_LOSS (MODEL_DAMAGED: a
-        stored file is not what was published); FAILED_PRECONDITION (ROLE_NOT_SERVED: this server does not translate).
+        (options out of range or in conflict, no sentences, too many sentences, or more subwords in one call than the
+        server ever admits) or INVALID_SENTENCE (too long, control characters, too many combining marks in a row, a target
+        prefix without room or with characters that the model does not have); RESOURCE_EXHAUSTED (QUEUE_FULL: more waits
+        than the server admits, call again after RetryInfo's delay; MODEL_TOO_LARGE); DEADLINE_EXCEEDED; DATA_LOSS
+        (MODEL_DAMAGED: a stored file is not what was published); FAILED_PRECONDITION (ROLE_NOT_SERVED: this server does
+        not translate).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -68,14 +69,14 @@ class TranslationServiceServicer:
         """Translates a stream of sentences, for documents and pipelines. The first message holds the configuration, all
         others sentences. Translations come as they finish, in any order, each with its caller's id, exactly once. The
         server reads on only while fewer than the window's sentences are in flight, so neither side buffers without bound:
-        a sentence is in flight until its translation is written, and who does not read is soon not read from. A sentence
-        that cannot be translated has an error of its own and the stream goes on. Unary calls may overtake a stream, but
-        cannot hold it up for ever. After the caller has half-closed, the stream ends when the last translation is sent.
-        Initial metadata comes as soon as the configuration is accepted, with the version in "ferryman-model".
-        NOT_FOUND (MODEL_NOT_FOUND); INVALID_ARGUMENT with all violations (INVALID_REQUEST: configuration or messages);
-        RESOURCE_EXHAUSTED (MODEL_TOO_LARGE); DEADLINE_EXCEEDED; DATA_LOSS (MODEL_DAMAGED); FAILED_PRECONDITION
-        (ROLE_NOT_SERVED); UNAVAILABLE (SERVER_SHUTTING_DOWN: what was not answered was not translated). A full queue is no
-        error: a stream waits for room.
+        a sentence is in flight until its translation is written. If the client stops reading, the server stops reading
+        from it. A sentence that cannot be translated has an error of its own and the stream continues. Unary calls may
+        overtake a stream, but cannot starve it. After the caller has half-closed, the stream ends when the last
+        translation is sent. Initial metadata comes as soon as the configuration is accepted, with the version in
+        "ferryman-model". NOT_FOUND (MODEL_NOT_FOUND); INVALID_ARGUMENT with all violations (INVALID_REQUEST: configuration
+        or messages); RESOURCE_EXHAUSTED (MODEL_TOO_LARGE); DEADLINE_EXCEEDED; DATA_LOSS (MODEL_DAMAGED);
+        FAILED_PRECONDITION (ROLE_NOT_SERVED); UNAVAILABLE (SERVER_SHUTTING_DOWN: sentences without an answer were not
+        translated). A stream waits while the queue is full.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

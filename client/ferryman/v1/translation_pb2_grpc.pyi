@@ -36,24 +36,25 @@ class TranslationServiceStub:
     Translate: _grpc.UnaryUnaryMultiCallable[_translation_pb2.TranslateRequest, _translation_pb2.TranslateResponse]
     """Translates sentences. A sentence's translation does not depend on the others. The caller's deadline and
     cancellation end the work. NOT_FOUND (MODEL_NOT_FOUND); INVALID_ARGUMENT with all violations: INVALID_REQUEST
-    (options out of range or in conflict, no sentences, too many sentences, or more subwords in one call than the server
-    ever admits) or INVALID_SENTENCE (too long, control characters, too many combining marks in a row, a target prefix
-    without room or with characters that the model does not have); RESOURCE_EXHAUSTED (QUEUE_FULL: more waits than the
-    server admits, call again after RetryInfo's delay; MODEL_TOO_LARGE); DEADLINE_EXCEEDED; DATA_LOSS (MODEL_DAMAGED: a
-    stored file is not what was published); FAILED_PRECONDITION (ROLE_NOT_SERVED: this server does not translate).
+    (options out of range or in conflict, no sentences, too many sentences, or more subwords in one call than the
+    server ever admits) or INVALID_SENTENCE (too long, control characters, too many combining marks in a row, a target
+    prefix without room or with characters that the model does not have); RESOURCE_EXHAUSTED (QUEUE_FULL: more waits
+    than the server admits, call again after RetryInfo's delay; MODEL_TOO_LARGE); DEADLINE_EXCEEDED; DATA_LOSS
+    (MODEL_DAMAGED: a stored file is not what was published); FAILED_PRECONDITION (ROLE_NOT_SERVED: this server does
+    not translate).
     """
     StreamTranslate: _grpc.StreamStreamMultiCallable[_translation_pb2.StreamTranslateRequest, _translation_pb2.StreamTranslateResponse]
     """Translates a stream of sentences, for documents and pipelines. The first message holds the configuration, all
     others sentences. Translations come as they finish, in any order, each with its caller's id, exactly once. The
     server reads on only while fewer than the window's sentences are in flight, so neither side buffers without bound:
-    a sentence is in flight until its translation is written, and who does not read is soon not read from. A sentence
-    that cannot be translated has an error of its own and the stream goes on. Unary calls may overtake a stream, but
-    cannot hold it up for ever. After the caller has half-closed, the stream ends when the last translation is sent.
-    Initial metadata comes as soon as the configuration is accepted, with the version in "ferryman-model".
-    NOT_FOUND (MODEL_NOT_FOUND); INVALID_ARGUMENT with all violations (INVALID_REQUEST: configuration or messages);
-    RESOURCE_EXHAUSTED (MODEL_TOO_LARGE); DEADLINE_EXCEEDED; DATA_LOSS (MODEL_DAMAGED); FAILED_PRECONDITION
-    (ROLE_NOT_SERVED); UNAVAILABLE (SERVER_SHUTTING_DOWN: what was not answered was not translated). A full queue is no
-    error: a stream waits for room.
+    a sentence is in flight until its translation is written. If the client stops reading, the server stops reading
+    from it. A sentence that cannot be translated has an error of its own and the stream continues. Unary calls may
+    overtake a stream, but cannot starve it. After the caller has half-closed, the stream ends when the last
+    translation is sent. Initial metadata comes as soon as the configuration is accepted, with the version in
+    "ferryman-model". NOT_FOUND (MODEL_NOT_FOUND); INVALID_ARGUMENT with all violations (INVALID_REQUEST: configuration
+    or messages); RESOURCE_EXHAUSTED (MODEL_TOO_LARGE); DEADLINE_EXCEEDED; DATA_LOSS (MODEL_DAMAGED);
+    FAILED_PRECONDITION (ROLE_NOT_SERVED); UNAVAILABLE (SERVER_SHUTTING_DOWN: sentences without an answer were not
+    translated). A stream waits while the queue is full.
     """
 
 @_typing.type_check_only
@@ -64,24 +65,25 @@ class TranslationServiceAsyncStub(TranslationServiceStub):
     Translate: _aio.UnaryUnaryMultiCallable[_translation_pb2.TranslateRequest, _translation_pb2.TranslateResponse]  # type: ignore[assignment]
     """Translates sentences. A sentence's translation does not depend on the others. The caller's deadline and
     cancellation end the work. NOT_FOUND (MODEL_NOT_FOUND); INVALID_ARGUMENT with all violations: INVALID_REQUEST
-    (options out of range or in conflict, no sentences, too many sentences, or more subwords in one call than the server
-    ever admits) or INVALID_SENTENCE (too long, control characters, too many combining marks in a row, a target prefix
-    without room or with characters that the model does not have); RESOURCE_EXHAUSTED (QUEUE_FULL: more waits than the
-    server admits, call again after RetryInfo's delay; MODEL_TOO_LARGE); DEADLINE_EXCEEDED; DATA_LOSS (MODEL_DAMAGED: a
-    stored file is not what was published); FAILED_PRECONDITION (ROLE_NOT_SERVED: this server does not translate).
+    (options out of range or in conflict, no sentences, too many sentences, or more subwords in one call than the
+    server ever admits) or INVALID_SENTENCE (too long, control characters, too many combining marks in a row, a target
+    prefix without room or with characters that the model does not have); RESOURCE_EXHAUSTED (QUEUE_FULL: more waits
+    than the server admits, call again after RetryInfo's delay; MODEL_TOO_LARGE); DEADLINE_EXCEEDED; DATA_LOSS
+    (MODEL_DAMAGED: a stored file is not what was published); FAILED_PRECONDITION (ROLE_NOT_SERVED: this server does
+    not translate).
     """
     StreamTranslate: _aio.StreamStreamMultiCallable[_translation_pb2.StreamTranslateRequest, _translation_pb2.StreamTranslateResponse]  # type: ignore[assignment]
     """Translates a stream of sentences, for documents and pipelines. The first message holds the configuration, all
     others sentences. Translations come as they finish, in any order, each with its caller's id, exactly once. The
     server reads on only while fewer than the window's sentences are in flight, so neither side buffers without bound:
-    a sentence is in flight until its translation is written, and who does not read is soon not read from. A sentence
-    that cannot be translated has an error of its own and the stream goes on. Unary calls may overtake a stream, but
-    cannot hold it up for ever. After the caller has half-closed, the stream ends when the last translation is sent.
-    Initial metadata comes as soon as the configuration is accepted, with the version in "ferryman-model".
-    NOT_FOUND (MODEL_NOT_FOUND); INVALID_ARGUMENT with all violations (INVALID_REQUEST: configuration or messages);
-    RESOURCE_EXHAUSTED (MODEL_TOO_LARGE); DEADLINE_EXCEEDED; DATA_LOSS (MODEL_DAMAGED); FAILED_PRECONDITION
-    (ROLE_NOT_SERVED); UNAVAILABLE (SERVER_SHUTTING_DOWN: what was not answered was not translated). A full queue is no
-    error: a stream waits for room.
+    a sentence is in flight until its translation is written. If the client stops reading, the server stops reading
+    from it. A sentence that cannot be translated has an error of its own and the stream continues. Unary calls may
+    overtake a stream, but cannot starve it. After the caller has half-closed, the stream ends when the last
+    translation is sent. Initial metadata comes as soon as the configuration is accepted, with the version in
+    "ferryman-model". NOT_FOUND (MODEL_NOT_FOUND); INVALID_ARGUMENT with all violations (INVALID_REQUEST: configuration
+    or messages); RESOURCE_EXHAUSTED (MODEL_TOO_LARGE); DEADLINE_EXCEEDED; DATA_LOSS (MODEL_DAMAGED);
+    FAILED_PRECONDITION (ROLE_NOT_SERVED); UNAVAILABLE (SERVER_SHUTTING_DOWN: sentences without an answer were not
+    translated). A stream waits while the queue is full.
     """
 
 class TranslationServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -95,11 +97,12 @@ class TranslationServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_translation_pb2.TranslateResponse, _abc.Awaitable[_translation_pb2.TranslateResponse]]:
         """Translates sentences. A sentence's translation does not depend on the others. The caller's deadline and
         cancellation end the work. NOT_FOUND (MODEL_NOT_FOUND); INVALID_ARGUMENT with all violations: INVALID_REQUEST
-        (options out of range or in conflict, no sentences, too many sentences, or more subwords in one call than the server
-        ever admits) or INVALID_SENTENCE (too long, control characters, too many combining marks in a row, a target prefix
-        without room or with characters that the model does not have); RESOURCE_EXHAUSTED (QUEUE_FULL: more waits than the
-        server admits, call again after RetryInfo's delay; MODEL_TOO_LARGE); DEADLINE_EXCEEDED; DATA_LOSS (MODEL_DAMAGED: a
-        stored file is not what was published); FAILED_PRECONDITION (ROLE_NOT_SERVED: this server does not translate).
+        (options out of range or in conflict, no sentences, too many sentences, or more subwords in one call than the
+        server ever admits) or INVALID_SENTENCE (too long, control characters, too many combining marks in a row, a target
+        prefix without room or with characters that the model does not have); RESOURCE_EXHAUSTED (QUEUE_FULL: more waits
+        than the server admits, call again after RetryInfo's delay; MODEL_TOO_LARGE); DEADLINE_EXCEEDED; DATA_LOSS
+        (MODEL_DAMAGED: a stored file is not what was published); FAILED_PRECONDITION (ROLE_NOT_SERVED: this server does
+        not translate).
         """
 
     @_abc_1.abstractmethod
@@ -111,14 +114,14 @@ class TranslationServiceServicer(metaclass=_abc_1.ABCMeta):
         """Translates a stream of sentences, for documents and pipelines. The first message holds the configuration, all
         others sentences. Translations come as they finish, in any order, each with its caller's id, exactly once. The
         server reads on only while fewer than the window's sentences are in flight, so neither side buffers without bound:
-        a sentence is in flight until its translation is written, and who does not read is soon not read from. A sentence
-        that cannot be translated has an error of its own and the stream goes on. Unary calls may overtake a stream, but
-        cannot hold it up for ever. After the caller has half-closed, the stream ends when the last translation is sent.
-        Initial metadata comes as soon as the configuration is accepted, with the version in "ferryman-model".
-        NOT_FOUND (MODEL_NOT_FOUND); INVALID_ARGUMENT with all violations (INVALID_REQUEST: configuration or messages);
-        RESOURCE_EXHAUSTED (MODEL_TOO_LARGE); DEADLINE_EXCEEDED; DATA_LOSS (MODEL_DAMAGED); FAILED_PRECONDITION
-        (ROLE_NOT_SERVED); UNAVAILABLE (SERVER_SHUTTING_DOWN: what was not answered was not translated). A full queue is no
-        error: a stream waits for room.
+        a sentence is in flight until its translation is written. If the client stops reading, the server stops reading
+        from it. A sentence that cannot be translated has an error of its own and the stream continues. Unary calls may
+        overtake a stream, but cannot starve it. After the caller has half-closed, the stream ends when the last
+        translation is sent. Initial metadata comes as soon as the configuration is accepted, with the version in
+        "ferryman-model". NOT_FOUND (MODEL_NOT_FOUND); INVALID_ARGUMENT with all violations (INVALID_REQUEST: configuration
+        or messages); RESOURCE_EXHAUSTED (MODEL_TOO_LARGE); DEADLINE_EXCEEDED; DATA_LOSS (MODEL_DAMAGED);
+        FAILED_PRECONDITION (ROLE_NOT_SERVED); UNAVAILABLE (SERVER_SHUTTING_DOWN: sentences without an answer were not
+        translated). A stream waits while the queue is full.
         """
 
 def add_TranslationServiceServicer_to_server(servicer: TranslationServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

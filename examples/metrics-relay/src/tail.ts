@@ -51,7 +51,7 @@ export async function* followRun(
     try {
       for await (const response of spokenStream(source, runId, lastSequence, signal, times.silenceMs)) {
         pauseMs = times.firstPauseMs;
-        const { case: kind, value } = response.item;
+        const { case: kind, value } = response.metricsUpdate;
         if (kind !== "record") {
           yield { kind: "alive" };
         } else if (value.sequence > lastSequence) {
@@ -92,7 +92,7 @@ async function* spokenStream(
   try {
     for await (const response of source.streamMetrics(runId, afterSequence, call.signal)) {
       clearTimeout(timer); // while the reader is busy nobody listens
-      const interval = response.item.case === "heartbeat" ? response.item.value.interval : undefined;
+      const interval = response.metricsUpdate.case === "heartbeat" ? response.metricsUpdate.value.interval : undefined;
       if (interval) allowedMs = Math.max(3_000, 3 * (Number(interval.seconds) * 1000 + interval.nanos / 1e6));
       yield response;
       timer = setTimeout(giveUp, allowedMs);

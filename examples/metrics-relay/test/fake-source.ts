@@ -74,7 +74,7 @@ export class FakeSource implements RunSource {
       }
       if (signal.aborted) throw ConnectError.from(signal.reason);
       if (sent === this.#records.length) return;
-      yield create(StreamMetricsResponseSchema, { item: { case: "record", value: this.#records[sent] as MetricRecord } });
+      yield create(StreamMetricsResponseSchema, { metricsUpdate: { case: "record", value: this.#records[sent] as MetricRecord } });
       sent += 1;
     }
   }

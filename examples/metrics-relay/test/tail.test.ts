@@ -85,7 +85,7 @@ test("a stream that has gone silent is called anew", async () => {
   source.streamMetrics = async function* (runId, after, signal): AsyncGenerator<StreamMetricsResponse> {
     if (!silent) return yield* stream(runId, after, signal);
     silent = false;
-    yield create(StreamMetricsResponseSchema, { item: { case: "record", value: records(5)[0] as never } });
+    yield create(StreamMetricsResponseSchema, { metricsUpdate: { case: "record", value: records(5)[0] as never } });
     await new Promise((_, reject) => signal.addEventListener("abort", () => reject(ConnectError.from(signal.reason))));
   };
   const times = { ...TIMES, silenceMs: 20 };

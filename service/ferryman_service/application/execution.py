@@ -306,6 +306,7 @@ def _export(ports: WorkerPorts, run: TrainingRun, trained: TrainedModel, reporte
         source_language=corpus.header.source_language,
         target_language=corpus.header.target_language,
         recipe=trained.recipe,
+        initial_model=run.initial_model or "",
     )
     staged = ports.models.staging_dir(run.run_id)
     ports.exporter.export(trained, lineage, staged)

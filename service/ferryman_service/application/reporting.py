@@ -225,7 +225,7 @@ class _ProgressMeter:
             target_tokens=self._progress.target_tokens + metrics.target_tokens,
             target_tokens_per_second=self._rate,
             fraction=fraction,
-            remaining_seconds=self._remaining_s(fraction, elapsed_s),
+            remaining_s=self._remaining_s(fraction, elapsed_s),
             last_step=metrics,
             skipped_updates=self._progress.skipped_updates + metrics.skipped,
             step_time_ns=time.time_ns(),
@@ -261,9 +261,9 @@ class _ProgressMeter:
             shares.append(metrics.step / self._stop.max_steps)
         if self._stop.max_epochs:
             shares.append((metrics.epoch - 1) / self._stop.max_epochs)
-        if self._stop.max_time_seconds:
+        if self._stop.max_duration_s:
             elapsed_s = time.monotonic() - self._began_s
-            shares.append(self._time_before() + elapsed_s / self._stop.max_time_seconds)
+            shares.append(self._time_before() + elapsed_s / self._stop.max_duration_s)
         return min(1.0, max(shares))
 
     def _time_before(self) -> float:

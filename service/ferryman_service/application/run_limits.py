@@ -43,8 +43,8 @@ def limit_violations(overrides: Overrides, processes: int, limits: RunLimits) ->
             "this server's --max-batch-tokens"
         )
         yield _over_limit("recipe.optimization.batch_target_tokens", text)
-    if parts.max_time_seconds is not None and limits.max_hours:
-        yield from _time_violations(parts.max_time_seconds, limits.max_hours)
+    if parts.max_duration_s is not None and limits.max_hours:
+        yield from _time_violations(parts.max_duration_s, limits.max_hours)
 
 
 def _size_violations(
@@ -67,13 +67,13 @@ def _size_violations(
         yield _over_limit("recipe.model", text)
 
 
-def _time_violations(max_time_seconds: float, max_hours: float) -> Iterator[Violation]:
+def _time_violations(max_duration_s: float, max_hours: float) -> Iterator[Violation]:
     most_s = max_hours * _SECONDS_PER_HOUR
-    if 0 < max_time_seconds <= most_s:
+    if 0 < max_duration_s <= most_s:
         return
-    value = f"is {max_time_seconds:.15g}" if max_time_seconds else "is not set"
+    value = f"is {max_duration_s:.15g}" if max_duration_s else "is not set"
     text = f"{value}, must be at most {most_s:.15g}, which is this server's --max-run-hours ({max_hours:g} hours)"
-    yield _over_limit("recipe.stop.max_time_seconds", text)
+    yield _over_limit("recipe.stop.max_duration", text)
 
 
 def _over_limit(field: str, description: str) -> Violation:

@@ -120,11 +120,11 @@ class _CurveSubject:
         if self.schedule.kind is not ScheduleKind.WSD or self.is_over:
             return 0
         stop, scheduled = self.stop, scheduled_decay_step(self.schedule)
-        decays_by_itself = stop is not None and bool(stop.max_time_seconds or stop.target_score or stop.patience)
+        decays_by_itself = stop is not None and bool(stop.max_duration_s or stop.target_score or stop.patience)
         has_begun = bool(self.decays) or (scheduled is not None and self.step + 1 >= scheduled)
         if scheduled is not None and not decays_by_itself:
             return 0
-        if has_begun and not (stop is not None and stop.max_time_seconds):
+        if has_begun and not (stop is not None and stop.max_duration_s):
             return 0
         return self.step + 1
 

@@ -24,9 +24,10 @@ from ferryman_service.domain.recipe import Positions, out_of_range, recipe_to_di
 from ferryman_service.domain.schema import Limits, Number, SchemaMismatch, Text, mapping_of, read_fields, shown
 from ferryman_service.domain.translation import ComputeType
 
-FORMAT_VERSION: Final = 3
+FORMAT_VERSION: Final = 4
 """Rises when a reader of the version before could not use the bundle. 2: weights.safetensors. 3: graphs for running
-batches, the embedding outside them, int8."""
+batches, the embedding outside them, int8. 4: names of the recipe's fields, the kind of weights, the model
+that training started from."""
 _READABLE_VERSIONS: Final = (FORMAT_VERSION,)
 
 ENCODER_FILE: Final = "encoder.onnx"

@@ -17,8 +17,11 @@ RUN_PREFIX: Final = "run"
 ID_PATTERN: Final = f"[{_ALPHABET}]{{{_TIME_CHARACTERS + _RANDOM_CHARACTERS}}}"
 """A regular expression for an id behind its prefix."""
 
+MODEL_NAME_PATTERN: Final = "[a-z0-9][a-z0-9._-]{0,63}"
+"""A regular expression for a model's name."""
+
 _ID = re.compile(rf"(cor|run)_{ID_PATTERN}")
-_MODEL_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+_MODEL_NAME = re.compile(MODEL_NAME_PATTERN)
 
 
 def new_id(prefix: str) -> str:

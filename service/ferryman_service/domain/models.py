@@ -2,29 +2,39 @@
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from ferryman_service.domain.errors import InvalidRequest, Violation
-from ferryman_service.domain.ids import ID_PATTERN, is_alias, is_model_name
+from ferryman_service.domain.ids import ID_PATTERN, MODEL_NAME_PATTERN, is_alias, is_model_name
 from ferryman_service.domain.recipe import Recipe
 from ferryman_service.domain.schema import Limits, Number, Text
 from ferryman_service.domain.stored import UnreadableRow
 from ferryman_service.domain.translation import ComputeType
 
 
+class PublishedWeights(enum.StrEnum):
+    """The weights that a run publishes: those of one checkpoint, or the average of several."""
+
+    CHECKPOINT = "checkpoint"
+    AVERAGE = "average"
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelScores:
-    """Scores of the published weights on the validation pairs (greedy); `weights` is "best" or "average". BLEU and chrF
-    are those of `translated_pairs`, 0 if that is not known, as of versions of an earlier release."""
+    """Scores of the published weights on the validation pairs (greedy). BLEU and chrF are those of `translated_pairs`,
+    the loss is that of `loss_pairs`; 0 if not known. `bleu_signature` is sacreBLEU's, empty if not known."""
 
     bleu: float
     chrf: float
     nll_per_token: float
-    weights: str
+    weights: PublishedWeights
     step: int
     translated_pairs: int = 0
+    loss_pairs: int = 0
+    bleu_signature: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +66,8 @@ class Int8Outcome:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelLineage:
-    """Where a model comes from."""
+    """Where a model comes from. `initial_model` is the version, "name/7", whose weights training started from; empty
+    if it started from random ones."""
 
     run_id: str
     corpus_id: str
@@ -64,6 +75,7 @@ class ModelLineage:
     source_language: str
     target_language: str
     recipe: Recipe
+    initial_model: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,14 +104,17 @@ _SCORE: Final = Number(0, 100.01)
 VERSION_LIMITS: Final[Limits] = {
     (ModelScores, "bleu"): _SCORE,
     (ModelScores, "chrf"): _SCORE,
-    (ModelScores, "weights"): Text(20),
     (ModelScores, "translated_pairs"): Number(0, 10**9),
+    (ModelScores, "loss_pairs"): Number(0, 10**12),
     (Int8Scores, "pairs"): Number(0, 10**9),
     (Int8Scores, "fp32_bleu"): _SCORE,
     (Int8Scores, "int8_bleu"): _SCORE,
     (ModelLineage, "run_id"): Text(26, f"run_{ID_PATTERN}", "the id of a run"),
     (ModelLineage, "corpus_id"): Text(26, f"cor_{ID_PATTERN}", "the id of a corpus"),
     (ModelLineage, "corpus_digest"): Text(64, "[0-9a-f]{64}", "64 hexadecimal digits"),
+    (ModelLineage, "initial_model"): Text(
+        80, f"(?:{MODEL_NAME_PATTERN}/[1-9][0-9]{{0,9}})?", 'empty or "name/version"'
+    ),
     (ModelLineage, "source_language"): Text(100),
     (ModelLineage, "target_language"): Text(100),
 }

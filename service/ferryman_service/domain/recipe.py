@@ -99,7 +99,8 @@ class ModelRecipe:
 class DataRecipe:
     """Subwords, and which training pairs are used.
 
-    `sampling_alpha` (unigram) and `bpe_dropout` (BPE) segment the training pairs anew in each epoch; 0 is off.
+    `subword_regularization_alpha` (unigram) and `bpe_dropout` (BPE) segment the training pairs anew in each epoch; 0 is
+    off.
     `split_digits`: every digit is a subword of its own. `reduce_vocabulary`: a corpus that yields fewer subwords than
     `vocabulary_size` gets all of them; otherwise it cannot be trained on.
     """
@@ -109,7 +110,7 @@ class DataRecipe:
     character_coverage: float
     max_sentence_tokens: int
     max_length_ratio: float
-    sampling_alpha: float = 0.0
+    subword_regularization_alpha: float = 0.0
     bpe_dropout: float = 0.0
     split_digits: bool = False
     reduce_vocabulary: bool = False
@@ -149,7 +150,7 @@ class StopRecipe:
 
     max_steps: int
     max_epochs: int
-    max_time_seconds: float
+    max_duration_s: float
     patience: int
     target_score: float = 0.0
 
@@ -218,7 +219,7 @@ _TINY: Final[dict[str, Any]] = {
         "character_coverage": 1.0,
         "max_sentence_tokens": 256,
         "max_length_ratio": 9.0,
-        "sampling_alpha": 0.0,
+        "subword_regularization_alpha": 0.0,
         "bpe_dropout": 0.0,
         "split_digits": False,
     },
@@ -239,7 +240,7 @@ _TINY: Final[dict[str, Any]] = {
         "max_rollbacks": 2,
         "rollback_rate_scale": 0.5,
     },
-    "stop": {"max_steps": 10_000, "max_epochs": 0, "max_time_seconds": 0.0, "patience": 0, "target_score": 0.0},
+    "stop": {"max_steps": 10_000, "max_epochs": 0, "max_duration_s": 0.0, "patience": 0, "target_score": 0.0},
     "validation": {
         "interval_steps": 500,
         "max_translated_pairs": 500,
@@ -326,7 +327,7 @@ _RANGES: Final[Mapping[str, _Range]] = {
     "data.character_coverage": _Range(0.9, 1),
     "data.max_sentence_tokens": _Range(4, 4096),
     "data.max_length_ratio": _Range(1, 1000),
-    "data.sampling_alpha": _Range(0, 1),
+    "data.subword_regularization_alpha": _Range(0, 1),
     "data.bpe_dropout": _Range(0, 1, open_high=True),
     "optimization.adam_beta1": _Range(0, 1, open_high=True),
     "optimization.adam_beta2": _Range(0, 1, open_high=True),
@@ -343,7 +344,7 @@ _RANGES: Final[Mapping[str, _Range]] = {
     "optimization.rollback_rate_scale": _Range(0, 1, open_low=True),
     "stop.max_steps": _Range(0, 1e9),
     "stop.max_epochs": _Range(0, 1e6),
-    "stop.max_time_seconds": _Range(0, 1e9),
+    "stop.max_duration_s": _Range(0, 1e9),
     "stop.patience": _Range(0, 1e6),
     "stop.target_score": _Range(0, 1000),
     "validation.interval_steps": _STEPS,
@@ -401,7 +402,7 @@ def resolve_recipe(overrides: Overrides, path: str = "recipe") -> Recipe:
             d_model=values["model"]["d_model"],
             warmup_steps=800,
             total_steps=values["stop"]["max_steps"],
-            max_time_seconds=values["stop"]["max_time_seconds"],
+            max_duration_s=values["stop"]["max_duration_s"],
             in_recipe=True,
         ),
     )
@@ -431,7 +432,7 @@ class RecipeParts:
     model: ModelRecipe | None
     vocabulary_size: int | None
     optimization: OptimizationRecipe | None
-    max_time_seconds: float | None
+    max_duration_s: float | None
 
 
 def recipe_parts(overrides: Overrides) -> RecipeParts:
@@ -446,7 +447,7 @@ def recipe_parts(overrides: Overrides) -> RecipeParts:
         model=ModelRecipe(**values["model"]) if is_legal("model.") else None,
         vocabulary_size=values["data"]["vocabulary_size"] if is_legal("data.vocabulary_size") else None,
         optimization=OptimizationRecipe(**values["optimization"]) if is_legal("optimization.") else None,
-        max_time_seconds=values["stop"]["max_time_seconds"] if is_legal("stop.max_time_seconds") else None,
+        max_duration_s=values["stop"]["max_duration_s"] if is_legal("stop.max_duration") else None,
     )
 
 
@@ -505,11 +506,11 @@ def _part(cls: type[_Part], values: Mapping[str, Any]) -> _Part:
 
 
 def _has_other_limit(stop: Mapping[str, Any]) -> bool:
-    return bool(stop.get("max_epochs") or stop.get("max_time_seconds"))
+    return bool(stop.get("max_epochs") or stop.get("max_duration_s"))
 
 
 def _is_limited_by_time_alone(stop: Mapping[str, Any]) -> bool:
-    return bool(stop["max_time_seconds"] > 0) and not (stop["max_steps"] or stop["max_epochs"])
+    return bool(stop["max_duration_s"] > 0) and not (stop["max_steps"] or stop["max_epochs"])
 
 
 def _out_of_range(values: Mapping[str, Any], path: str) -> Iterator[Violation]:
@@ -518,7 +519,9 @@ def _out_of_range(values: Mapping[str, Any], path: str) -> Iterator[Violation]:
         for part in name.split("."):
             value = value[part]
         if value not in legal:
-            yield Violation(field=f"{path}.{name}", description=f"is {value:g}, must be {legal}", reason="OUT_OF_RANGE")
+            # A duration is in seconds here, and has no unit in its name in the contract.
+            field, unit = f"{path}.{name.removesuffix('_s')}", " seconds" if name.endswith("_s") else ""
+            yield Violation(field=field, description=f"is {value:g}{unit}, must be {legal}", reason="OUT_OF_RANGE")
 
 
 def _conflicts(values: Mapping[str, Any], path: str) -> Iterator[Violation]:
@@ -554,11 +557,14 @@ def _conflicts(values: Mapping[str, Any], path: str) -> Iterator[Violation]:
         name = values["validation"]["metric"].name
         yield conflict("stop.target_score", f"is {stop['target_score']:g}, but {name} ends at 100")
     if not (stop["max_steps"] or _has_other_limit(stop)):
-        yield conflict("stop", "must set max_steps, max_epochs or max_time_seconds, else training never ends")
+        yield conflict("stop", "must set max_steps, max_epochs or max_duration, else training never ends")
 
 
 def _sampling_conflicts(data: Mapping[str, Any], path: str) -> Iterator[Violation]:
-    for name, algorithm in (("sampling_alpha", SubwordAlgorithm.UNIGRAM), ("bpe_dropout", SubwordAlgorithm.BPE)):
+    for name, algorithm in (
+        ("subword_regularization_alpha", SubwordAlgorithm.UNIGRAM),
+        ("bpe_dropout", SubwordAlgorithm.BPE),
+    ):
         if data[name] > 0 and data["subword_algorithm"] is not algorithm:
             text = f"is {data[name]:g}, but belongs to subword_algorithm {algorithm.name}"
             yield Violation(field=f"{path}.data.{name}", description=text, reason="CONFLICT")
@@ -566,12 +572,12 @@ def _sampling_conflicts(data: Mapping[str, Any], path: str) -> Iterator[Violatio
 
 @dataclass(frozen=True, kw_only=True)
 class _ScheduleDefaults:
-    """What a schedule's fields default to; `total_steps` and `max_time_seconds` 0 are no limits."""
+    """What a schedule's fields default to; `total_steps` and `max_duration_s` 0 are no limits."""
 
     d_model: int
     warmup_steps: int
     total_steps: int = 0
-    max_time_seconds: float = 0.0
+    max_duration_s: float = 0.0
     in_recipe: bool = False
 
 
@@ -621,11 +627,11 @@ def _resolve_schedule(
 def _missing_total_steps(kind: ScheduleKind, defaults: _ScheduleDefaults) -> str | None:
     """Return why a schedule needs `total_steps`; None if it does not."""
     if kind is ScheduleKind.WSD:
-        is_enough = defaults.max_time_seconds > 0 or not defaults.in_recipe
-        return None if is_enough else "is needed by WSD: set it, stop.max_steps or stop.max_time_seconds"
+        is_enough = defaults.max_duration_s > 0 or not defaults.in_recipe
+        return None if is_enough else "is needed by WSD: set it, stop.max_steps or stop.max_duration"
     text = f"is needed by {kind.name}: set it, or stop.max_steps"
-    if defaults.max_time_seconds > 0:
-        text += "; or use WSD, which plans its decay so that it ends within stop.max_time_seconds"
+    if defaults.max_duration_s > 0:
+        text += "; or use WSD, which plans its decay so that it ends within stop.max_duration"
     return text
 
 

@@ -74,7 +74,7 @@ class StepMetrics:
     gradient_norm: float
     target_tokens: int
     target_tokens_per_second: float
-    step_seconds: float
+    duration_s: float
     padding_share: float
     memory_bytes: int
     skipped: bool = False
@@ -94,7 +94,7 @@ class ValidationMetrics:
     bleu: float
     chrf: float
     translated_pairs: int
-    seconds: float
+    duration_s: float
     best: bool
     bleu_signature: str = ""
 

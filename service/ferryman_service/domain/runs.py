@@ -71,7 +71,7 @@ class RunProgress:
     target_tokens: int = 0
     target_tokens_per_second: float = 0.0
     fraction: float = 0.0
-    remaining_seconds: float | None = None
+    remaining_s: float | None = None
     last_step: StepMetrics | None = None
     best_validation: ValidationMetrics | None = None
     reports: int = 0

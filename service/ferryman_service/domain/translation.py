@@ -29,7 +29,7 @@ class ComputeType(enum.StrEnum):
 class EarlyStopping(enum.StrEnum):
     """When a beam search has found enough.
 
-    FIRST: beam_size * patience hypotheses have finished. OPTIMAL: and no row can still become one of the n_best.
+    FIRST: beam_size * beam_patience hypotheses have finished. OPTIMAL: and no row can still become one of the n_best.
     """
 
     FIRST = "first"
@@ -61,7 +61,7 @@ class SearchOptions:
     max_length: int | None = None
     max_length_ratio: float | None = None
     min_length: int = 0
-    patience: float = 1.0
+    beam_patience: float = 1.0
     early_stopping: EarlyStopping = EarlyStopping.FIRST
     sampling: Sampling | None = None
     repetition_penalty: float = 1.0
@@ -84,7 +84,7 @@ def option_violations(options: SearchOptions, path: str = "options") -> Iterator
         "max_length": (1, MAX_TRANSLATION_TOKENS),
         "max_length_ratio": (_ABOVE_ZERO, 100),
         "min_length": (0, 4095),
-        "patience": (1, 10),
+        "beam_patience": (1, 10),
         "repetition_penalty": (_ABOVE_ZERO, 10),
         "no_repeat_ngram_size": (0, 32),
     }

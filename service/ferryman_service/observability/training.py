@@ -250,7 +250,7 @@ class _Totals:
             case StepMetrics() as step:
                 self._steps.inc()
                 self._tokens.inc(step.target_tokens)
-                self._seconds.observe(step.step_seconds)
+                self._seconds.observe(step.duration_s)
                 self._skipped.inc(step.skipped)
             case StateChange(state=state) if state.is_terminal:
                 self._ended[state].inc()

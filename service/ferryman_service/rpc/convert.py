@@ -17,7 +17,15 @@ from ferryman_service.application.translating import StreamRequest, TranslateReq
 from ferryman_service.application.translation_stream import SentenceError, StreamResult, StreamSentence
 from ferryman_service.domain.corpora import Corpus, CorpusHeader, SentencePair, Side, Split, SplitStatistics
 from ferryman_service.domain.errors import InvalidRequest, RowUnreadable, Violation
-from ferryman_service.domain.models import BundleFile, Int8Outcome, LoadedModel, Model, ModelAlias, ModelVersion
+from ferryman_service.domain.models import (
+    BundleFile,
+    Int8Outcome,
+    LoadedModel,
+    Model,
+    ModelAlias,
+    ModelVersion,
+    PublishedWeights,
+)
 from ferryman_service.domain.recipe import (
     Activation,
     Averaging,
@@ -69,6 +77,7 @@ _ENUMS: Final[Mapping[type[enum.StrEnum], tuple[Any, str]]] = {
     Side: (corpus_pb2.Side, "SIDE_"),
     DecayShape: (recipe_pb2.DecayShape, "DECAY_SHAPE_"),
     DecayReason: (metrics_pb2.DecayReason, "DECAY_REASON_"),
+    PublishedWeights: (model_pb2.PublishedWeights, "PUBLISHED_WEIGHTS_"),
     EarlyStopping: (translation_pb2.EarlyStopping, "EARLY_STOPPING_"),
 }
 _RECIPE_ENUMS: Final[Mapping[str, type[enum.StrEnum]]] = {
@@ -123,7 +132,9 @@ def recipe_overrides(wire: Message, path: str, violations: list[Violation]) -> d
     found: dict[str, Any] = {}
     for descriptor, value in wire.ListFields():
         field = f"{path}.{descriptor.name}"
-        if descriptor.message_type is not None:
+        if descriptor.message_type is Duration.DESCRIPTOR:
+            found[f"{descriptor.name}_s"] = _seconds_from_wire(value, field, violations)
+        elif descriptor.message_type is not None:
             found[descriptor.name] = recipe_overrides(value, field, violations)
         elif descriptor.enum_type is not None:
             member = enum_from_wire(_RECIPE_ENUMS[descriptor.name], value, field, violations)
@@ -132,6 +143,15 @@ def recipe_overrides(wire: Message, path: str, violations: list[Violation]) -> d
         else:
             found[descriptor.name] = value
     return found
+
+
+def _seconds_from_wire(wire: Duration, field: str, violations: list[Violation]) -> float:
+    """Return a duration's seconds; 0, with a violation, for what is none."""
+    if abs(wire.nanos) >= 10**9 or wire.seconds * wire.nanos < 0:
+        text = f"has {wire.seconds} seconds and {wire.nanos} nanos, must have the same sign and less than 10^9 nanos"
+        violations.append(Violation(field=field, description=text, reason="INVALID_DURATION"))
+        return 0.0
+    return (wire.seconds * 10**9 + wire.nanos) / 1e9
 
 
 def recipe_to_wire(recipe: Recipe) -> recipe_pb2.Recipe:
@@ -154,12 +174,15 @@ def schedule_to_wire(schedule: LearningRateSchedule) -> recipe_pb2.LearningRateS
 
 
 def _plain(part: object) -> dict[str, Any]:
-    """Return a dataclass's fields for the message of the same field names, None left out."""
-    return {
-        name: enum_to_wire(value) if isinstance(value, enum.StrEnum) else value
-        for name, value in vars(part).items()
-        if value is not None
-    }
+    """Return a dataclass's fields for the message of the same field names, None left out. Seconds `x_s` are the
+    duration `x`."""
+    return dict(_wire_field(name, value) for name, value in vars(part).items() if value is not None)
+
+
+def _wire_field(name: str, value: Any) -> tuple[str, Any]:  # noqa: ANN401 - fields have values of every type
+    if isinstance(value, enum.StrEnum):
+        return name, enum_to_wire(value)
+    return (name.removesuffix("_s"), _seconds(value)) if name.endswith("_s") else (name, value)
 
 
 def curve_to_wire(curve: Curve) -> training_pb2.GetLRScheduleResponse:
@@ -212,7 +235,7 @@ def stream_item_to_wire(item: Record | Heartbeat) -> training_pb2.StreamMetricsR
     heartbeat = metrics_pb2.Heartbeat(
         last_sequence=item.last_sequence,
         state=enum_to_wire(item.state),
-        interval=_duration(round(item.interval_s * 1e9)),
+        interval=_seconds(item.interval_s),
     )
     return training_pb2.StreamMetricsResponse(heartbeat=heartbeat)
 
@@ -268,14 +291,14 @@ def _run_to_wire(run: TrainingRun) -> training_pb2.TrainingRun:
 
 
 def _progress_to_wire(progress: RunProgress) -> training_pb2.RunProgress:
-    remaining, best = progress.remaining_seconds, progress.best_validation
+    remaining, best = progress.remaining_s, progress.best_validation
     return training_pb2.RunProgress(
         step=progress.step,
         epoch=progress.epoch,
         target_tokens=progress.target_tokens,
         target_tokens_per_second=progress.target_tokens_per_second,
         fraction=progress.fraction,
-        remaining=None if remaining is None else _duration(round(remaining * 1e9)),
+        remaining=None if remaining is None else _seconds(remaining),
         best_validation=None if best is None else metrics_pb2.ValidationMetrics(**_plain(best)),
         skipped_updates=progress.skipped_updates,
     )
@@ -399,6 +422,7 @@ def _version_to_wire(version: ModelVersion) -> model_pb2.ModelVersion:
         digest=version.digest,
         create_time=_timestamp(version.create_time_ns),
         int8=None if version.int8 is None else _int8_to_wire(version.int8),
+        initial_model=version.lineage.initial_model,
     )
 
 
@@ -416,7 +440,7 @@ def download_header_to_wire(version: ModelVersion, files: Iterable[BundleFile]) 
 def loaded_model_to_wire(loaded: LoadedModel) -> model_pb2.LoadedModel:
     """Return a model that is in memory."""
     return model_pb2.LoadedModel(
-        model=loaded.reference, memory_bytes=loaded.memory_bytes, load_time=_duration(loaded.load_time_ns)
+        model=loaded.reference, memory_bytes=loaded.memory_bytes, load_duration=_duration(loaded.load_time_ns)
     )
 
 
@@ -472,11 +496,11 @@ def stream_sentences_from_wire(
     wire: translation_pb2.StreamTranslateRequest, *, split_sentences: bool
 ) -> list[StreamSentence]:
     """Return the sentences of a message that is not the first; raises InvalidRequest with every violation."""
-    kind = wire.WhichOneof("message")
+    kind = wire.WhichOneof("stream_part")
     if kind != "sentences":
         text = "comes once, as the first message" if kind else "is empty, must hold sentences"
         reason = "UNEXPECTED" if kind else "REQUIRED"
-        raise InvalidRequest([Violation(field=kind or "message", description=text, reason=reason)])
+        raise InvalidRequest([Violation(field=kind or "stream_part", description=text, reason=reason)])
     sentences, violations = wire.sentences.sentences, list[Violation]()
     if not sentences:
         text = f"has no sentences, must have from 1 to {MAX_STREAM_SENTENCES:,}"
@@ -577,6 +601,12 @@ def _timestamp(time_ns: int) -> Timestamp:
 
 def _duration(time_ns: int) -> Duration:
     return Duration(seconds=time_ns // 10**9, nanos=time_ns % 10**9)
+
+
+def _seconds(value: float) -> Duration:
+    wire = Duration()
+    wire.FromNanoseconds(round(value * 1e9))
+    return wire
 
 
 def all_enums(kind: type[E], numbers: Iterable[int], field: str, violations: list[Violation]) -> list[E]:

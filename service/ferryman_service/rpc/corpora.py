@@ -46,7 +46,7 @@ class CorpusServicer(corpus_pb2_grpc.CorpusServiceServicer):
     ) -> corpus_pb2.UploadCorpusResponse:
         """Take a header, then text; store the corpus whole or not at all."""
         first = await anext(aiter(request_iterator), None)
-        if first is None or first.WhichOneof("item") != "header":
+        if first is None or first.WhichOneof("upload_part") != "header":
             raise _violation("header", "is required, as the first message", "REQUIRED")
         header = convert.header_from_wire(first.header)
         async with self._opened(header, first.header.request_id) as upload:
@@ -115,7 +115,7 @@ async def _to_its_end(work: Coroutine[Any, Any, T]) -> T:
 
 def _add(upload: CorpusUpload, request: corpus_pb2.UploadCorpusRequest) -> None:
     violations: list[Violation] = []
-    match request.WhichOneof("item"):
+    match request.WhichOneof("upload_part"):
         case "pairs":
             split = convert.required_enum(Split, request.pairs.split, "pairs.split", violations)
             if split is not None:
@@ -128,7 +128,7 @@ def _add(upload: CorpusUpload, request: corpus_pb2.UploadCorpusRequest) -> None:
         case "header":
             raise _violation("header", "may only be the first message", "UNEXPECTED")
         case _:
-            raise _violation("item", "is required: one of pairs and chunk", "REQUIRED")
+            raise _violation("upload_part", "is required: one of pairs and chunk", "REQUIRED")
     if violations:
         raise InvalidRequest(violations)
 

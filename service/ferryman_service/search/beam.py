@@ -25,7 +25,7 @@ others, and a forced token of a prefix counts with the model's own log-probabili
 its ranking log-probability / length ** length_penalty; its log_probability is always the model's. The length counts
 subwords and, where it was reached, the end symbol. A beam is done
 
-* with EarlyStopping.FIRST: as soon as beam_size * patience hypotheses have finished (with a beam of one: one);
+* with EarlyStopping.FIRST: as soon as beam_size * beam_patience hypotheses have finished (with a beam of one: one);
 * with OPTIMAL: when so many have finished and no row can still yield one that belongs among the n_best. A row of
   log-probability p (never above 0, and it only falls) that would end with length l, t < l <= max_length, scores at most
   p / l ** length_penalty, which is largest at one of the two ends of that range;

@@ -20,7 +20,7 @@ _PLACES_PER_ROW: Final = 3
 
 
 def places(width: int) -> int:
-    """Return F: what EarlyStopping.FIRST needs without patience, at most 2 * W - 1, and a step's more."""
+    """Return F: what EarlyStopping.FIRST needs without beam_patience, at most 2 * W - 1, and a step's more."""
     return _PLACES_PER_ROW * width
 
 

@@ -61,12 +61,12 @@ class SentenceSearch:
 
     @property
     def needed(self) -> int:
-        """How many hypotheses must have finished before the search may end: beam_size * patience, rounded up, but one
-        for greedy search. All samples must end."""
+        """How many hypotheses must have finished before the search may end: beam_size * beam_patience, rounded up, but
+        one for greedy search. All samples must end."""
         options = self.options
         if options.sampling is not None:
             return options.rows
-        return 1 if options.beam_size == 1 else math.ceil(options.beam_size * options.patience - 1e-9)
+        return 1 if options.beam_size == 1 else math.ceil(options.beam_size * options.beam_patience - 1e-9)
 
 
 @dataclass(frozen=True, kw_only=True)

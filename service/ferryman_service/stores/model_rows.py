@@ -21,6 +21,7 @@ from ferryman_service.domain.models import (
     ModelReference,
     ModelScores,
     ModelVersion,
+    PublishedWeights,
 )
 from ferryman_service.domain.recipe import recipe_from_dict, recipe_to_dict
 from ferryman_service.domain.stored import UnreadableRow, readable
@@ -189,7 +190,7 @@ def _parse_version(row: Row[Any]) -> ModelVersion:
         name=row.name,
         version=row.version,
         lineage=ModelLineage(**row.lineage | {"recipe": recipe_from_dict(row.lineage["recipe"])}),
-        scores=ModelScores(**row.scores),
+        scores=ModelScores(**row.scores | {"weights": PublishedWeights(row.scores["weights"])}),
         parameters=row.parameters,
         size_bytes=row.size_bytes,
         digest=row.digest,

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from ferryman_service.config.resources import usable_cpus
 from ferryman_service.domain.heartbeat import Heartbeat
-from ferryman_service.domain.models import ModelScores
+from ferryman_service.domain.models import ModelScores, PublishedWeights
 from ferryman_service.domain.os_errors import refuse_if_exhausted
 from ferryman_service.domain.recipe import Recipe
 from ferryman_service.domain.records import EventLevel
@@ -101,7 +101,7 @@ class TorchTrainingEngine:
         In a group of processes each calls this; only the first reports and writes, all return the same.
         Raises TrainingFailed, DiskIsFull, and what Reporter.check raises.
         """
-        budget = TimeBudget(job.recipe.stop.max_time_seconds, self._clock)
+        budget = TimeBudget(job.recipe.stop.max_duration_s, self._clock)
         joined = join_ranks(self._device(), self._config.group, self._heartbeat)
         with disk_full_is_told(job.run_dir), joined as ranks:
             self._set_up_torch()
@@ -312,22 +312,24 @@ class _Run:
             with self._ranks.others_follow():
                 chosen = choose_weights(model, validator, position, self._recipe, self._files, self._series, self._disk)
         self._ranks.agree(Verdict.FINISH)
-        return self._share_scores(chosen)
+        return self._share_scores(chosen, validator)
 
-    def _share_scores(self, chosen: ModelScores | None) -> ModelScores:
+    def _share_scores(self, chosen: ModelScores | None, validator: Validator) -> ModelScores:
         """Return rank 0's scores on every rank."""
         numbers = [0.0] * 6
         if chosen is not None:
             scores = (chosen.bleu, chosen.chrf, chosen.nll_per_token)
-            numbers = [*scores, float(chosen.weights == "best"), chosen.step, chosen.translated_pairs]
-        bleu, chrf, nll_per_token, is_best, step, pairs = self._ranks.share(numbers)
+            numbers = [*scores, float(chosen.weights is PublishedWeights.AVERAGE), chosen.step, chosen.translated_pairs]
+        bleu, chrf, nll_per_token, is_average, step, pairs = self._ranks.share(numbers)
         return ModelScores(
             bleu=bleu,
             chrf=chrf,
             nll_per_token=nll_per_token,
-            weights="best" if is_best else "average",
+            weights=PublishedWeights.AVERAGE if is_average else PublishedWeights.CHECKPOINT,
             step=int(step),
             translated_pairs=int(pairs),
+            loss_pairs=validator.loss_pairs,
+            bleu_signature=validator.bleu_signature,
         )
 
 

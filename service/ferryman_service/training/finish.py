@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ferryman_service.domain.models import ModelScores
+from ferryman_service.domain.models import ModelScores, PublishedWeights
 from ferryman_service.domain.recipe import Averaging, Recipe
 from ferryman_service.domain.records import EventLevel
 from ferryman_service.domain.runs import FailureReason, TrainingFailed
@@ -34,7 +34,7 @@ from ferryman_service.training.validate import Validator
 class _Candidate:
     """Weights that may be published: how they are called in ModelScores and in events, their scores, their step."""
 
-    weights: str
+    weights: PublishedWeights
     name: str
     scores: ValidationScores
     step: int
@@ -73,7 +73,7 @@ def choose_weights(
         average = average_checkpoints(several)
         model.load_state_dict(average)
         name = f"the average of the {recipe.validation.averaging} {len(several)} checkpoints"
-        averaged = _Candidate("average", name, validator.score(model), position.step)
+        averaged = _Candidate(PublishedWeights.AVERAGE, name, validator.score(model), position.step)
         candidates += [averaged] if math.isfinite(averaged.scores.nll_per_token) else []
     if not candidates:
         raise _diverged(position, "the loss on the validation pairs is")
@@ -83,7 +83,7 @@ def choose_weights(
         kept, left = (candidate, chosen) if comparison.is_better else (chosen, candidate)
         remarks.append(f"{kept}, not {left}, {comparison.rule}")
         chosen = kept
-    if chosen.weights == "average":
+    if chosen.weights is PublishedWeights.AVERAGE:
         assert average is not None
         model.load_state_dict(average)
     else:
@@ -100,6 +100,8 @@ def choose_weights(
         weights=chosen.weights,
         step=chosen.step,
         translated_pairs=scores.translated_pairs,
+        loss_pairs=validator.loss_pairs,
+        bleu_signature=validator.bleu_signature,
     )
 
 
@@ -110,7 +112,8 @@ def _single_checkpoints(position: Position, damaged: Collection[int]) -> list[_C
     assert position.validated is not None, "the loop validates before it ends"
     found = {position.best_step: position.best, position.step: position.validated}
     intact = [step for step in found if step not in damaged] or [position.step]
-    return [_Candidate("best", f"the checkpoint of step {step}", found[step], step) for step in intact]
+    kind = PublishedWeights.CHECKPOINT
+    return [_Candidate(kind, f"the checkpoint of step {step}", found[step], step) for step in intact]
 
 
 def _path(files: RunFiles, step: int) -> Path:

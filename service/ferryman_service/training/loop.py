@@ -172,7 +172,7 @@ class TrainingLoop:
         decays = last_step is not None or self._planner.is_waiting(position)
         in_time = decays or position.step < max(1, self._parts.reported_step)
         if not in_time and self._parts.budget.is_spent(validations_to_come):
-            return "LIMIT_REACHED", f"stop.max_time_seconds: the time is over at step {position.step}"
+            return "LIMIT_REACHED", f"stop.max_duration: the time is over at step {position.step}"
         return None
 
     def _end(self) -> None:
@@ -186,7 +186,7 @@ class TrainingLoop:
                 reason = self._reason_to_stop()
                 if self.position.ending is None:
                     self.position = replace(self.position, ending=reason)
-                    if self._parts.recipe.stop.max_time_seconds:
+                    if self._parts.recipe.stop.max_duration_s:
                         # The clock is no function of the recipe: what it said must be known to whoever does this again.
                         self._lay_down()
         if self.position.validated is None:
@@ -403,7 +403,7 @@ class TrainingLoop:
             bleu=scores.bleu,
             chrf=scores.chrf,
             translated_pairs=scores.translated_pairs,
-            seconds=seconds,
+            duration_s=seconds,
             best=is_best,
             bleu_signature=self._parts.validator.bleu_signature,
         )

@@ -149,7 +149,7 @@ def _key(job: TrainingJob) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:_KEY_DIGITS]
 
 
-_NOT_PREPARED: Final = ("sampling_alpha", "bpe_dropout")
+_NOT_PREPARED: Final = ("subword_regularization_alpha", "bpe_dropout")
 # Of a corpus with more lines than the subword trainer takes, the same ones are drawn for every run.
 _SAMPLE_SEED: Final = 1
 

@@ -52,7 +52,7 @@ def epoch_source(
         prepared.keep()
         return pairs
 
-    if not (recipe.sampling_alpha or recipe.bpe_dropout):
+    if not (recipe.subword_regularization_alpha or recipe.bpe_dropout):
         return unchanged
     sampler = WordSampler(subwords, recipe, job.recipe.seed)
 
@@ -110,7 +110,7 @@ class WordSampler:
         """Return the most probable segmentations, drawn with their probability to the power of alpha."""
         found = [tuple(tokens) for tokens in self._subwords.segmentations(text, _CANDIDATES)]
         scores = [sum(map(self._subwords.score, tokens)) for tokens in found]
-        weights = [math.exp(self._recipe.sampling_alpha * (score - max(scores))) for score in scores]
+        weights = [math.exp(self._recipe.subword_regularization_alpha * (score - max(scores))) for score in scores]
         return found, [total / sum(weights) for total in itertools.accumulate(weights)]
 
     def _merge(self, text: str, generator: random.Random) -> Segmentation:

@@ -65,7 +65,7 @@ class StepMeter:
             gradient_norm=outcome.gradient_norm,
             target_tokens=sent.target_tokens,
             target_tokens_per_second=sent.target_tokens / seconds,
-            step_seconds=seconds,
+            duration_s=seconds,
             padding_share=sent.padding_share,
             memory_bytes=used_memory_bytes(self._device),
             skipped=outcome.skipped,

@@ -69,6 +69,11 @@ class Validator:
         return self._scoring.metric(self._recipe.validation.metric)
 
     @property
+    def loss_pairs(self) -> int:
+        """The number of pairs behind the loss."""
+        return len(self._pairs.sources)
+
+    @property
     def bleu_signature(self) -> str:
         """The signature of the BLEU that `score` returns, as sacreBLEU writes it."""
         return self._scoring.bleu_signature()

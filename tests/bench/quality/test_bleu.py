@@ -76,7 +76,7 @@ def test_preset_replaces_our_recipe(tmp_path):
 
 def test_our_limit_of_time_leaves_room_for_the_starts_of_workers():
     recipe = quality.with_time(PLAN, start_s=8.0)
-    assert recipe.stop.max_time_seconds == 900 - 3 * (1.25 * 8 + 1)
+    assert recipe.stop.max_duration_s == 900 - 3 * (1.25 * 8 + 1)
     assert recipe.model == PLAN.recipe.model
 
 

@@ -23,7 +23,7 @@ def test_recipes_differ_in_schedule_only():
     wsd, noam = (recipe_of(row, kind) for kind in schedules.SCHEDULES)
     assert (wsd.schedule.kind, noam.schedule.kind) == (ScheduleKind.WSD, ScheduleKind.NOAM)
     assert wsd.model == noam.model and wsd.stop == noam.stop and wsd.optimization == noam.optimization
-    assert wsd.stop.max_time_seconds == 300
+    assert wsd.stop.max_duration_s == 300
 
 
 @pytest.mark.parametrize("kind", schedules.SCHEDULES)

@@ -138,7 +138,7 @@ def validation(step, bleu):
         bleu=bleu,
         chrf=30.0,
         translated_pairs=100,
-        seconds=1.5,
+        duration_s=1.5,
         best=True,
     )
 

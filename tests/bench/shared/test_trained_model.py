@@ -15,6 +15,7 @@ from bench.shared.trained_model import (
     task_of,
     trained_bundle,
 )
+from ferryman_service.bundle.manifest import FORMAT_VERSION
 from ferryman_service.domain.recipe import recipe_to_dict, resolve_recipe
 
 LINEAR = {"kind": "linear", "warmup_steps": 10, "peak_learning_rate": 0.004, "total_steps": 100}
@@ -38,7 +39,7 @@ def write_bundle(folder, digest, *, bleu=35.0, step=100, **recipe):
     lineage = {"corpus_digest": digest, "source_language": "en", "target_language": "de", "recipe": recipe}
     folder.mkdir(parents=True)
     header = {"lineage": lineage, "scores": {"bleu": bleu, "step": step}}
-    (folder / "manifest.json").write_text(json.dumps({"format_version": 3, "header": header}))
+    (folder / "manifest.json").write_text(json.dumps({"format_version": FORMAT_VERSION, "header": header}))
     return folder
 
 

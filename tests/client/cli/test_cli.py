@@ -5,6 +5,7 @@ import json
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from datetime import datetime
 
 import pytest
@@ -12,7 +13,7 @@ from typer.testing import CliRunner
 
 from ferryman import EventLevel, Int8Outcome, RunEvent, RunState, Sampling, StateChange, __version__, errors
 from ferryman.cli.app import app
-from ferryman.cli.models import int8_text
+from ferryman.cli.models import int8_text, score_warnings
 from ferryman.testing import noam_learning_rate, training_script
 
 
@@ -204,6 +205,20 @@ def test_models_show_prints_effect_of_int8(outcome, shown):
     assert int8_text(outcome) == shown
 
 
+def test_models_list_warns_about_scores_that_are_not_comparable(fake):
+    version = fake.add_model("en-de")
+    other = replace(version, name="other", scores=replace(version.scores, translated_pairs=500))
+    chars = replace(version, name="chars", scores=replace(version.scores, bleu_signature="tok:char"))
+    elsewhere = replace(other, target_language="fr")
+    assert list(score_warnings([version, version, elsewhere])) == []
+    [warning] = score_warnings([version, other])
+    assert warning == (
+        "the en-de scores of en-de/1, other/1 are not comparable: they are of different numbers of pairs (2, 500)"
+    )
+    [warning] = score_warnings([version, chars])
+    assert warning.endswith("not comparable: they are of different signatures")
+
+
 def test_models_alias_sets_and_deletes(run, fake):
     fake.add_model("en-de"), fake.add_model("en-de")
     assert run("models", "alias", "en-de", "production", "1").stdout == "en-de@production is en-de/1\n"
@@ -274,7 +289,7 @@ def test_translate_many_lines_in_order(run, fake):
 def test_translate_options_reach_the_server(run, fake):
     fake.add_model("m")
     words = ["--beam-size", "2", "--n-best", "2", "--length-penalty", "0.5", "--max-length", "9", "--min-length", "1"]
-    words += ["--max-length-ratio", "1.5", "--patience", "2", "--early-stopping", "optimal", "--prefix", "Der"]
+    words += ["--max-length-ratio", "1.5", "--beam-patience", "2", "--early-stopping", "optimal", "--prefix", "Der"]
     words += ["--repetition-penalty", "1.1", "--no-repeat-ngram-size", "3", "--token-scores", "--alignment", "--json"]
     for stdin, arguments in ((None, ["hund"]), ("hund\n", [])):
         result = run("translate", "m", *arguments, *words, stdin=stdin)

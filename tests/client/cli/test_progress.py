@@ -33,7 +33,7 @@ def test_elapsed_time_and_fraction_come_from_records():
 
 def test_nearest_limit_determines_fraction():
     view = view_after(5)
-    assert view.fraction(StopRecipe(max_steps=100, max_time_seconds=25.0)) == 0.8
+    assert view.fraction(StopRecipe(max_steps=100, max_duration_s=25.0)) == 0.8
     assert view.fraction(StopRecipe(max_steps=0, max_epochs=0)) == 0.0
     assert view.remaining_s(StopRecipe()) is None
 
@@ -67,7 +67,7 @@ def test_paused_run_prints_resume_command(fake, client, corpus):
 
 def test_before_first_step_only_the_state_is_shown():
     assert numbers(view_after(2), StopRecipe(max_steps=4)) == "starting"
-    assert view_after(3).remaining_s(StopRecipe(max_time_seconds=10.0)) is None
+    assert view_after(3).remaining_s(StopRecipe(max_duration_s=10.0)) is None
 
 
 def test_numbers_beside_the_bar():
@@ -108,7 +108,7 @@ def test_planned_decay_determines_remaining_time():
     view = view.after(MetricRecord(sequence=6, time=START + timedelta(seconds=40), payload=plan))
     step = replace(view.step, step=4)
     view = view.after(MetricRecord(sequence=7, time=START + timedelta(seconds=60), payload=step))
-    assert view.fraction(StopRecipe(max_time_seconds=1e6)) == pytest.approx(0.4)
-    assert view.remaining_s(StopRecipe(max_time_seconds=1e6)) == pytest.approx(60)
+    assert view.fraction(StopRecipe(max_duration_s=1e6)) == pytest.approx(0.4)
+    assert view.remaining_s(StopRecipe(max_duration_s=1e6)) == pytest.approx(60)
     line = describe(MetricRecord(sequence=6, time=START, payload=plan))
     assert line.plain == "learning rate decays over steps 3 to 10, then the run ends (the time limit)"

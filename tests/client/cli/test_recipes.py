@@ -65,7 +65,7 @@ def test_printed_recipe_reads_back(tmp_path):
         model=ModelRecipe(d_model=64, dropout=0.0, norm="pre"),
         data=DataRecipe(split_digits=True, character_coverage=0.9995),
         optimization=OptimizationRecipe(adam_epsilon=1e-09, clip_norm=float("inf")),
-        stop=StopRecipe(max_time_seconds=1e16),
+        stop=StopRecipe(max_duration_s=1e16),
     )
     file = tmp_path / "recipe.toml"
     file.write_text(to_toml(recipe))

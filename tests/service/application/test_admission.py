@@ -50,7 +50,7 @@ def test_a_translation_that_must_be_long_costs_its_length():
 def test_sentence_is_booked_with_its_maximum_length(source_tokens, max_length, booked):
     """The default, 2 n + 10, costs n; a longer one in proportion."""
     sentence = PreparedSentence(source=(1,) * source_tokens, max_length=max_length)
-    assert cost_tokens(sentence, SearchOptions(beam_size=32, patience=10)) == 32 * booked
+    assert cost_tokens(sentence, SearchOptions(beam_size=32, beam_patience=10)) == 32 * booked
 
 
 def test_expected_cost_follows_the_maximum_length_up_to_its_limit():

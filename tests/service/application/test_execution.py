@@ -29,7 +29,14 @@ from ferryman_service.bundle.manifest import (
 from ferryman_service.domain.corpora import CorpusHeader, SentencePair, Side, Split
 from ferryman_service.domain.errors import DiskFull, StoreUnavailable
 from ferryman_service.domain.log_context import MAY_HOLD_TEXT
-from ferryman_service.domain.models import Int8Outcome, Int8Scores, ModelLineage, ModelReference, ModelScores
+from ferryman_service.domain.models import (
+    Int8Outcome,
+    Int8Scores,
+    ModelLineage,
+    ModelReference,
+    ModelScores,
+    PublishedWeights,
+)
 from ferryman_service.domain.records import EventLevel, RunEvent, RunState, StateChange, StepMetrics
 from ferryman_service.domain.runs import FailureReason, TrainingFailed
 from ferryman_service.domain.training import DiskIsFull, PauseRequested, RunCancelled, StopRequested
@@ -42,7 +49,7 @@ from ferryman_service.stores.runs import SqlRunStore
 from tests.fakes.databases import open_migrated
 from tests.fakes.spans import KeptSpans
 
-SCORES = ModelScores(bleu=1.0, chrf=2.0, nll_per_token=3.0, weights="best", step=1)
+SCORES = ModelScores(bleu=1.0, chrf=2.0, nll_per_token=3.0, weights=PublishedWeights.CHECKPOINT, step=1)
 
 
 class PlayedEngine:

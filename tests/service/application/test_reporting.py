@@ -49,7 +49,7 @@ def test_reports_are_stored_in_order_and_summed_up(runs, running_run):
     assert [record.payload.step for record in records[:50]] == list(range(1, 51))
     progress = runs.get(run.run_id).progress
     assert (progress.step, progress.target_tokens, progress.fraction) == (50, 5000, 0.5)
-    assert progress.remaining_seconds >= 0
+    assert progress.remaining_s >= 0
     assert run.create_time_ns < progress.step_time_ns < time.time_ns()
 
 
@@ -190,7 +190,7 @@ def test_the_nearest_limit_counts(runs, running_run, stop, fraction):
 
 
 def test_planned_decays_are_kept_and_repeated_by_nobody(runs, running_run):
-    run = running_run(stop={"max_time_seconds": 1000.0})
+    run = running_run(stop={"max_duration_s": 1000.0})
     plan, shorter = (
         DecayPlan(first_step=first, last_step=last, reason=DecayReason.TIME) for first, last in ((4, 13), (9, 10))
     )
@@ -217,4 +217,4 @@ def test_planned_decays_are_kept_and_repeated_by_nobody(runs, running_run):
     assert [payload for payload in payloads if isinstance(payload, DecayPlan)] == [plan, shorter]
     progress = runs.get(run.run_id).progress
     assert progress.decays == (plan, shorter)
-    assert (progress.fraction, progress.remaining_seconds) == (1.0, 0.0)
+    assert (progress.fraction, progress.remaining_s) == (1.0, 0.0)

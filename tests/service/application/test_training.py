@@ -22,7 +22,7 @@ from ferryman_service.domain.errors import (
     TooManyRuns,
     Violation,
 )
-from ferryman_service.domain.models import ModelLineage, ModelScores
+from ferryman_service.domain.models import ModelLineage, ModelScores, PublishedWeights
 from ferryman_service.domain.recipe import Positions, resolve_recipe
 from ferryman_service.domain.records import RunState
 from ferryman_service.domain.runs import ProcessIdentity, RunProgress
@@ -91,7 +91,7 @@ class House:
             target_language="de",
             recipe=resolve_recipe({"model": model}),
         )
-        scores = ModelScores(bleu=1.0, chrf=2.0, nll_per_token=3.0, weights="best", step=1)
+        scores = ModelScores(bleu=1.0, chrf=2.0, nll_per_token=3.0, weights=PublishedWeights.CHECKPOINT, step=1)
         network = lineage.recipe.model
         architecture = Architecture(
             d_model=network.d_model,
@@ -297,13 +297,13 @@ BEGUN = (DecayPlan(first_step=81, last_step=100, reason=DecayReason.TIME),)
     ("stop", "step", "decays", "provisional"),
     [
         ({"max_steps": 1000}, 50, (), 0),
-        ({"max_time_seconds": 60.0}, 0, (), 1),
-        ({"max_time_seconds": 60.0}, 50, (), 51),
-        ({"max_time_seconds": 60.0}, 90, BEGUN, 91),
+        ({"max_duration_s": 60.0}, 0, (), 1),
+        ({"max_duration_s": 60.0}, 50, (), 51),
+        ({"max_duration_s": 60.0}, 90, BEGUN, 91),
         ({"max_steps": 1000, "target_score": 30.0}, 50, (), 51),
         ({"max_steps": 1000, "target_score": 30.0}, 90, BEGUN, 0),
         ({"max_steps": 1000, "patience": 3}, 900, (), 0),
-        ({"max_steps": 1000, "max_time_seconds": 60.0}, 900, (), 901),
+        ({"max_steps": 1000, "max_duration_s": 60.0}, 900, (), 901),
     ],
 )
 def test_curve_of_a_run_says_which_part_is_provisional(house, stop, step, decays, provisional):
@@ -332,7 +332,7 @@ def test_all_that_is_over_the_operators_limits_is_told_at_once(house):
     recipe = {
         "model": {"d_model": 1024, "heads": 16},
         "optimization": {"batch_target_tokens": 2001, "adam_beta1": 0.5},
-        "stop": {"max_time_seconds": 1801.0},
+        "stop": {"max_duration_s": 1801.0},
         "validation": {"keep_last": 0},
     }
     for request in (house.request(recipe=recipe), house.request(recipe=recipe, validate_only=True, model_name="")):
@@ -344,16 +344,16 @@ def test_all_that_is_over_the_operators_limits_is_told_at_once(house):
             ("recipe.model", "OVER_LIMIT"),
             ("recipe.model", "OVER_LIMIT"),
             ("recipe.optimization.batch_target_tokens", "OVER_LIMIT"),
-            ("recipe.stop.max_time_seconds", "OVER_LIMIT"),
+            ("recipe.stop.max_duration", "OVER_LIMIT"),
         ]
         text = "".join(violation.description for violation in caught.value.violations)
         for name in ("--max-parameters", "--max-batch-tokens", "--max-run-hours", "0.5 GiB of memory"):
             assert name in text
-    with pytest.raises(InvalidRecipe, match=r"stop.max_time_seconds: is not set, must be at most 1800"):
+    with pytest.raises(InvalidRecipe, match=r"stop.max_duration: is not set, must be at most 1800"):
         house.use_cases(max_hours=0.5).start(house.request())
     with pytest.raises(InvalidRecipe, match="in 4 processes"):
         house.use_cases(memory_bytes=2**27).start(house.request(processes=4))
-    on_the_limit = {"stop": {"max_time_seconds": 1800.0}, "optimization": {"batch_target_tokens": 2000}}
+    on_the_limit = {"stop": {"max_duration_s": 1800.0}, "optimization": {"batch_target_tokens": 2000}}
     house.use_cases(max_hours=0.5, max_batch_tokens=2000, max_parameters=10**7).start(
         house.request(recipe=on_the_limit)
     )

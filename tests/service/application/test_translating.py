@@ -177,7 +177,7 @@ async def test_every_violation_is_found_at_once(make_cases, publish):
         min_length=5,
         max_length=5,
         max_length_ratio=0.0,
-        patience=0.5,
+        beam_patience=0.5,
         repetition_penalty=float("nan"),
         no_repeat_ngram_size=33,
         early_stopping=EarlyStopping.OPTIMAL,
@@ -187,7 +187,7 @@ async def test_every_violation_is_found_at_once(make_cases, publish):
     assert [(violation.field, violation.reason) for violation in caught.value.violations] == [
         ("model", "INVALID_MODEL_REFERENCE"),
         ("options.max_length_ratio", "OUT_OF_RANGE"),
-        ("options.patience", "OUT_OF_RANGE"),
+        ("options.beam_patience", "OUT_OF_RANGE"),
         ("options.repetition_penalty", "OUT_OF_RANGE"),
         ("options.no_repeat_ngram_size", "OUT_OF_RANGE"),
         ("options.n_best", "CONFLICT"),

@@ -7,7 +7,14 @@ from collections import defaultdict
 import pytest
 
 from ferryman_service.bundle.graph_check import check_graphs
-from ferryman_service.bundle.manifest import REORDER_FILE, Architecture, FileDigest, Manifest, graph_files
+from ferryman_service.bundle.manifest import (
+    FORMAT_VERSION,
+    REORDER_FILE,
+    Architecture,
+    FileDigest,
+    Manifest,
+    graph_files,
+)
 from ferryman_service.bundle.onnx_graph import read_graph
 from ferryman_service.bundle.sizes import NetworkSize
 from ferryman_service.domain.recipe import Activation, NormPlacement, Positions, resolve_recipe
@@ -53,7 +60,9 @@ def write_graphs(folder, vocabulary_size, **network):
         ),
     )
     return Manifest(
-        format_version=3, header=header, files={name: FileDigest(sha256="", size_bytes=0) for name in names}
+        format_version=FORMAT_VERSION,
+        header=header,
+        files={name: FileDigest(sha256="", size_bytes=0) for name in names},
     )
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from ferryman_service.bundle import manifest as bundles
 from ferryman_service.domain.errors import ModelDamaged
-from ferryman_service.domain.models import Int8Outcome, Int8Scores, ModelLineage, ModelScores
+from ferryman_service.domain.models import Int8Outcome, Int8Scores, ModelLineage, ModelScores, PublishedWeights
 from ferryman_service.domain.recipe import resolve_recipe
 from ferryman_service.domain.translation import ComputeType
 
@@ -24,7 +24,7 @@ def header():
             target_language="de",
             recipe=resolve_recipe({"seed": 7}),
         ),
-        scores=ModelScores(bleu=35.5, chrf=60.25, nll_per_token=1.125, weights="average", step=900),
+        scores=ModelScores(bleu=35.5, chrf=60.25, nll_per_token=1.125, weights=PublishedWeights.AVERAGE, step=900),
         parameters=12345,
         max_sentence_tokens=256,
         architecture=bundles.Architecture(d_model=128, decoder_layers=4, heads=4, vocabulary_size=8000),
@@ -126,7 +126,7 @@ def test_a_manifest_names_no_other_files(bundle, name):
 @pytest.mark.parametrize("version", [1, 2, 99, "3", None])
 def test_another_format_version_says_what_to_do(bundle, version):
     edit_manifest(bundle, lambda values: values.update(format_version=version))
-    with pytest.raises(ModelDamaged, match=f"format version {version!r}, this server reads 3: .*train the model again"):
+    with pytest.raises(ModelDamaged, match=f"format version {version!r}, this server reads 4: .*train the model again"):
         bundles.read_manifest(bundle)
 
 

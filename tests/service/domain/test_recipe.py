@@ -71,8 +71,8 @@ def test_only_a_default_vocabulary_is_reduced():
 
 
 def test_another_limit_lifts_the_presets_step_limit():
-    assert resolve_recipe({"stop": {"max_time_seconds": 60}}).stop.max_steps == 0
-    assert resolve_recipe({"stop": {"max_time_seconds": 60, "max_steps": 5}}).stop.max_steps == 5
+    assert resolve_recipe({"stop": {"max_duration_s": 60}}).stop.max_steps == 0
+    assert resolve_recipe({"stop": {"max_duration_s": 60, "max_steps": 5}}).stop.max_steps == 5
     assert resolve_recipe({"stop": {"patience": 3}}).stop.max_steps > 0
 
 
@@ -84,7 +84,7 @@ OUT_OF_RANGE = [
     ("model", "attention_dropout", float("nan")),
     ("data", "vocabulary_size", 5),
     ("data", "character_coverage", 1.01),
-    ("data", "sampling_alpha", 1.01),
+    ("data", "subword_regularization_alpha", 1.01),
     ("schedule", "warmup_steps", 0),
     ("schedule", "factor", 0.0),
     ("optimization", "accumulation_steps", 0),
@@ -120,8 +120,8 @@ CONFLICTS = [
     ({"model": {"d_model": 36, "heads": 4, "positions": Positions.ROPE}}, "recipe.model.heads"),
     ({"data": {"bpe_dropout": 0.1}}, "recipe.data.bpe_dropout"),
     (
-        {"data": {"subword_algorithm": SubwordAlgorithm.BPE, "sampling_alpha": 0.1}},
-        "recipe.data.sampling_alpha",
+        {"data": {"subword_algorithm": SubwordAlgorithm.BPE, "subword_regularization_alpha": 0.1}},
+        "recipe.data.subword_regularization_alpha",
     ),
     (
         {"optimization": {"precision": Precision.FP16, "max_skipped_updates": 0}},
@@ -152,7 +152,7 @@ def test_all_violations_come_at_once():
 
 
 def test_annealing_without_an_end_is_refused():
-    overrides = {"schedule": {"kind": ScheduleKind.COSINE}, "stop": {"max_time_seconds": 60}}
+    overrides = {"schedule": {"kind": ScheduleKind.COSINE}, "stop": {"max_duration_s": 60}}
     assert violations_of(overrides) == {"recipe.schedule.total_steps": "REQUIRED"}
     with pytest.raises(InvalidRecipe):
         resolve_schedule({"kind": ScheduleKind.COSINE})
@@ -185,7 +185,7 @@ def _leaves(value):
 
 def test_run_limited_by_time_alone_plans_its_decay():
     """NOAM never comes down, and nobody knows the number of steps."""
-    schedule = resolve_recipe({"stop": {"max_time_seconds": 60.0}}).schedule
+    schedule = resolve_recipe({"stop": {"max_duration_s": 60.0}}).schedule
     noam = resolve_recipe({}).schedule
     assert (schedule.kind, noam.kind) == (ScheduleKind.WSD, ScheduleKind.NOAM)
     assert schedule.total_steps is None
@@ -197,10 +197,10 @@ def test_run_limited_by_time_alone_plans_its_decay():
 @pytest.mark.parametrize(
     ("stop", "schedule"),
     [
-        ({"max_time_seconds": 60.0, "max_steps": 100}, {}),
-        ({"max_time_seconds": 60.0, "max_epochs": 1}, {}),
-        ({"max_time_seconds": 60.0}, {"factor": 2.0}),
-        ({"max_time_seconds": 60.0}, {"kind": ScheduleKind.NOAM}),
+        ({"max_duration_s": 60.0, "max_steps": 100}, {}),
+        ({"max_duration_s": 60.0, "max_epochs": 1}, {}),
+        ({"max_duration_s": 60.0}, {"factor": 2.0}),
+        ({"max_duration_s": 60.0}, {"kind": ScheduleKind.NOAM}),
     ],
 )
 def test_other_limits_and_schedules_stay_as_they_are(stop, schedule):
@@ -210,7 +210,7 @@ def test_other_limits_and_schedules_stay_as_they_are(stop, schedule):
 @pytest.mark.parametrize("kind", [ScheduleKind.LINEAR, ScheduleKind.COSINE])
 def test_schedule_that_needs_steps_is_refused_with_the_name_of_the_one_that_does_not(kind):
     with pytest.raises(InvalidRecipe) as caught:
-        resolve_recipe({"stop": {"max_time_seconds": 60.0}, "schedule": {"kind": kind}})
+        resolve_recipe({"stop": {"max_duration_s": 60.0}, "schedule": {"kind": kind}})
     (violation,) = caught.value.violations
     assert violation.field == "recipe.schedule.total_steps"
     assert "use WSD" in violation.description
@@ -248,5 +248,5 @@ def test_conflicting_wsd_and_targets_are_refused(overrides, field, reason):
 
 
 def test_recipe_with_a_decay_survives_json():
-    recipe = resolve_recipe({"stop": {"max_time_seconds": 60.0, "target_score": 30.0}, "data": {"split_digits": True}})
+    recipe = resolve_recipe({"stop": {"max_duration_s": 60.0, "target_score": 30.0}, "data": {"split_digits": True}})
     assert recipe_from_dict(json.loads(json.dumps(recipe_to_dict(recipe)))) == recipe

@@ -24,7 +24,7 @@ def step(number, **changes):
         "gradient_norm": 1.5,
         "target_tokens": 100,
         "target_tokens_per_second": 1000.0,
-        "step_seconds": 0.1,
+        "duration_s": 0.1,
         "padding_share": 0.25,
         "memory_bytes": 1 << 20,
         "model_flops_utilization": 0.375,
@@ -41,7 +41,7 @@ VALIDATION = ValidationMetrics(
     bleu=12.5,
     chrf=40.5,
     translated_pairs=10,
-    seconds=1.0,
+    duration_s=1.0,
     best=True,
 )
 

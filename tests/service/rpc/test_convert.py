@@ -3,11 +3,19 @@
 import dataclasses
 
 import pytest
+from google.protobuf.duration_pb2 import Duration
 
 from ferryman.v1 import corpus_pb2, metrics_pb2, model_pb2, recipe_pb2, training_pb2, translation_pb2
 from ferryman_service.domain import recipe as recipes
 from ferryman_service.domain.corpora import CorpusWarning, Side, Split
-from ferryman_service.domain.models import Int8Outcome, Int8Scores, ModelLineage, ModelScores, ModelVersion
+from ferryman_service.domain.models import (
+    Int8Outcome,
+    Int8Scores,
+    ModelLineage,
+    ModelScores,
+    ModelVersion,
+    PublishedWeights,
+)
 from ferryman_service.domain.recipe import resolve_recipe, resolve_schedule
 from ferryman_service.domain.records import EventLevel, RunEvent, RunState, StateChange, StepMetrics, ValidationMetrics
 from ferryman_service.domain.schedule import LearningRateSchedule, ScheduleKind
@@ -29,6 +37,7 @@ ENUMS = [
     (Split, corpus_pb2.Split),
     (Side, corpus_pb2.Side),
     (EarlyStopping, translation_pb2.EarlyStopping),
+    (PublishedWeights, model_pb2.PublishedWeights),
 ]
 SAME_FIELDS = [
     (recipes.Recipe, recipe_pb2.Recipe),
@@ -60,7 +69,10 @@ def test_enumerations_have_the_same_members(domain, wire):
 
 @pytest.mark.parametrize(("domain", "wire"), SAME_FIELDS)
 def test_messages_have_the_fields_of_their_dataclass(domain, wire):
-    assert {field.name for field in dataclasses.fields(domain)} == {field.name for field in wire.DESCRIPTOR.fields}
+    assert {field.name for field in dataclasses.fields(domain)} == {
+        f"{field.name}_s" if field.message_type is Duration.DESCRIPTOR else field.name
+        for field in wire.DESCRIPTOR.fields
+    }
 
 
 def overrides_of(wire):
@@ -144,7 +156,7 @@ def test_every_option_is_read():
         "max_length": 50,
         "max_length_ratio": 1.5,
         "min_length": 0,
-        "patience": 2.0,
+        "beam_patience": 2.0,
         "repetition_penalty": 1.2,
         "no_repeat_ngram_size": 3,
         "return_token_scores": True,
@@ -185,7 +197,7 @@ def test_a_version_says_what_int8_costs_if_that_is_known(outcome, wire):
             target_language="de",
             recipe=resolve_recipe({}),
         ),
-        scores=ModelScores(bleu=1.0, chrf=2.0, nll_per_token=3.0, weights="best", step=1),
+        scores=ModelScores(bleu=1.0, chrf=2.0, nll_per_token=3.0, weights=PublishedWeights.CHECKPOINT, step=1),
         parameters=1,
         size_bytes=1,
         digest="",

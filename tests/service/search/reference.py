@@ -64,7 +64,7 @@ class Reference:
             return bool(ended)
         if self.options.early_stopping is EarlyStopping.OPTIMAL:
             return False  # that which can be no more is found to be no more, in the end
-        return len(ended) >= math.ceil(self.options.beam_size * self.options.patience - 1e-9)
+        return len(ended) >= math.ceil(self.options.beam_size * self.options.beam_patience - 1e-9)
 
     def n_best(self, ended, cut):
         hypotheses = []

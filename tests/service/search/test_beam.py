@@ -100,7 +100,7 @@ MODELS, SMALLEST_MODELS = models(5), models(4)
 PLAIN = st.fixed_dictionaries(
     {
         "length_penalty": st.sampled_from([1.0, 0.0, 0.6, 2.5, -1.0]),
-        "patience": st.sampled_from([1.0, 1.2, 2.0, 5.0]),
+        "beam_patience": st.sampled_from([1.0, 1.2, 2.0, 5.0]),
         "early_stopping": st.sampled_from(EarlyStopping),
         "return_token_scores": st.booleans(),
         "return_alignment": st.booleans(),
@@ -242,7 +242,9 @@ def searches_of(traffic):
 @given(st.integers(0, 2**31), st.sampled_from([0.0, 1.0, 2.0]), st.sampled_from(EarlyStopping))
 def test_a_beam_as_wide_as_everything_finds_the_best_of_all_sentences(seed, length_penalty, early_stopping):
     limit, model = 4, random_model(seed, 5)
-    options = SearchOptions(beam_size=16, length_penalty=length_penalty, patience=10, early_stopping=early_stopping)
+    options = SearchOptions(
+        beam_size=16, length_penalty=length_penalty, beam_patience=10, early_stopping=early_stopping
+    )
     best = -math.inf
     for length in range(limit):
         for tokens in itertools.product((UNK, 4), repeat=length):
@@ -297,7 +299,9 @@ def test_searches_that_can_share_a_batch_do():
 
 
 def test_which_searches_need_logits():
-    assert not needs_logits(one(SearchOptions(min_length=2, patience=2, return_token_scores=True), 9, min_length=2))
+    assert not needs_logits(
+        one(SearchOptions(min_length=2, beam_patience=2, return_token_scores=True), 9, min_length=2)
+    )
     for options in (
         SearchOptions(repetition_penalty=1.1),
         SearchOptions(no_repeat_ngram_size=2),
@@ -313,7 +317,7 @@ def test_the_first_rule_stops_at_beam_size_times_patience(patience, steps):
         return np.log(np.array([0.001, 0.001, 0.001, 0.3, 0.3, 0.297, 0.1], dtype=np.float32))
 
     decoder = FakeDecoder(one_ends_in_each_step)
-    options = SearchOptions(beam_size=3, patience=patience)
+    options = SearchOptions(beam_size=3, beam_patience=patience)
     search(decoder, [(EOS,)], [one(options, 50)], lambda: None)
     assert len(decoder.batches[0].row_counts) == steps
 

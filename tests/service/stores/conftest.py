@@ -7,7 +7,7 @@ from sqlalchemy import event
 
 from ferryman_service.bundle import manifest as bundles
 from ferryman_service.domain.ids import RUN_PREFIX, new_id
-from ferryman_service.domain.models import ModelLineage, ModelScores
+from ferryman_service.domain.models import ModelLineage, ModelScores, PublishedWeights
 from ferryman_service.domain.recipe import resolve_recipe
 from ferryman_service.domain.records import RunState
 from ferryman_service.domain.runs import ProcessIdentity, TrainingRun
@@ -122,7 +122,7 @@ def write_bundle():
         )
         header = bundles.ManifestHeader(
             lineage=lineage,
-            scores=ModelScores(bleu=35.5, chrf=60.25, nll_per_token=1.125, weights="average", step=900),
+            scores=ModelScores(bleu=35.5, chrf=60.25, nll_per_token=1.125, weights=PublishedWeights.AVERAGE, step=900),
             parameters=12345,
             max_sentence_tokens=256,
             architecture=bundles.Architecture(d_model=128, decoder_layers=4, heads=4, vocabulary_size=8000),

@@ -53,7 +53,7 @@ STEP = StepMetrics(
     gradient_norm=5e-324,
     target_tokens=2048,
     target_tokens_per_second=12345.678901234567,
-    step_seconds=0.1,
+    duration_s=0.1,
     padding_share=0.1 + 0.2,
     memory_bytes=1 << 40,
 )
@@ -66,7 +66,7 @@ VALIDATION = ValidationMetrics(
     bleu=35.0,
     chrf=60.5,
     translated_pairs=500,
-    seconds=1.5,
+    duration_s=1.5,
     best=True,
 )
 DECAY = DecayPlan(first_step=4, last_step=9, reason=DecayReason.TARGET_SCORE)
@@ -256,7 +256,7 @@ def test_records_come_back_as_they_were(runs, running):
         epoch=1,
         target_tokens=9,
         fraction=0.5,
-        remaining_seconds=1.5,
+        remaining_s=1.5,
         last_step=STEP,
         best_validation=VALIDATION,
         decays=(DECAY,),

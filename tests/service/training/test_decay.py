@@ -30,7 +30,7 @@ class Run:
     def __init__(self, recipe, *, update_s=1.0, validation_s=0.0, known=(), reported_step=0):
         self.clock = Clock()
         self.recipe, self.update_s, self.validation_s = recipe, update_s, validation_s
-        self.budget = TimeBudget(recipe.stop.max_time_seconds, self.clock)
+        self.budget = TimeBudget(recipe.stop.max_duration_s, self.clock)
         self.planner = DecayPlanner(recipe, self.budget, known, reported_step)
         self.position = Position()
 
@@ -62,7 +62,7 @@ def scores(bleu=0.0, nll=1.0):
 @pytest.mark.parametrize("update_s", [0.05, 0.5, 5.0])
 @pytest.mark.parametrize("validation_s", [0.0, 20.0])
 def test_decay_takes_its_share_of_the_time_on_any_machine(update_s, validation_s):
-    recipe = recipe_of(max_time_seconds=3000.0, validation={"interval_steps": 100})
+    recipe = recipe_of(max_duration_s=3000.0, validation={"interval_steps": 100})
     run = Run(recipe, update_s=update_s, validation_s=validation_s)
     run.go()
     (plan,) = run.position.decays
@@ -76,7 +76,7 @@ def test_decay_takes_its_share_of_the_time_on_any_machine(update_s, validation_s
 
 
 def test_slower_machine_shortens_the_decay_and_ends_in_time():
-    run = Run(recipe_of(max_time_seconds=1000.0))
+    run = Run(recipe_of(max_duration_s=1000.0))
     run.go(last_step=700)
     run.update_s = 3.0
     run.go()
@@ -87,7 +87,7 @@ def test_slower_machine_shortens_the_decay_and_ends_in_time():
 
 
 def test_small_delay_changes_no_plan():
-    run = Run(recipe_of(max_time_seconds=1000.0))
+    run = Run(recipe_of(max_duration_s=1000.0))
     run.go(last_step=700)
     run.update_s = 1.1
     run.go()
@@ -103,14 +103,14 @@ def test_without_a_limit_of_time_the_scheduled_decay_needs_no_plan():
 
 
 def test_time_that_ends_before_the_steps_do_brings_the_decay_forward():
-    run = Run(recipe_of(max_steps=10_000, max_time_seconds=1000.0))
+    run = Run(recipe_of(max_steps=10_000, max_duration_s=1000.0))
     run.go()
     assert len(run.position.decays) == 1
     assert 900 <= run.clock.now_s <= 1000
 
 
 def test_steps_that_end_before_the_time_does_need_no_plan():
-    run = Run(recipe_of(max_steps=200, max_time_seconds=1000.0))
+    run = Run(recipe_of(max_steps=200, max_duration_s=1000.0))
     run.go()
     assert run.position.decays == ()
     assert run.position.step == 200
@@ -136,7 +136,7 @@ def test_target_score_of_the_loss_is_an_upper_bound():
 
 
 def test_target_score_shortly_before_the_time_is_over_ends_in_time():
-    run = Run(recipe_of(max_time_seconds=1000.0, target_score=30.0, share=0.1))
+    run = Run(recipe_of(max_duration_s=1000.0, target_score=30.0, share=0.1))
     run.go(last_step=840)
     run.position = dataclasses.replace(run.position, validated=scores(bleu=31.0))
     run.go()
@@ -157,7 +157,7 @@ def test_known_plans_are_followed_whatever_the_clock_says():
         DecayPlan(first_step=51, last_step=80, reason=DecayReason.TIME),
         DecayPlan(first_step=61, last_step=70, reason=DecayReason.TIME),
     )
-    run = Run(recipe_of(max_time_seconds=100_000.0), known=known, reported_step=65)
+    run = Run(recipe_of(max_duration_s=100_000.0), known=known, reported_step=65)
     run.go()
     assert run.position.decays == known
     assert run.position.step == 70
@@ -165,13 +165,13 @@ def test_known_plans_are_followed_whatever_the_clock_says():
 
 def test_no_plan_changes_a_step_that_was_reported():
     """An attempt that is slower than the one before it gets to the end of its time earlier."""
-    run = Run(recipe_of(max_time_seconds=1000.0), update_s=10.0, reported_step=90)
+    run = Run(recipe_of(max_duration_s=1000.0), update_s=10.0, reported_step=90)
     run.go()
     assert run.position.decays[0].first_step == 91
 
 
 def test_time_that_is_over_at_once_still_gives_a_decay_that_ends():
-    run = Run(recipe_of(max_time_seconds=10.0), update_s=30.0)
+    run = Run(recipe_of(max_duration_s=10.0), update_s=30.0)
     run.go()
     assert run.position.decays == (DecayPlan(first_step=2, last_step=2, reason=DecayReason.TIME),)
 
@@ -181,7 +181,7 @@ def test_time_that_is_over_at_once_still_gives_a_decay_that_ends():
     [
         ({"kind": ScheduleKind.LINEAR, "total_steps": 1000}, {"max_steps": 600}, 600, "warning"),
         ({"kind": ScheduleKind.LINEAR, "total_steps": 1000}, {"max_steps": 600}, 1000, None),
-        ({"kind": ScheduleKind.WSD}, {"max_time_seconds": 9.0}, 600, "warning"),
+        ({"kind": ScheduleKind.WSD}, {"max_duration_s": 9.0}, 600, "warning"),
         ({"kind": ScheduleKind.CONSTANT}, {"max_steps": 600}, 600, "info"),
         ({"kind": ScheduleKind.NOAM}, {"max_steps": 600}, 600, "info"),
         ({"kind": ScheduleKind.NOAM}, {"max_steps": 600}, 0, None),
@@ -199,7 +199,7 @@ def test_run_that_ends_with_a_high_rate_says_so(schedule, stop, step, level):
 def test_same_position_never_gives_a_second_plan():
     """Whatever the clock says: a loop that asks until there is no plan must end."""
     for spent_s in (0.0, 30.0, 45.0, 60.0, 600.0):
-        run = Run(recipe_of(max_time_seconds=60.0), update_s=0.3)
+        run = Run(recipe_of(max_duration_s=60.0), update_s=0.3)
         run.go(last_step=100)
         run.budget.validation_s = 15.0
         run.clock.now_s = max(run.clock.now_s, spent_s)
@@ -211,14 +211,14 @@ def test_same_position_never_gives_a_second_plan():
 
 
 def test_run_that_has_ended_plans_nothing_any_more():
-    run = Run(recipe_of(max_time_seconds=1000.0, target_score=30.0))
+    run = Run(recipe_of(max_duration_s=1000.0, target_score=30.0))
     run.go(last_step=300)
     over = dataclasses.replace(run.position, validated=scores(bleu=31.0), ending=("LIMIT_REACHED", "stop.max_epochs"))
     assert run.planner.next_plan(over) is None
 
 
 def test_plan_ends_no_later_than_max_steps():
-    recipe = recipe_of(max_steps=500, max_time_seconds=600.0)
+    recipe = recipe_of(max_steps=500, max_duration_s=600.0)
     recipe = dataclasses.replace(recipe, schedule=dataclasses.replace(recipe.schedule, total_steps=1000))
     run = Run(recipe)
     run.go()
@@ -227,7 +227,7 @@ def test_plan_ends_no_later_than_max_steps():
 
 def test_one_slow_update_after_a_resume_shortens_nothing():
     known = (DecayPlan(first_step=701, last_step=1000, reason=DecayReason.TIME),)
-    run = Run(recipe_of(max_time_seconds=1000.0), known=known)
+    run = Run(recipe_of(max_duration_s=1000.0), known=known)
     run.position = Position(step=750, decays=known)
     run.clock.now_s = 700.0
     run.budget.resume(0.0, 1.0, 0.8)
@@ -241,7 +241,7 @@ def test_one_slow_update_after_a_resume_shortens_nothing():
 
 def test_known_decay_that_waits_is_no_end():
     known = (DecayPlan(first_step=701, last_step=1000, reason=DecayReason.TIME),)
-    planner = Run(recipe_of(max_time_seconds=1000.0), known=known).planner
+    planner = Run(recipe_of(max_duration_s=1000.0), known=known).planner
     assert planner.is_waiting(Position(step=600))
     assert not planner.is_waiting(Position(step=750, decays=known))
 

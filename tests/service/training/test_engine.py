@@ -8,6 +8,7 @@ import safetensors.torch
 import torch
 
 from ferryman_service.domain.corpora import Side, Split
+from ferryman_service.domain.models import PublishedWeights
 from ferryman_service.domain.recipe import SelectionMetric
 from ferryman_service.domain.runs import FailureReason, TrainingFailed
 from ferryman_service.domain.schedule import learning_rate
@@ -39,7 +40,7 @@ def test_run_learns_to_translate_and_its_weights_load_into_a_model(job, small_re
     assert trained.parameters == sum(parameter.numel() for parameter in model.parameters())
     assert trained.recipe == recipe
     assert len(trained.check_sentences) == 40
-    assert trained.scores.weights in ("best", "average")
+    assert trained.scores.weights in PublishedWeights
     assert f"{trained.parameters:,} parameters" in reporter.messages("TRAINING_STARTED")[0]
 
 

@@ -7,6 +7,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from ferryman_service.domain.models import PublishedWeights
 from ferryman_service.domain.recipe import Averaging, SelectionMetric
 from ferryman_service.domain.runs import FailureReason, TrainingFailed
 from ferryman_service.domain.training import InitialWeights, TrainingJob
@@ -89,14 +90,14 @@ def test_weights_are_those_that_averaging_asks_for(finished, averaging):
     [best] = best_steps(reporter, 1)
     if averaging is Averaging.NONE:
         assert_weights_are(trained, load_weights(checkpoint_of(work, best.step)))
-        assert (trained.scores.weights, trained.scores.step) == ("best", best.step)
+        assert (trained.scores.weights, trained.scores.step) == (PublishedWeights.CHECKPOINT, best.step)
         assert trained.scores.nll_per_token == best.nll_per_token
         assert "not the average" not in reporter.messages("WEIGHTS_CHOSEN")[0]
         return
     steps = {Averaging.LAST: [40, 50, 60], Averaging.BEST: [each.step for each in best_steps(reporter, 3)]}[averaging]
     assert [step for step, _ in end_of(work).candidates] == steps
     assert_weights_are(trained, average_checkpoints([checkpoint_of(work, step) for step in steps]))
-    assert (trained.scores.weights, trained.scores.step) == ("average", 60)
+    assert (trained.scores.weights, trained.scores.step) == (PublishedWeights.AVERAGE, 60)
     assert trained.scores.nll_per_token < best.nll_per_token
     assert f"the average of the {averaging} 3 checkpoints" in reporter.messages("WEIGHTS_CHOSEN")[0]
 
@@ -106,7 +107,7 @@ def test_average_worse_than_the_best_checkpoint_is_not_taken(job, small_recipe, 
     work = job(small_recipe(stop={"max_steps": 60}, validation={"metric": SelectionMetric.LOSS, "keep_last": 6}))
     trained = ENGINE.train(work, reporter)
     assert_weights_are(trained, load_weights(checkpoint_of(work, 60)))
-    assert (trained.scores.weights, trained.scores.step) == ("best", 60)
+    assert (trained.scores.weights, trained.scores.step) == (PublishedWeights.CHECKPOINT, 60)
     assert "the checkpoint of step 60" in reporter.messages("WEIGHTS_CHOSEN")[0]
     assert "not the average of the last 6 checkpoints" in reporter.messages("WEIGHTS_CHOSEN")[0]
 

@@ -51,7 +51,7 @@ def make_parts(tmp_path, tokenised, reporter):
             validator=Validator(validation, subwords, recipe, CPU, reporter.check),
             series=Series(reporter),
             checkpoints=checkpoints,
-            budget=TimeBudget(recipe.stop.max_time_seconds, clock),
+            budget=TimeBudget(recipe.stop.max_duration_s, clock),
         )
 
     return make
@@ -88,10 +88,10 @@ def test_loop_stops_when_the_score_does_not_improve(make_parts, small_recipe, re
 def test_loop_leaves_time_for_the_last_validations(make_parts, small_recipe, reporter):
     """On a clock that goes on by a second whenever it is read."""
     ticks = itertools.count()
-    recipe = small_recipe(stop={"max_steps": 0, "max_time_seconds": 100.0}, validation={"interval_steps": 5})
+    recipe = small_recipe(stop={"max_steps": 0, "max_duration_s": 100.0}, validation={"interval_steps": 5})
     TrainingLoop(make_parts(recipe, clock=lambda: float(next(ticks)))).run()
     (message,) = reporter.messages("LIMIT_REACHED")
-    assert message.startswith("stop.max_time_seconds")
+    assert message.startswith("stop.max_duration")
     assert 80 < next(ticks) <= 110
     assert reporter.validations[-1].step == reporter.steps[-1].step
 
@@ -119,8 +119,8 @@ def test_overlapping_updates_have_their_own_times(small_recipe):
     for started_s, known_s in ((0.0, 2.0), (1.0, 4.0), (3.0, 6.0), (10.0, 11.0)):
         sent = SentUpdate(1, 1, 100, 0.0, 0.0, started_s, pending)
         metrics = meter.metrics(sent, pending.read(), known_s)
-        seconds.append(metrics.step_seconds)
-        assert metrics.target_tokens_per_second == 100 / metrics.step_seconds
+        seconds.append(metrics.duration_s)
+        assert metrics.target_tokens_per_second == 100 / metrics.duration_s
     assert seconds == [2.0, 2.0, 2.0, 1.0]
 
 
@@ -164,7 +164,7 @@ def test_decay_within_a_time_limit_follows_its_durable_plan(make_parts, small_re
     reporter.step = lambda metrics: (log.append(metrics.step), step(metrics))
     reporter.decay_plan = lambda plan: (log.append(plan), decay_plan(plan))
     ticks = itertools.count()
-    recipe = wsd(small_recipe, max_time_seconds=200.0)
+    recipe = wsd(small_recipe, max_duration_s=200.0)
     TrainingLoop(make_parts(recipe, clock=lambda: float(next(ticks)))).run()
     plans = reporter.decays
     assert plans and next(ticks) <= 1.05 * 200 + 10
@@ -189,7 +189,7 @@ def test_target_score_ends_a_run_whose_schedule_has_no_decay(make_parts, small_r
 
 
 def test_target_score_lets_the_rate_decay_with_wsd(make_parts, small_recipe, reporter):
-    recipe = wsd(small_recipe, max_steps=0, max_time_seconds=1e6, target_score=100.0)
+    recipe = wsd(small_recipe, max_steps=0, max_duration_s=1e6, target_score=100.0)
     recipe = dataclasses.replace(
         recipe, validation=dataclasses.replace(recipe.validation, metric=SelectionMetric.LOSS, interval_steps=14)
     )

@@ -62,7 +62,7 @@ OTHER_DATA = {
     "split_digits": True,
     "reduce_vocabulary": True,
 }
-SAMPLING = {"sampling_alpha": 0.5, "bpe_dropout": 0.1}
+SAMPLING = {"subword_regularization_alpha": 0.5, "bpe_dropout": 0.1}
 
 
 def test_an_entry_is_named_by_all_that_it_depends_on(work, tmp_path):
@@ -243,7 +243,7 @@ def test_unused_entries_are_removed_after_a_week(work, reporter):
     assert left.name not in kept
 
 
-@pytest.mark.parametrize("changes", [{}, {"sampling_alpha": 0.5}])
+@pytest.mark.parametrize("changes", [{}, {"subword_regularization_alpha": 0.5}])
 def test_a_run_that_trains_for_weeks_keeps_its_entry(work, reporter, tmp_path, changes):
     job = with_data(work, **changes)
     made = prepare(job, reporter)

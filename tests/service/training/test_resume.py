@@ -27,7 +27,7 @@ CONFIG = EngineConfig(device="cpu", threads=1)
 SOAK = bool(os.environ.get("FERRYMAN_SOAK"))
 # Every seventh change to the disk, others without and with its half done; `make soak` takes every one.
 _EVERY = {half: (1, 1) if SOAK else (1 + 3 * half, 7) for half in (False, True)}
-WALL_CLOCK = {"step_seconds": 0, "target_tokens_per_second": 0, "memory_bytes": 0}
+WALL_CLOCK = {"duration_s": 0, "target_tokens_per_second": 0, "memory_bytes": 0}
 
 
 class Crash(BaseException):
@@ -55,7 +55,7 @@ class DurableReporter:
         self._report(dataclasses.replace(metrics, **WALL_CLOCK))
 
     def validation(self, metrics):
-        self._report(dataclasses.replace(metrics, seconds=0))
+        self._report(dataclasses.replace(metrics, duration_s=0))
 
     def decay_plan(self, plan):
         self._report(plan)
@@ -141,7 +141,7 @@ def make_job(tmp_path_factory):
 def recipe():
     return make_small_recipe(
         model={"dropout": 0.2, "attention_dropout": 0.1},
-        data={"sampling_alpha": 0.5},
+        data={"subword_regularization_alpha": 0.5},
         optimization={"batch_target_tokens": 164, "ema_decay": 0.9, "accumulation_steps": 2},
         stop={"max_steps": 7},
         validation={"interval_steps": 3, "max_translated_pairs": 4, "checkpoint_interval_steps": 2, "keep_last": 2},
@@ -256,7 +256,7 @@ def test_damaged_newest_checkpoint_gives_way_to_the_one_before(make_job, recipe,
 
 def test_resumed_run_counts_time_spent_and_reaches_reported_steps(make_job):
     ticks = itertools.count()
-    recipe = make_small_recipe(stop={"max_steps": 0, "max_time_seconds": 120.0}, validation={"interval_steps": 5})
+    recipe = make_small_recipe(stop={"max_steps": 0, "max_duration_s": 120.0}, validation={"interval_steps": 5})
     work, reporter = make_job(recipe), DurableReporter()
     reporter.raise_at = {12: Crash()}
     clock = lambda: float(next(ticks))  # noqa: E731
@@ -420,7 +420,7 @@ def test_death_around_a_rollback_to_before_a_pause_resumes_identically(make_job,
 def timed_recipe(recipe):
     """Plans its decay by a clock that runs faster in some attempts than in others."""
     schedule = resolve_schedule({"kind": ScheduleKind.WSD, "warmup_steps": 2, "peak_learning_rate": 0.004})
-    stop = dataclasses.replace(recipe.stop, max_steps=0, max_time_seconds=120.0)
+    stop = dataclasses.replace(recipe.stop, max_steps=0, max_duration_s=120.0)
     return dataclasses.replace(recipe, schedule=schedule, stop=stop)
 
 

@@ -32,7 +32,7 @@ def sentences(count, seed):
 
 
 ALGORITHMS = {
-    SubwordAlgorithm.UNIGRAM: {"sampling_alpha": 0.2},
+    SubwordAlgorithm.UNIGRAM: {"subword_regularization_alpha": 0.2},
     SubwordAlgorithm.BPE: {"bpe_dropout": 0.4},
 }
 
@@ -130,7 +130,7 @@ def test_an_epoch_is_a_function_of_seed_and_number(prepare, algorithm):
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_without_sampling_all_epochs_are_the_prepared_pairs(prepare, algorithm, tmp_path):
-    pairs, _, source = prepare(data_recipe(algorithm, sampling_alpha=0.0, bpe_dropout=0.0))
+    pairs, _, source = prepare(data_recipe(algorithm, subword_regularization_alpha=0.0, bpe_dropout=0.0))
     pairs_of_epoch = source()
     assert pairs_of_epoch(1) is pairs_of_epoch(2)
     assert all_sentences(pairs_of_epoch(1)) == all_sentences(pairs)
@@ -158,7 +158,7 @@ def all_segmentations(subwords, text):
 @pytest.mark.parametrize("alpha", [0.1, 0.5, 1.0])
 def test_segmentations_come_as_often_as_their_probability_to_the_power_of_alpha(learnt, word, alpha):
     _, subwords = learnt
-    recipe = data_recipe(SubwordAlgorithm.UNIGRAM, sampling_alpha=alpha).data
+    recipe = data_recipe(SubwordAlgorithm.UNIGRAM, subword_regularization_alpha=alpha).data
     weights = {
         segmentation: math.exp(alpha * sum(map(subwords.score, segmentation)))
         for segmentation in all_segmentations(subwords, f"\u2581{word}")
@@ -178,7 +178,7 @@ def test_the_larger_alpha_the_more_often_the_best_segmentation_comes(learnt):
     for word in ("abba", "babba", "aabbs"):
         best = tuple(subwords.encode([word])[0])
         samplers = [
-            WordSampler(subwords, data_recipe(SubwordAlgorithm.UNIGRAM, sampling_alpha=alpha).data, 1)
+            WordSampler(subwords, data_recipe(SubwordAlgorithm.UNIGRAM, subword_regularization_alpha=alpha).data, 1)
             for alpha in (0.1, 0.3, 1.0)
         ]
         shares = [frequencies(sampler, best)[best] for sampler in samplers]

@@ -34,7 +34,9 @@ from tests.fakes.scripted_decoder import Results
 KINDS = [
     SearchOptions(beam_size=1),
     SearchOptions(beam_size=5, n_best=5),
-    SearchOptions(beam_size=4, length_penalty=0.5, max_length=20, early_stopping=EarlyStopping.OPTIMAL, patience=1.5),
+    SearchOptions(
+        beam_size=4, length_penalty=0.5, max_length=20, early_stopping=EarlyStopping.OPTIMAL, beam_patience=1.5
+    ),
     SearchOptions(beam_size=2, min_length=9, return_token_scores=True),
     SearchOptions(beam_size=3, return_alignment=True),
     SearchOptions(beam_size=2, repetition_penalty=1.3, no_repeat_ngram_size=2),
@@ -338,7 +340,7 @@ class StepClock(EngineCounts):
     ("options", "sentences"),
     [
         (SearchOptions(n_best=32, sampling=HOT, max_length=4096), 12),
-        (SearchOptions(beam_size=32, patience=10.0, max_length=4096, min_length=4000), 6),
+        (SearchOptions(beam_size=32, beam_patience=10.0, max_length=4096, min_length=4000), 6),
         (SearchOptions(max_length=4096, min_length=4000), 40),
         (SearchOptions(beam_size=1, repetition_penalty=1.3), 400),
     ],
