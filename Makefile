@@ -78,7 +78,7 @@ test: $(READY) ## all tests but those of ops: quick and system
 	$(BIN)/python -m pytest $(PARALLEL)
 
 quick: $(READY) ## the quick tests
-	$(BIN)/python -m pytest $(PARALLEL) -m "not system and not ops and not full"
+	HYPOTHESIS_PROFILE=dev $(BIN)/python -m pytest $(PARALLEL) -m "not system and not ops and not full"
 
 system: $(READY) ## the tests that start the real service
 	$(BIN)/python -m pytest $(PARALLEL) -m "system and not ops and not full"

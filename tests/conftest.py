@@ -13,14 +13,18 @@ import ferryman_service  # noqa: F401 (it turns ONNX Runtime's telemetry off, be
 # test starts inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# An example may take long on a slow or busy machine.
-settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("any machine")
+# HYPOTHESIS_PROFILE chooses the number of examples of a property test. An example may take long on a busy machine.
+for _name, _max_examples in {"dev": 10, "ci": 100, "soak": 1000}.items():
+    settings.register_profile(
+        _name, max_examples=_max_examples, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    )
+_default_profile = "soak" if os.environ.get("FERRYMAN_SOAK") else "ci"
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or _default_profile)
 
 _UMASK = os.umask(0o022)
 os.umask(_UMASK)
 
-_FIRST = ("tests/docs/", "tests/system/", "tests/service/training/", "tests/service/search/")
+_FIRST = ("tests/system/", "tests/service/training/", "tests/service/search/")
 """What takes longest, so that no process is left with it at the end."""
 
 

@@ -1,6 +1,6 @@
 """Random messages for every RPC of the contract: an answer or the caller's error, bounded memory, a service that lives.
 
-Three hundred messages an RPC; `make soak` sends ten thousand, and larger ones.
+As many messages for each RPC as the Hypothesis profile has examples; `make soak` sends ten thousand, and larger ones.
 """
 
 import contextlib
@@ -10,12 +10,13 @@ from random import Random
 
 import grpc
 import pytest
+from hypothesis import settings
 
 from bench.load.random_requests import RequestMaker, all_rpcs
 from ferryman.v1 import model_pb2
 
 SOAK = bool(os.environ.get("FERRYMAN_SOAK"))
-MESSAGES = 10_000 if SOAK else 300
+MESSAGES = 10_000 if SOAK else settings().max_examples
 LARGEST_BYTES = 1 << 20 if SOAK else 1 << 16
 OURS = {
     grpc.StatusCode.INTERNAL,

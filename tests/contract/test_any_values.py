@@ -68,7 +68,7 @@ def a_run(service):
 
 
 any_values = settings(
-    max_examples=50,
+    max_examples=settings().max_examples // 2,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
@@ -177,7 +177,7 @@ MODEL_REQUESTS = {
 }
 
 
-@settings(any_values, max_examples=100)
+@settings(any_values, max_examples=settings().max_examples)
 @given(st.sampled_from(sorted(MODEL_REQUESTS)).flatmap(lambda m: st.tuples(st.just(m), messages(MODEL_REQUESTS[m]))))
 def test_models(service, called):
     """Last: it also deletes."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import os
 import random
 
 import grpc
@@ -10,7 +11,7 @@ import pytest
 from ferryman.v1 import corpus_pb2_grpc
 from tests.fakes.loopback_service import upload_messages
 
-ROUNDS = 150
+ROUNDS = 600 if os.environ.get("FERRYMAN_SOAK") else 60
 HEADER, TRAIN, VALIDATION = upload_messages([("one", "eins"), ("two", "zwei")])
 
 

@@ -158,13 +158,11 @@ def test_a_message_of_an_upload_has_a_limit_of_its_own(make_service, refused):
         (errno.ENOENT, "INTERNAL", "INTERNAL"),
     ],
 )
-def test_an_error_of_the_operating_system_has_its_status(make_service, refused, caplog, number, code, reason):
-    service = make_service()
-
+def test_error_of_the_operating_system_has_its_status(service, refused, caplog, monkeypatch, number, code, reason):
     def fail(*_):
         raise OSError(number, "what the kernel says", "/data/secret-path")
 
-    service.models.list_page = fail
+    monkeypatch.setattr(service.models, "list_page", fail)
     refusal = refused(*list_models(service))
     assert (refusal.code.name, refusal.reason) == (code, reason)
     assert "secret-path" not in refusal.message

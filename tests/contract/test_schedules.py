@@ -36,7 +36,7 @@ def curves(draw, kind):
 @pytest.mark.parametrize("kind", ScheduleKind)
 def test_the_curve_is_the_domains_to_the_last_bit(service, kind):
     @settings(
-        max_examples=30,
+        max_examples=settings().max_examples // 3,
         deadline=None,
         derandomize=True,
         suppress_health_check=[HealthCheck.function_scoped_fixture],

@@ -10,7 +10,7 @@ import pytest
 from tests.docs.markdown import commands_of, unmarked
 from tests.docs.sessions import SERVE, documented_service, run_document
 
-pytestmark = pytest.mark.system
+pytestmark = pytest.mark.ops
 
 
 @pytest.fixture(scope="module")

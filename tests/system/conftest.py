@@ -8,6 +8,7 @@ import time
 import grpc
 import pytest
 
+from examples.local_service import reserved_port
 from ferryman.v1 import (
     corpus_pb2,
     corpus_pb2_grpc,
@@ -129,7 +130,8 @@ def working_folder(tmp_path_factory):
 def road(tmp_path_factory, ages_s, home, working_folder):
     """A service that has trained, exported and published a small model: (service, stubs, finished run, its records)."""
     data_dir = tmp_path_factory.mktemp("road") / "data"
-    service = ServiceProcess(data_dir, home=home, working_folder=working_folder)
+    with reserved_port() as port:
+        service = ServiceProcess(data_dir, "--metrics-port", str(port), home=home, working_folder=working_folder)
     stubs = Stubs(service.address)
     run = stubs.start(stubs.upload().corpus_id, small_recipe(max_steps=300))
     records = []

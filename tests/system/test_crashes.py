@@ -13,6 +13,7 @@ import pytest
 from ferryman.v1 import metrics_pb2, training_pb2
 from ferryman_service.training.checkpoint import checkpoint_path, verify_checkpoint
 from tests.system.conftest import Stubs, small_recipe
+from tests.system.service_process import ServiceProcess
 
 pytestmark = pytest.mark.system
 
@@ -99,23 +100,36 @@ def short_recipe(max_steps=SHORT):
     return recipe
 
 
-def test_a_run_whose_worker_is_killed_goes_on_by_itself_from_its_last_checkpoint(start_service):
-    stubs = Stubs(start_service().address)
-    run = stubs.start(stubs.upload().corpus_id, short_recipe())
-    stubs.wait_for_step(run.run_id, 50)
+@pytest.fixture(scope="module")
+def service(tmp_path_factory):
+    """One service for the tests that leave it running."""
+    service = ServiceProcess(tmp_path_factory.mktemp("service") / "data")
+    yield service
+    assert service.stop() == 0
+
+
+def test_run_resumes_after_sigterm_and_after_sigkill_of_its_worker(service):
+    last_step = 120
+    stubs = Stubs(service.address)
+    run = stubs.start(stubs.upload().corpus_id, short_recipe(last_step))
+    stubs.wait_for_step(run.run_id, 30)
+    pids = worker_pids(run.run_id)
+    os.kill(min(pids), signal.SIGTERM)
+    wait_until(lambda: not set(pids) & set(worker_pids(run.run_id)))
+    stubs.wait_for_step(run.run_id, 70)
     for pid in worker_pids(run.run_id):
         os.kill(pid, signal.SIGKILL)
     records = list(stubs.stream(run.run_id))
     assert states_of(records)[-1] == "SUCCEEDED", stubs.run(run.run_id)
-    assert steps_of(records) == list(range(1, SHORT + 1))
+    assert steps_of(records) == list(range(1, last_step + 1))
     codes = [record.event.code for record in records if record.HasField("event")]
-    assert codes.count("RESTARTED") == codes.count("RESUMED") == 1
+    assert (codes.count("HANDED_OVER"), codes.count("RESTARTED"), codes.count("RESUMED")) == (1, 1, 2)
     ended = stubs.run(run.run_id)
-    assert (ended.attempt, ended.restarts, ended.model_version) == (2, 0, 1)
+    assert (ended.attempt, ended.restarts, ended.model_version) == (3, 0, 1)
 
 
-def test_a_run_that_loses_one_of_its_processes_goes_on_by_itself(start_service):
-    stubs = Stubs(start_service().address)
+def test_run_resumes_after_the_loss_of_one_of_its_processes(service):
+    stubs = Stubs(service.address)
     run = stubs.start(stubs.upload().corpus_id, short_recipe(), processes=2)
     stubs.wait_for_step(run.run_id, 30)
     os.kill(max(worker_pids(run.run_id)), signal.SIGKILL)
@@ -132,7 +146,8 @@ def test_a_run_that_loses_one_of_its_processes_goes_on_by_itself(start_service):
     assert series_of(records) == series_of(stubs.stream(undisturbed.run_id))
 
 
-def test_a_process_that_is_stopped_is_replaced(start_service):
+@pytest.mark.full
+def test_stopped_process_is_replaced(start_service):
     """Of two processes the second: then the first waits for it. After that the first, which then says nothing."""
     stubs = Stubs(start_service("--worker-silence-s", "6", "--restart-backoff-s", "0").address)
     run = stubs.start(stubs.upload().corpus_id, small_recipe(LONG), processes=2)
@@ -147,23 +162,6 @@ def test_a_process_that_is_stopped_is_replaced(start_service):
     ends = [event.message for event in events if event.code in ("RESTARTED", "HANDED_OVER")]
     assert len(ends) == 2, events
     assert all("no sign of life for 6 s" in message for message in ends), events
-
-
-def test_a_worker_that_is_told_to_stop_leaves_its_run_to_another(start_service):
-    stubs = Stubs(start_service().address)
-    run = stubs.start(stubs.upload().corpus_id, short_recipe())
-    stubs.wait_for_step(run.run_id, 30)
-    began_s = time.monotonic()
-    pids = worker_pids(run.run_id)
-    os.kill(min(pids), signal.SIGTERM)
-    wait_until(lambda: not set(pids) & set(worker_pids(run.run_id)))
-    assert time.monotonic() - began_s < 30
-    records = list(stubs.stream(run.run_id))
-    assert states_of(records)[-1] == "SUCCEEDED", stubs.run(run.run_id)
-    assert steps_of(records) == list(range(1, SHORT + 1))
-    codes = [record.event.code for record in records if record.HasField("event")]
-    assert codes.count("HANDED_OVER") == codes.count("RESUMED") == 1
-    assert "RESTARTED" not in codes
 
 
 def test_a_paused_run_holds_no_worker_outlives_the_service_and_goes_on(start_service):
@@ -211,40 +209,18 @@ def losses_of(records):
     return [record.step.loss for record in records if record.HasField("step")]
 
 
-def test_sigterm_ends_the_service_and_not_the_worker(start_service):
-    service = start_service("--grace-s", "300")
-    stubs = Stubs(service.address)
-    run = stubs.start(stubs.upload().corpus_id, small_recipe(LONG))
-    seen = stubs.wait_for_step(run.run_id, 5)
-    tail = stubs.stream(run.run_id, after_sequence=seen[-1].sequence)
-    next(tail)
-    assert service.stop() == 0, "open streams hold up the end"
-    with pytest.raises(grpc.RpcError) as caught:
-        list(tail)
-    assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
-    assert worker_pids(run.run_id)
-
-    stubs = Stubs(start_service(data_dir=service.data_dir).address)
-    stubs.training.CancelTraining(training_pb2.CancelTrainingRequest(run_id=run.run_id))
-    records = list(stubs.stream(run.run_id))
-    assert [record.sequence for record in records] == list(range(1, len(records) + 1))
-    assert records[-1].state_change.state == metrics_pb2.RUN_STATE_CANCELLED
-
-
-def test_a_second_training_service_on_the_same_folder_is_refused(start_service):
-    service = start_service()
+def test_second_training_service_on_the_same_folder_is_refused(service, start_service):
     with pytest.raises(AssertionError, match="in use by another training service"):
         start_service(data_dir=service.data_dir)
 
 
-def test_a_port_that_is_taken_is_refused(start_service, tmp_path):
-    service = start_service()
+def test_taken_port_is_refused(service, start_service, tmp_path):
     with pytest.raises(AssertionError, match=str(service.port)):
         start_service(data_dir=tmp_path / "other", port=service.port)
 
 
-def test_a_corpus_too_small_for_its_vocabulary_fails_with_the_cure(start_service):
-    stubs = Stubs(start_service().address)
+def test_corpus_too_small_for_its_vocabulary_fails_with_the_cure(service):
+    stubs = Stubs(service.address)
     recipe = small_recipe(10)
     recipe.data.vocabulary_size = 8000
     run = stubs.start(stubs.upload().corpus_id, recipe)

@@ -276,7 +276,7 @@ def test_the_command_health_asks_either_port(translating):
 
 
 def test_an_end_under_load_fails_no_call_but_with_unavailable(start_with_model, probe_port):
-    drain_s = 4
+    drain_s = 2
     service = start_with_model("--drain-s", str(drain_s), "--grace-s", "10", "--probe-port", str(probe_port))
     load = Load(service.address)
     wait_until(lambda: len(load.outcomes) > 100)

@@ -1,17 +1,12 @@
 """The whole road through the real service: corpus → training → metrics → ONNX → translation."""
 
 import math
-import socket
 import urllib.request
 
-import grpc
 import pytest
-from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from ferryman.v1 import metrics_pb2, model_pb2, training_pb2, translation_pb2
-from tests.system.conftest import Stubs, reversal_corpus, small_recipe
+from tests.system.conftest import reversal_corpus
 
 pytestmark = pytest.mark.system
 
@@ -136,24 +131,6 @@ def test_a_translation_does_not_depend_on_its_neighbours(road):
     assert together == alone
 
 
-def test_validate_only_starts_nothing(road):
-    _, stubs, run, _ = road
-    draft = stubs.start(run.corpus_id, small_recipe(), validate_only=True)
-    assert draft.run_id == ""
-    assert draft.recipe.optimization.adam_beta2 == 0.98
-    listed = stubs.training.ListTrainingRuns(training_pb2.ListTrainingRunsRequest()).runs
-    assert [listed_run.run_id for listed_run in listed] == [run.run_id]
-
-
-def test_health_has_a_status_per_service(road):
-    service, _, _, _ = road
-    with grpc.insecure_channel(service.address) as channel:
-        stub = health_pb2_grpc.HealthStub(channel)
-        for name in ("", *(f"ferryman.v1.{n}Service" for n in ("Training", "Corpus", "Model", "Translation"))):
-            status = stub.Check(health_pb2.HealthCheckRequest(service=name)).status
-            assert status == health_pb2.HealthCheckResponse.SERVING
-
-
 def test_road_leaves_home_and_working_folder_alone(road, home, working_folder):
     """ONNX Runtime's telemetry keeps a device id in the home folder as soon as it is imported."""
     _, stubs, _, _ = road
@@ -169,47 +146,8 @@ def test_nobody_else_can_read_what_the_service_keeps(road):
     assert {path: oct(mode) for path, mode in modes.items() if mode} == {}
 
 
-def test_a_client_that_knows_only_reflection_can_translate(road):
-    """Everything about the contract comes over the wire; no generated module of ours is used."""
-    service, _, _, _ = road
-    with grpc.insecure_channel(service.address) as channel:
-        pool = _pool_from_reflection(channel, "ferryman.v1.TranslationService")
-        method = pool.FindServiceByName("ferryman.v1.TranslationService").FindMethodByName("Translate")
-        request_class = message_factory.GetMessageClass(method.input_type)
-        response_class = message_factory.GetMessageClass(method.output_type)
-        call = channel.unary_unary(
-            "/ferryman.v1.TranslationService/Translate",
-            request_serializer=request_class.SerializeToString,
-            response_deserializer=response_class.FromString,
-        )
-        answer = call(request_class(model="reversal", sentences=["ba ce di"]))
-        assert answer.translations[0].hypotheses[0].text
-
-
-def _pool_from_reflection(channel, symbol):
-    stub = reflection_pb2_grpc.ServerReflectionStub(channel)
-    pool, seen = descriptor_pool.DescriptorPool(), set()
-
-    def ask(**field):
-        answer = next(iter(stub.ServerReflectionInfo(iter([reflection_pb2.ServerReflectionRequest(**field)]))))
-        for raw in answer.file_descriptor_response.file_descriptor_proto:
-            file = descriptor_pb2.FileDescriptorProto.FromString(raw)
-            if file.name not in seen:
-                seen.add(file.name)
-                for dependency in file.dependency:
-                    ask(file_by_filename=dependency)
-                pool.Add(file)
-
-    ask(file_containing_symbol=symbol)
-    return pool
-
-
-def test_prometheus_can_scrape(start_service):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        free_port = probe.getsockname()[1]
-    service = start_service("--metrics-port", str(free_port))
-    stubs = Stubs(service.address)
+def test_prometheus_can_scrape(road):
+    service, stubs, _, _ = road
     stubs.training.ListTrainingRuns(training_pb2.ListTrainingRunsRequest())
     with urllib.request.urlopen(service.metrics_url()) as answer:
         text = answer.read().decode()

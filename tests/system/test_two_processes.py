@@ -68,7 +68,9 @@ def run(folder, database, runs):
     return run
 
 
-@pytest.mark.parametrize(("processes", "to_the_end"), [(1, False), (2, True), (4, False)])
+@pytest.mark.parametrize(
+    ("processes", "to_the_end"), [(1, False), (2, True), pytest.param(4, False, marks=pytest.mark.full)]
+)
 def test_processes_train_one_run_and_nobody_else_can_reach_them(folder, runs, run, processes, to_the_end):
     # Where the kernel allows it, the machine's name does not resolve, as in a pod without a DNS entry.
     nameless = namespace(UNKNOWN_HOST) or ()
