@@ -238,7 +238,7 @@ JUST_OUTSIDE = {
     "optimization.max_skipped_updates": [-1, 1001],
     "optimization.max_rollbacks": [-1, 101],
     "optimization.rollback_rate_scale": [0.0, 1.1, NAN],
-    "stop.max_duration": [Duration(seconds=-1), Duration(nanos=-1), Duration(seconds=10**9, nanos=1)],
+    "stop.max_duration": [Duration(seconds=-1), Duration(nanos=-1), Duration(seconds=10**9 + 1)],
     "stop.patience": [-1, 1_000_001],
     "stop.target_score": [-1.0, 1001.0, NAN],
     "validation.checkpoint_interval_steps": [-1, 10**9 + 1],

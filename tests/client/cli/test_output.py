@@ -69,7 +69,7 @@ def hostile(fake, client):
     fake.script = [*script[:3], event, *script[3:-2], failed]
     fake.translate = lambda _: HOSTILE
     version = fake.add_model("m")
-    scores = dataclasses.replace(version.scores, weights=HOSTILE)
+    scores = dataclasses.replace(version.scores, bleu_signature=HOSTILE)
     fake.backend.models["m"][0] = dataclasses.replace(version, source_language=HOSTILE, digest=HOSTILE, scores=scores)
     return {"CORPUS": corpus.corpus_id, "RUN": client.start_training(corpus.corpus_id, "m").run_id}
 
