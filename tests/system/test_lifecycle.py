@@ -406,7 +406,7 @@ def test_what_is_stuck_holds_up_no_end(start_with_model, data_dir, metrics_port)
         assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
         assert details_of(caught.value)[0] == "SERVER_SHUTTING_DOWN"
         assert service.process.wait(60) == 0
-        assert "it is left, and the process ends" in service.log.read_text()
+        assert "exiting without them" in service.log.read_text()
         other.execute("ROLLBACK")
 
 
