@@ -69,7 +69,7 @@ export class FakeSource implements RunSource {
         await new Promise((resolve) => setTimeout(resolve, 5));
         if (signal.aborted) throw ConnectError.from(signal.reason);
         yield create(StreamMetricsResponseSchema, {
-          item: { case: "heartbeat", value: { lastSequence: BigInt(sent), interval: durationFromMs(5) } },
+          metricsUpdate: { case: "heartbeat", value: { lastSequence: BigInt(sent), interval: durationFromMs(5) } },
         });
       }
       if (signal.aborted) throw ConnectError.from(signal.reason);
