@@ -11,9 +11,6 @@ from ferryman_service.domain.translation import PreparedSentence
 
 _FIRST_POSITIONS: Final = 32
 _OF_OTHERS: Final = 7 / 8
-LONG_BYTES: Final = 2**28
-"""What long sentences may book together, beyond the first: a few words with a wide beam must not take half of the
-memory."""
 
 
 class CacheMemory:
@@ -23,7 +20,6 @@ class CacheMemory:
         """Store the limit; 0 is none."""
         self.limit_bytes = limit_bytes
         self._booked_bytes = 0
-        self._long_bytes = 0
         self._lock = threading.Lock()
 
     @property
@@ -31,18 +27,14 @@ class CacheMemory:
         """What is booked now."""
         return self._booked_bytes
 
-    def change(self, change_bytes: int, *, is_small: bool = True, is_long: bool = False, must: bool = False) -> bool:
-        """Book more, or less if negative. Return False, and book nothing, if more has no room and is no `must`, or if
-        long sentences would have booked over LONG_BYTES. An eighth of the limit is kept for small calls."""
+    def change(self, change_bytes: int, *, is_small: bool = True, must: bool = False) -> bool:
+        """Book more, or less if negative; return False, and book nothing, if more has no room and is no `must`. An
+        eighth of the limit is kept for sentences of small calls."""
         with self._lock:
             limit = self.limit_bytes if is_small else self.limit_bytes * _OF_OTHERS
             if change_bytes > 0 and not must and self.limit_bytes and self._booked_bytes + change_bytes > limit:
                 return False
-            if is_long and change_bytes > 0 and self._long_bytes and self._long_bytes + change_bytes > LONG_BYTES:
-                return False
             self._booked_bytes += change_bytes
-            if is_long:
-                self._long_bytes += change_bytes
             return True
 
 
@@ -76,7 +68,6 @@ class _Batch:
     positions: int = 1
     source_positions: int = 1
     booked_bytes: int = 0
-    is_long: bool = False
 
 
 class CacheBooking:
@@ -88,30 +79,20 @@ class CacheBooking:
         self._shape = shape
         self._batches: dict[tuple[int, int], _Batch] = {}
 
-    def join(
-        self,
-        key: tuple[int, int],
-        sentence: PreparedSentence,
-        *,
-        is_small: bool,
-        must: bool,
-        is_long: bool = False,
-    ) -> bool:
-        """Book what one more sentence makes a batch take, whose key begins with its width; return False as
-        CacheMemory.change does."""
+    def join(self, key: tuple[int, int], sentence: PreparedSentence, *, is_small: bool, must: bool) -> bool:
+        """Book what one more sentence makes a batch take, whose key begins with its width; return False if there is no
+        room, unless it `must` have it."""
         batch = self._batches.get(key, _Batch())
         grown = _Batch(
             sentences=batch.sentences + 1,
             most_sentences=max(batch.most_sentences, batch.sentences + 1),
             positions=max(batch.positions, sentence.max_length),
             source_positions=max(batch.source_positions, len(sentence.source)),
-            is_long=is_long,
         )
         grown.booked_bytes = self._shape.size_bytes(
             key[0], grown.most_sentences, grown.positions, grown.source_positions
         )
-        more_bytes = grown.booked_bytes - batch.booked_bytes
-        if not self._memory.change(more_bytes, is_small=is_small, is_long=is_long, must=must):
+        if not self._memory.change(grown.booked_bytes - batch.booked_bytes, is_small=is_small, must=must):
             return False
         self._batches[key] = grown
         return True
@@ -121,7 +102,7 @@ class CacheBooking:
         for key, batch in list(self._batches.items()):
             batch.sentences = sentences.get(key, 0)
             if not batch.sentences:
-                self._memory.change(-batch.booked_bytes, is_long=batch.is_long)
+                self._memory.change(-batch.booked_bytes)
                 del self._batches[key]
 
 

@@ -34,7 +34,6 @@ from ferryman_service.translation.waiting import PeerLines, Waiting
 _ADDED_AT_ONCE: Final = 256
 _ABANDONED_INTERVAL_S: Final = 0.02
 _REFUSED_AT_ONCE: Final = 256
-_RETRY_S: Final = 0.01
 _NEARLY_FULL: Final = 1 / 2
 _WORTH_ENCODING: Final = 1 / 8
 _KEPT_LANES: Final = 6
@@ -152,8 +151,6 @@ class Scheduler:
                 self._forget(waiting.work for waiting in abandoned)
                 worker.abandoned.extend(abandoned)
                 taken = self._take(worker)
-                if not taken and worker.is_idle:  # a long sentence waits for those of other threads
-                    self._changed.wait(_RETRY_S)
             worker.refuse_abandoned()
             worker.turn(taken)
 
@@ -213,8 +210,7 @@ class Scheduler:
             if worker.sentences and taken and tokens > config.max_encoded_tokens:
                 break
             key, is_first = (work.options.rows, size), not worker.sentences and not taken
-            small, long = size is Size.SMALL, size is Size.LONG
-            if not worker.booking.join(key, work.sentence, is_small=small, is_long=long, must=is_first):
+            if not worker.booking.join(key, work.sentence, is_small=size is Size.SMALL, must=is_first):
                 return False
             rows += work.options.rows
             taken.append(_Taken(line.take(), size))

@@ -9,7 +9,7 @@ import pytest
 
 from ferryman_service.domain.errors import Cancelled, DeadlineExceeded
 from ferryman_service.domain.translation import CancelToken, FairShare, Sampling, SearchOptions
-from ferryman_service.translation.cache_memory import LONG_BYTES, CacheMemory, CacheShape
+from ferryman_service.translation.cache_memory import CacheMemory, CacheShape
 from ferryman_service.translation.counts import EngineCounts
 from ferryman_service.translation.scheduler import Scheduler, SchedulerConfig
 from tests.fakes.scripted_decoder import Results, ScriptedDecoder, ScriptedText, work
@@ -450,17 +450,3 @@ def test_sentence_above_the_cache_memory_runs_alone(start, decoder, results):
     scheduler.submit([work(9, results.of(name)) for name in range(5)])
     results.wait(5)
     assert decoder.peak_rows == 1
-
-
-def test_long_sentences_share_a_bounded_memory(start, decoder, results):
-    """Each is booked with 2 rows of 128 positions, three quarters of what long sentences may book together."""
-    memory = CacheMemory()
-    booked = []
-    decoder.on_step = lambda: booked.append(memory.booked_bytes)
-    shape = CacheShape(row_position_bytes=LONG_BYTES * 3 // 4 // 256)
-    scheduler = start(EngineCounts(memory), threads=2, max_rows=4, cache_shape=shape)
-    beam = SearchOptions(beam_size=2)
-    scheduler.submit([work(9, results.of(name), options=beam, max_length=100) for name in range(6)])
-    results.wait(6)
-    assert max(booked) == shape.row_position_bytes * 256
-    assert memory.booked_bytes == 0
