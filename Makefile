@@ -89,8 +89,9 @@ ops: $(OPS) ## the tests of deploy/ and examples/, with real servers that they i
 
 check: protos-drift buf-lint buf-breaking lint types layers dockerfile test ops wheel-smoke ## everything that CI runs, in its order
 
-full: images ## what is too long for check
+full: $(OPS) ## what is too long for check
 	$(BIN)/python -m pytest -m full tests --ignore tests/full
+	$(MAKE) --no-print-directory images
 
 images: $(OPS) ## build the images and run them, and the chart's pods, as root on Debian: [KEEP_IMAGES=]
 	KEEP_IMAGES="$(KEEP_IMAGES)" $(BIN)/python -m pytest -m full tests/full
@@ -204,10 +205,11 @@ dearest: $(READY) ## a search for the request that costs the service most: [MINU
 	@$(BIN)/python -m bench.load.dearest $(if $(MINUTES),--minutes "$(MINUTES)")
 
 soak: $(READY) ## training and stores that fail everywhere, random and dear requests, mutated bundles, a translation service under load: [MINUTES= PROCESSES= MODEL= RATE=]
-	FERRYMAN_SOAK=1 $(BIN)/python -m pytest tests/service/training/test_resume.py tests/service/training/test_compile.py \
+	FERRYMAN_SOAK=1 $(BIN)/python -m pytest -m "not ops" tests/service/training/test_resume.py tests/service/training/test_compile.py \
 	  tests/service/stores/test_failpoints.py tests/service/stores/test_sweep.py tests/service/stores/test_repair.py \
 	  tests/service/search/test_beam.py
-	FERRYMAN_SOAK=1 $(BIN)/python -m pytest $(PARALLEL) tests/contract/test_any_message.py tests/contract/test_mutated_bundles.py
+	FERRYMAN_SOAK=1 $(BIN)/python -m pytest $(PARALLEL) tests/contract/test_any_message.py tests/contract/test_mutated_bundles.py \
+	  tests/contract/test_any_values.py tests/contract/test_schedules.py tests/contract/test_broken_uploads.py
 	$(BIN)/python -m bench.load.dearest $(if $(MINUTES),--minutes "$(MINUTES)")
 	$(BIN)/python -m bench.training.kill $(if $(MINUTES),--minutes "$(MINUTES)") $(if $(PROCESSES),--processes "$(PROCESSES)")
 	$(BIN)/python -m bench.load.soak $(if $(MINUTES),--minutes "$(MINUTES)") $(SERVED) $(if $(RATE),--rate "$(RATE)")

@@ -15,7 +15,7 @@ from bench.load.alone import AloneTimes, alone_times, print_alone
 from bench.peers.environment import PeerMissing, ctranslate2_python
 from bench.shared.command_line import add_corpus, add_model
 from bench.shared.corpus import find_news
-from bench.shared.models import COMPUTE_TYPES, CORES, FOLDER, PEER_TYPES, converted, current_bundle, read_text
+from bench.shared.models import COMPUTE_TYPES, CORES, FOLDER, PEER_TYPES, converted, read_text
 from bench.shared.process import ProcessFailed, ServingProcess
 from bench.shared.result import Result
 from bench.shared.server_program import Server, ServerFailed, import_model, remove_data, started_server
@@ -71,7 +71,7 @@ def prepare(arguments: argparse.Namespace) -> Prepared:
     if news.test is None:
         print(f"no news in or beside {arguments.data}: the calls hold sentences of the test set alone", flush=True)
     facts = {"model": model_facts(trained), "news": news.described, "sentences": len(sentences)}
-    return Prepared(bundle=current_bundle(trained, text.held_out), sentences=sentences, facts=facts)
+    return Prepared(bundle=trained, sentences=sentences, facts=facts)
 
 
 def mixed_sentences(captions: Sequence[str], news: Sequence[str]) -> list[str]:

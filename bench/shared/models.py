@@ -14,7 +14,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from bench.peers.environment import PeerMissing, ctranslate2_python
 from bench.shared.corpus import News
@@ -23,14 +23,13 @@ from bench.shared.trained_model import Task
 from examples.parallel_text import TextMissing, read_lines
 from ferryman_service.bundle.manifest import (
     FORMAT_VERSION,
-    MANIFEST_FILE,
     SUBWORDS_FILE,
     WEIGHTS_FILE,
     manifest_digest,
     read_manifest,
 )
-from ferryman_service.domain.models import ModelLineage, ModelScores, PublishedWeights
-from ferryman_service.domain.recipe import Recipe, SubwordAlgorithm, recipe_from_dict, resolve_recipe
+from ferryman_service.domain.models import ModelLineage
+from ferryman_service.domain.recipe import Recipe, SubwordAlgorithm, resolve_recipe
 from ferryman_service.domain.tokens import EOS
 from ferryman_service.domain.training import TrainedModel
 from ferryman_service.text.normalise import normalise
@@ -45,7 +44,6 @@ BASE_VOCABULARY: Final = 32_001
 FORCED_LENGTH: Final = 15
 _CHECK_SENTENCES: Final = 64
 _SEED: Final = 1
-_RENAMED: Final = {"max_time_seconds": "max_duration_s", "sampling_alpha": "subword_regularization_alpha"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,17 +83,16 @@ def read_text(task: Task, news: News) -> Text:
 
 
 def tiny_task(trained: Path, text: Text) -> ServingTask:
-    """Return the task of the trained model; raises FileNotFoundError, TextMissing, PeerMissing."""
-    bundle = current_bundle(trained, text.held_out)
-    limit = read_manifest(bundle).header.max_sentence_tokens
-    sentences = [[*ids, EOS] for ids in Subwords.load(bundle / SUBWORDS_FILE).encode(text.test_source)]
+    """Return the task of the trained model; raises TextMissing, PeerMissing."""
+    limit = read_manifest(trained).header.max_sentence_tokens
+    sentences = [[*ids, EOS] for ids in Subwords.load(trained / SUBWORDS_FILE).encode(text.test_source)]
     longest = max(map(len, sentences))
     if longest > limit:
         raise TextMissing(f"the test set has a sentence of {longest} subwords, the model takes {limit}")
     return ServingTask(
         name="tiny",
-        bundle=bundle,
-        peers=converted(bundle),
+        bundle=trained,
+        peers=converted(trained),
         sentences=sentences,
         max_length=min(limit, 2 * longest + 10),
         forced=False,
@@ -117,41 +114,6 @@ def base_task(text: Text, sentences: int) -> ServingTask:
         max_length=FORCED_LENGTH,
         forced=True,
     )
-
-
-def current_bundle(bundle: Path, check_sentences: Sequence[str]) -> Path:
-    """Return the bundle, or its weights exported once more if an earlier version has written it.
-
-    Raises FileNotFoundError if it is no bundle, or one of an earlier version without weights.
-    """
-    manifest = json.loads((bundle / MANIFEST_FILE).read_text())
-    if manifest["format_version"] == FORMAT_VERSION:
-        return bundle
-    if not (bundle / WEIGHTS_FILE).exists():
-        raise FileNotFoundError(f"{bundle} is of an earlier version and holds no {WEIGHTS_FILE}; train a new model")
-    header = manifest["header"]
-    recipe = recipe_from_dict(_with_present_names(header["lineage"]["recipe"]))
-    scores = dict(header["scores"])
-    kind = PublishedWeights.AVERAGE if scores.pop("weights") == "average" else PublishedWeights.CHECKPOINT
-    trained = TrainedModel(
-        weights=bundle / WEIGHTS_FILE,
-        subwords=bundle / SUBWORDS_FILE,
-        recipe=recipe,
-        scores=ModelScores(**scores, weights=kind),
-        parameters=header["parameters"],
-        check_sentences=check_sentences[:_CHECK_SENTENCES],
-    )
-    lineage = ModelLineage(**{**header["lineage"], "recipe": recipe})
-    return _exported(trained, lineage, FOLDER / f"trained-{manifest_digest(bundle)[:12]}")
-
-
-def _with_present_names(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the stored recipe of an earlier version under the names that its fields have now."""
-
-    def renamed(part: Any) -> Any:  # noqa: ANN401 (a part, or a value)
-        return {_RENAMED.get(name, name): part[name] for name in part} if isinstance(part, dict) else part
-
-    return {name: renamed(part) for name, part in recipe.items()}
 
 
 def base_bundle(text: Text) -> Path:

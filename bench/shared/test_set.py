@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Final, TypeAlias
 
 from bench.shared.command_line import add_corpus, add_model, measured
-from bench.shared.models import current_bundle
 from bench.shared.result import Result
 from bench.shared.trained_model import ModelUnfit, task_of, trained_bundle
 from examples.local_service import ServiceFailed
-from examples.parallel_text import TextMissing, read_lines
+from examples.parallel_text import TextMissing
 
 Measure: TypeAlias = "Callable[[Path, Sequence[str], bool], Result]"
 """Measures a bundle on sentences; True for the short form."""
@@ -37,7 +36,7 @@ def run(
 
     def measure_trained() -> Result:
         task = task_of(arguments.data, arguments.source, arguments.target)
-        bundle = current_bundle(trained_bundle(arguments.model, task), read_lines(task.corpus.validation).source)
+        bundle = trained_bundle(arguments.model, task)
         test = task.corpus.test.source[: quick_sentences if arguments.quick else sentences]
         return measure(bundle, test, arguments.quick)
 

@@ -31,7 +31,7 @@ from ferryman.types import (
     TrainingRun,
     ValidationRecipe,
 )
-from ferryman_service.bundle.manifest import MANIFEST_FILE, manifest_digest
+from ferryman_service.bundle.manifest import FORMAT_VERSION, MANIFEST_FILE, manifest_digest
 from ferryman_service.domain.corpora import Side, Split
 from ferryman_service.domain.recipe import recipe_to_dict, resolve_recipe
 from ferryman_service.stores.corpus_text import CorpusLimits, check_split
@@ -120,7 +120,10 @@ def left_bundles() -> Iterator[Path]:
 
 def fault_of(bundle: Path, task: Task, digest: str) -> str | None:
     """Return why the bundle cannot be used for the task, as what follows its name in a sentence; None if it can."""
-    header = _header(bundle)
+    manifest = _manifest(bundle)
+    if manifest["format_version"] != FORMAT_VERSION:
+        return f"has bundle format {manifest['format_version']}, not {FORMAT_VERSION}"
+    header = manifest["header"]
     lineage, scores = header["lineage"], header["scores"]
     if lineage["corpus_digest"] != digest:
         return f"was trained on another corpus ({lineage['source_language']}-{lineage['target_language']}) than DATA"
@@ -201,9 +204,14 @@ def _has_decayed(recipe: Mapping[str, Any], step: int) -> bool:
     return schedule["kind"] in _DECAYING_SCHEDULES and bool(total) and step >= _LEAST_DECAYED_SHARE * total
 
 
+def _manifest(bundle: Path) -> Mapping[str, Any]:
+    """Read without the checks of `read_manifest`: the bundle may have another format."""
+    manifest: Mapping[str, Any] = json.loads((bundle / MANIFEST_FILE).read_text())
+    return manifest
+
+
 def _header(bundle: Path) -> Mapping[str, Any]:
-    """Read without the checks of `read_manifest`: the bundle may be of an earlier version."""
-    header: Mapping[str, Any] = json.loads((bundle / MANIFEST_FILE).read_text())["header"]
+    header: Mapping[str, Any] = _manifest(bundle)["header"]
     return header
 
 
