@@ -149,7 +149,10 @@ class Scheduler:
                     self._changed.wait()
                 abandoned = self._take_abandoned()
                 self._forget(waiting.work for waiting in abandoned)
-                worker.abandoned.extend(abandoned)
+                if len(abandoned) <= _REFUSED_AT_ONCE:  # they need not wait for those of a large call
+                    worker.abandoned.extendleft(reversed(abandoned))
+                else:
+                    worker.abandoned.extend(abandoned)
                 taken = self._take(worker)
             worker.refuse_abandoned()
             worker.turn(taken)
