@@ -24,6 +24,8 @@ from google.protobuf.message import Message
 from ferryman.errors import Violation
 
 _SHOWN_CHARACTERS: Final = 120
+_MAX_DURATION_S: Final = 315_576_000_000
+"""The range of google.protobuf.Duration: 10,000 years."""
 _WHOLE_NUMBERS: Final = {
     FieldDescriptor.CPPTYPE_INT32: (-(2**31), 2**31 - 1),
     FieldDescriptor.CPPTYPE_INT64: (-(2**63), 2**63 - 1),
@@ -256,7 +258,12 @@ def _write_time(message: Any, value: datetime) -> None:  # noqa: ANN401
 
 
 def _write_seconds(message: Any, value: float) -> None:  # noqa: ANN401
-    message.FromNanoseconds(round(value * 1e9))
+    nanoseconds = round(value * 1e9)
+    if value and not nanoseconds:
+        raise ValueError(f"{value!r} s is less than a nanosecond, which a Duration cannot hold")
+    if abs(nanoseconds) > _MAX_DURATION_S * 10**9:
+        raise ValueError(f"{value!r} s is more than a Duration holds")
+    message.FromNanoseconds(nanoseconds)
 
 
 _READERS: Mapping[str, Callable[[Any], object]] = {
@@ -269,5 +276,5 @@ _WRITERS: Mapping[str, Callable[[Any, Any], None]] = {
 }
 _WRITTEN: Mapping[str, str] = {
     "google.protobuf.Timestamp": "a datetime",
-    "google.protobuf.Duration": "a number of seconds",
+    "google.protobuf.Duration": f"a number of seconds, 0 or from 1e-9 to {_MAX_DURATION_S:,}",
 }

@@ -259,3 +259,10 @@ def test_duration_is_seconds():
 
 def test_translation_without_hypotheses_has_empty_text():
     assert types.Translation(hypotheses=(), source_tokens=3).text == ""
+
+
+@pytest.mark.parametrize("seconds", [1e-10, -1e-10, 1e12, float("nan")])
+def test_seconds_that_no_duration_holds_are_refused(seconds):
+    [violation] = fill_message(types.StopRecipe(max_duration_s=seconds), recipe_pb2.StopRecipe())
+    assert violation.field == "max_duration"
+    assert "0 or from 1e-9 to 315,576,000,000" in violation.description

@@ -257,6 +257,14 @@ def test_values_just_outside_their_range(service, refused, path, value):
     assert {field for field, _ in refusal.violations} == {f"recipe.{path}"}
 
 
+@pytest.mark.parametrize("duration", [Duration(seconds=1, nanos=-1), Duration(nanos=10**9), Duration(nanos=-(10**9))])
+def test_malformed_duration_is_the_only_violation(service, refused, duration):
+    stop = recipe_pb2.StopRecipe(max_steps=0, max_duration=duration)
+    refusal = refused(service.training_stub.StartTraining, recipe(stop=stop))
+    assert (refusal.code, refusal.reason) == (INVALID, "INVALID_RECIPE")
+    assert refusal.violations == [("recipe.stop.max_duration", "INVALID_DURATION")]
+
+
 JUST_INSIDE = {
     "data": {"subword_regularization_alpha": 1.0},
     "optimization": {

@@ -8,10 +8,8 @@ from typing import Annotated, Final
 
 import typer
 
-from ferryman import Client
 from ferryman.cli.common import connect
 from ferryman.cli.output import print_fields, print_line, print_message, print_table, unreadable
-from ferryman.errors import DataLoss, NotFound
 from ferryman.types import Int8Outcome, ModelVersion
 
 app = typer.Typer(no_args_is_help=True, help="Manage published models.")
@@ -61,7 +59,6 @@ def show(
     with connect(context) as client:
         details = client.get_model(model)
         version, scores = details.version, details.version.scores
-        start = _found(client, version.initial_model)
     print_fields(
         [
             ("model", version.reference),
@@ -84,34 +81,29 @@ def show(
             ("published", version.create_time.isoformat(timespec="seconds")),
         ]
     )
-    for warning in score_warnings([version, *start]):
-        print_message(f"warning: {warning}")
-
-
-def _found(client: Client, reference: str | None) -> list[ModelVersion]:
-    """Return the version, if the server has it: it may be deleted, or of another server."""
-    if reference is None:
-        return []
-    try:
-        return [client.get_model(reference).version]
-    except (NotFound, DataLoss):
-        return []
 
 
 def score_warnings(versions: Sequence[ModelVersion]) -> Iterator[str]:
-    """Yield a warning for each language pair whose versions have BLEU scores of different pairs or signatures."""
+    """Yield a warning for each language pair whose versions have BLEU scores that are not comparable: of other
+    validation pairs or signatures, or of unknown ones."""
     by_languages: dict[str, list[ModelVersion]] = {}
     for version in versions:
         by_languages.setdefault(_languages(version), []).append(version)
     for languages, group in by_languages.items():
+        if len(group) < 2:
+            continue
         reasons = []
-        if len(numbers := {version.scores.translated_pairs for version in group}) > 1:
+        if len({version.corpus_id for version in group}) > 1:
+            reasons.append("validated on different corpora")
+        numbers = {version.scores.translated_pairs for version in group}
+        if len(numbers) > 1 or 0 in numbers:
             reasons.append("of different numbers of pairs (" + ", ".join(map(_number, sorted(numbers))) + ")")
-        if len({version.scores.bleu_signature for version in group}) > 1:
-            reasons.append("of different signatures")
+        signatures = {version.scores.bleu_signature for version in group}
+        if len(signatures) > 1 or "" in signatures:
+            reasons.append("of different or unknown signatures")
         if reasons:
             names = ", ".join(version.reference for version in group)
-            yield f"the {languages} scores of {names} are not comparable: they are {' and '.join(reasons)}"
+            yield f"the {languages} scores of {names} are not comparable: they are {', '.join(reasons)}"
 
 
 def _number(pairs: int) -> str:

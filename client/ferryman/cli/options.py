@@ -31,6 +31,8 @@ _NAMES: Final = {
     "target_prefix": "--prefix",
 }
 """Fields of requests whose option or argument has another name."""
+_RECIPE_NAMES: Final = {"stop.max_duration": "stop.max_duration_s"}
+"""Fields of recipes that have another name in the recipe file."""
 _PREFIX: Final = re.compile(r"^(?:config\.)?(?:options\.)?(?:sampling\.)?|^header\.|^schedule\.")
 
 
@@ -62,10 +64,11 @@ class FerrymanCommand(TyperCommand):
 def option_of(field: str) -> str:
     """Return the option or argument for a field of a request: "options.beam_size" is "--beam-size".
 
-    The fields of a recipe keep their names, as in the recipe file and in --set. Sentences are counted from 1.
+    The fields of a recipe get their names in the recipe file and in --set. Sentences are counted from 1.
     """
     if field.startswith("recipe."):
-        return field.removeprefix("recipe.")
+        name = field.removeprefix("recipe.")
+        return _RECIPE_NAMES.get(name, name)
     if counted := re.fullmatch(r"(sentences|target_prefixes|states)\[(\d+)\]", field):
         number = int(counted[2]) + 1
         return f"sentence {number}" if counted[1] == "sentences" else f"{_NAMES[counted[1]]} {number}"

@@ -84,14 +84,7 @@ def translate(
         return_alignment=alignment or None,
     )
     job = _Job(model=model, prefix=prefix, split=split, as_json=as_json, numbered=n_best is not None, options=options)
-    try:
-        if text:
-            _translate_arguments(context, job, text)
-        else:
-            _translate_lines(context, job)
-    except FerrymanError as error:
-        job.show_failure(error)
-        raise
+    _run(context, job, text or ())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +124,18 @@ class _Job:
 def _lean(value: Translation | SentenceError) -> dict[str, Any]:
     """Return the fields, without empty tuples."""
     return asdict(value, dict_factory=lambda fields: {name: item for name, item in fields if item != ()})
+
+
+def _run(context: typer.Context, job: _Job, text: Sequence[str]) -> None:
+    """Translate the arguments, or standard input if there are none."""
+    try:
+        if text:
+            _translate_arguments(context, job, text)
+        else:
+            _translate_lines(context, job)
+    except FerrymanError as error:
+        job.show_failure(error)
+        raise
 
 
 def _translate_arguments(context: typer.Context, job: _Job, sentences: Sequence[str]) -> None:

@@ -14,6 +14,7 @@ from typing import Final, TypeVar
 
 from ferryman import errors, types
 from ferryman._mapping import from_message
+from ferryman.testing._script import BLEU_SIGNATURE
 from ferryman.types import RunState
 from ferryman.v1 import corpus_pb2, training_pb2
 
@@ -267,7 +268,9 @@ class Backend:
     def run(self, run_id: str) -> FakeRun:
         return found(self.runs, run_id, errors.RunNotFound, "training run")
 
-    def publish(self, name: str, *, run_id: str, corpus_id: str, recipe: types.Recipe) -> types.ModelVersion:
+    def publish(
+        self, name: str, *, run_id: str, corpus_id: str, recipe: types.Recipe, initial_model: str | None = None
+    ) -> types.ModelVersion:
         with self.changed:
             corpus = self.corpora.get(corpus_id)
             number = next(self._versions[name])
@@ -286,7 +289,10 @@ class Backend:
                     weights=types.PublishedWeights.CHECKPOINT,
                     step=4,
                     translated_pairs=2,
+                    loss_pairs=2,
+                    bleu_signature=BLEU_SIGNATURE,
                 ),
+                initial_model=initial_model,
                 parameters=1_000_000,
                 size_bytes=_MODEL_BYTES,
                 digest=hashlib.sha256(_manifest(name, number)).hexdigest(),
@@ -354,7 +360,11 @@ class Backend:
             state = run.run.state
             if state is RunState.SUCCEEDED:
                 made = self.publish(
-                    run.run.model_name, run_id=run.run.run_id, corpus_id=run.run.corpus_id, recipe=run.run.recipe
+                    run.run.model_name,
+                    run_id=run.run.run_id,
+                    corpus_id=run.run.corpus_id,
+                    recipe=run.run.recipe,
+                    initial_model=run.run.initial_model,
                 )
                 run.run = dataclasses.replace(run.run, model_version=made.version)
             if state.is_terminal:

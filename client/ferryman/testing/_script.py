@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Final
 
 from ferryman import types
 from ferryman.types import RunState
+
+BLEU_SIGNATURE: Final = "nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:2.6.0"
 
 
 def noam_learning_rate(step: int) -> float:
@@ -58,4 +61,5 @@ def _validation(step: int, loss: float) -> types.ValidationMetrics:
         translated_pairs=2,
         duration_s=0.5,
         best=True,
+        bleu_signature=BLEU_SIGNATURE,
     )

@@ -71,8 +71,10 @@ def _time_violations(max_duration_s: float, max_hours: float) -> Iterator[Violat
     most_s = max_hours * _SECONDS_PER_HOUR
     if 0 < max_duration_s <= most_s:
         return
-    value = f"is {max_duration_s:.15g}" if max_duration_s else "is not set"
-    text = f"{value}, must be at most {most_s:.15g}, which is this server's --max-run-hours ({max_hours:g} hours)"
+    value = f"is {max_duration_s:.15g} seconds" if max_duration_s else "is not set"
+    text = (
+        f"{value}, must be at most {most_s:.15g} seconds, which is this server's --max-run-hours ({max_hours:g} hours)"
+    )
     yield _over_limit("recipe.stop.max_duration", text)
 
 

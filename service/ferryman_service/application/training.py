@@ -442,7 +442,7 @@ def _resolve(
     except InvalidRecipe as error:
         resolved, found = None, list(error.violations)
     unclear = tuple(violation.field.rpartition(".")[0] + "." for violation in unknown)
-    certain = [known for known in found if known.reason == "OUT_OF_RANGE" or not known.field.startswith(unclear)]
+    certain = [known for known in found if known.reason == "OUT_OF_RANGE" or not f"{known.field}.".startswith(unclear)]
     return None if unknown else resolved, [*unknown, *certain]
 
 

@@ -113,7 +113,7 @@ VERSION_LIMITS: Final[Limits] = {
     (ModelLineage, "corpus_id"): Text(26, f"cor_{ID_PATTERN}", "the id of a corpus"),
     (ModelLineage, "corpus_digest"): Text(64, "[0-9a-f]{64}", "64 hexadecimal digits"),
     (ModelLineage, "initial_model"): Text(
-        80, f"(?:{MODEL_NAME_PATTERN}/[1-9][0-9]{{0,9}})?", 'empty or "name/version"'
+        80, f"(?:{MODEL_NAME_PATTERN}/[1-9][0-9]{{0,8}})?", 'empty or "name/version"'
     ),
     (ModelLineage, "source_language"): Text(100),
     (ModelLineage, "target_language"): Text(100),

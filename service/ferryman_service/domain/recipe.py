@@ -484,9 +484,9 @@ def recipe_from_dict(values: Mapping[str, Any]) -> Recipe:
 
 
 def out_of_range(recipe: Recipe, path: str) -> Iterator[Violation]:
-    """Yield what of a recipe from elsewhere is out of range; `path` is the prefix of the field names."""
+    """Yield what of a stored recipe is out of range, by its stored names; `path` is their prefix."""
     values = recipe_to_dict(recipe)
-    yield from _out_of_range(values, path)
+    yield from _out_of_range(values, path, stored=True)
     for name, legal in _SCHEDULE_RANGES.items():
         value = values["schedule"][name]
         if value is not None and value not in legal:
@@ -513,15 +513,17 @@ def _is_limited_by_time_alone(stop: Mapping[str, Any]) -> bool:
     return bool(stop["max_duration_s"] > 0) and not (stop["max_steps"] or stop["max_epochs"])
 
 
-def _out_of_range(values: Mapping[str, Any], path: str) -> Iterator[Violation]:
+def _out_of_range(values: Mapping[str, Any], path: str, *, stored: bool = False) -> Iterator[Violation]:
+    """Yield what is out of range, by the names of the contract, where a duration has no unit; or by the stored ones."""
     for name, legal in _RANGES.items():
         value: Any = values
         for part in name.split("."):
             value = value[part]
         if value not in legal:
-            # A duration is in seconds here, and has no unit in its name in the contract.
-            field, unit = f"{path}.{name.removesuffix('_s')}", " seconds" if name.endswith("_s") else ""
-            yield Violation(field=field, description=f"is {value:g}{unit}, must be {legal}", reason="OUT_OF_RANGE")
+            field, unit = name if stored else name.removesuffix("_s"), " seconds" if name.endswith("_s") else ""
+            yield Violation(
+                field=f"{path}.{field}", description=f"is {value:g}{unit}, must be {legal}", reason="OUT_OF_RANGE"
+            )
 
 
 def _conflicts(values: Mapping[str, Any], path: str) -> Iterator[Violation]:
@@ -557,7 +559,7 @@ def _conflicts(values: Mapping[str, Any], path: str) -> Iterator[Violation]:
         name = values["validation"]["metric"].name
         yield conflict("stop.target_score", f"is {stop['target_score']:g}, but {name} ends at 100")
     if not (stop["max_steps"] or _has_other_limit(stop)):
-        yield conflict("stop", "must set max_steps, max_epochs or max_duration, else training never ends")
+        yield conflict("stop", "must set max_steps, max_epochs or a maximum duration, else training never ends")
 
 
 def _sampling_conflicts(data: Mapping[str, Any], path: str) -> Iterator[Violation]:
@@ -628,10 +630,10 @@ def _missing_total_steps(kind: ScheduleKind, defaults: _ScheduleDefaults) -> str
     """Return why a schedule needs `total_steps`; None if it does not."""
     if kind is ScheduleKind.WSD:
         is_enough = defaults.max_duration_s > 0 or not defaults.in_recipe
-        return None if is_enough else "is needed by WSD: set it, stop.max_steps or stop.max_duration"
+        return None if is_enough else "is needed by WSD: set it, stop.max_steps or a maximum duration in stop"
     text = f"is needed by {kind.name}: set it, or stop.max_steps"
     if defaults.max_duration_s > 0:
-        text += "; or use WSD, which plans its decay so that it ends within stop.max_duration"
+        text += "; or use WSD, which plans its decay so that it ends within the maximum duration"
     return text
 
 

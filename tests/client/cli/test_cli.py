@@ -216,7 +216,12 @@ def test_models_list_warns_about_scores_that_are_not_comparable(fake):
         "the en-de scores of en-de/1, other/1 are not comparable: they are of different numbers of pairs (2, 500)"
     )
     [warning] = score_warnings([version, chars])
-    assert warning.endswith("not comparable: they are of different signatures")
+    assert warning.endswith("not comparable: they are of different or unknown signatures")
+    [warning] = score_warnings([version, replace(version, corpus_id="cor_0000000000000000000009")])
+    assert warning.endswith("not comparable: they are validated on different corpora")
+    unknown = replace(version, scores=replace(version.scores, translated_pairs=0))
+    [warning] = score_warnings([unknown, unknown])
+    assert warning.endswith("of different numbers of pairs (unknown)")
 
 
 def test_models_alias_sets_and_deletes(run, fake):

@@ -207,10 +207,11 @@ class House:
 
 
 def test_the_road_ends_in_a_published_model(house, new_run):
-    succeeded, run = house.work(new_run)
+    succeeded, run = house.work(lambda *corpus: dataclasses.replace(new_run(*corpus), initial_model="base/1"))
     assert succeeded
     assert (run.state, run.model_version, run.worker) == (RunState.SUCCEEDED, 1, house.worker)
     version = house.models.resolve(ModelReference(name="en-de"))
+    assert version.lineage.initial_model == "base/1"
     assert version.lineage.corpus_digest == house.corpus.digest
     assert (version.lineage.run_id, version.scores) == (run.run_id, SCORES)
     payloads = [record.payload for record in house.runs.records_after(run.run_id, 0, 100)]
